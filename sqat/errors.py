@@ -1,0 +1,31 @@
+"""The one exception a user sees: what is wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+
+class SqatError(Exception):
+    """A user's mistake (recipe, data, checkpoint, flag), told in one line.
+
+    Args:
+        problem: what was got and what is allowed, one sentence without a full stop.
+        hint: what to do about it; empty where the problem says it all.
+        place: where, e.g. ``recipe.yaml:12`` or ``train.jsonl.gz:7``; empty for a flag.
+    """
+
+    exit_code = 2
+
+    def __init__(self, problem: str, hint: str = "", place: str = "") -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.hint = hint
+        self.place = place
+
+    def __str__(self) -> str:
+        line = f"{self.place}: {self.problem}" if self.place else self.problem
+        return f"{line}; {self.hint}" if self.hint else line
+
+
+class GateError(SqatError):
+    """The work was done but its result missed a quality gate."""
+
+    exit_code = 3
