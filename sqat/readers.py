@@ -1,0 +1,183 @@
+"""Rows out of files: JSONL, CSV and Parquet, one row at a time, each with the place it came from.
+
+A row is a dict as the file has it, its place is ``file:line`` (``file:row N`` in Parquet, where lines do not
+exist), so that whatever is wrong with a row can be told where it stands. Lines are decoded one by one: a bad
+byte, a broken object or a truncated gzip stream is reported at its own line. Left out: delimiters other than
+the comma, JSON arrays, nested CSV.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from sqat.errors import SqatError
+
+Row = dict[str, Any]
+Placed = tuple[str, Row]
+
+ENDINGS = ".jsonl, .jsonl.gz, .json, .json.gz, .csv, .csv.gz or .parquet"
+
+
+def read_rows(path: Path, shown: str) -> Iterator[Placed]:
+    """Yield (place, row) for every row of a file; its ending gives the format.
+
+    Args:
+        path: the file.
+        shown: what the file is called in places, usually the path as the recipe has it.
+
+    Raises:
+        SqatError: no such file, an unknown ending, or the first thing in it that cannot be read.
+    """
+    if not path.is_file():
+        raise SqatError("no such file", _nearest_file(path), shown)
+    name = path.name.lower()
+    plain = name.removesuffix(".gz")
+    if name.endswith(".parquet"):
+        return _read_parquet(path, shown)
+    if plain.endswith((".jsonl", ".json")):
+        return _read_jsonl(path, shown)
+    if plain.endswith(".csv"):
+        return _read_csv(path, shown)
+    raise SqatError(
+        f'cannot tell the format from the ending of "{path.name}"', f"it must be {ENDINGS}", shown
+    )
+
+
+def _nearest_file(path: Path) -> str:
+    if path.is_dir():
+        return "it is a folder; name the file in it"
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}; paths are relative to the recipe"
+    names = [entry.name for entry in path.parent.iterdir() if entry.is_file()]
+    near = get_close_matches(path.name, names, n=1)
+    return (
+        f'did you mean "{near[0]}"?' if near else f"paths are relative to the recipe; looked in {path.parent}"
+    )
+
+
+def _lines(path: Path, shown: str) -> Iterator[str]:
+    """Decoded lines with their ends; whatever breaks is told with the number of the line it breaks in."""
+    number = 0
+    opener = gzip.open if path.name.lower().endswith(".gz") else open
+    try:
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise SqatError(
+            f"byte 0x{byte:02x} at column {error.start + 1} is not UTF-8",
+            "save the file as UTF-8",
+            f"{shown}:{number}",
+        ) from None
+    except EOFError:
+        raise SqatError(
+            "the gzip stream ends too early", "the file is cut short; copy it again", f"{shown}:{number + 1}"
+        ) from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise SqatError(
+            f"not a gzip file: {error}", "is the ending right?", f"{shown}:{number + 1}"
+        ) from None
+    except OSError as error:
+        raise SqatError(
+            f"cannot be read: {error.strerror or error}", "check its permissions", shown
+        ) from None
+
+
+def _read_jsonl(path: Path, shown: str) -> Iterator[Placed]:
+    for number, line in enumerate(_lines(path, shown), 1):
+        place = f"{shown}:{number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            at = (
+                f"{error.msg} at column {error.colno}"
+                if isinstance(error, json.JSONDecodeError)
+                else str(error)
+            )
+            raise SqatError(f"not JSON: {at}", "the file must hold one JSON object a line", place) from None
+        if not isinstance(row, dict):
+            raise SqatError(
+                f"a line must hold a JSON object, this one holds {kind(row)}",
+                "write one object a line",
+                place,
+            )
+        yield place, row
+
+
+def _read_csv(path: Path, shown: str) -> Iterator[Placed]:
+    """Yield a row per record; the place is the record's first line, also where a quoted field has several."""
+    reader = csv.reader(_lines(path, shown), strict=True)
+    header: list[str] = []
+    start = 1
+    try:
+        for fields in reader:
+            place, start = f"{shown}:{start}", reader.line_num + 1
+            if not fields:
+                continue
+            if not header:
+                header = _checked_header(fields, place)
+                continue
+            if len(fields) != len(header):
+                raise SqatError(
+                    f"{len(fields)} fields under a header of {len(header)}",
+                    "put text with commas or line ends in double quotes",
+                    place,
+                )
+            yield place, dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise SqatError(f"not CSV: {error}", "use commas and double quotes", f"{shown}:{start}") from None
+
+
+def _checked_header(fields: list[str], place: str) -> list[str]:
+    twice = {name for name in fields if fields.count(name) > 1}
+    if twice:
+        raise SqatError(
+            f"the header has {listed(twice)} more than once", "give each column its own name", place
+        )
+    return fields
+
+
+def _read_parquet(path: Path, shown: str) -> Iterator[Placed]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=4096):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{shown}:row {number}", row
+    except (pa.ArrowException, OSError) as error:
+        problem = " ".join(str(error).split())
+        raise SqatError(f"not a Parquet file: {problem}", "is the ending right?", shown) from None
+
+
+def listed(names: set[str] | list[str]) -> str:
+    """Names in quotes with commas between: ``"a", "b"``."""
+    return ", ".join(f'"{name}"' for name in sorted(names))
+
+
+def kind(value: object) -> str:
+    """What a value is, in the words of the file: ``null``, ``true``, ``the number 3``, ``the text "x"``."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return f"the number {value:.6g}" if isinstance(value, float) else "a whole number"
+    if isinstance(value, str):
+        return f'the text "{value[:40]}{"..." if len(value) > 40 else ""}"'
+    if isinstance(value, dict):
+        return "an object"
+    return "a list" if isinstance(value, list) else f"a {type(value).__name__}"

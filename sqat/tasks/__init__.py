@@ -1,0 +1,65 @@
+"""Tasks: what a head puts out, what it learns from, and how it is measured.
+
+A task is a frozen dataclass made from its recipe section and the train rows; stages and the training loop
+know only the protocol below. Another task is one file here, one section in `sqat.recipe` and one line in
+`build_task`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from sqat import recipe
+from sqat.data import Batch, Rows
+from sqat.tasks.classification import Classification
+from sqat.tasks.regression import Regression
+from sqat.tasks.relevance import Relevance
+
+
+class Task(Protocol):
+    """What the stages ask of a task; N rows, B rows of a batch, C outputs."""
+
+    @property
+    def metric(self) -> str:
+        """The metric that picks the best step; higher is better."""
+
+    @property
+    def outputs(self) -> int:
+        """Logits of the head, C."""
+
+    @property
+    def config_fields(self) -> dict[str, Any]:
+        """What the transformers configuration should say: id2label, label2id, problem_type."""
+
+    def encode(self, rows: Rows) -> Rows:
+        """Rows with a numeric label."""
+
+    def units(self, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
+        """Rows of one epoch; those that must share a batch stand together."""
+
+    def remarks(self, rows: Rows) -> list[str]:
+        """What `units` leaves out of the train rows, a line each, for the user."""
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Loss [] of logits [B, C]."""
+
+    def metrics(self, logits: Tensor, rows: Rows) -> dict[str, float]:
+        """Metrics of logits [N, C], in the order of the rows."""
+
+    def decisions(self, logits: Tensor, rows: Rows) -> Tensor:
+        """What a user acts on, for comparing two forms of one model."""
+
+
+def build_task(config: recipe.Task, train_rows: Rows) -> Task:
+    """Make the task of a recipe; classes and the highest grade come from the train rows.
+
+    Raises:
+        SqatError: the labels of the recipe and of the rows do not fit.
+    """
+    if isinstance(config, recipe.ClassificationTask):
+        return Classification.of(config, train_rows)
+    if isinstance(config, recipe.RegressionTask):
+        return Regression(metric=config.metric)
+    return Relevance.of(config, train_rows)

@@ -1,0 +1,50 @@
+"""Text regression, one or two texts: one logit, the score itself, mean squared error.
+
+The scores are taken as they are, so that the exported model puts out the user's unit. Left out: scaling;
+scores far outside -10 to 10 learn slowly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sqat import metrics
+from sqat.data import Batch, Rows, column
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Predict a number."""
+
+    metric: Literal["spearman", "pearson"] = "spearman"
+
+    @property
+    def outputs(self) -> int:
+        return 1
+
+    @property
+    def config_fields(self) -> dict[str, Any]:
+        return {"id2label": {0: "score"}, "label2id": {"score": 0}, "problem_type": "regression"}
+
+    def encode(self, rows: Rows) -> Rows:
+        return rows
+
+    def units(self, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
+        return [[row] for row in range(len(rows))]
+
+    def remarks(self, rows: Rows) -> list[str]:
+        return []
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        return torch.nn.functional.mse_loss(logits.squeeze(1).float(), batch.labels)
+
+    def metrics(self, logits: Tensor, rows: Rows) -> dict[str, float]:
+        return metrics.regression(column(rows, "label"), logits.squeeze(1))
+
+    def decisions(self, logits: Tensor, rows: Rows) -> Tensor:
+        """Predicted score rounded to 0.1, [N]."""
+        return (logits.squeeze(1) * 10).round() / 10
