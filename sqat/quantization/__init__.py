@@ -1,0 +1,1 @@
+"""Int8 quantization: histograms, calibrators and fake quantization on tensors."""

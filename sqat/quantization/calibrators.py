@@ -1,0 +1,144 @@
+"""From a histogram of |x| to the bound amax of a symmetric int8 quantizer (scale = amax / 127).
+
+`Percentile` is the default: it clips a known share and is stable under more data. `Maximum` clips nothing,
+`MeanSquaredError` weighs clipping against rounding, `Entropy` keeps the distribution's shape (the KL method
+that TensorRT describes: S. Migacz, "8-bit inference with TensorRT", GTC 2017). All treat values within a bin
+as spread evenly. A site that only saw zeros gets `ZEROS_AMAX`: any scale is right for it, and this one is
+small yet normal in float16. Left out: calibration of weights, whose amax is their own maximum per row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sqat.quantization.histogram import BINS, Histogram
+
+ZEROS_AMAX = 2.0**-6
+SMALLEST_AMAX = 2.0**-40
+
+
+def _usable(amax: float, histogram: Histogram) -> float:
+    """Keep amax far enough from 0 that 1 / scale is finite."""
+    if not histogram.total:
+        raise ValueError("the histogram has observed nothing")
+    return max(amax, SMALLEST_AMAX) if histogram.max_abs else ZEROS_AMAX
+
+
+@dataclass(frozen=True)
+class Percentile:
+    """The smallest bound that covers a share of the values, at bin resolution."""
+
+    name: Literal["percentile"] = "percentile"
+    coverage: float = 0.9999
+
+    def __post_init__(self) -> None:
+        if not 0 < self.coverage <= 1:
+            raise ValueError(f"coverage must lie in (0, 1], got {self.coverage}")
+
+    def __call__(self, histogram: Histogram) -> float:
+        """Return amax > 0; ValueError if nothing was observed."""
+        return _usable(histogram.upper_edge(self.coverage), histogram)
+
+
+@dataclass(frozen=True)
+class Maximum:
+    """The largest |x| seen."""
+
+    name: Literal["max"] = "max"
+
+    def __call__(self, histogram: Histogram) -> float:
+        """Return amax > 0; ValueError if nothing was observed."""
+        return _usable(histogram.max_abs, histogram)
+
+
+@dataclass(frozen=True)
+class MeanSquaredError:
+    """The bound with the least expected squared error of rounding and clipping.
+
+    Candidates fall from the maximum geometrically, ``per_octave`` for each factor of two, over 12 octaves.
+    """
+
+    name: Literal["mse"] = "mse"
+    per_octave: int = 16
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.per_octave <= 1024:
+            raise ValueError(f"per_octave must lie in 1..1024, got {self.per_octave}")
+
+    def __call__(self, histogram: Histogram) -> float:
+        """Return amax > 0; ValueError if nothing was observed."""
+        used = int(histogram.counts.nonzero().max()) + 1 if histogram.total else 1
+        density = histogram.counts[:used].double() / histogram.width
+        edges = torch.arange(used + 1, dtype=torch.float64) * histogram.width
+        candidates = [histogram.max_abs * 2 ** (-i / self.per_octave) for i in range(12 * self.per_octave)]
+        errors = [float((density * _error_up_to(edges, amax / 127).diff()).sum()) for amax in candidates]
+        return _usable(candidates[min(range(len(errors)), key=errors.__getitem__)], histogram)
+
+
+def _error_up_to(x: Tensor, scale: float) -> Tensor:
+    """Integrate (u - Q(u))**2 from 0 to x, where Q rounds to multiples k * scale, k <= 127.
+
+    Each whole step contributes scale**3 / 12; the rest, or what lies beyond the last step, is a cube.
+    """
+    if not scale:
+        return torch.zeros_like(x)
+    k = (x / scale).round_().clamp_(max=127)
+    return k * (scale**3 / 12) + (x - k * scale) ** 3 / 3
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """The bound at which 128 levels keep most of the distribution's shape (least KL divergence).
+
+    As TensorRT describes it, over 2048 bins: P is the clipped histogram with the outliers put in its last bin,
+    Q spreads each level's mass evenly over the level's occupied bins. The first bin takes the count of the
+    second, as in NVIDIA's code: exact zeros cost no scale anything.
+    """
+
+    name: Literal["entropy"] = "entropy"
+
+    def __call__(self, histogram: Histogram) -> float:
+        """Return amax > 0; ValueError if nothing was observed."""
+        merge = BINS // 2048
+        counts = histogram.counts.view(2048, merge).sum(1).double()
+        counts[0] = counts[1]
+        bound = (_least_divergent(counts) * merge) * histogram.width
+        return _usable(min(bound, histogram.max_abs), histogram)
+
+
+def _least_divergent(counts: Tensor, levels: int = 128) -> int:
+    """Return how many of the bins to keep; all of them where every divergence is infinite.
+
+    Q is constant within a level, so KL(P || Q) = sum p log p - sum_level P_level log q_level, and running sums
+    give both for all candidates at once.
+    """
+    candidates = torch.arange(levels, len(counts) + 1)
+    starts = (candidates.unsqueeze(1) * torch.arange(levels + 1) + levels - 1) // levels
+    outliers = counts.sum() - _running_sum(counts)[candidates]
+    in_level = _running_sum(counts)[starts].diff()
+    per_bin = in_level / _running_sum((counts > 0).double())[starts].diff()
+    q = per_bin / in_level.sum(1, keepdim=True)
+    p = in_level / counts.sum()
+    last = counts[candidates - 1]
+    p[:, -1] += outliers / counts.sum()
+    plogp = _running_sum(_xlogx(counts / counts.sum()))[candidates]
+    plogp += _xlogx((last + outliers) / counts.sum()) - _xlogx(last / counts.sum())
+    divergence = plogp - torch.where(p > 0, p * q.log(), 0.0).sum(1)
+    divergence[(last == 0) & (outliers > 0)] = torch.inf  # Q is empty in the bin that P puts the outliers in
+    best = torch.nan_to_num(divergence, nan=torch.inf).flip(0).argmin()  # of equals, the one that clips least
+    return int(candidates.flip(0)[best])
+
+
+def _running_sum(values: Tensor) -> Tensor:
+    return torch.cat([values.new_zeros(1), values.cumsum(0)])
+
+
+def _xlogx(values: Tensor) -> Tensor:
+    return torch.special.xlogy(values, values)
+
+
+Calibrator = Percentile | Maximum | MeanSquaredError | Entropy

@@ -1,0 +1,191 @@
+"""Fake quantization to int8: values on the integer grid, gradients straight through.
+
+Q(x) = clamp(round_half_even(x / s), lo, hi) * s with s = amax / 127; activations per tensor in [-128, 127],
+weights per output channel in [-127, 127]. As in torch's ops, x is multiplied by 1 / s, and the straight-through
+gradient is 1 where the *rounded* value lies in the range, that is within half a step beyond its ends (exact
+ties at an end aside). Written on plain torch ops rather than torch's fused one: those branch on each element
+and store a mask, which costs about ten times more on a CPU; here the forward is four passes, three of them
+in place, the backward is one, and only x is kept for it. Everything is computed in float32 (float64 for
+float64) and returned in the type that came in. Left out: zero points (all ranges are symmetric) and other
+bit widths.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ACTIVATION_LOW, HIGH = -128, 127  # weights use -HIGH..HIGH
+SMALLEST_AMAX = (
+    2.0**-40
+)  # a fully pruned row, or a learned amax driven to 0, still has a scale with finite inverse
+
+
+def _computed(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _step_through(grad: Tensor, x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+    """Pass ``grad`` where x / scale lies strictly within (low, high), else 0, in one pass where possible."""
+    grad, x = _computed(grad), _computed(x)
+    if x.is_cpu:
+        step = float(scale)
+        return torch.ops.aten.hardtanh_backward(grad, x, low * step, high * step)
+    return torch.ops.aten.hardtanh_backward(
+        grad, x / scale, low, high
+    )  # bounds as numbers would wait for the device
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, amax: Tensor) -> Tensor:
+        ctx.save_for_backward(x, amax)
+        return _to_grid(x, amax / HIGH)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        x, amax = ctx.saved_tensors
+        inside = _step_through(grads[0], x, amax / HIGH, ACTIVATION_LOW - 0.5, HIGH + 0.5)
+        return inside.to(x.dtype), None
+
+
+def _to_grid(x: Tensor, scale: Tensor) -> Tensor:
+    y = _computed(x) * (1 / scale)
+    return y.round_().clamp_(ACTIVATION_LOW, HIGH).mul_(scale).to(x.dtype)
+
+
+def fake_quantize(x: Tensor, amax: Tensor) -> Tensor:
+    """Round activations to the int8 grid of one scale, with a straight-through gradient.
+
+    Args:
+        x: floats of any shape.
+        amax: float32, 0-d, positive and finite, on the device of ``x``. Not checked here, since that would wait
+            for the device at every call: `check_amax` does where a quantizer is made.
+
+    Returns:
+        Tensor of the shape and type of ``x``. NaN stays NaN.
+    """
+    y: Tensor = _FakeQuantize.apply(x, amax)
+    return y
+
+
+def check_amax(amax: Tensor, place: str = "amax") -> None:
+    """Raise ValueError unless ``amax`` is 0-d float, positive and finite; ``place`` begins the message."""
+    if amax.dim() or not amax.is_floating_point():
+        raise ValueError(
+            f"{place}: must be a 0-d float tensor, got {amax.dtype} of shape {tuple(amax.shape)}"
+        )
+    if not (math.isfinite(amax) and amax > 0):
+        raise ValueError(f"{place}: must be positive and finite, got {float(amax)}")
+
+
+class _FakeQuantizeLearned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, amax: Tensor) -> Tensor:
+        ctx.save_for_backward(x, amax)
+        return _to_grid(x, amax.clamp(min=SMALLEST_AMAX) / HIGH)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, amax = ctx.saved_tensors
+        scale = amax.clamp(min=SMALLEST_AMAX) / HIGH
+        grad = _computed(grads[0]).contiguous()
+        inside = _step_through(grad, x, scale, ACTIVATION_LOW, HIGH)
+        # sum of grad * (round(v) - v) inside and grad * bound outside, with v = x / scale and Q(x) on the grid
+        moved = _dot(grad, _computed(_to_grid(x, scale))) - _dot(inside, _computed(x))
+        share = 1 / math.sqrt(x.numel() * HIGH)
+        return inside.to(x.dtype), (moved / scale * (share / HIGH)).to(amax.dtype)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.reshape(-1), b.reshape(-1))
+
+
+def fake_quantize_learned(x: Tensor, amax: Tensor) -> Tensor:
+    """Round activations to the int8 grid of a learned scale (LSQ, arXiv:1902.08153).
+
+    The gradients are the paper's: with v = x / s, x gets the gradient where -128 < v < 127; s gets
+    round(v) - v there, -128 or 127 elsewhere, times 1 / sqrt(numel * 127); amax = 127 s.
+
+    Args:
+        x: floats of any shape.
+        amax: float, 0-d, learned; below 2**-40 it acts as 2**-40.
+    """
+    y: Tensor = _FakeQuantizeLearned.apply(x, amax)
+    return y
+
+
+def _row_scale(weight: Tensor) -> Tensor:
+    """Return amax / 127 of each output channel, positive even for a row of zeros, shaped to broadcast."""
+    rows = weight.flatten(1)
+    amax = torch.maximum(rows.amax(1), rows.amin(1).neg_()).clamp_(min=SMALLEST_AMAX)
+    return amax.div_(HIGH).view(-1, *[1] * (weight.dim() - 1))
+
+
+class _FakeQuantizeWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.save_for_backward(mask)
+        y = _computed(weight)
+        y = y.clone() if mask is None else mask.view(torch.uint8).to(y.dtype).mul_(y)
+        scale = _row_scale(y)
+        # |w| / s is 127 within rounding, so nothing to clamp; + 0.0 turns -0.0 into +0.0
+        return y.mul_(1 / scale).round_().mul_(scale).add_(0.0).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (mask,) = ctx.saved_tensors
+        if mask is None:
+            return grads[0], None
+        return mask.view(torch.uint8).to(grads[0].dtype).mul_(grads[0]), None
+
+
+def fake_quantize_weight(weight: Tensor, mask: Tensor | None) -> Tensor:
+    """Mask a weight and round it to the int8 grid of each output channel; the gradient is ``grad * mask``.
+
+    The scale of a row is its largest |w| that the mask leaves, over 127, so nothing is ever clipped and no
+    gradient is cut.
+
+    Args:
+        weight: finite floats [out, ...].
+        mask: bool of the same shape, True where kept; None keeps all.
+
+    Returns:
+        Tensor of the shape and type of ``weight``; zeros are +0.0.
+    """
+    if mask is not None and (mask.shape != weight.shape or mask.dtype != torch.bool):
+        raise ValueError(
+            f"mask {mask.dtype} {tuple(mask.shape)} must be bool of the weight's shape {tuple(weight.shape)}"
+        )
+    y: Tensor = _FakeQuantizeWeight.apply(weight, mask)
+    return y
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the integers and scales that `fake_quantize_weight` rounds a (masked) weight to.
+
+    Args:
+        weight: finite floats [out, ...].
+
+    Returns:
+        int8 tensor of the shape of ``weight`` in [-127, 127], and float scales [out], all positive.
+    """
+    w = _computed(weight.detach())
+    scale = _row_scale(w)
+    return w.mul(1 / scale).round_().to(torch.int8), scale.flatten()
+
+
+def sqnr_db(x: Tensor, y: Tensor) -> float:
+    """Return the signal-to-quantization-noise ratio of ``y`` for ``x`` in dB; inf where they are equal."""
+    signal, noise = x.double().square().sum(), (x.double() - y.double()).square().sum()
+    if not noise:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
+
+
+def saturated_share(x: Tensor, amax: Tensor) -> float:
+    """Return the share of values with |x| > amax (0 for an empty tensor)."""
+    return float((x.abs() > amax).double().mean()) if x.numel() else 0.0

@@ -1,0 +1,152 @@
+"""A histogram of |x| that needs no first look at the data and adds up across batches and processes.
+
+Bins are `BINS` in number and 2**exponent wide, starting at 0. When a value lies beyond the last bin,
+neighbouring bins are merged and the width doubles; widths being powers of two, every value ends in the bin it
+would have had from the start, so the result depends neither on the order of batches nor on how they were
+spread over processes. Counts are int64, and positions that are padding are left out by ``keep``. A value's
+bin is known to one width, at most 1/4096 of the largest |x|. Left out: signed histograms (all scales here
+are symmetric) and per-channel ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+BINS = 8192
+FINEST = -100  # exponent of the width before any value: 1/width and width * BINS stay normal in float32
+
+
+class Histogram:
+    """Counts of |x| in `BINS` bins [i * width, (i + 1) * width), and the exact largest |x|.
+
+    Attributes:
+        counts: int64 [BINS], on the CPU.
+        exponent: the width is ``2.0**exponent``.
+        max_abs: largest |x| seen, exact in float32; 0 before any value.
+    """
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(BINS, dtype=torch.int64)
+        self.exponent = FINEST
+        self.max_abs = 0.0
+
+    @property
+    def width(self) -> float:
+        """Width of a bin, a power of two."""
+        return 2.0**self.exponent
+
+    @property
+    def total(self) -> int:
+        """Number of values seen."""
+        return int(self.counts.sum())
+
+    def observe(self, x: Tensor, keep: Tensor | None = None) -> None:
+        """Count the values of ``x``.
+
+        Args:
+            x: floats of any shape, read as float32.
+            keep: bool, broadcast over the leading dimensions of ``x`` ([B, T] for [B, T, H], [B, 1, T] for
+                [B, heads, T, T]); where False, values are left out.
+
+        Raises:
+            ValueError: a value is NaN or infinite.
+        """
+        x = x.detach()
+        if keep is not None:
+            x = x[keep.expand(x.shape[: keep.dim()])]
+        if not x.numel():
+            return
+        magnitudes = x.to(torch.float32).abs()
+        largest = float(magnitudes.max())  # NaN and infinity pass through
+        if not math.isfinite(largest):
+            count = int((~magnitudes.isfinite()).sum())
+            raise ValueError(f"{count} of {magnitudes.numel()} values are NaN or infinite")
+        self._cover(largest)
+        bins = magnitudes.mul_(1 / self.width).to(torch.int32)
+        self.counts += torch.bincount(bins.view(-1), minlength=BINS).cpu()
+
+    def _cover(self, largest: float) -> None:
+        """Widen the bins until ``largest`` lies in one of them."""
+        self.max_abs = max(self.max_abs, largest)
+        if largest:
+            self._widen(math.frexp(largest)[1] - int(math.log2(BINS)))
+
+    def _widen(self, exponent: int) -> None:
+        shift = exponent - self.exponent
+        if shift <= 0:
+            return
+        merged = torch.arange(BINS) >> min(shift, 63)
+        self.counts = torch.zeros_like(self.counts).index_add_(0, merged, self.counts)
+        self.exponent = exponent
+
+    def merge(self, other: Histogram) -> None:
+        """Add the values ``other`` has seen, as if this histogram had seen them too."""
+        self._widen(other.exponent)
+        self.counts += _widened(other, self.exponent)
+        self.max_abs = max(self.max_abs, other.max_abs)
+
+    def upper_edge(self, coverage: float) -> float:
+        """Return the smallest bin edge with at least ``coverage`` of the values below it, at most ``max_abs``.
+
+        It is at least the exact quantile (the ``ceil(coverage * total)``-th smallest |x|) and exceeds it by
+        at most one bin width.
+
+        Raises:
+            ValueError: nothing was observed, or coverage is outside (0, 1].
+        """
+        if not 0 < coverage <= 1:
+            raise ValueError(f"coverage must lie in (0, 1], got {coverage}")
+        if not self.total:
+            raise ValueError("the histogram has observed nothing")
+        rank = math.ceil(
+            Fraction(str(coverage)) * self.total
+        )  # as written: 0.07 of 100 is 7, not 7.000000000000001
+        crossing = int(torch.searchsorted(self.counts.cumsum(0), rank))
+        return min((crossing + 1) * self.width, self.max_abs)
+
+    def share_beyond(self, amax: float) -> float:
+        """Return the share of values with |x| > amax; within the bin that holds amax they count as spread evenly.
+
+        Raises:
+            ValueError: nothing was observed.
+        """
+        if not self.total:
+            raise ValueError("the histogram has observed nothing")
+        if amax >= self.max_abs:
+            return 0.0
+        place = max(amax, 0.0) / self.width
+        inside = int(place)
+        beyond = int(self.counts[inside + 1 :].sum()) + float(self.counts[inside]) * (inside + 1 - place)
+        return beyond / self.total
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return the state as 1-D tensors: to save, or to gather from all processes and `merge`."""
+        return {
+            "counts": self.counts.clone(),
+            "exponent": torch.tensor([self.exponent]),
+            "max_abs": torch.tensor([self.max_abs], dtype=torch.float32),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Histogram:
+        """Undo `to_tensors`; ValueError if the counts cannot be a histogram's."""
+        counts = tensors["counts"]
+        if counts.shape != (BINS,) or counts.dtype != torch.int64 or bool((counts < 0).any()):
+            raise ValueError(f"counts must be {BINS} int64 >= 0, got {counts.dtype} {tuple(counts.shape)}")
+        histogram = cls()
+        histogram.counts = counts.cpu().clone()
+        histogram.exponent = int(tensors["exponent"])
+        histogram.max_abs = float(tensors["max_abs"])
+        return histogram
+
+
+def _widened(histogram: Histogram, exponent: int) -> Tensor:
+    copy = Histogram()
+    copy.counts, copy.exponent = histogram.counts, histogram.exponent
+    copy._widen(exponent)
+    return copy.counts

@@ -1,0 +1,1 @@
+"""N:M sparsity on tensors: masks, criteria, schedules and mask packing."""
