@@ -1,0 +1,81 @@
+"""ONNX Runtime on the CPU: the sessions that check and serve an exported file; its only import here.
+
+What: a session with the options that make int8 both exact and fast, batches through it, and the operators of
+the graph ONNX Runtime actually runs.
+
+Why the options: on x86 it turns int8 activations into uint8 and multiplies them with int8 weights; without
+VNNI that product (vpmaddubsw) saturates in 16 bits, so ``session.x64quantprecision`` makes the weights uint8
+too. It does nothing where there is VNNI. ``session.qdqisint8allowed`` stays unset: its kernel is slower than
+float (O21).
+Left out: other execution providers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+
+from sqat.errors import SqatError
+
+Array = NDArray[np.generic]
+
+
+def session(
+    model: Path | str | bytes, *, threads: int = 0, optimized: Path | None = None
+) -> onnxruntime.InferenceSession:
+    """Load a model for the CPU.
+
+    Args:
+        model: file, or the bytes of a serialized ModelProto.
+        threads: of one operator; 0 = one per core.
+        optimized: where to write the graph as ONNX Runtime rewrites it.
+
+    Raises:
+        SqatError: ONNX Runtime cannot load it.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own classes are private and differ between versions
+        place = "" if isinstance(model, bytes) else str(model)
+        raise SqatError(f"ONNX Runtime cannot load the model: {first_line(error)}", place=place) from error
+
+
+def first_line(error: Exception) -> str:
+    """First line of a message, the part that says what is wrong."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def run_batches(
+    session: onnxruntime.InferenceSession, batches: Iterable[Mapping[str, Array]]
+) -> NDArray[np.float32]:
+    """Logits [N, labels] of all batches, in their order; inputs the model does not take are left out."""
+    names = [entry.name for entry in session.get_inputs()]
+    outputs = [session.run(["logits"], {name: batch[name] for name in names})[0] for batch in batches]
+    return np.concatenate(outputs).astype(np.float32, copy=False)
+
+
+def parity(reference_logits: Array, onnx_logits: Array) -> float:
+    """Largest absolute difference of two sets of logits; not a number in either counts as infinite."""
+    if reference_logits.shape != onnx_logits.shape:
+        raise ValueError(f"logits of shape {reference_logits.shape} against {onnx_logits.shape}")
+    difference = np.abs(reference_logits.astype(np.float64) - onnx_logits.astype(np.float64))
+    return float(np.nan_to_num(difference, nan=np.inf).max(initial=0.0))
+
+
+def optimized_operators(optimized: Path) -> Counter[str]:
+    """How often each operator stands in the graph ONNX Runtime wrote down while loading (`session`)."""
+    return Counter(node.op_type for node in onnx.load(optimized, load_external_data=False).graph.node)
