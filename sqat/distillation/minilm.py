@@ -4,7 +4,7 @@ A relation of two projections is softmax(A B^T / sqrt(d)) per head: a distributi
 query position. v1 (arXiv:2002.10957) compares attention (Q, K) and value relations (V, V) head by head; v2
 (arXiv:2012.15828) cuts Q, K and V anew into relation heads and compares QQ, KK and VV, so that only the
 number of relation heads must divide both widths. Either loss is KL(teacher || student) at temperature 1,
-summed over relations and divided by heads * |x|, where |x| is the real length of the sample, and averaged over
+summed over relations, divided by heads * |x| with |x| the real length of the sample, and averaged over
 samples. Pad keys are masked before the softmax and pad queries dropped, on whichever side the padding is.
 
 Q, K and V are the outputs of their projections *before* the fake quantizers of the attention products: the
@@ -39,11 +39,12 @@ Relation = tuple[Tensor, Tensor, Tensor, Tensor]  # student's A and B, teacher's
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, T, H] -> [B, A, T, H/A] in float32 (float64 stays)."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(2, (heads, -1)).transpose(1, 2)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
 def _log_relation(a: Tensor, b: Tensor, heads: int, padding: Tensor) -> Tensor:
-    """log softmax(A B^T / sqrt(d)) [B, A, T, T]; pad keys get the lowest finite number, hence probability 0."""
+    """log softmax(A B^T / sqrt(d)) [B, A, T, T]; the lowest finite score gives pad keys probability 0."""
     a, b = _split_heads(a, heads), _split_heads(b, heads)
     scores = (a * (1 / math.sqrt(a.shape[-1]))) @ b.transpose(2, 3)
     return scores.masked_fill_(padding, torch.finfo(scores.dtype).min).log_softmax(-1)
@@ -70,9 +71,7 @@ def _check(student: QKV, teacher: QKV, attention_mask: Tensor, heads: int, what:
     for who, qkv in (("student", student), ("teacher", teacher)):
         for name, x in (("query", qkv.query), ("key", qkv.key), ("value", qkv.value)):
             if x.dim() != 3 or x.shape[:2] != tokens:
-                raise ValueError(
-                    f"{who} {name} {tuple(x.shape)} does not fit the attention mask {tuple(tokens)}"
-                )
+                raise ValueError(f"{who} {name} {tuple(x.shape)} does not fit the attention mask {tuple(tokens)}")
             if x.shape[2] % heads:
                 raise ValueError(f"{heads} {what} do not divide the {who}'s {name} width {x.shape[2]}")
 
@@ -94,8 +93,8 @@ class MiniLMv1:
         """
         if student.heads != teacher.heads:
             raise ValueError(
-                f"minilm-v1 needs equal head counts, got student {student.heads} and teacher {teacher.heads}; "
-                "minilm-v2 does not"
+                f"minilm-v1 needs equal head counts, got {student.heads} in the student and "
+                f"{teacher.heads} in the teacher; minilm-v2 does not"
             )
         _check(student, teacher, attention_mask, student.heads, "heads")
         relations = (

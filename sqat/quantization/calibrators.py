@@ -94,9 +94,9 @@ def _error_up_to(x: Tensor, scale: float) -> Tensor:
 class Entropy:
     """The bound at which 128 levels keep most of the distribution's shape (least KL divergence).
 
-    As TensorRT describes it, over 2048 bins: P is the clipped histogram with the outliers put in its last bin,
-    Q spreads each level's mass evenly over the level's occupied bins. The first bin takes the count of the
-    second, as in NVIDIA's code: exact zeros cost no scale anything.
+    As TensorRT describes it, over 2048 bins: P is the clipped histogram with the outliers put in its last
+    bin, Q spreads each level's mass evenly over the level's occupied bins. The first bin takes the count of
+    the second, as in NVIDIA's code: exact zeros cost no scale anything.
     """
 
     name: Literal["entropy"] = "entropy"
@@ -113,8 +113,8 @@ class Entropy:
 def _least_divergent(counts: Tensor, levels: int = 128) -> int:
     """Return how many of the bins to keep; all of them where every divergence is infinite.
 
-    Q is constant within a level, so KL(P || Q) = sum p log p - sum_level P_level log q_level, and running sums
-    give both for all candidates at once.
+    Q is constant within a level, so KL(P || Q) = sum p log p - sum_level P_level log q_level, and running
+    sums give both for all candidates at once.
     """
     candidates = torch.arange(levels, len(counts) + 1)
     starts = (candidates.unsqueeze(1) * torch.arange(levels + 1) + levels - 1) // levels
@@ -138,7 +138,8 @@ def _running_sum(values: Tensor) -> Tensor:
 
 
 def _xlogx(values: Tensor) -> Tensor:
-    return torch.special.xlogy(values, values)
+    result: Tensor = torch.special.xlogy(values, values)
+    return result
 
 
 Calibrator = Percentile | Maximum | MeanSquaredError | Entropy

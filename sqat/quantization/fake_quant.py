@@ -1,13 +1,13 @@
 """Fake quantization to int8: values on the integer grid, gradients straight through.
 
 Q(x) = clamp(round_half_even(x / s), lo, hi) * s with s = amax / 127; activations per tensor in [-128, 127],
-weights per output channel in [-127, 127]. As in torch's ops, x is multiplied by 1 / s, and the straight-through
-gradient is 1 where the *rounded* value lies in the range, that is within half a step beyond its ends (exact
-ties at an end aside). Written on plain torch ops rather than torch's fused one: those branch on each element
-and store a mask, which costs about ten times more on a CPU; here the forward is four passes, three of them
-in place, the backward is one, and only x is kept for it. Everything is computed in float32 (float64 for
-float64) and returned in the type that came in. Left out: zero points (all ranges are symmetric) and other
-bit widths.
+weights per output channel in [-127, 127]. As in torch's ops, x is multiplied by 1 / s, and the
+straight-through gradient is 1 where the *rounded* value lies in the range, that is up to half a step beyond
+its ends (exact ties at an end aside). Written on plain torch ops rather than torch's fused one: that branches
+on each element and stores a mask, which costs about ten times more on a CPU; here the forward is four passes,
+three of them in place, the backward is one, and only x is kept for it. Everything is computed in float32
+(float64 for float64) and returned in the type that came in. Left out: zero points (all ranges are symmetric)
+and other bit widths.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ import torch
 from torch import Tensor
 
 ACTIVATION_LOW, HIGH = -128, 127  # weights use -HIGH..HIGH
-SMALLEST_AMAX = (
-    2.0**-40
-)  # a fully pruned row, or a learned amax driven to 0, still has a scale with finite inverse
+SMALLEST_AMAX = 2.0**-40  # of a fully pruned row or a learned amax driven to 0: 1 / scale stays finite
 
 
 def _computed(x: Tensor) -> Tensor:
@@ -31,12 +29,11 @@ def _computed(x: Tensor) -> Tensor:
 def _step_through(grad: Tensor, x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
     """Pass ``grad`` where x / scale lies strictly within (low, high), else 0, in one pass where possible."""
     grad, x = _computed(grad), _computed(x)
-    if x.is_cpu:
-        step = float(scale)
-        return torch.ops.aten.hardtanh_backward(grad, x, low * step, high * step)
-    return torch.ops.aten.hardtanh_backward(
-        grad, x / scale, low, high
-    )  # bounds as numbers would wait for the device
+    if not x.is_cpu:  # reading the scale would wait for the device
+        x, scale = x / scale, torch.ones(())
+    step = float(scale)
+    passed: Tensor = torch.ops.aten.hardtanh_backward(grad, x, low * step, high * step)
+    return passed
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -62,22 +59,20 @@ def fake_quantize(x: Tensor, amax: Tensor) -> Tensor:
 
     Args:
         x: floats of any shape.
-        amax: float32, 0-d, positive and finite, on the device of ``x``. Not checked here, since that would wait
-            for the device at every call: `check_amax` does where a quantizer is made.
+        amax: float32, 0-d, positive and finite, on the device of ``x``. Not checked here, which would wait for
+            the device at every call: use `check_amax` where a quantizer is made.
 
     Returns:
         Tensor of the shape and type of ``x``. NaN stays NaN.
     """
-    y: Tensor = _FakeQuantize.apply(x, amax)
+    y: Tensor = _FakeQuantize.apply(x, amax)  # type: ignore[no-untyped-call]
     return y
 
 
 def check_amax(amax: Tensor, place: str = "amax") -> None:
     """Raise ValueError unless ``amax`` is 0-d float, positive and finite; ``place`` begins the message."""
     if amax.dim() or not amax.is_floating_point():
-        raise ValueError(
-            f"{place}: must be a 0-d float tensor, got {amax.dtype} of shape {tuple(amax.shape)}"
-        )
+        raise ValueError(f"{place}: must be a 0-d float tensor, got {amax.dtype} {tuple(amax.shape)}")
     if not (math.isfinite(amax) and amax > 0):
         raise ValueError(f"{place}: must be positive and finite, got {float(amax)}")
 
@@ -94,9 +89,9 @@ class _FakeQuantizeLearned(torch.autograd.Function):
         scale = amax.clamp(min=SMALLEST_AMAX) / HIGH
         grad = _computed(grads[0]).contiguous()
         inside = _step_through(grad, x, scale, ACTIVATION_LOW, HIGH)
-        # sum of grad * (round(v) - v) inside and grad * bound outside, with v = x / scale and Q(x) on the grid
+        # sum of grad * (round(v) - v) inside and of grad * bound outside, where v = x / scale, times scale
         moved = _dot(grad, _computed(_to_grid(x, scale))) - _dot(inside, _computed(x))
-        share = 1 / math.sqrt(x.numel() * HIGH)
+        share = 1 / math.sqrt(x[0].numel() * HIGH)
         return inside.to(x.dtype), (moved / scale * (share / HIGH)).to(amax.dtype)
 
 
@@ -108,13 +103,14 @@ def fake_quantize_learned(x: Tensor, amax: Tensor) -> Tensor:
     """Round activations to the int8 grid of a learned scale (LSQ, arXiv:1902.08153).
 
     The gradients are the paper's: with v = x / s, x gets the gradient where -128 < v < 127; s gets
-    round(v) - v there, -128 or 127 elsewhere, times 1 / sqrt(numel * 127); amax = 127 s.
+    round(v) - v there, -128 or 127 elsewhere, times 1 / sqrt(127 N) with N the values of one sample, so that
+    neither depends on the batch size; amax = 127 s.
 
     Args:
-        x: floats of any shape.
+        x: floats [samples, ...].
         amax: float, 0-d, learned; below 2**-40 it acts as 2**-40.
     """
-    y: Tensor = _FakeQuantizeLearned.apply(x, amax)
+    y: Tensor = _FakeQuantizeLearned.apply(x, amax)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -160,7 +156,7 @@ def fake_quantize_weight(weight: Tensor, mask: Tensor | None) -> Tensor:
         raise ValueError(
             f"mask {mask.dtype} {tuple(mask.shape)} must be bool of the weight's shape {tuple(weight.shape)}"
         )
-    y: Tensor = _FakeQuantizeWeight.apply(weight, mask)
+    y: Tensor = _FakeQuantizeWeight.apply(weight, mask)  # type: ignore[no-untyped-call]
     return y
 
 

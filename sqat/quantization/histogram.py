@@ -11,13 +11,14 @@ are symmetric) and per-channel ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 BINS = 8192
+PART = 2**18  # values counted at once: large enough for torch, small enough that memory is reused, not mapped
 FINEST = -100  # exponent of the width before any value: 1/width and width * BINS stay normal in float32
 
 
@@ -56,19 +57,16 @@ class Histogram:
         Raises:
             ValueError: a value is NaN or infinite.
         """
-        x = x.detach()
-        if keep is not None:
-            x = x[keep.expand(x.shape[: keep.dim()])]
-        if not x.numel():
-            return
-        magnitudes = x.to(torch.float32).abs()
-        largest = float(magnitudes.max())  # NaN and infinity pass through
-        if not math.isfinite(largest):
-            count = int((~magnitudes.isfinite()).sum())
-            raise ValueError(f"{count} of {magnitudes.numel()} values are NaN or infinite")
-        self._cover(largest)
-        bins = magnitudes.mul_(1 / self.width).to(torch.int32)
-        self.counts += torch.bincount(bins.view(-1), minlength=BINS).cpu()
+        for part in _parts(x.detach(), keep):
+            values = part.to(torch.float32)
+            low, high = values.aminmax()  # NaN and infinity pass through
+            largest = max(-float(low), float(high))
+            if not math.isfinite(largest):
+                count = sum(int((~part.isfinite()).sum()) for part in _parts(x.detach(), keep))
+                raise ValueError(f"{count} of {x.numel()} values are NaN or infinite")
+            self._cover(largest)
+            bins = values.mul(1 / self.width).abs_().to(torch.int32)  # exact: the width is a power of two
+            self.counts += torch.bincount(bins, minlength=BINS).cpu()
 
     def _cover(self, largest: float) -> None:
         """Widen the bins until ``largest`` lies in one of them."""
@@ -91,7 +89,7 @@ class Histogram:
         self.max_abs = max(self.max_abs, other.max_abs)
 
     def upper_edge(self, coverage: float) -> float:
-        """Return the smallest bin edge with at least ``coverage`` of the values below it, at most ``max_abs``.
+        """Return the smallest bin edge that covers a share of the values, at most ``max_abs``.
 
         It is at least the exact quantile (the ``ceil(coverage * total)``-th smallest |x|) and exceeds it by
         at most one bin width.
@@ -103,14 +101,12 @@ class Histogram:
             raise ValueError(f"coverage must lie in (0, 1], got {coverage}")
         if not self.total:
             raise ValueError("the histogram has observed nothing")
-        rank = math.ceil(
-            Fraction(str(coverage)) * self.total
-        )  # as written: 0.07 of 100 is 7, not 7.000000000000001
+        rank = math.ceil(Fraction(str(coverage)) * self.total)  # as written: 0.07 of 100 is 7, not 7.000000000000001
         crossing = int(torch.searchsorted(self.counts.cumsum(0), rank))
         return min((crossing + 1) * self.width, self.max_abs)
 
     def share_beyond(self, amax: float) -> float:
-        """Return the share of values with |x| > amax; within the bin that holds amax they count as spread evenly.
+        """Return the share of values with |x| > amax, taking those in the bin of amax as spread evenly.
 
         Raises:
             ValueError: nothing was observed.
@@ -143,6 +139,19 @@ class Histogram:
         histogram.exponent = int(tensors["exponent"])
         histogram.max_abs = float(tensors["max_abs"])
         return histogram
+
+
+def _parts(x: Tensor, keep: Tensor | None) -> Iterator[Tensor]:
+    """Yield the kept values of ``x`` as 1-D tensors of about `PART` values."""
+    if keep is None:
+        yield from x.reshape(-1).split(PART)
+        return
+    if not x.numel():
+        return
+    kept = keep.expand(x.shape[: keep.dim()]).flatten().nonzero().squeeze(1)
+    rows = x.reshape(math.prod(x.shape[: keep.dim()]), -1)
+    for part in kept.split(max(1, PART // rows.shape[1])):
+        yield rows[part].flatten()
 
 
 def _widened(histogram: Histogram, exponent: int) -> Tensor:

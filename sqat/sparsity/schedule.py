@@ -45,9 +45,7 @@ def _check_call(scores: Tensor, pattern: Pattern, sparsity: float, previous: Ten
     if not 0 <= sparsity <= pattern.sparsity:
         raise ValueError(f"sparsity {sparsity:g} is outside 0..{pattern.sparsity:g}, the range of {pattern}")
     if previous is not None and previous.shape != scores.shape:
-        raise ValueError(
-            f"previous mask {tuple(previous.shape)} and scores {tuple(scores.shape)} differ in shape"
-        )
+        raise ValueError(f"previous mask {tuple(previous.shape)} and scores {tuple(scores.shape)} differ in shape")
     if not bool(scores.isfinite().all()):  # -inf marks what is already pruned
         raise ValueError(f"{int((~scores.isfinite()).sum())} of {scores.numel()} scores are not finite")
 
@@ -91,7 +89,6 @@ class PerGroup:
             ValueError: shapes do not fit, a score is not finite, or the sparsity is out of range.
         """
         _check_call(scores, pattern, sparsity, previous)
-        dim %= scores.dim()
         if previous is not None and not self.regrow:
             scores = scores.masked_fill(~previous, -math.inf)
         ranks = split_groups(group_ranks(scores, pattern.m, dim), pattern.m, dim)
@@ -130,7 +127,6 @@ class GroupFraction:
         Arguments and errors as in `PerGroup`.
         """
         _check_call(scores, pattern, sparsity, previous)
-        dim %= scores.dim()
         if previous is not None and not self.regrow:
             scores = scores.masked_fill(~previous, -math.inf)
         pruned = split_groups(group_ranks(scores, pattern.m, dim), pattern.m, dim) >= pattern.n
