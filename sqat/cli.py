@@ -1,0 +1,378 @@
+"""The command line: thin commands over `sqat.pipeline`, and the one place that exits.
+
+Heavy imports (torch, transformers, pydantic, Rich) are inside the bodies, so that ``--help`` is quick.
+Exit codes: 0, 1 a fault of this program, 2 the user's mistake, 3 a missed quality gate, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Literal, cast
+
+import typer
+
+from sqat import __version__
+from sqat.errors import SqatError
+
+if TYPE_CHECKING:
+    from sqat.recipe import LoadedRecipe
+
+app = typer.Typer(
+    name="sqat",
+    help="Sparse quantization-aware training: one recipe from a dense transformer to 2:4 int8 ONNX.",
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _set_verbosity(count: int) -> int:
+    """-v shows the libraries' news and warnings, -vv also tracebacks."""
+    if count:
+        logging.basicConfig(level=logging.INFO if count == 1 else logging.DEBUG, stream=sys.stderr)
+        warnings.simplefilter("default")
+    if count > 1:
+        os.environ["SQAT_DEBUG"] = "1"
+    return count
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sqat {__version__}")
+        raise typer.Exit
+
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file", show_default=False)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. stages.qat.epochs=2; repeatable"),
+]
+Force = Annotated[bool, typer.Option("--force", help="run even what is unchanged")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="only results and errors")]
+Verbose = Annotated[
+    int,
+    typer.Option(
+        "--verbose",
+        "-v",
+        count=True,
+        show_default=False,
+        callback=_set_verbosity,
+        help="libraries' messages; -vv: tracebacks too",
+    ),
+]
+Stage = Annotated[
+    str | None, typer.Option("--stage", metavar="NAME", help="which stage, if the recipe has several of the kind")
+]
+Parent = Annotated[
+    Path | None,
+    typer.Option("--from", metavar="CHECKPOINT", help="start from this folder, not from the recipe's run folder"),
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="DIR", help="where to save; default: the run folder")
+]
+Distill = Annotated[
+    bool | None,
+    typer.Option("--distill/--no-distill", help="with or without MiniLM distillation, whatever the recipe says"),
+]
+
+
+@app.callback()
+def sqat(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    first: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="first stage")] = None,
+    last: Annotated[str | None, typer.Option("--to", metavar="STAGE", help="last stage")] = None,
+    force: Force = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
+    overrides: Set = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Run every stage of a recipe; unchanged ones are skipped."""
+    loaded = load(recipe, overrides)
+    from sqat import console, pipeline, tables
+
+    if dry_run:
+        plan = pipeline.make_plan(loaded, first=first, last=last, force=force)
+        tables.print_plan(plan, as_json=json)
+        return
+    with console.open_display(quiet=quiet, log=log_of(loaded)) as display:
+        results = pipeline.run(loaded, display, first=first, last=last, force=force)
+    tables.print_results(results, as_json=json)
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    parent: Parent = None,
+    output: Output = None,
+    stage: Stage = None,
+    overrides: Set = None,
+    force: Force = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Fine-tune the dense model."""
+    run_one("train", recipe, parent, output, stage, overrides, force, quiet)
+
+
+@app.command()
+def prune(
+    recipe: RecipeFile,
+    parent: Parent = None,
+    output: Output = None,
+    stage: Stage = None,
+    distill: Distill = None,
+    overrides: Set = None,
+    force: Force = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Prune to N:M step by step, fine-tuning between the steps."""
+    run_one("prune", recipe, parent, output, stage, overrides, force, quiet, distill)
+
+
+@app.command()
+def calibrate(
+    recipe: RecipeFile,
+    parent: Parent = None,
+    output: Output = None,
+    stage: Stage = None,
+    overrides: Set = None,
+    force: Force = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Find the scales of the activations."""
+    run_one("calibrate", recipe, parent, output, stage, overrides, force, quiet)
+
+
+@app.command()
+def qat(
+    recipe: RecipeFile,
+    parent: Parent = None,
+    output: Output = None,
+    stage: Stage = None,
+    distill: Distill = None,
+    overrides: Set = None,
+    force: Force = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Fine-tune with masks, fake quantization and distillation together."""
+    run_one("qat", recipe, parent, output, stage, overrides, force, quiet, distill)
+
+
+@app.command()
+def export(
+    recipe: RecipeFile,
+    parent: Parent = None,
+    output: Output = None,
+    stage: Stage = None,
+    overrides: Set = None,
+    force: Force = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Write ONNX files and check them."""
+    run_one("export", recipe, parent, output, stage, overrides, force, quiet)
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeFile,
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="checkpoint folder or .onnx file")],
+    split: Annotated[str, typer.Option("--split", metavar="test|dev", help="which rows")] = "test",
+    overrides: Set = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Measure a checkpoint or an ONNX file."""
+    if split not in ("test", "dev"):
+        raise SqatError(f"no split {split!r}", "allowed: test, dev", "--split")
+    name: Literal["test", "dev"] = "dev" if split == "dev" else "test"
+    must_exist(artifact)
+    loaded = load(recipe, overrides)
+    if split == "test" and loaded.recipe.data.test is None:
+        raise SqatError("the recipe has no test split", "add data.test or give --split dev", recipe.name)
+    from sqat import console, pipeline, tables
+
+    with console.open_display(quiet=quiet) as display:
+        metrics = pipeline.evaluate(loaded, artifact, name, display)
+    tables.print_metrics(metrics, split, artifact, as_json=json)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="checkpoint folder or .onnx file")],
+    json: Json = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Show each layer: sparsity found, scales, quantization error, why it was left alone."""
+    must_exist(path)
+    if path.is_dir():
+        from sqat.inspection import inspect_checkpoint as inspect_path
+    elif path.suffix == ".onnx":
+        from sqat.export.inspection import inspect_onnx as inspect_path
+    else:
+        raise SqatError("is neither a checkpoint folder nor an .onnx file", place=str(path))
+    from sqat import tables
+
+    tables.print_layers(inspect_path(path), path, as_json=json)
+
+
+@app.command()
+def schema(
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="default: print it")] = None,
+) -> None:
+    """Print the JSON schema of recipes, for editors and for reading."""
+    import json
+
+    from sqat.console import print_text
+    from sqat.recipe_schema import recipe_schema
+
+    text = json.dumps(recipe_schema(), indent=2)
+    if output is None:
+        print_text(text)
+    else:
+        output.write_text(text + "\n", encoding="utf-8")
+
+
+def load(recipe: Path, overrides: Sequence[str] | None) -> LoadedRecipe:
+    """Read a recipe whose local files must be there, so that the last split is not missed hours later."""
+    from sqat.recipe_file import load_recipe
+
+    return load_recipe(recipe, overrides or (), check_files=True)
+
+
+def log_of(loaded: LoadedRecipe) -> Path:
+    """The log file of a recipe's run folder."""
+    return loaded.run_directory / "sqat.log"
+
+
+def must_exist(path: Path) -> None:
+    """Tell early that a file or folder is not there."""
+    if not path.exists():
+        from sqat.recipe_file import near_files
+
+        raise SqatError("no such file or folder", near_files(path), str(path))
+
+
+def run_one(
+    kind: str,
+    recipe: Path,
+    parent: Path | None,
+    output: Path | None,
+    stage: str | None,
+    overrides: list[str] | None,
+    force: bool,
+    quiet: bool,
+    distill: bool | None = None,
+) -> None:
+    """Run the one stage of ``kind`` that the recipe has, or the one called ``stage``."""
+    from sqat.recipe_file import distill_override
+    from sqat.recipe_rules import pick_stage
+
+    if parent is not None:
+        must_exist(parent)
+    chosen = [*(overrides or ()), *distill_override(recipe, kind, stage, overrides or (), distill)]
+    loaded = load(recipe, chosen)
+    name = pick_stage(loaded.recipe, kind, stage)
+    from sqat import console, pipeline
+
+    with console.open_display(quiet=quiet, log=log_of(loaded)) as display:
+        directory = pipeline.run_stage(loaded, name, display, parent=parent, output=output, force=force)
+    console.print_text(console.nearby(directory))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and turn every end into an exit code and at most one line."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    warnings.simplefilter("ignore")
+    try:
+        return app(args=argv, prog_name="sqat", standalone_mode=False) or 0
+    except typer.Exit as end:
+        return end.exit_code
+    except Exception as error:
+        return _tell(error)
+    except KeyboardInterrupt as error:
+        return _tell(error)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+# UsageError, which old versions of Typer take from click and new ones from a copy of their own.
+USAGE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
+
+
+def _tell(error: BaseException) -> int:
+    """Print one line about an error and return its exit code."""
+    from sqat import console
+
+    debug = os.environ.get("SQAT_DEBUG", "") not in ("", "0")
+    if debug and not isinstance(error, USAGE_ERROR):
+        import traceback
+
+        traceback.print_exception(error)
+    if isinstance(error, SqatError):
+        console.print_error(error)
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        console.print_failure("interrupted; the same command goes on from the last saved state")
+        return 130
+    if isinstance(error, USAGE_ERROR):
+        console.print_error(SqatError(usage_line(error)))
+        return 2
+    return _tell_fault(error, debug)
+
+
+def usage_line(error: typer.BadParameter) -> str:
+    """A usage error in one line, with where to read more."""
+    command = error.ctx.command_path if error.ctx is not None else "sqat"
+    return f"{error.format_message().rstrip('.')} (see {command} --help)"
+
+
+def _tell_fault(error: BaseException, debug: bool) -> int:
+    """What nobody foresaw: a full disk is the user's to mend, all else is this program's fault."""
+    from sqat import console
+
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if isinstance(error, OSError) and error.errno in (
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENOSPC,
+        errno.EROFS,
+        errno.EDQUOT,
+    ):
+        console.print_error(SqatError(error.strerror or "not writable", place=error.filename or ""))
+        return 2
+    where = f" ({', '.join(str(argument) for argument in error.args[:1])})" if error.args else ""
+    hint = "" if debug else "; run it again with -vv or SQAT_DEBUG=1 for the traceback"
+    console.print_failure(f"internal error: {type(error).__name__}{where.splitlines()[0] if where else ''}{hint}")
+    return 1

@@ -1,0 +1,164 @@
+"""What must be true between the parts of a recipe: who may start from whom, which names must exist.
+
+Each rule yields the path of the key it is about, so that the error can point at its line. The schema
+alone (`sqat.recipe`) cannot say these things. Left out: files and columns, which only the data know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from typing import NamedTuple
+
+from sqat.errors import SqatError
+from sqat.recipe import (
+    DistillConfig,
+    ExportConfig,
+    PruneConfig,
+    QatConfig,
+    Recipe,
+    RelevanceTask,
+    StageConfig,
+    TrainConfig,
+)
+from sqat.sparsity.masks import parse_pattern
+
+
+class Problem(NamedTuple):
+    """A broken rule: the key it is about, what is wrong, what to do."""
+
+    path: tuple[str, ...]
+    text: str
+    hint: str = ""
+
+
+def suggest(got: str, allowed: Iterable[str]) -> str:
+    """The nearest of the allowed names, and all of them."""
+    names = list(allowed)
+    close = get_close_matches(got.lower(), names, n=1, cutoff=0.6)
+    listed = f"allowed: {', '.join(names)}" if names else ""
+    return f"did you mean {close[0]!r}? {listed}" if close else listed
+
+
+def broken_rules(recipe: Recipe) -> list[Problem]:
+    """Everything wrong between the parts of ``recipe``; broken parents hide what hangs on them."""
+    parents = list(_parents(recipe))
+    stages = [] if parents else [p for name in recipe.stages for p in _stage(recipe, name)]
+    return [*parents, *stages, *_results(recipe), *_columns(recipe)]
+
+
+def pick_stage(recipe: Recipe, kind: str, name: str | None) -> str:
+    """The stage of ``kind`` called ``name``, or the only one there is.
+
+    Raises:
+        SqatError: there is none, or several and no name.
+    """
+    names = [other for other, stage in recipe.stages.items() if stage.stage == kind]
+    if not names:
+        raise SqatError(f"the recipe has no {kind} stage", f"its stages: {', '.join(recipe.stages)}", recipe.name)
+    if name is None and len(names) > 1:
+        text = f"the recipe has {len(names)} {kind} stages: {', '.join(names)}"
+        raise SqatError(text, f"choose one, e.g. --stage {names[0]}", recipe.name)
+    if name is not None and name not in names:
+        raise SqatError(f"no {kind} stage {name!r}", suggest(name, names), "--stage")
+    return name or names[0]
+
+
+def ancestors(recipe: Recipe, name: str) -> list[str]:
+    """Names of the stages that ``name`` starts from, the nearest first."""
+    found = []
+    parent = recipe.parent_of(name)
+    while parent is not None:
+        found.append(parent)
+        parent = recipe.parent_of(parent)
+    return found
+
+
+def _parents(recipe: Recipe) -> Iterator[Problem]:
+    before: list[str] = []
+    for name, stage in recipe.stages.items():
+        path, parent = ("stages", name, "from"), stage.parent
+        possible = [other for other in before if not isinstance(recipe.stages[other], ExportConfig)]
+        if parent is not None and parent not in before:
+            late = "is not a stage before it" if parent in recipe.stages else "is no stage"
+            yield Problem(path, f"stage {name!r} starts from {parent!r}, which {late}", suggest(parent, possible))
+        elif parent is not None and parent not in possible:
+            text = f"stage {name!r} starts from {parent!r}, an export, which holds no model to go on with"
+            yield Problem(path, text, suggest(parent, possible))
+        before.append(name)
+
+
+def _stage(recipe: Recipe, name: str) -> Iterator[Problem]:
+    stage, line = recipe.stages[name], ancestors(recipe, name)
+    kinds = {recipe.stages[other].stage for other in line}
+    path = ("stages", name)
+    if isinstance(stage, QatConfig) and "calibrate" not in kinds:
+        text = f"stage {name!r} needs a calibrate stage among those it starts from, {_chain(line)}"
+        yield Problem(path, text, "add a calibrate stage before it")
+    if isinstance(stage, ExportConfig) and "onnx-int8" in stage.targets and not kinds & {"calibrate", "qat"}:
+        text = f"onnx-int8 needs a calibrate or qat stage among those {name!r} starts from, {_chain(line)}"
+        at = (*path, "targets") if "targets" in stage.model_fields_set else path
+        yield Problem(at, text, "export onnx-fp32, or add a calibrate stage before it")
+    if isinstance(stage, PruneConfig):
+        yield from _schedule(path, stage)
+    if isinstance(stage, PruneConfig | QatConfig) and stage.distill is not None:
+        yield from _distill(recipe, name, stage, stage.distill, line)
+
+
+def _schedule(path: tuple[str, ...], stage: PruneConfig) -> Iterator[Problem]:
+    try:
+        stage.schedule.sparsities(parse_pattern(stage.pattern))
+    except ValueError as error:
+        yield Problem((*path, "schedule", "steps"), f"{'.'.join(path)}.schedule: {error}")
+
+
+def _distill(
+    recipe: Recipe, name: str, stage: StageConfig, distill: DistillConfig, line: list[str]
+) -> Iterator[Problem]:
+    dense = [other for other in line if _is_dense(recipe, other)]
+    path = ("stages", name, "distill") if "distill" in stage.model_fields_set else ("stages", name)
+    teacher = distill.teacher
+    if teacher is not None and teacher not in dense:
+        why = "is no stage" if teacher not in recipe.stages else "is not dense and among those it starts from"
+        text = f"the teacher {teacher!r} of stage {name!r} {why}"
+        yield Problem((*path, "teacher"), text, suggest(teacher, dense) or "add a train stage before it")
+    elif not dense:
+        text = f"stage {name!r} distils, but none of the stages it starts from, {_chain(line)}, is a train stage"
+        yield Problem(path, text, "add a train stage before it to teach, or set distill: null")
+
+
+def _is_dense(recipe: Recipe, name: str) -> bool:
+    return all(isinstance(recipe.stages[other], TrainConfig) for other in (name, *ancestors(recipe, name)))
+
+
+def _chain(line: list[str]) -> str:
+    return f"({' <- '.join(line)})" if line else "(none: it starts from the pretrained model)"
+
+
+def _results(recipe: Recipe) -> Iterator[Problem]:
+    for label, row in recipe.results.items():
+        name, slash, target = row.partition("/")
+        stage, path = recipe.stages.get(name), ("results", label)
+        targets = stage.targets if isinstance(stage, ExportConfig) else ()
+        if stage is None:
+            yield Problem(path, f"{name!r} is no stage", suggest(name, recipe.stages))
+        elif slash and target not in targets:
+            hint = suggest(target, targets) if targets else f"write {name}"
+            yield Problem(path, f"stage {name!r} has no target {target!r}", hint)
+        elif not slash and len(targets) > 1:
+            rows = " or ".join(f"{name}/{target}" for target in targets)
+            yield Problem(path, f"stage {name!r} writes {len(targets)} files: say which", f"write {rows}")
+
+
+def _columns(recipe: Recipe) -> Iterator[Problem]:
+    ranking = isinstance(recipe.task, RelevanceTask)
+    foreign = ("text", "text_pair") if ranking else ("query", "passage", "group", "candidates")
+    for key in foreign:
+        if key in recipe.data.columns.model_fields_set:
+            text = f"the column {key!r} means nothing to the task {recipe.task.name}"
+            hint = (
+                "its columns are query, passage, label, group, candidates"
+                if ranking
+                else "its columns are text, text_pair, label"
+            )
+            yield Problem(("data", "columns", key), text, hint)

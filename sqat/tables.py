@@ -1,0 +1,192 @@
+"""The tables on standard output: results, plan, metrics and layers, each also as JSON.
+
+Made to be read at 80 columns: what does not fit goes below the table, or is named there and left to JSON.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from sqat.console import nearby, print_json, result_console, show_time
+from sqat.report_row import LayerReport
+
+if TYPE_CHECKING:
+    from sqat.pipeline import PlannedStage, Results
+
+
+def print_results(results: Results, *, as_json: bool = False) -> None:
+    """The closing table: a row per artifact with its metrics, size and path."""
+    if as_json:
+        print_json(
+            {
+                "split": results.split,
+                "data_digest": results.data_digest,
+                "directory": str(results.directory),
+                "rows": [
+                    {"label": row.label, "stage": row.stage, "metrics": row.metrics,
+                     "size_bytes": row.size_bytes, "path": str(row.path)}
+                    for row in results.rows
+                ],
+            }
+        )  # fmt: skip
+        return
+    console = result_console()
+    metrics = list(dict.fromkeys(metric for row in results.rows for metric in row.metrics))
+    table, shown, has_path = _fitting_results(results, metrics, console)
+    console.print(table)
+    if not has_path:
+        for row in results.rows:
+            console.print(f"{row.label}: {nearby(row.path)}", soft_wrap=True)
+    if shown < len(metrics):
+        console.print(f"also measured, see --json: {', '.join(metrics[shown:])}")
+    console.print(
+        f"{results.split} split, data {results.data_digest[:12]}, run in {nearby(results.directory)}", soft_wrap=True
+    )
+
+
+def _fitting_results(results: Results, metrics: list[str], console: Console) -> tuple[Table, int, bool]:
+    """The fullest table that fits the console: first the paths go, then the last metrics."""
+    for shown, has_path in [(len(metrics), True), *((count, False) for count in range(len(metrics), 0, -1))]:
+        table = _results_table(results, metrics[:shown], has_path)
+        if Measurement.get(console, console.options, table).minimum <= console.width >= natural_width(table):
+            return table, shown, has_path
+    return _results_table(results, metrics[:1], False), min(len(metrics), 1), False
+
+
+def _results_table(results: Results, metrics: list[str], has_path: bool) -> Table:
+    table = new_table("")
+    for metric in metrics:
+        table.add_column(metric, justify="right")
+    table.add_column("MB", justify="right")
+    if has_path:
+        table.add_column("path")
+    digits = {metric: _digits([row.metrics.get(metric) for row in results.rows]) for metric in metrics}
+    for row in results.rows:
+        figures = [show_number(row.metrics.get(metric), digits[metric]) for metric in metrics]
+        path = [nearby(row.path)] if has_path else []
+        table.add_row(row.label, *figures, f"{row.size_bytes / 1e6:.1f}", *path)
+    return table
+
+
+def print_metrics(metrics: Mapping[str, float], split: str, artifact: Path, *, as_json: bool = False) -> None:
+    """What `sqat evaluate` measured."""
+    if as_json:
+        print_json({"artifact": str(artifact), "split": split, "metrics": metrics})
+        return
+    table = new_table(split)
+    table.add_column(nearby(artifact), justify="right", overflow="fold")
+    for name, value in metrics.items():
+        table.add_row(name, show_number(value, _digits([value])))
+    result_console().print(table)
+
+
+def print_plan(plan: Sequence[PlannedStage], *, as_json: bool = False) -> None:
+    """What `sqat run` would do."""
+    if as_json:
+        print_json([{**vars(stage), "directory": str(stage.directory)} for stage in plan])
+        return
+    table = new_table("#")
+    for title in ("stage", "kind", "from", "key"):
+        table.add_column(title, overflow="fold")
+    for title in ("steps", "samples", "time"):
+        table.add_column(title, justify="right")
+    table.add_column("")
+    for stage in plan:
+        amounts = [show_count(stage.steps), show_count(stage.samples), show_time(stage.seconds)]
+        state = "unchanged" if stage.unchanged else "will run"
+        names = (stage.name, stage.kind, stage.parent or "-", stage.key[:8])
+        table.add_row(str(stage.number), *names, *amounts, state)
+    console = result_console()
+    console.print(table)
+    waiting = [stage for stage in plan if not stage.unchanged]
+    known = [stage.seconds for stage in waiting if stage.seconds is not None]
+    unknown = len(waiting) - len(known)
+    total = (
+        f"{show_time(sum(known))}{f', and {unknown} of unknown time' if unknown and known else ''}"
+        if known
+        else "unknown"
+    )
+    console.print(
+        f"{len(waiting)} of {len(plan)} stages will run, time {total}"
+        if waiting
+        else "nothing to do: every stage is unchanged"
+    )
+
+
+def print_layers(layers: Sequence[LayerReport], path: Path, *, as_json: bool = False) -> None:
+    """What `sqat inspect` found, a row per layer; layers left alone and why below the table."""
+    if as_json:
+        print_json({"path": str(path), "layers": [vars(layer) for layer in layers]})
+        return
+    console = result_console()
+    prefix = common_prefix([layer.name for layer in layers])
+    table = new_table(f"layer (~ = {prefix})" if prefix else "layer")
+    for title in ("shape", "N:M", "zeros", "scale/1e-3", "in amax", "SQNR", "sat."):
+        table.add_column(title, justify="right", no_wrap=True)
+    for layer in layers:
+        table.add_row(shorten(layer.name, prefix), *_layer_cells(layer))
+    console.print(table)
+    for reason, count in Counter(layer.reason for layer in layers if layer.reason).items():
+        names = ", ".join(shorten(layer.name, prefix) for layer in layers if layer.reason == reason)
+        console.print(f"{count} left alone, {reason}: {names}")
+    console.print("scale: smallest-largest of the weight; SQNR in dB; sat.: share of inputs beyond the bound")
+
+
+def _layer_cells(layer: LayerReport) -> list[str]:
+    scale = layer.weight_scale
+    return [
+        "x".join(str(size) for size in layer.shape),
+        layer.pattern,
+        f"{100 * layer.zeros:.1f}%",
+        "-" if scale is None else f"{1e3 * scale[0]:.2g}-{1e3 * scale[1]:.2g}",
+        "-" if layer.input_amax is None else f"{layer.input_amax:.3g}",
+        "-" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}",
+        "-" if layer.saturated is None else f"{100 * layer.saturated:.2g}%",
+    ]
+
+
+def common_prefix(names: Sequence[str]) -> str:
+    """The part up to the layer number that most names share, e.g. ``bert.encoder.layer.``."""
+    prefixes = Counter(name[: found.start() + 1] for name in names if (found := re.search(r"\.\d+\.", name)))
+    return prefixes.most_common(1)[0][0] if prefixes else ""
+
+
+def shorten(name: str, prefix: str) -> str:
+    """A layer's name with ``~`` for the prefix."""
+    return f"~{name.removeprefix(prefix)}" if prefix and name.startswith(prefix) else name
+
+
+def new_table(first: str) -> Table:
+    """An empty table with one column."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column(first, overflow="fold")
+    return table
+
+
+def natural_width(table: Table) -> int:
+    """Characters a table takes when nothing in it is wrapped."""
+    wide = Console(width=10_000)
+    return Measurement.get(wide, wide.options, table).maximum
+
+
+def _digits(values: Sequence[float | None]) -> int:
+    return 4 if all(abs(value) <= 1 for value in values if value is not None) else 3
+
+
+def show_number(value: float | None, digits: int) -> str:
+    """A figure of a table; ``-`` where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def show_count(count: int | None) -> str:
+    """A whole number with thousands set apart; ``-`` where unknown."""
+    return "-" if count is None else f"{count:,}"

@@ -1,0 +1,222 @@
+"""YAML text as a tree in which every value knows its place, so that an error names the line of the very key.
+
+PyYAML's events are composed here rather than loaded: duplicate keys, tags, alias bombs and a second
+document are errors, and plain scalars follow the YAML 1.2 core schema (``1e-5`` is a number; ``2:4``, ``on``
+and ``yes`` are texts). Left out: dates, binary, sets, keys that are not scalars.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import yaml
+
+from sqat.errors import SqatError
+
+Scalar = str | int | float | bool | None
+Plain = Scalar | list["Plain"] | dict[str, "Plain"]
+
+MAX_VALUES = 10_000
+MAX_DEPTH = 40
+CONSTANTS: dict[str, Scalar] = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+}
+INTEGER = re.compile(r"[-+]?[0-9]{1,300}|0o[0-7]{1,300}|0x[0-9a-fA-F]{1,300}")
+FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value was written: the name of a file and a line, or a flag (line 0)."""
+
+    source: str
+    line: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}" if self.line else self.source
+
+
+@dataclass
+class Node:
+    """A value, the place of its key (of the value itself in a list), and how many values it holds."""
+
+    place: Place
+    value: Scalar | list[Node] | dict[str, Node]
+    size: int = 1
+
+    def plain(self) -> Plain:
+        """The value without places, as ``json`` would have it."""
+        if isinstance(self.value, dict):
+            return {key: child.plain() for key, child in self.value.items()}
+        if isinstance(self.value, list):
+            return [child.plain() for child in self.value]
+        return self.value
+
+    def child(self, key: str | int) -> Node | None:
+        """The value under ``key`` of a mapping or list, if there is one."""
+        if isinstance(self.value, dict):
+            return self.value.get(str(key)) if isinstance(key, str) else None
+        if isinstance(self.value, list) and isinstance(key, int):
+            return self.value[key] if 0 <= key < len(self.value) else None
+        return None
+
+
+def resolve_scalar(text: str, place: Place) -> Scalar:
+    """Read a plain scalar by the YAML 1.2 core schema."""
+    if text in CONSTANTS:
+        return CONSTANTS[text]
+    if INTEGER.fullmatch(text):
+        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+    if not FLOAT.fullmatch(text):
+        return text
+    number = math.nan if text[-1] in "nN" else float(text.replace(".inf", "inf").replace(".I", "I"))
+    if not math.isfinite(number):
+        raise SqatError(f"got {text}, which is not a finite number", place=str(place))
+    return number
+
+
+class _Composer:
+    """One pass over the events of one document; anchors are the only state."""
+
+    def __init__(self, text: str, source: str, flag: bool) -> None:
+        self.events: Iterator[yaml.Event] = iter(yaml.parse(text, Loader=yaml.SafeLoader))
+        self.source, self.flag = source, flag
+        self.anchors: dict[str, Node] = {}
+
+    def place(self, event: yaml.Event) -> Place:
+        mark = event.start_mark
+        return Place(self.source, 0 if self.flag or mark is None else mark.line + 1)
+
+    def node(self, event: yaml.Event, place: Place, depth: int = 0) -> Node:
+        if isinstance(event, yaml.AliasEvent):
+            return self.alias(event)
+        assert isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent)
+        if event.tag:
+            raise SqatError(f"the tag {event.tag} is not allowed", "a recipe is plain YAML without tags", str(place))
+        if depth > MAX_DEPTH:
+            raise SqatError(f"nested deeper than {MAX_DEPTH} levels", place=str(place))
+        if isinstance(event, yaml.ScalarEvent):
+            node = self.scalar(event, place)
+        elif isinstance(event, yaml.SequenceStartEvent):
+            node = self.sequence(place, depth)
+        else:
+            node = self.mapping(place, depth)
+        if node.size > MAX_VALUES:
+            raise SqatError(f"holds more than {MAX_VALUES} values once its aliases are followed", place=str(place))
+        if event.anchor is not None:
+            self.anchors[event.anchor] = node
+        return node
+
+    def alias(self, event: yaml.AliasEvent) -> Node:
+        if event.anchor not in self.anchors:
+            problem = f"the alias *{event.anchor} has no anchor &{event.anchor} above it"
+            raise SqatError(problem, "quote the value if it is meant to start with *", str(self.place(event)))
+        return self.anchors[event.anchor]
+
+    def scalar(self, event: yaml.ScalarEvent, place: Place) -> Node:
+        if any("\ud800" <= char <= "\udfff" for char in event.value):
+            raise SqatError("holds half of a surrogate pair, which is no character", place=str(place))
+        return Node(place, event.value if event.style else resolve_scalar(event.value, place))
+
+    def sequence(self, place: Place, depth: int) -> Node:
+        node = Node(place, items := [])
+        while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
+            items.append(self.node(event, self.place(event), depth + 1))
+            node.size += items[-1].size
+        return node
+
+    def mapping(self, place: Place, depth: int) -> Node:
+        items: dict[str, Node] = {}
+        merged: dict[str, Node] = {}
+        while not isinstance(event := next(self.events), yaml.MappingEndEvent):
+            where = self.place(event)
+            key, is_merge = self.key(event, where)
+            value = self.node(next(self.events), where, depth + 1)
+            if is_merge and isinstance(value.value, dict):
+                merged = value.value
+                continue
+            if key in items:
+                raise SqatError(f"the key {key!r} is given twice", f"first on {items[key].place}", str(where))
+            items[key] = Node(where, value.value, value.size)
+        items = {**{key: value for key, value in merged.items() if key not in items}, **items}
+        return Node(place, items, 1 + sum(value.size for value in items.values()))
+
+    def key(self, event: yaml.Event, place: Place) -> tuple[str, bool]:
+        """The text of a key, and whether it is the merge key ``<<``."""
+        if not isinstance(event, yaml.ScalarEvent):
+            raise SqatError("a key must be a plain text, not a list, mapping or alias", place=str(place))
+        if not event.value:
+            raise SqatError("a key is empty", place=str(place))
+        return event.value, event.value == "<<" and not event.style
+
+
+def compose(text: str, source: str, *, flag: bool = False) -> Node:
+    """Read one YAML document into a tree with places.
+
+    Args:
+        source: name of the file, or the flag that ``text`` is the value of.
+        flag: ``source`` is a flag, so lines mean nothing.
+
+    Raises:
+        SqatError: whatever YAML or this reader forbids, at its line.
+    """
+    try:
+        return _document(_Composer(text, source, flag))
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        problem = f"the character U+{error.character:04X} is not allowed in YAML"
+        raise SqatError(problem, place=str(Place(source, 0 if flag else line))) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = 0 if flag or mark is None else mark.line + 1
+        raise SqatError(*_plain_words(error), place=str(Place(source, line))) from None
+
+
+def _document(composer: _Composer) -> Node:
+    node: Node | None = None
+    for event in composer.events:
+        if isinstance(event, yaml.DocumentStartEvent) and node is not None:
+            problem, hint = "a second document starts here", "a recipe is one document: remove the '---'"
+            raise SqatError(problem, hint, str(composer.place(event)))
+        if isinstance(event, yaml.NodeEvent):
+            node = composer.node(event, composer.place(event))
+    return node if node is not None else Node(Place(composer.source, 0 if composer.flag else 1), None)
+
+
+# What PyYAML says, and what that means to a person; the first that occurs in the message is told.
+SYNTAX = (
+    ("'\\t'", "a tab where YAML wants spaces", "indent with spaces"),
+    ("mapping values are not allowed", "a second ': ' on one line", "quote the value if it holds ': '"),
+    ("cannot start any token", "a value cannot start with this character", "quote the value"),
+    ("could not find expected ':'", "a line that is neither 'key: value' nor part of a value", "add the ':'"),
+    (
+        "while scanning a quoted scalar",
+        "a quotation mark is never closed",
+        "close it, or double it inside a text",
+    ),
+    (
+        "expected <block end>",
+        "does not fit the indentation of the lines above",
+        "align it with its neighbours",
+    ),
+    ("',' or ']'", "a '[' is never closed, or a comma is missing in its list", ""),
+    ("',' or '}'", "a '{' is never closed, or a comma is missing in its mapping", ""),
+    (
+        "unknown escape",
+        "an unknown escape in a text in double quotes",
+        "use single quotes for a literal backslash",
+    ),
+)
+
+
+def _plain_words(error: yaml.MarkedYAMLError) -> tuple[str, str]:
+    message = f"{error.context or ''} {error.problem or ''}".strip()
+    for sign, problem, hint in SYNTAX:
+        if sign in message:
+            return f"not valid YAML: {problem}", hint
+    return f"not valid YAML: {message}", ""
