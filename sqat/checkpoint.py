@@ -1,0 +1,263 @@
+"""The checkpoint: one directory that explains itself, one value in memory.
+
+A directory holds what transformers needs to load the model (`config.json`, tokenizer files,
+`model.safetensors` with zeros in place), the masks and activation bounds in `sqat.safetensors`, the
+manifest `sqat.json` with a digest of every file, and the recipe verbatim. It is written beside and
+renamed; loading checks the version, every digest, the shapes and the N:M claim. Nothing is unpickled.
+Left out: files over what memory holds (a model is at most a few times its weights here).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as tensor_bytes
+from torch import Tensor
+
+from sqat.errors import SqatError
+from sqat.sparsity.masks import count_violations, parse_pattern
+from sqat.sparsity.packing import pack_bits, unpack_bits
+
+FORMAT = 1
+MANIFEST, WEIGHTS, STATE, RECIPE = "sqat.json", "model.safetensors", "sqat.safetensors", "recipe.yaml"
+
+# JSON has no infinity (a PNR without a discordant pair), so such a figure is kept as its name.
+Figure = Annotated[
+    float,
+    BeforeValidator(float),
+    PlainSerializer(lambda x: x if abs(x) < float("inf") else str(x), when_used="json"),
+]
+
+
+class LayerRecord(BaseModel):
+    """What was done to one linear layer, and why not where nothing was."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    pattern: str = ""
+    quantized: bool = False
+    dense_because: str = ""
+    float_because: str = ""
+
+
+class SiteRecord(BaseModel):
+    """One activation site: the site whose quantizer it shares, and how much calibration clipped."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    leader: str
+    saturated: float
+
+
+class Manifest(BaseModel):
+    """`sqat.json`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int = FORMAT
+    stage: str
+    kind: Literal["train", "prune", "calibrate", "qat", "export"]
+    key: str
+    parent: str = ""
+    base_model: str
+    seed: int
+    versions: dict[str, str] = {}
+    metrics: dict[str, dict[str, Figure]] = {}
+    layers: dict[str, LayerRecord] = {}
+    sites: dict[str, SiteRecord] = {}
+    profile: str = ""
+    notes: list[str] = []
+    steps: int = 0
+    seconds: float = 0.0
+    files: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model between two stages.
+
+    Attributes:
+        files: config, tokenizer and (after export) ONNX files by name.
+        weights: plain float weights under the model's own names, pruned ones +0.0.
+        masks: layer -> bool mask shaped as the layer's weight, True = kept.
+        amax: activation site -> 0-d float32 bound.
+    """
+
+    manifest: Manifest
+    files: dict[str, bytes] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    amax: dict[str, Tensor] = field(default_factory=dict)
+    recipe: str = ""
+
+
+def save_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:
+    """Write a checkpoint directory whole or not at all, replacing an older one of the same name."""
+    check_claims(checkpoint, str(directory))
+    contents = dict(checkpoint.files)
+    if checkpoint.weights:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.weights.items()}
+        contents[WEIGHTS] = tensor_bytes(tensors, metadata={"format": "pt"})
+    if checkpoint.masks or checkpoint.amax:
+        state = {f"{layer}.mask": pack_bits(mask.cpu()) for layer, mask in checkpoint.masks.items()}
+        state |= {f"{site}.amax": amax.detach().cpu().clone() for site, amax in checkpoint.amax.items()}
+        contents[STATE] = tensor_bytes(state)
+    contents[RECIPE] = checkpoint.recipe.encode()
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(contents.items())}
+    manifest = checkpoint.manifest.model_copy(update={"files": digests})
+    contents[MANIFEST] = (manifest.model_dump_json(indent=2) + "\n").encode()
+    write_directory(contents, directory)
+
+
+def write_directory(contents: Mapping[str, bytes], directory: Path) -> None:
+    """Write files to a neighbour of ``directory``, fsync them, then rename it into place."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    fresh = directory.with_name(f".{directory.name}.new")
+    stale = directory.with_name(f".{directory.name}.old")
+    for leftover in (fresh, stale):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        fresh.mkdir()
+        for name, content in contents.items():
+            write_synced(fresh / name, content)
+        sync_directory(fresh)
+        if directory.exists():
+            directory.rename(stale)
+        fresh.rename(directory)
+        sync_directory(directory.parent)
+    except OSError as error:
+        raise SqatError(
+            f"cannot be written: {error.strerror or error}",
+            "free space or choose another folder",
+            str(directory),
+        ) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if directory.exists():
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write one file and wait until it is on the disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until the directory's entries are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load_checkpoint(directory: Path) -> Checkpoint:
+    """Read a checkpoint and verify all it claims; anything amiss is one SqatError naming the file."""
+    manifest = load_manifest(directory)
+    contents = {name: read_verified(directory, name, digest) for name, digest in manifest.files.items()}
+    weights = read_tensors(contents.pop(WEIGHTS, b""), directory / WEIGHTS)
+    state = read_tensors(contents.pop(STATE, b""), directory / STATE)
+    recipe = contents.pop(RECIPE, b"").decode()
+    amax = {name.removesuffix(".amax"): tensor for name, tensor in state.items() if name.endswith(".amax")}
+    masks = {}
+    for name, packed in state.items():
+        if name.endswith(".mask"):
+            layer = name.removesuffix(".mask")
+            weight = weights.get(f"{layer}.weight")
+            if weight is None or packed.numel() != -(-weight.numel() // 8):
+                raise SqatError(f"the mask of {layer} does not fit its weight", REMAKE, str(directory / STATE))
+            masks[layer] = unpack_bits(packed, tuple(weight.shape))
+    checkpoint = Checkpoint(manifest, contents, weights, masks, amax, recipe)
+    check_claims(checkpoint, str(directory))
+    return checkpoint
+
+
+REMAKE = "run the stage again with --force, or use another checkpoint"
+
+
+def load_manifest(directory: Path) -> Manifest:
+    """Read `sqat.json` alone: cheap, for plans."""
+    path = directory / MANIFEST
+    if not directory.is_dir():
+        raise SqatError("no such checkpoint folder", "give the folder of a finished stage", str(directory))
+    if not path.is_file():
+        raise SqatError("the folder is no sqat checkpoint: it has no sqat.json", "give the folder of a finished stage",
+                        str(directory))  # fmt: skip
+    try:
+        raw: Any = json.loads(path.read_bytes())
+    except (ValueError, OSError) as error:
+        raise SqatError(f"cannot be read as JSON ({error})", REMAKE, str(path)) from error
+    version = raw.get("format") if isinstance(raw, dict) else None
+    if not isinstance(version, int) or version < 1:
+        raise SqatError(f"has no valid format version, got {version!r}", REMAKE, str(path))
+    if version > FORMAT:
+        raise SqatError(f"format {version} is newer than this sqat reads ({FORMAT})", "upgrade sqat", str(path))
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise SqatError(f"the manifest's {where} is not valid", REMAKE, str(path)) from error
+
+
+def read_verified(directory: Path, name: str, digest: str) -> bytes:
+    """Read one file named by a manifest and compare its sha256."""
+    path = directory / name
+    if Path(name).name != name:
+        raise SqatError(
+            f"the manifest names a file outside the checkpoint: {name!r}", REMAKE, str(directory / MANIFEST)
+        )
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise SqatError(
+            f"a file of the checkpoint is missing or unreadable ({error.strerror})", REMAKE, str(path)
+        ) from error
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise SqatError("the content is not what the manifest's sha256 says: the file was changed or damaged", REMAKE,
+                        str(path))  # fmt: skip
+    return content
+
+
+def read_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
+    """Parse a safetensors file; empty content is no tensor."""
+    if not content:
+        return {}
+    try:
+        return parse_tensors(content)
+    except SafetensorError as error:
+        raise SqatError(f"is not a safetensors file ({error})", REMAKE, str(path)) from error
+
+
+def check_claims(checkpoint: Checkpoint, place: str) -> None:
+    """Check that every mask has its pattern and every pruned weight is exactly +0.0.
+
+    A mask may keep fewer than N of M (a step of a progressive schedule is checked as the N:M of its record).
+    """
+    for layer, record in checkpoint.manifest.layers.items():
+        if record.pattern and layer not in checkpoint.masks and checkpoint.weights:
+            raise SqatError(f"{layer} is said to be {record.pattern} but has no mask", REMAKE, place)
+    for layer, mask in checkpoint.masks.items():
+        weight = checkpoint.weights[f"{layer}.weight"]
+        if weight[~mask].view(INTEGERS[weight.element_size()]).any():
+            raise SqatError(f"{layer} has a pruned weight that is not +0.0", REMAKE, place)
+        record = checkpoint.manifest.layers.get(layer, LayerRecord())
+        if record.pattern and (bad := count_violations(mask, parse_pattern(record.pattern))):
+            raise SqatError(f"{layer} is said to be {record.pattern} but {bad} groups keep more", REMAKE, place)
+
+
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -1,0 +1,72 @@
+"""Measuring a finished artifact as it will be served: a checkpoint in torch, or an ONNX file in ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sqat.checkpoint import Checkpoint, load_checkpoint
+from sqat.data import Batch
+from sqat.errors import SqatError
+from sqat.export.runtime import run_batches, session
+from sqat.insertion.quantized import quantized_
+from sqat.insertion.quantizers import Quantizers
+from sqat.job import SplitName, Splits, logits_of, predict
+from sqat.models import PreTrainedModel, build, encoder_blocks, load_tokenizer, use_taps
+from sqat.training import Figures
+
+
+def quantizers_of(checkpoint: Checkpoint, learned: bool = False) -> Quantizers:
+    """Activation quantizers of a calibrated checkpoint."""
+    leaders = {site: record.leader for site, record in checkpoint.manifest.sites.items()}
+    return Quantizers(checkpoint.amax, leaders, learned)
+
+
+def quantized_layers(checkpoint: Checkpoint) -> list[str]:
+    """Layers whose weights are int8."""
+    return [name for name, record in checkpoint.manifest.layers.items() if record.quantized]
+
+
+@contextmanager
+def served_model(checkpoint: Checkpoint) -> Iterator[tuple[PreTrainedModel, Any]]:
+    """Model and tokenizer of a checkpoint; with fake quantization inside the block where it is calibrated."""
+    model, tokenizer = build(checkpoint)
+    if not checkpoint.amax:
+        yield model, tokenizer
+        return
+    if checkpoint.manifest.profile != "linear":
+        use_taps(model)
+    blocks, layers = encoder_blocks(model), quantized_layers(checkpoint)
+    with quantized_(model, checkpoint.masks, layers, quantizers_of(checkpoint), blocks):
+        yield model, tokenizer
+
+
+def onnx_logits(runtime: Any, batch: Batch) -> Tensor:
+    """Logits [B,C] of one batch by an ONNX Runtime session."""
+    arrays: Mapping[str, np.ndarray] = {name: tensor.numpy() for name, tensor in batch.inputs.items()}
+    return torch.from_numpy(run_batches(runtime, [arrays]))
+
+
+def evaluate_artifact(artifact: Path, splits: Splits, split: SplitName) -> Figures:
+    """The task's metrics of a checkpoint folder or an ONNX file (with its tokenizer beside it).
+
+    Raises:
+        SqatError: no such artifact, or a folder that holds only ONNX files.
+    """
+    if artifact.suffix == ".onnx":
+        runtime, tokenizer = session(artifact), load_tokenizer(artifact.parent)
+        rows = splits.tokens(split, tokenizer)
+        return splits.task().metrics(predict(lambda batch: onnx_logits(runtime, batch), rows, tokenizer), rows)
+    checkpoint = load_checkpoint(artifact)
+    if not checkpoint.weights:
+        files = ", ".join(sorted(name for name in checkpoint.files if name.endswith(".onnx")))
+        raise SqatError("the folder is an export without torch weights", f"name the file: {files}", str(artifact))
+    with served_model(checkpoint) as (model, tokenizer):
+        rows = splits.tokens(split, tokenizer)
+        return splits.task().metrics(predict(lambda batch: logits_of(model.eval(), batch), rows, tokenizer), rows)

@@ -1,0 +1,1 @@
+"""Changes to a model, each with its inverse: taps at sites, fake quantizers, masks on weights."""

@@ -1,0 +1,35 @@
+"""A model as it will be served: masks and fake quantizers in, for as long as a block of code runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from sqat.insertion.quantizers import Quantizers, insert_quantizers_, remove_quantizers_
+from sqat.insertion.weights import insert_weights_, remove_weights_
+
+
+@contextmanager
+def quantized_(
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    layers: Iterable[str],
+    quantizers: Quantizers,
+    blocks: list[str],
+) -> Iterator[None]:
+    """Put masks and fake quantizers on ``model``; afterwards its weights are plain again, pruned ones +0.0.
+
+    Args:
+        layers: linears whose weights are quantized.
+        quantizers: of the activation sites.
+        blocks: names of the encoder blocks.
+    """
+    transforms = insert_weights_(model, masks, layers)
+    insertion = insert_quantizers_(model, quantizers, blocks)
+    try:
+        yield
+    finally:
+        remove_quantizers_(model, insertion)
+        remove_weights_(model, transforms)

@@ -1,0 +1,99 @@
+"""Fake quantizers on activations: the tap at every site, with its inverse.
+
+A tensor that several sites see (q, k and v inputs) is quantized once: the quantizer remembers the tensor it
+saw last until the model's forward pass ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sqat.insertion.sites import role
+from sqat.insertion.taps import Tap, Taps, tap_adds, tap_attention, tap_linears
+from sqat.quantization.fake_quant import SMALLEST_AMAX, check_amax, fake_quantize, fake_quantize_learned
+
+QUANTIZERS = "sqat_quantizers"
+
+
+class Quantizers(nn.Module):
+    """Fake quantizer of every activation site, called as a tap.
+
+    Args:
+        amax: leader site -> positive 0-d bound.
+        leaders: site -> leader site.
+        learned: bounds are parameters with the LSQ gradient instead of constants.
+    """
+
+    def __init__(self, amax: Mapping[str, Tensor], leaders: Mapping[str, str], learned: bool = False) -> None:
+        super().__init__()
+        self.leaders, self.learned = dict(leaders), learned
+        self.index = {name: i for i, name in enumerate(amax)}
+        for name, bound in amax.items():
+            check_amax(bound, name)
+        self.bounds = nn.ParameterList(nn.Parameter(b.detach().clone(), requires_grad=learned) for b in amax.values())
+        self.last: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def forward(self, site: str, x: Tensor) -> Tensor:
+        leader = self.leaders[site]
+        last = self.last.get(leader)
+        if last is not None and (last[0] is x or last[1] is x):
+            return last[1]
+        quantize = fake_quantize_learned if self.learned else fake_quantize
+        y = quantize(x, self.bounds[self.index[leader]])
+        self.last[leader] = (x, y)
+        return y
+
+    def forget(self, *_: object) -> None:
+        """Drop the remembered tensors; runs after every forward pass of the model."""
+        self.last.clear()
+
+    def amax(self) -> dict[str, Tensor]:
+        """Current bound of every leader, on the CPU."""
+        bounds = (bound.detach().cpu().clamp(min=SMALLEST_AMAX) for bound in self.bounds)
+        return dict(zip(self.index, bounds, strict=True))
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """Inserted quantizers; `remove_quantizers_` takes them out."""
+
+    quantizers: Quantizers
+    taps: Taps
+    forget: RemovableHandle
+
+
+def insert_quantizers_(model: nn.Module, quantizers: Quantizers, blocks: list[str]) -> Insertion:
+    """Tap every site of the quantizers; learned bounds become parameters of the model."""
+    model.add_module(QUANTIZERS, quantizers)
+    return Insertion(quantizers, tap_sites(model, quantizers, list(quantizers.leaders), blocks),
+                     model.register_forward_hook(quantizers.forget, always_call=True))  # fmt: skip
+
+
+def tap_sites(model: nn.Module, tap: Tap, sites: Iterable[str], blocks: list[str]) -> Taps:
+    """Tap just the named sites."""
+    wanted = set(sites)
+
+    def only(site: str, x: Tensor) -> Tensor:
+        return tap(site, x) if site in wanted else x
+
+    names: dict[str, list[str]] = {}
+    for site in wanted:
+        names.setdefault("add" if role(site).startswith("add") else role(site), []).append(site.rpartition(":")[0])
+    taps = tap_linears(model, only, sorted(names.get("input", ())), sorted(names.get("output", ())))
+    attentions = {name for part in ("query", "key", "softmax", "value") for name in names.get(part, ())}
+    tap_attention(model, only, sorted(attentions), taps)
+    if "add" in names:
+        tap_adds(model, only, blocks, taps)
+    return taps
+
+
+def remove_quantizers_(model: nn.Module, insertion: Insertion) -> dict[str, Tensor]:
+    """Take the quantizers out and return their bounds."""
+    insertion.taps.remove()
+    insertion.forget.remove()
+    delattr(model, QUANTIZERS)
+    return insertion.quantizers.amax()

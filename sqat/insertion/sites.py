@@ -1,0 +1,156 @@
+"""Which activation sites a profile quantizes, and which of them see the same tensor.
+
+Found by running one small batch with a tap on every candidate: sites that see one tensor (q, k and v inputs;
+a block's input and its skip connection) share one quantizer, so they are quantized once and stay equal.
+
+Profiles:
+    linear    inputs of the quantized linears.
+    tensorrt  also the attention products, residual adds and linear outputs (int8 in, int8 out: rule T16).
+              An output that an attention product or a residual add reads is quantized once, there or here; one
+              that feeds an activation function stays float (rule B8), its result is quantized at the next input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sqat.insertion.taps import tap_adds, tap_attention, tap_linears
+
+Key = tuple[int, int, int]
+ACTIVATIONS = frozenset({"gelu", "relu", "relu_", "silu", "tanh", "sigmoid", "leaky_relu", "elu", "quick_gelu", "mish"})
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Sites to quantize.
+
+    Attributes:
+        leaders: site -> the first site that sees the same tensor (itself for most).
+        tied: groups of leaders that share one bound, the largest: q, k, v of one attention.
+        left: site -> why it stays float.
+    """
+
+    leaders: dict[str, str]
+    tied: list[tuple[str, ...]]
+    left: dict[str, str]
+
+
+def discover_sites(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    linears: Sequence[str],
+    blocks: Sequence[str],
+    profile: str,
+) -> Sites:
+    """Run one batch in eval mode and choose the profile's sites.
+
+    Args:
+        inputs: keyword arguments of the model's forward, a small batch.
+        linears: names of the linears to quantize.
+        blocks: names of the encoder blocks, for residual adds.
+        profile: ``linear`` or ``tensorrt``.
+    """
+    seen: dict[str, Tensor] = {}  # holds every tensor, so that no storage is used twice during the run
+    watch = WatchActivations()
+
+    def record(site: str, x: Tensor) -> Tensor:
+        seen[site] = x
+        return x
+
+    taps = tap_linears(model, record, inputs=linears)
+    if profile == "tensorrt":
+        tap_linears(model, record, outputs=linears, taps=taps)
+        tap_attention(model, record, inner_modules(model, blocks), taps=taps)
+        tap_adds(model, record, blocks, taps=taps)
+    training = model.training
+    try:
+        with torch.no_grad(), watch:
+            model.eval()(**inputs)
+    finally:
+        model.train(training)
+        taps.remove()
+    return choose_sites({site: key_of(x) for site, x in seen.items()}, {key_of(x) for x in watch.seen})
+
+
+def choose_sites(keys: Mapping[str, Key], activations: set[Key]) -> Sites:
+    """Drop what is covered elsewhere, and group what sees one tensor."""
+    products = {key for site, key in keys.items() if role(site) in PRODUCT_ROLES}
+    left: dict[str, str] = {}
+    outputs = set()
+    for site, key in keys.items():
+        if role(site) != "output":
+            continue
+        if key in products:
+            left[site] = "quantized where the attention product reads it"
+        elif key in activations:
+            left[site] = "input of an activation function (rule B8)"
+        else:
+            outputs.add(key)
+    for site, key in keys.items():
+        if role(site).startswith("add") and key in outputs:
+            left[site] = "quantized at the linear's output"
+    first: dict[Key, str] = {}
+    leaders = {site: first.setdefault(key, site) for site, key in keys.items() if site not in left}
+    attentions = dict.fromkeys(site.rpartition(":")[0] for site in leaders if role(site) == "query")
+    tied = [tuple(leaders[f"{name}:{part}"] for part in ("query", "key", "value")) for name in attentions]
+    return Sites(leaders, tied, left)
+
+
+PRODUCT_ROLES = ("query", "key", "softmax", "value")
+
+
+def role(site: str) -> str:
+    """``input``, ``output``, ``query``, ..., or ``add0.left``."""
+    return site.rpartition(":")[2]
+
+
+def key_of(x: Tensor) -> Key:
+    """Equal for views of all of one tensor."""
+    return (x.untyped_storage().data_ptr(), int(x.storage_offset()), x.numel())
+
+
+def inner_modules(model: nn.Module, blocks: Sequence[str]) -> list[str]:
+    """Every module with children inside the blocks: the attention modules are among them."""
+    return [
+        name
+        for block in blocks
+        for name, module in model.get_submodule(block).named_modules(prefix=block)
+        if next(module.children(), None) is not None
+    ]
+
+
+class WatchActivations(TorchFunctionMode):
+    """Keeps the tensors that enter an activation function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and isinstance(args[0], Tensor) and getattr(function, "__name__", "") in ACTIVATIONS:
+            self.seen.append(args[0])
+        return function(*args, **(kwargs or {}))
+
+
+def observed_rows(site: str, x: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring a site's tensor and the real positions into one shape, so that padding is left out.
+
+    Args:
+        x: [B,T,H], or [B,h,T,d] at attention operands, or [B,h,T,S] at softmax.
+        attention_mask: [B,T], 1 = real.
+
+    Returns:
+        The tensor with positions leading and a bool mask of the leading dimensions.
+    """
+    real = attention_mask.bool()
+    if role(site) == "softmax":
+        return x.permute(0, 2, 3, 1), real[:, :, None] & real[:, None, :]
+    if x.dim() == 4:
+        return x.transpose(1, 2), real
+    return x, real

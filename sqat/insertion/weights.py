@@ -1,0 +1,77 @@
+"""Masks and fake quantizers on weights, as one parametrization per layer with its inverse.
+
+The optimizer trains the original weight and pruned entries get no gradient, whatever the optimizer does with
+momentum or decay; `remove_weights_` folds the mask into plain weights, pruned ones +0.0. One parametrization
+does both (first the mask, then the quantizer), which costs one pass less than two composed ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from sqat.quantization.fake_quant import fake_quantize_weight
+from sqat.sparsity.masks import apply_mask
+
+
+class WeightTransform(nn.Module):
+    """Parametrization of a weight [out,in]: mask, then per-channel fake quantization."""
+
+    mask: Tensor | None
+
+    def __init__(self, mask: Tensor | None, quantize: bool) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+        self.quantize = quantize
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.quantize:
+            return fake_quantize_weight(weight, self.mask)
+        return weight if self.mask is None else apply_mask(weight, self.mask)
+
+
+def linear(model: nn.Module, name: str) -> nn.Linear:
+    """The linear layer of a name."""
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"{name} is a {type(module).__name__}, not a Linear")
+    return module
+
+
+def original_weight(module: nn.Linear) -> Tensor:
+    """The trained weight under the parametrization."""
+    parametrizations: Any = module.parametrizations
+    original: Tensor = parametrizations.weight.original
+    return original
+
+
+def insert_weights_(
+    model: nn.Module, masks: Mapping[str, Tensor], quantized: Iterable[str]
+) -> dict[str, WeightTransform]:
+    """Put mask and fake quantizer on the named layers' weights."""
+    quantized = set(quantized)
+    transforms = {}
+    for name in dict.fromkeys((*masks, *sorted(quantized))):
+        module = linear(model, name)
+        mask = masks.get(name)
+        mask = None if mask is None else mask.to(module.weight.device)
+        transforms[name] = WeightTransform(mask, name in quantized)
+        parametrize.register_parametrization(module, "weight", transforms[name], unsafe=True)
+    return transforms
+
+
+def remove_weights_(model: nn.Module, transforms: Mapping[str, WeightTransform]) -> dict[str, Tensor]:
+    """Take the parametrizations off, leaving plain masked weights; returns the masks."""
+    masks = {}
+    for name, transform in transforms.items():
+        module = linear(model, name)
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        if transform.mask is not None:
+            masks[name] = transform.mask
+            with torch.no_grad():
+                module.weight.copy_(apply_mask(module.weight, transform.mask))
+    return masks

@@ -1,0 +1,139 @@
+"""What a stage has at hand while it runs: the recipe, the rows, its ancestors and its watcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sqat.checkpoint import Checkpoint, Manifest
+from sqat.data import Batch, Rows, collate, column, load_rows, ordered_batches, plan_batches, tokenize
+from sqat.display import Display
+from sqat.errors import SqatError
+from sqat.models import PreTrainedModel, build, load_pretrained, versions
+from sqat.recipe import FitConfig, Recipe, StageConfig
+from sqat.tasks import Task, build_task
+from sqat.training import Evaluation, Feed, Figures, MidStage, total_steps
+
+SplitName = Literal["train", "dev", "test"]
+EVALUATION_BATCH = 64
+
+
+@dataclass
+class Splits:
+    """The rows of a recipe, read and tokenized once for all its stages."""
+
+    recipe: Recipe
+    folder: Path
+    raw: dict[str, Rows] = field(default_factory=dict)
+    encoded: dict[str, Rows] = field(default_factory=dict)
+
+    def rows(self, name: SplitName) -> Rows:
+        """Rows of a split as they were read."""
+        if name not in self.raw:
+            config = getattr(self.recipe.data, name)
+            if config is None:
+                raise SqatError(f"the recipe has no data.{name}", f"add data.{name} or choose another split")
+            self.raw[name] = load_rows(config, name, self.recipe.data.columns, self.recipe.task, self.folder)
+        return self.raw[name]
+
+    def task(self) -> Task:
+        """The task, with the classes and grades of the train rows."""
+        return build_task(self.recipe.task, self.rows("train"))
+
+    def tokens(self, name: SplitName, tokenizer: Any) -> Rows:
+        """Rows of a split with numeric labels and tokens; every stage of a recipe has the same tokenizer."""
+        if name not in self.encoded:
+            rows = self.task().encode(self.rows(name))
+            self.encoded[name] = tokenize(rows, tokenizer, self.recipe.model.max_length)
+        return self.encoded[name]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage's surroundings.
+
+    Attributes:
+        name: of the stage.
+        teacher: loads the dense ancestor that teaches this stage.
+    """
+
+    recipe: Recipe
+    folder: Path
+    name: str
+    key: str
+    parent_key: str
+    splits: Splits
+    display: Display
+    state: MidStage
+    teacher: Callable[[], Checkpoint]
+
+    @property
+    def task(self) -> Task:
+        return self.splits.task()
+
+    def start(self, parent: Checkpoint | None) -> tuple[PreTrainedModel, Any]:
+        """Model and tokenizer to begin with: the parent's, or the pretrained model with a fresh head."""
+        if parent is not None:
+            return build(parent)
+        task = self.task
+        head = {"num_labels": task.outputs, **task.config_fields}
+        return load_pretrained(self.recipe.model, self.folder, head, self.recipe.seed)
+
+    def feed(self, config: FitConfig, tokenizer: Any) -> Feed:
+        """Training batches: a function of (seed, epoch)."""
+        rows, task, seed = self.splits.tokens("train", tokenizer), self.task, self.recipe.seed
+        lengths = column(rows, "length").tolist()
+
+        def plan(epoch: int) -> list[list[int]]:
+            return plan_batches(lengths, task.units(rows, seed, epoch), config.batch_size, seed, epoch)
+
+        return Feed(plan, partial(collate, rows, tokenizer=tokenizer))
+
+    def steps(self, config: FitConfig, feed: Feed, processes: int = 1) -> int:
+        """Optimizer steps of a fit."""
+        return total_steps(config, len(feed.plan(0)), processes)
+
+    def dev(self, model: nn.Module, tokenizer: Any) -> Evaluation:
+        """How a fit measures the dev split."""
+        return Evaluation(partial(self.measure, model, tokenizer, "dev"), self.task.metric)
+
+    def measure(self, model: nn.Module, tokenizer: Any, split: SplitName) -> Figures:
+        """The task's metrics of a torch model on a split."""
+        rows = self.splits.tokens(split, tokenizer)
+        return self.task.metrics(predict(partial(logits_of, model.eval()), rows, tokenizer), rows)
+
+    def manifest(self, config: StageConfig, parent: Checkpoint | None, **entries: Any) -> Manifest:
+        """Manifest of this stage's checkpoint; what the parent knows of layers and sites is handed on."""
+        inherited = {} if parent is None else {
+            name: getattr(parent.manifest, name) for name in ("layers", "sites", "profile")
+        }  # fmt: skip
+        known = {"base_model": self.recipe.model.source, "seed": self.recipe.seed, "versions": versions()}
+        return Manifest(stage=self.name, kind=config.stage, key=self.key, parent=self.parent_key,
+                        **{**inherited, **known, **entries})  # fmt: skip
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits [B,C] of a torch model, on its own device."""
+    device = next(model.parameters()).device
+    logits: Tensor = model(**batch.to(device).inputs).logits
+    return logits
+
+
+def predict(forward: Callable[[Batch], Tensor], rows: Rows, tokenizer: Any) -> Tensor:
+    """Logits [N,C] float32 on the CPU of every row, in the order of the rows.
+
+    Args:
+        forward: logits of one batch, by torch or by any runtime.
+    """
+    batches = ordered_batches(column(rows, "length").tolist(), EVALUATION_BATCH)
+    parts: list[Tensor] = []
+    with torch.no_grad():
+        parts.extend(forward(collate(rows, indices, tokenizer)).float().cpu() for indices in batches)
+    logits = torch.cat(parts)
+    return torch.empty_like(logits).index_copy_(0, torch.tensor([i for batch in batches for i in batch]), logits)

@@ -1,0 +1,332 @@
+"""Pretrained models: where they come from, what their layers are called, how they turn into checkpoints.
+
+The only transformers import. Which linears may be pruned, and which hold the last layer's q, k and v, is
+found by rule from the module tree, not by a table per family.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import PreTrainedModel as PreTrainedModel  # re-exported: nothing else imports transformers
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from sqat.checkpoint import WEIGHTS, Checkpoint
+from sqat.errors import SqatError
+from sqat.insertion.attention import tapped_attention
+from sqat.recipe import Layers, ModelConfig
+
+TAPPED = "sqat_tapped"
+ALL_ATTENTION_FUNCTIONS.register(TAPPED, tapped_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(TAPPED, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+def resolve_source(config: ModelConfig, folder: Path) -> str:
+    """Folder or hub name of a model source; ``package:NAME/FOLDER`` is found without importing the package."""
+    source = config.source
+    if source.startswith("package:"):
+        return package_folder(source.removeprefix("package:"), source)
+    local = folder / source
+    if local.is_dir():
+        return str(local)
+    if source.startswith((".", "/")) or source.count("/") > 1:
+        raise SqatError(f"model.source is {source!r}, but there is no such folder", f"looked at {local}")
+    return source
+
+
+def package_folder(reference: str, source: str) -> str:
+    """Folder inside an installed package."""
+    name, _, inner = reference.partition("/")
+    spec = importlib.util.find_spec(name) if re.fullmatch(r"\w+", name) else None
+    if spec is None or not spec.submodule_search_locations:
+        raise SqatError(
+            f"model.source is {source!r}, but no package {name!r} is installed",
+            f"pip install {name.replace('_', '-')}, or name a folder or a hub model",
+        )
+    root = Path(next(iter(spec.submodule_search_locations))).resolve()
+    found = (root / inner).resolve()
+    if not found.is_relative_to(root) or not (found / "config.json").is_file():
+        raise SqatError(
+            f"model.source is {source!r}, but that folder of the package holds no model", f"looked at {found}"
+        )
+    return str(found)
+
+
+def load_pretrained(
+    config: ModelConfig, folder: Path, head: Mapping[str, Any], seed: int
+) -> tuple[PreTrainedModel, Any]:
+    """Build the pretrained encoder with a fresh head, and its tokenizer.
+
+    Args:
+        folder: what relative sources are relative to.
+        head: config entries of the head: num_labels, id2label, problem_type, ...
+        seed: of the head's initial weights.
+    """
+    source = resolve_source(config, folder)
+    check_digest(config, source)
+    try:
+        settings = AutoConfig.from_pretrained(source, revision=config.revision, **head)
+        set_dropout(settings, config.dropout)
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            source, config=settings, revision=config.revision, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise SqatError(f"the model {config.source!r} cannot be loaded: {first}", "check model.source") from error
+    longest = getattr(settings, "max_position_embeddings", None)  # absent where positions are relative
+    if longest is not None and config.max_length > longest:
+        raise SqatError(f"model.max_length is {config.max_length}, but the model has {longest} positions", "lower it")
+    return model, tokenizer
+
+
+def check_digest(config: ModelConfig, source: str) -> None:
+    """Compare the sha256 of the weights file with the recipe's, where it gives one."""
+    if config.sha256 is None:
+        return
+    path = Path(source) / WEIGHTS
+    if not path.is_file():
+        raise SqatError(
+            "model.sha256 is given, but the source has no local model.safetensors", "drop it or use a folder"
+        )
+    hasher = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            hasher.update(block)
+    digest = hasher.hexdigest()
+    if digest != config.sha256:
+        raise SqatError(f"model.safetensors has sha256 {digest}, but the recipe says {config.sha256}",
+                        "use the version the recipe was made for", str(path))  # fmt: skip
+
+
+def set_dropout(settings: Any, rate: float | None) -> None:
+    """Replace every dropout rate of a transformers config; families name them differently, but all say dropout."""
+    if rate is None:
+        return
+    for name, value in settings.to_dict().items():
+        if "dropout" in name and isinstance(value, float):
+            setattr(settings, name, rate)
+
+
+def capture(model: PreTrainedModel, tokenizer: Any) -> tuple[dict[str, bytes], dict[str, Tensor]]:
+    """Config and tokenizer files, and plain weights; a tied weight is kept once, under its first name."""
+    weights: dict[str, Tensor] = {}
+    seen: set[tuple[int, int, tuple[int, ...]]] = set()
+    persistent = model.state_dict()
+    for name, tensor in persistent.items():
+        address = (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
+        if tensor.numel() and address in seen:
+            continue
+        seen.add(address)
+        weights[name] = tensor.detach().cpu().clone()
+    with tempfile.TemporaryDirectory() as scratch:
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        files = {path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir()) if path.is_file()}
+    return files, weights
+
+
+def build(checkpoint: Checkpoint, place: str = "checkpoint") -> tuple[PreTrainedModel, Any]:
+    """Model (plain weights, eval mode) and tokenizer of a checkpoint."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, content in checkpoint.files.items():
+            (Path(scratch) / name).write_bytes(content)
+        try:
+            settings = AutoConfig.from_pretrained(scratch)
+            tokenizer = AutoTokenizer.from_pretrained(scratch)
+            model = AutoModelForSequenceClassification.from_config(settings, dtype=torch.float32)
+        except (OSError, ValueError, KeyError) as error:
+            raise SqatError(
+                f"the checkpoint's model cannot be built: {error}", "was it made by sqat?", place
+            ) from error
+    load_weights(model, checkpoint.weights, place)
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer that lies in a folder."""
+    try:
+        return AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise SqatError(
+            "no tokenizer lies beside the model", "keep the exported folder together", str(folder)
+        ) from error
+
+
+def load_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], place: str) -> None:
+    """Copy weights into a model; only tied names may be absent."""
+    own = model.state_dict()
+    wrong = [n for n, t in weights.items() if n in own and own[n].shape != t.shape]
+    unknown = [name for name in weights if name not in own]
+    if wrong or unknown:
+        raise SqatError(f"the weight {(wrong + unknown)[0]} does not fit the config", "the files do not belong together",
+                        place)  # fmt: skip
+    model.load_state_dict(dict(weights), strict=False)
+    model.tie_weights()
+    loaded = {own[name].data_ptr() for name in weights}
+    missing = [name for name, tensor in own.items() if tensor.data_ptr() not in loaded]
+    if missing:
+        raise SqatError(f"the weight {missing[0]} is missing", "the files do not belong together", place)
+
+
+def use_taps(model: PreTrainedModel) -> bool:
+    """Switch to the tapped attention; False where the family does not go through the attention interface."""
+    if not model._can_set_attn_implementation():
+        return False
+    model.set_attn_implementation(TAPPED)
+    return True
+
+
+def use_eager(model: PreTrainedModel) -> None:
+    """Switch to eager attention, for the exporter."""
+    model.set_attn_implementation("eager")
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear by name, in module order; a module reached twice counts once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def encoder_blocks(model: nn.Module) -> list[str]:
+    """Names of the repeated blocks: the ModuleList of alike modules that holds the most linear weights."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    best = max(lists, key=lambda item: linear_weights(item[1]), default=None)
+    if best is None or linear_weights(best[1]) == 0:
+        raise SqatError("no encoder blocks with linear layers were found in the model",
+                        f"{type(model).__name__} is not a transformer encoder that sqat can treat")  # fmt: skip
+    return [f"{best[0]}.{index}" for index in range(len(best[1]))]
+
+
+def linear_weights(module: nn.Module) -> int:
+    return sum(layer.weight.numel() for layer in linear_layers(module).values())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which layers a stage treats, and why the others are left alone."""
+
+    chosen: list[str]
+    left: dict[str, str]
+
+
+def choose_layers(model: nn.Module, layers: Layers, purpose: str, multiple: int = 4) -> Choice:
+    """Apply the recipe's globs and rule B8.
+
+    Args:
+        purpose: ``prune`` (in % 16, out % 8, in % ``multiple``) or ``quantize`` (in and out >= 16).
+        multiple: M of the N:M pattern.
+
+    Raises:
+        SqatError: a glob that matches nothing, or nothing left to treat.
+    """
+    found = linear_layers(model)
+    check_globs((*(layers.include or ()), *layers.exclude), found)
+    blocks = tuple(f"{block}." for block in encoder_blocks(model))
+    chosen, left = [], {}
+    for name, module in found.items():
+        if reason := why_left(name, module, layers, blocks, purpose, multiple):
+            left[name] = reason
+        else:
+            chosen.append(name)
+    if not chosen:
+        raise SqatError(f"no layer is left to {purpose}: {next(iter(left.values()))}", "widen layers.include")
+    return Choice(chosen, left)
+
+
+def why_left(name: str, module: nn.Linear, layers: Layers, blocks: tuple[str, ...], purpose: str, multiple: int) -> str:
+    """Reason to leave a layer alone; empty to treat it."""
+    if any(fnmatchcase(name, glob) for glob in layers.exclude):
+        return "excluded by the recipe"
+    if layers.include is None and not name.startswith(blocks):
+        return "outside the encoder blocks (rule B8)"
+    if layers.include is not None and not any(fnmatchcase(name, glob) for glob in layers.include):
+        return "not included by the recipe"
+    outputs, inputs = module.weight.shape
+    if purpose == "prune" and (outputs % 8 or inputs % 16 or inputs % multiple):
+        return f"[{outputs}, {inputs}] is not a multiple of [8, {max(16, multiple)}] (rule B8)"
+    if purpose == "quantize" and min(outputs, inputs) < 16:
+        return f"[{outputs}, {inputs}] is smaller than 16 (rule B8)"
+    return ""
+
+
+def check_globs(globs: Iterable[str], found: Mapping[str, nn.Linear]) -> None:
+    """A pattern that matches nothing is an error."""
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in found):
+            some = ", ".join(list(found)[:3])
+            raise SqatError(
+                f"layers: {glob!r} matches no linear layer",
+                f"the model has {some}, ... ({len(found)} in all)",
+            )
+
+
+QKV_NAME = re.compile(r"^(?:w_?)?(q|k|v|query|key|value)(?:_?(?:proj|projection|lin|linear|layer))?$", re.IGNORECASE)
+FUSED_NAME = re.compile(
+    r"^(?:w_?)?(?:qkv|query_key_value|c_attn|in_proj)(?:_?(?:proj|projection|lin|linear))?$", re.IGNORECASE
+)
+
+
+def find_qkv(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Names of the linears that make the last block's q, k and v: three, or one fused.
+
+    The rule: in the last encoder block, the linears whose own name is q/k/v or query/key/value with an
+    ordinary suffix (`q_lin`, `key_proj`, `Wqkv` fused). ``names`` overrides it.
+    """
+    found = linear_layers(model)
+    if names is not None:
+        unknown = [name for name in names if name not in found]
+        if unknown or len(names) not in (1, 3):
+            raise SqatError(
+                f"distill.qkv names {unknown[0] if unknown else len(names)}",
+                "give three linear layers or one fused",
+            )
+        return tuple(names)
+    last = f"{encoder_blocks(model)[-1]}."
+    inside = [name for name in found if name.startswith(last)]
+    roles: dict[str, list[str]] = {"q": [], "k": [], "v": []}
+    for name in inside:
+        if match := QKV_NAME.match(name.rsplit(".", 1)[1]):
+            roles[match[1][0].lower()].append(name)
+    fused = [name for name in inside if FUSED_NAME.match(name.rsplit(".", 1)[1])]
+    if all(len(matches) == 1 for matches in roles.values()):
+        return tuple(matches[0] for matches in roles.values())
+    if len(fused) == 1 and not any(roles.values()):
+        return (fused[0],)
+    raise SqatError("which linears make q, k and v of the last block cannot be told from their names",
+                    f"set distill.qkv to three (or one fused) of: {', '.join(inside)}")  # fmt: skip
+
+
+def attention_heads(model: PreTrainedModel) -> int:
+    """Number of attention heads, from the config (every transformers config maps its own name to this one)."""
+    return int(model.config.num_attention_heads)
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide what a model computes."""
+    import sqat
+
+    return {"sqat": sqat.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def config_json(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The checkpoint's config.json."""
+    parsed: dict[str, Any] = json.loads(checkpoint.files["config.json"])
+    return parsed

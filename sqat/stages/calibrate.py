@@ -1,0 +1,99 @@
+"""Post-training calibration: a bound for every activation site, from histograms of what really flows there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sqat.checkpoint import Checkpoint, LayerRecord, SiteRecord
+from sqat.data import Batch, collate, column, plan_batches
+from sqat.insertion.quantized import quantized_
+from sqat.insertion.quantizers import Quantizers, tap_sites
+from sqat.insertion.sites import Sites, discover_sites, observed_rows
+from sqat.job import Job
+from sqat.models import capture, choose_layers, encoder_blocks, use_taps
+from sqat.quantization.histogram import Histogram
+from sqat.recipe import CalibrateConfig
+
+
+def run(config: CalibrateConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
+    """Observe ``samples`` rows in eval mode and set every site's bound; the weights stay as they are."""
+    model, tokenizer = job.start(parent)
+    choice = choose_layers(model, config.layers, "quantize")
+    blocks = encoder_blocks(model)
+    tapped = config.profile == "linear" or use_taps(model)
+    notes = [] if tapped else [f"{type(model).__name__} has no attention interface: its attention products stay float"]
+    batches = sample_batches(config, job, tokenizer)
+    sites = discover_sites(model, batches[0].inputs, choice.chosen, blocks, config.profile)
+    histograms = observe(model, sites, blocks, batches, job)
+    bounds = {site: config.method(histogram) for site, histogram in histograms.items()}
+    leaders, amax = tie(sites, bounds)
+    records = {site: SiteRecord(leader=leader, saturated=histograms[sites.leaders[site]].share_beyond(amax[leader]))
+               for site, leader in leaders.items()}  # fmt: skip
+    tensors = {site: torch.tensor(bound, dtype=torch.float32) for site, bound in amax.items()}
+    masks = {} if parent is None else parent.masks
+    with quantized_(model, masks, choice.chosen, Quantizers(tensors, leaders), blocks):
+        metrics = {"dev": job.measure(model, tokenizer, "dev")}
+    layers = record_layers(parent, choice.chosen, choice.left)
+    files, weights = capture(model, tokenizer) if parent is None else (parent.files, parent.weights)
+    manifest = job.manifest(config, parent, metrics=metrics, layers=layers, sites=records, profile=config.profile,
+                            notes=notes)  # fmt: skip
+    return Checkpoint(manifest, files, weights, masks, tensors)
+
+
+def sample_batches(config: CalibrateConfig, job: Job, tokenizer: Any) -> list[Batch]:
+    """The first ``samples`` rows of a seeded shuffle, length-bucketed."""
+    rows = job.splits.tokens(config.split, tokenizer)
+    generator = torch.Generator().manual_seed(job.recipe.seed)
+    chosen = torch.randperm(len(rows), generator=generator)[: config.samples].tolist()
+    lengths = column(rows, "length").tolist()
+    batches = plan_batches(lengths, [[index] for index in chosen], config.batch_size, job.recipe.seed, 0)
+    return [collate(rows, batch, tokenizer) for batch in batches]
+
+
+def observe(model: nn.Module, sites: Sites, blocks: list[str], batches: list[Batch], job: Job) -> dict[str, Histogram]:
+    """Histogram of |x| at every leader over the real (unpadded) positions of all batches."""
+    histograms = {leader: Histogram() for leader in dict.fromkeys(sites.leaders.values())}
+    mask: list[Tensor] = []
+
+    def tap(site: str, x: Tensor) -> Tensor:
+        if site in histograms:
+            histograms[site].observe(*observed_rows(site, x, mask[0]))
+        return x
+
+    taps = tap_sites(model, tap, histograms, blocks)
+    job.display.begin(job.name, len(batches))
+    try:
+        with torch.no_grad():
+            for step, batch in enumerate(batches, start=1):
+                mask[:] = [batch.inputs["attention_mask"]]
+                begun = time.monotonic()
+                model.eval()(**batch.inputs)
+                job.display.update(step, {}, len(batch) / (time.monotonic() - begun))
+    finally:
+        taps.remove()
+    job.display.end()
+    return histograms
+
+
+def tie(sites: Sites, bounds: Mapping[str, float]) -> tuple[dict[str, str], dict[str, float]]:
+    """Give each tied group one leader, whose bound is the largest of the group (rule T16)."""
+    to: dict[str, str] = {}
+    amax = dict(bounds)
+    for group in sites.tied:
+        amax[group[0]] = max(amax[leader] for leader in group)
+        to |= dict.fromkeys(group, group[0])
+    leaders = {site: to.get(leader, leader) for site, leader in sites.leaders.items()}
+    return leaders, {leader: amax[leader] for leader in dict.fromkeys(leaders.values())}
+
+
+def record_layers(parent: Checkpoint | None, chosen: list[str], left: Mapping[str, str]) -> dict[str, LayerRecord]:
+    """What the parent says of its layers, and which are quantized now."""
+    known = {} if parent is None else parent.manifest.layers
+    done = {name: known.get(name, LayerRecord()).model_copy(update={"quantized": True}) for name in chosen}
+    return done | {name: known.get(name, LayerRecord()).model_copy(update={"float_because": reason, "quantized": False})
+                   for name, reason in left.items()}  # fmt: skip

@@ -1,0 +1,44 @@
+"""Quantization-aware training: masks, fake quantization and MiniLM distillation together in every step."""
+
+from __future__ import annotations
+
+from sqat.checkpoint import Checkpoint
+from sqat.errors import SqatError
+from sqat.evaluation import quantized_layers, quantizers_of
+from sqat.insertion.quantized import quantized_
+from sqat.job import Job
+from sqat.models import build, capture, encoder_blocks, use_taps
+from sqat.recipe import QatConfig
+from sqat.stages.losses import stage_loss
+from sqat.training import fit
+
+
+def run(config: QatConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
+    """Train the calibrated parent with its masks and quantizers in place."""
+    if parent is None or not parent.amax:
+        raise SqatError(f"stage {job.name} needs activation scales", "put a calibrate stage before it")
+    model, tokenizer = build(parent)
+    if parent.manifest.profile != "linear":
+        use_taps(model)
+    quantizers = quantizers_of(parent, learned=config.activation_scales == "learned")
+    feed = job.feed(config, tokenizer)
+    with (
+        quantized_(model, parent.masks, quantized_layers(parent), quantizers, encoder_blocks(model)),
+        stage_loss(model, config.distill, job) as loss,
+    ):
+        fitted = fit(
+            model,
+            loss,
+            feed,
+            config,
+            steps=job.steps(config, feed),
+            seed=job.recipe.seed,
+            title=job.name,
+            display=job.display,
+            state=job.state,
+            evaluation=job.dev(model, tokenizer),
+        )
+        metrics = {"dev": job.measure(model, tokenizer, "dev")}
+    files, weights = capture(model, tokenizer)
+    manifest = job.manifest(config, parent, metrics=metrics, steps=fitted.steps, seconds=fitted.seconds)
+    return Checkpoint(manifest, files, weights, parent.masks, quantizers.amax())

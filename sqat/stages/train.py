@@ -1,0 +1,34 @@
+"""Dense fine-tuning: the account's first step, and the teacher of all that follow."""
+
+from __future__ import annotations
+
+from sqat.checkpoint import Checkpoint
+from sqat.job import Job
+from sqat.models import capture
+from sqat.recipe import TrainConfig
+from sqat.stages.losses import task_loss
+from sqat.training import fit
+
+
+def run(config: TrainConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
+    """Fine-tune the pretrained model (or the parent) on the task."""
+    model, tokenizer = job.start(parent)
+    feed = job.feed(config, tokenizer)
+    for remark in job.task.remarks(job.splits.tokens("train", tokenizer)):
+        job.display.say(remark)
+    fitted = fit(
+        model,
+        task_loss(job.task),
+        feed,
+        config,
+        steps=job.steps(config, feed),
+        seed=job.recipe.seed,
+        title=job.name,
+        display=job.display,
+        state=job.state,
+        evaluation=job.dev(model, tokenizer),
+    )
+    metrics = {"dev": job.measure(model, tokenizer, "dev")}
+    files, weights = capture(model, tokenizer)
+    manifest = job.manifest(config, parent, metrics=metrics, steps=fitted.steps, seconds=fitted.seconds)
+    return Checkpoint(manifest, files, weights)

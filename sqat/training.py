@@ -1,0 +1,337 @@
+"""The one training loop, on Accelerate: every stage that trains goes through `fit`.
+
+The caller gives a loss (a dict of weighted parts) and, where it changes the model between steps, a
+`before_step`. The order of batches, the learning rate and the dropout masks are functions of (seed, step), so a
+run stopped at any step continues from its last mid-stage state to the same weights (bit for bit on a CPU with
+one thread). The state is safetensors and JSON, written beside and renamed; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as tensor_bytes
+from torch import Tensor, nn
+
+from sqat.checkpoint import write_synced
+from sqat.data import Batch
+from sqat.display import Display
+from sqat.errors import SqatError
+from sqat.recipe import FitConfig
+
+Loss = Callable[[nn.Module, Batch], dict[str, Tensor]]
+Figures = dict[str, float]
+
+
+@dataclass
+class Feed:
+    """Where batches come from: `plan(epoch)` gives row indices of each batch, `collate` makes one."""
+
+    plan: Callable[[int], list[list[int]]]
+    collate: Callable[[list[int]], Batch]
+
+    def stream(self, start: int) -> Iterator[list[int]]:
+        """Row indices of batch ``start`` and all after it, over the epochs."""
+        epoch = 0
+        while True:
+            batches = self.plan(epoch)
+            if not batches:
+                raise SqatError("no batch of training rows is left", "look at data.train and task")
+            yield from batches[start:]
+            start = max(0, start - len(batches))
+            epoch += 1
+
+
+@dataclass
+class Evaluation:
+    """How the dev split is measured: a figure to maximise among all figures."""
+
+    measure: Callable[[], Figures]
+    metric: str
+
+
+@dataclass
+class Progress:
+    """What a mid-stage state remembers beside tensors."""
+
+    step: int = 0
+    best: float = -math.inf
+    best_step: int = 0
+    without_gain: int = 0
+    seconds: float = 0.0
+    samples: int = 0
+    history: list[Figures] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a fit did: optimizer steps, seconds, samples and the dev figures on the way."""
+
+    steps: int
+    seconds: float
+    samples: int
+    history: list[Figures]
+
+
+def total_steps(config: FitConfig, batches: int, processes: int = 1) -> int:
+    """Optimizer steps of a fit over an epoch of ``batches`` batches."""
+    if config.steps is not None:
+        return config.steps
+    return max(1, math.ceil((config.epochs or 1.0) * batches / (config.gradient_accumulation * processes)))
+
+
+def rate_factor(config: FitConfig, step: int, steps: int) -> float:
+    """Learning rate of a step (from 0) as a share of the peak: linear warm-up, then the recipe's decay to 0."""
+    warmup = int(config.warmup * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    share = (step - warmup) / max(1, steps - warmup)
+    if config.lr_schedule == "constant":
+        return 1.0
+    return 1 - share if config.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share))
+
+
+def make_optimizer(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
+    """AdamW or SGD; biases, norms and learned bounds are not decayed."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=config.learning_rate)
+
+
+class MidStage:
+    """The mid-stage state on disk: one safetensors file of tensors, one JSON that points to it.
+
+    Args:
+        directory: of its own, removed when the stage ends.
+        key: of the stage; a state of another key is not used.
+    """
+
+    def __init__(self, directory: Path, key: str) -> None:
+        self.directory, self.key = directory, key
+
+    def save(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
+        """Write the tensors, then the JSON, each beside and renamed; then drop older tensors."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        content = tensor_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        name = f"step-{progress.step}.safetensors"
+        index = {
+            "key": self.key,
+            "file": name,
+            "sha256": hashlib.sha256(content).hexdigest(),
+            **vars(progress),
+        }
+        for target, data in ((name, content), ("state.json", json.dumps(index).encode())):
+            write_synced(self.directory / f".{target}.new", data)
+            (self.directory / f".{target}.new").rename(self.directory / target)
+        for old in self.directory.glob("step-*.safetensors"):
+            if old.name != name:
+                old.unlink()
+
+    def load(self) -> tuple[dict[str, Tensor], Progress] | None:
+        """The last state; None if there is none, it is of another key, or it is damaged."""
+        try:
+            index = json.loads((self.directory / "state.json").read_bytes())
+            content = (self.directory / Path(index.pop("file")).name).read_bytes()
+            if index.pop("key") != self.key or hashlib.sha256(content).hexdigest() != index.pop("sha256"):
+                return None
+            return parse_tensors(content), Progress(**index)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            return None
+
+
+@dataclass
+class Run:
+    """One fit under way: what is saved, resumed and finally kept."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    state: MidStage
+    progress: Progress = field(default_factory=Progress)
+    best: dict[str, Tensor] = field(default_factory=dict)
+
+    def save(self) -> None:
+        """Write model, optimizer, best weights and random state as one mid-stage state."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        tensors |= {f"random.{device}": value for device, value in random_states().items()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": v for name, v in values.items() if isinstance(v, Tensor)}
+        self.state.save({name: tensor.clone() for name, tensor in tensors.items()}, self.progress)
+
+    def resume(self) -> bool:
+        """Go on from the mid-stage state, if a sound one of this key is there."""
+        loaded = self.state.load()
+        if loaded is None:
+            return False
+        tensors, self.progress = loaded
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "random": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        self.model.load_state_dict(parts["model"])
+        self.best = parts["best"]
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parts["optimizer"].items():
+            index, _, moment = name.partition(".")
+            moments.setdefault(int(index), {})[moment] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        set_random_states(parts["random"])
+        return True
+
+    def evaluate(self, evaluation: Evaluation, config: FitConfig, judge_from: int) -> Figures:
+        """Measure dev, remember the best weights where they are to be kept, count evaluations without gain."""
+        state = random_states()
+        figures = evaluation.measure()
+        self.model.train()
+        set_random_states(state)
+        self.progress.history.append({"step": float(self.progress.step), **figures})
+        if self.progress.step <= judge_from:
+            return figures
+        if figures[evaluation.metric] > self.progress.best:
+            self.progress.best, self.progress.best_step = figures[evaluation.metric], self.progress.step
+            self.progress.without_gain = 0
+            if config.keep == "best":
+                self.best = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+        else:
+            self.progress.without_gain += 1
+        return figures
+
+    def finish(self) -> None:
+        """Put the best weights back, where they were kept."""
+        if self.best:
+            self.model.load_state_dict(self.best)
+        self.model.eval()
+
+
+def fit(
+    model: nn.Module,
+    loss: Loss,
+    feed: Feed,
+    config: FitConfig,
+    *,
+    steps: int,
+    seed: int,
+    title: str,
+    display: Display,
+    state: MidStage,
+    evaluation: Evaluation | None = None,
+    before_step: Callable[[int], None] | None = None,
+    judge_from: int = 0,
+) -> Fitted:
+    """Train ``model`` in place for ``steps`` optimizer steps.
+
+    Args:
+        loss: weighted parts of the loss of one batch; their sum is minimised.
+        state: where the mid-stage state is kept; an unfinished run of the same key goes on from it.
+        evaluation: measured every ``config.evaluate_every`` steps, where that is set.
+        before_step: called before each step with its number; what it changes in the model must be in the
+            model's state dict, so that a resumed run finds it there.
+    """
+    accelerator = Accelerator()
+    wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, config))
+    torch.manual_seed(seed)
+    run = Run(model, optimizer, state)
+    if run.resume():
+        display.say(f"{title}: resumed at step {run.progress.step} of {steps}")
+    display.begin(title, steps)
+    model.train()
+    shown: Figures = {}
+    stream = micro_batches(feed, config.gradient_accumulation, accelerator, run.progress.step)
+    while run.progress.step < steps and not stopped_early(run.progress, config):
+        begun = time.monotonic()
+        if before_step is not None:
+            before_step(run.progress.step)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * rate_factor(config, run.progress.step, steps)
+        parts, samples = take_step(accelerator, wrapped, optimizer, loss, next(stream), config)
+        run.progress.step += 1
+        run.progress.samples += samples
+        seconds = time.monotonic() - begun
+        shown |= {name: checked(name, float(part), run.progress.step) for name, part in parts.items()}
+        if evaluation is not None and config.evaluate_every and run.progress.step % config.evaluate_every == 0:
+            shown |= run.evaluate(evaluation, config, judge_from)
+        run.progress.seconds += time.monotonic() - begun
+        display.update(run.progress.step, shown, samples / seconds)
+        if run.progress.step % config.save_every == 0 and run.progress.step < steps and accelerator.is_main_process:
+            run.save()
+    display.end()
+    run.finish()
+    return Fitted(run.progress.step, run.progress.seconds, run.progress.samples, run.progress.history)
+
+
+def micro_batches(feed: Feed, accumulation: int, accelerator: Accelerator, step: int) -> Iterator[list[Batch]]:
+    """This process's batches of each optimizer step from ``step`` on."""
+    world, rank = accelerator.num_processes, accelerator.process_index
+    stream = feed.stream(step * accumulation * world)
+    while True:
+        share = [next(stream) for _ in range(accumulation * world)]
+        yield [feed.collate(rows).to(accelerator.device) for rows in share[rank::world]]
+
+
+def take_step(
+    accelerator: Accelerator,
+    wrapped: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Loss,
+    batches: list[Batch],
+    config: FitConfig,
+) -> tuple[dict[str, Tensor], int]:
+    """One optimizer step over its micro-batches; returns the mean loss parts and the number of samples."""
+    totals: dict[str, Tensor] = {}
+    for index, batch in enumerate(batches):
+        sync = accelerator.no_sync(wrapped) if index + 1 < len(batches) else nullcontext()
+        with sync:
+            bf16 = config.precision == "bf16"
+            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
+                parts = loss(wrapped, batch)
+            accelerator.backward(torch.stack([*parts.values()]).sum() / len(batches))
+        for name, part in parts.items():
+            totals[name] = totals.get(name, part.new_zeros(())) + part.detach() / len(batches)
+    if config.max_grad_norm is not None:
+        accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return totals, sum(len(batch) for batch in batches) * accelerator.num_processes
+
+
+def stopped_early(progress: Progress, config: FitConfig) -> bool:
+    return config.early_stopping is not None and progress.without_gain >= config.early_stopping
+
+
+def checked(name: str, value: float, step: int) -> float:
+    """Refuse a loss that is no number: nothing after it would be worth keeping."""
+    if not math.isfinite(value):
+        raise SqatError(f"the {name} loss is {value} at step {step}", "lower learning_rate, or look at the data")
+    return value
+
+
+def random_states() -> dict[str, Tensor]:
+    """State of torch's generators: CPU and every CUDA device in use."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def set_random_states(states: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    devices = [states[f"cuda{i}"] for i in range(len(states) - 1)]
+    if devices and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(devices)
