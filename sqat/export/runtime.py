@@ -4,14 +4,16 @@ What: a session with the options that make int8 both exact and fast, batches thr
 the graph ONNX Runtime actually runs.
 
 Why the options: on x86 it turns int8 activations into uint8 and multiplies them with int8 weights; without
-VNNI that product (vpmaddubsw) saturates in 16 bits, so ``session.x64quantprecision`` makes the weights uint8
-too. It does nothing where there is VNNI. ``session.qdqisint8allowed`` stays unset: its kernel is slower than
-float (O21).
+VNNI that product (vpmaddubsw) adds pairs in 16 bits and saturates, so ``session.x64quantprecision`` makes the
+weights uint8 too, which is exact. It is set only there, since with VNNI it would choose the slower kernel for
+nothing. ``session.qdqisint8allowed`` stays unset: its kernel is slower than float.
 Left out: other execution providers.
 """
 
 from __future__ import annotations
 
+import platform
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,10 +22,12 @@ import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
+from onnx import GraphProto
 
 from sqat.errors import SqatError
 
 Array = NDArray[np.generic]
+FLOAT_PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv")
 
 
 def session(
@@ -42,7 +46,8 @@ def session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if int8_saturates():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     source = model if isinstance(model, bytes) else str(model)
@@ -59,9 +64,7 @@ def first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def run_batches(
-    session: onnxruntime.InferenceSession, batches: Iterable[Mapping[str, Array]]
-) -> NDArray[np.float32]:
+def run_batches(session: onnxruntime.InferenceSession, batches: Iterable[Mapping[str, Array]]) -> NDArray[np.float32]:
     """Logits [N, labels] of all batches, in their order; inputs the model does not take are left out."""
     names = [entry.name for entry in session.get_inputs()]
     outputs = [session.run(["logits"], {name: batch[name] for name in names})[0] for batch in batches]
@@ -76,6 +79,33 @@ def parity(reference_logits: Array, onnx_logits: Array) -> float:
     return float(np.nan_to_num(difference, nan=np.inf).max(initial=0.0))
 
 
-def optimized_operators(optimized: Path) -> Counter[str]:
-    """How often each operator stands in the graph ONNX Runtime wrote down while loading (`session`)."""
-    return Counter(node.op_type for node in onnx.load(optimized, load_external_data=False).graph.node)
+def int8_saturates() -> bool:
+    """Whether this CPU multiplies uint8 by int8 in 16 bits: x86 without VNNI, or with flags it does not tell."""
+    if platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686"):
+        return False
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text(encoding="utf-8", errors="replace").split() if cpuinfo.exists() else []
+    return not {"avx512_vnni", "avx_vnni"} & set(flags)
+
+
+def optimized_graph(model: Path | str | bytes) -> GraphProto:
+    """The graph as ONNX Runtime rewrites it on this CPU, fused operators and all."""
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        session(model, optimized=optimized)
+        return onnx.load(optimized).graph
+
+
+def operator_counts(graph: GraphProto) -> Counter[str]:
+    """How often each operator stands in a graph."""
+    return Counter(node.op_type for node in graph.node)
+
+
+def left_in_float(optimized: GraphProto) -> list[str]:
+    """Names of products that ONNX Runtime computes in float although their operands are quantized (O21).
+
+    Args:
+        optimized: from `optimized_graph`; every quantized product should have become an int8 operator in it.
+    """
+    dequantized = {name for node in optimized.node if node.op_type == "DequantizeLinear" for name in node.output}
+    return [node.name for node in optimized.node if node.op_type in FLOAT_PRODUCTS and dequantized & set(node.input)]
