@@ -58,6 +58,8 @@ class Histogram:
             ValueError: a value is NaN or infinite.
         """
         for part in _parts(x.detach(), keep):
+            if not part.numel():
+                continue
             values = part.to(torch.float32)
             low, high = values.aminmax()  # NaN and infinity pass through
             largest = max(-float(low), float(high))
@@ -146,11 +148,9 @@ def _parts(x: Tensor, keep: Tensor | None) -> Iterator[Tensor]:
     if keep is None:
         yield from x.reshape(-1).split(PART)
         return
-    if not x.numel():
-        return
-    kept = keep.expand(x.shape[: keep.dim()]).flatten().nonzero().squeeze(1)
-    rows = x.reshape(math.prod(x.shape[: keep.dim()]), -1)
-    for part in kept.split(max(1, PART // rows.shape[1])):
+    kept = keep.expand(x.shape[: keep.dim()]).flatten()
+    rows = x.reshape(len(kept), x.shape[keep.dim() :].numel())
+    for part in kept.nonzero().squeeze(1).split(max(1, PART // max(1, rows.shape[1]))):
         yield rows[part].flatten()
 
 

@@ -1,0 +1,151 @@
+"""Calibrators against numpy on the raw values, and the claim that mse beats max on heavy tails."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sqat.quantization.calibrators import (
+    ZEROS_AMAX,
+    Calibrator,
+    Entropy,
+    Maximum,
+    MeanSquaredError,
+    Percentile,
+    _error_up_to,
+)
+from sqat.quantization.histogram import Histogram
+
+CALIBRATORS = [Percentile(), Maximum(), MeanSquaredError(), Entropy()]
+
+
+def histogram_of(x: Tensor) -> Histogram:
+    histogram = Histogram()
+    histogram.observe(x)
+    return histogram
+
+
+def draw(kind: str) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    normal = torch.randn(200_000, generator=generator)
+    if kind == "normal":
+        return normal
+    if kind == "uniform":
+        return torch.rand(200_000, generator=generator)
+    if kind == "relu":
+        return normal.relu()
+    return normal / torch.rand(200_000, generator=generator).add(0.01)  # heavy tails
+
+
+def squared_error(x: Tensor, amax: float) -> float:
+    scale = amax / 127
+    values = x.double().numpy()
+    return float(np.mean((values - np.clip(np.round(values / scale), -127, 127) * scale) ** 2))
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform", "relu", "heavy"])
+def test_percentile_is_numpy_s_to_one_bin(kind):
+    x = draw(kind)
+    histogram = histogram_of(x)
+    exact = np.quantile(x.abs().double().numpy(), 0.9999, method="inverted_cdf")
+    assert 0 <= Percentile()(histogram) - exact <= histogram.width
+    assert Maximum()(histogram) == float(x.abs().max())
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform", "relu", "heavy"])
+def test_mse_is_the_best_bound_on_the_raw_values(kind):
+    x = draw(kind)
+    best = min(squared_error(x, float(x.abs().max()) * 0.93**i) for i in range(80))
+    assert squared_error(x, MeanSquaredError()(histogram_of(x))) <= best * 1.02
+
+
+def test_mse_beats_max_on_heavy_tails():
+    x = draw("heavy")
+    histogram = histogram_of(x)
+    assert squared_error(x, MeanSquaredError()(histogram)) < 0.75 * squared_error(x, Maximum()(histogram))
+
+
+@pytest.mark.parametrize(("x", "scale"), [(0.3, 1.0), (2.7, 0.5), (12.7, 0.1), (20.0, 0.1), (0.0, 1.0)])
+def test_error_integral_is_the_numeric_one(x, scale):
+    points = (np.arange(200_000) + 0.5) * (x / 200_000)
+    steps = np.clip(np.round(points / scale), 0, 127) * scale
+    numeric = float(np.sum((points - steps) ** 2)) * x / 200_000
+    assert float(_error_up_to(torch.tensor(x, dtype=torch.float64), scale)) == pytest.approx(numeric, rel=1e-5)
+
+
+def kept_by_loop(counts: list[int]) -> int:
+    """The KL method as its slides tell it, with one list per candidate."""
+    counts = [counts[1], *counts[1:]]
+    best, best_divergence = len(counts), math.inf
+    for kept in range(len(counts), 127, -1):
+        p = [float(c) for c in counts[:kept]]
+        p[-1] += sum(counts[kept:])
+        level_of = [bin_ * 128 // kept for bin_ in range(kept)]
+        mass, filled = [0.0] * 128, [0] * 128
+        for bin_, level in enumerate(level_of):
+            mass[level] += counts[bin_]
+            filled[level] += counts[bin_] > 0
+        q = [mass[level] / filled[level] if counts[bin_] else 0.0 for bin_, level in enumerate(level_of)]
+        if any(a > 0 and b == 0 for a, b in zip(p, q, strict=True)) or not sum(q):
+            continue
+        total_p, total_q = sum(p), sum(q)
+        divergence = sum(a / total_p * math.log((a / total_p) / (b / total_q)) for a, b in zip(p, q, strict=True) if a)
+        if divergence < best_divergence - 1e-12:
+            best, best_divergence = kept, divergence
+    return best
+
+
+@pytest.mark.parametrize("kind", ["normal", "relu", "heavy"])
+def test_entropy_is_the_loop_s(kind):
+    x = draw(kind)[:20_000]
+    histogram = histogram_of(x)
+    width = histogram.width * 4
+    counts, _ = np.histogram(x.abs().double().numpy(), bins=2048, range=(0, 2048 * width))
+    expected = min(kept_by_loop(counts.tolist()) * width, histogram.max_abs)
+    assert Entropy()(histogram) == pytest.approx(expected)
+
+
+def test_entropy_clips_a_lonely_outlier():
+    x = torch.cat([draw("normal"), torch.tensor([60.0])])
+    assert Entropy()(histogram_of(x)) < 10
+
+
+@pytest.mark.parametrize("calibrator", CALIBRATORS, ids=lambda c: c.name)
+def test_any_data_gives_a_usable_bound(calibrator: Calibrator):
+    assert calibrator(histogram_of(torch.zeros(100))) == ZEROS_AMAX
+    for x in (torch.tensor([3.0]), torch.full((1000,), -2.0), torch.tensor([1e-38]), torch.tensor([3e38, 1.0])):
+        amax = calibrator(histogram_of(x))
+        assert 0 < amax <= max(float(x.abs().max()), 2.0**-40)
+        assert math.isfinite(float(1 / (torch.tensor(amax) / 127)))
+
+
+@pytest.mark.parametrize("calibrator", CALIBRATORS, ids=lambda c: c.name)
+def test_a_site_of_one_value_keeps_it(calibrator: Calibrator):
+    assert calibrator(histogram_of(torch.full((1000,), 0.75))) == pytest.approx(0.75, rel=0.01)
+
+
+@pytest.mark.parametrize("calibrator", CALIBRATORS, ids=lambda c: c.name)
+def test_nearly_all_zeros_still_give_a_bound(calibrator: Calibrator):
+    x = torch.zeros(100_000)
+    x[0] = 2.0
+    assert 0 < calibrator(histogram_of(x)) <= 2.0
+
+
+@pytest.mark.parametrize("calibrator", CALIBRATORS, ids=lambda c: c.name)
+def test_nothing_observed_is_refused(calibrator: Calibrator):
+    with pytest.raises(ValueError, match="observed nothing"):
+        calibrator(Histogram())
+
+
+@pytest.mark.parametrize("coverage", [0.0, 1.5, math.nan])
+def test_bad_coverage_is_refused(coverage):
+    with pytest.raises(ValueError, match=r"^coverage must lie in \(0, 1\], got"):
+        Percentile(coverage=coverage)
+
+
+@pytest.mark.parametrize("per_octave", [0, -1, 5000])
+def test_bad_candidate_counts_are_refused(per_octave):
+    with pytest.raises(ValueError, match=r"^per_octave must lie in 1\.\.1024, got"):
+        MeanSquaredError(per_octave=per_octave)
