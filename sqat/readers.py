@@ -45,9 +45,7 @@ def read_rows(path: Path, shown: str) -> Iterator[Placed]:
         return _read_jsonl(path, shown)
     if plain.endswith(".csv"):
         return _read_csv(path, shown)
-    raise SqatError(
-        f'cannot tell the format from the ending of "{path.name}"', f"it must be {ENDINGS}", shown
-    )
+    raise SqatError("cannot tell the format from the ending", f"it must be {ENDINGS}", shown)
 
 
 def _nearest_file(path: Path) -> str:
@@ -57,9 +55,7 @@ def _nearest_file(path: Path) -> str:
         return f"there is no folder {path.parent}; paths are relative to the recipe"
     names = [entry.name for entry in path.parent.iterdir() if entry.is_file()]
     near = get_close_matches(path.name, names, n=1)
-    return (
-        f'did you mean "{near[0]}"?' if near else f"paths are relative to the recipe; looked in {path.parent}"
-    )
+    return f'did you mean "{near[0]}"?' if near else f"paths are relative to the recipe; looked in {path.parent}"
 
 
 def _lines(path: Path, shown: str) -> Iterator[str]:
@@ -82,13 +78,9 @@ def _lines(path: Path, shown: str) -> Iterator[str]:
             "the gzip stream ends too early", "the file is cut short; copy it again", f"{shown}:{number + 1}"
         ) from None
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise SqatError(
-            f"not a gzip file: {error}", "is the ending right?", f"{shown}:{number + 1}"
-        ) from None
+        raise SqatError(f"not a gzip file: {error}", "is the ending right?", f"{shown}:{number + 1}") from None
     except OSError as error:
-        raise SqatError(
-            f"cannot be read: {error.strerror or error}", "check its permissions", shown
-        ) from None
+        raise SqatError(f"cannot be read: {error.strerror or error}", "check its permissions", shown) from None
 
 
 def _read_jsonl(path: Path, shown: str) -> Iterator[Placed]:
@@ -97,13 +89,9 @@ def _read_jsonl(path: Path, shown: str) -> Iterator[Placed]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.rstrip())
         except (ValueError, RecursionError) as error:
-            at = (
-                f"{error.msg} at column {error.colno}"
-                if isinstance(error, json.JSONDecodeError)
-                else str(error)
-            )
+            at = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
             raise SqatError(f"not JSON: {at}", "the file must hold one JSON object a line", place) from None
         if not isinstance(row, dict):
             raise SqatError(
@@ -141,9 +129,7 @@ def _read_csv(path: Path, shown: str) -> Iterator[Placed]:
 def _checked_header(fields: list[str], place: str) -> list[str]:
     twice = {name for name in fields if fields.count(name) > 1}
     if twice:
-        raise SqatError(
-            f"the header has {listed(twice)} more than once", "give each column its own name", place
-        )
+        raise SqatError(f"the header has {listed(twice)} more than once", "give each column its own name", place)
     return fields
 
 

@@ -72,13 +72,12 @@ def _passages(row: Record, columns: Columns, place: str) -> Iterator[tuple[Recor
         problem = f'"{columns.candidates}" must be a list of objects, got {kind(candidates)}'
         raise SqatError(problem, "for one passage a row leave data.columns.candidates out", place)
     if not candidates:
-        raise SqatError(
-            f'"{columns.candidates}" is empty', "give the query a passage or leave the row out", place
-        )
+        raise SqatError(f'"{columns.candidates}" is empty', "give the query a passage or leave the row out", place)
     for number, candidate in enumerate(candidates):
         within = f"{columns.candidates}[{number}]"
         if not isinstance(candidate, dict):
-            raise SqatError(f'"{within}" must be an object, got {kind(candidate)}', "", place)
+            hint = f'with "{columns.passage}" and "{columns.label}" in it'
+            raise SqatError(f'"{within}" must be an object, got {kind(candidate)}', hint, place)
         yield candidate, f"{within}."
 
 
@@ -145,9 +144,7 @@ def grade_of(row: Row, column: str, key: str, place: str, within: str = "") -> f
     """
     grade = number_of(row, column, key, place, within)
     if grade < 0:
-        raise SqatError(
-            f'"{within}{column}" is {grade:g}, a grade must be 0 or more', "0 is not relevant", place
-        )
+        raise SqatError(f'"{within}{column}" is {grade:g}, a grade must be 0 or more', "0 is not relevant", place)
     return grade
 
 

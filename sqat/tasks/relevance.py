@@ -66,9 +66,7 @@ class Relevance:
         """
         labels, groups = column(rows, "label"), column(rows, "group")
         kept = (
-            np.arange(len(rows))
-            if self.candidates is None
-            else _sample(labels, groups, self.candidates, seed, epoch)
+            np.arange(len(rows)) if self.candidates is None else _sample(labels, groups, self.candidates, seed, epoch)
         )
         if self.loss_name == "pointwise":
             return [[int(row)] for row in kept]
@@ -82,11 +80,7 @@ class Relevance:
             return []
         lowest, highest = grade_range(column(rows, "label"), column(rows, "group"))
         same = int((lowest == highest).sum())
-        return (
-            [f"{same} of {len(lowest)} queries have passages of one grade only and teach nothing"]
-            if same
-            else []
-        )
+        return [f"{same} of {len(lowest)} queries have passages of one grade only: left out"] if same else []
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Loss of logits [B, 1]; 0, with a gradient of 0, where a batch has no pair to compare."""
@@ -98,9 +92,7 @@ class Relevance:
         return (losses * pairs).sum() / pairs.sum().clamp(min=1)
 
     def metrics(self, logits: Tensor, rows: Rows) -> dict[str, float]:
-        return metrics.ranking(
-            column(rows, "label"), logits.squeeze(1), column(rows, "group"), self.relevant_from
-        )
+        return metrics.ranking(column(rows, "label"), logits.squeeze(1), column(rows, "group"), self.relevant_from)
 
     def decisions(self, logits: Tensor, rows: Rows) -> Tensor:
         """Row of each query's top passage (the first of equals), int64 [queries]."""
@@ -114,9 +106,7 @@ def _sample(labels: np.ndarray, groups: np.ndarray, candidates: int, seed: int, 
     _, query = np.unique(groups, return_inverse=True)
     lowest, _ = grade_range(labels, groups)
     better = labels > lowest[query]
-    draw = np.random.default_rng((seed, epoch, 1)).random(
-        len(labels)
-    )  # 1: other numbers than plan_batches draws
+    draw = np.random.default_rng((seed, epoch, 1)).random(len(labels))  # 1: other numbers than plan_batches draws
     order = np.lexsort((draw, ~better, query))
     kind = 2 * query[order] + ~better[order]
     starts = np.flatnonzero(np.diff(kind, prepend=-1))

@@ -1,0 +1,50 @@
+"""Scores: the loss, the rounding a user sees, and the correlations."""
+
+from __future__ import annotations
+
+import datasets
+import pytest
+import torch
+
+from sqat.data import Batch, Rows
+from sqat.recipe import RegressionTask
+from sqat.tasks import build_task
+from sqat.tasks.regression import Regression
+
+
+def rows_of(*labels: float) -> Rows:
+    return datasets.Dataset.from_dict({"text": ["t"] * len(labels), "label": list(labels)})
+
+
+def test_the_recipe_makes_it() -> None:
+    task = build_task(RegressionTask(metric="pearson"), rows_of(1.0, 2.0))
+    assert task == Regression("pearson")
+    assert task.outputs == 1
+    assert task.config_fields["problem_type"] == "regression"
+
+
+def test_the_loss_is_the_mean_squared_error_in_float32() -> None:
+    logits = torch.tensor([[1.5], [2.0]], dtype=torch.bfloat16)
+    batch = Batch({}, torch.tensor([1.0, 4.0]), torch.tensor([-1, -1]))
+    loss = Regression().loss(logits, batch)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx((0.25 + 4) / 2)
+
+
+def test_decisions_are_rounded_to_a_tenth() -> None:
+    found = Regression().decisions(torch.tensor([[1.26], [-0.04], [3.0]]), rows_of(0, 0, 0))
+    assert found.tolist() == pytest.approx([1.3, 0.0, 3.0])
+
+
+def test_metrics_see_order_and_line() -> None:
+    found = Regression().metrics(torch.tensor([[1.0], [2.0], [9.0]]), rows_of(1.0, 2.0, 3.0))
+    assert found["spearman"] == pytest.approx(1.0)
+    assert 0.8 < found["pearson"] < 0.95
+
+
+def test_every_row_is_a_unit_and_kept_as_it_is() -> None:
+    rows = rows_of(1.0, 2.0)
+    task = Regression()
+    assert task.units(rows, 3, 1) == [[0], [1]]
+    assert task.encode(rows) is rows
+    assert task.remarks(rows) == []
