@@ -58,7 +58,7 @@ class Wiring:
     def __init__(self, model: ModelProto) -> None:
         self.model = model
         self.nodes = list(model.graph.node)
-        self.tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.tensors = {tensor.name: tensor for tensor in model.graph.initializer} | constant_nodes(self.nodes)
         self.shapes = tensor_shapes(model.graph)
         self.outputs = {value.name for value in model.graph.output}
         self.producers: dict[str, NodeProto] = {}
@@ -70,12 +70,7 @@ class Wiring:
 
     def constant(self, name: str) -> Array | None:
         """Value of a tensor that the file fixes, else None."""
-        if name in self.tensors:
-            return numpy_helper.to_array(self.tensors[name])
-        node = self.producers.get(name)
-        if node is not None and node.op_type == "Constant" and node.attribute[0].name == "value":
-            return numpy_helper.to_array(node.attribute[0].t)
-        return None
+        return numpy_helper.to_array(self.tensors[name]) if name in self.tensors else None
 
     def producer(self, name: str, *operators: str) -> NodeProto | None:
         """The node that makes a tensor if it is one of the operators, else None."""
@@ -112,9 +107,11 @@ class Wiring:
         """MatMuls of two activations in float arithmetic or behind Q/DQ."""
         return [node for node in self.nodes if node.op_type == "MatMul" and self.weight(node) is None]
 
-    def weight_dequantizers(self) -> dict[str, Weight]:
-        """Weights by the name of their DequantizeLinear's output."""
-        return {w.dequantizer.output[0]: w for w in self.weights if w.dequantizer is not None}
+
+def constant_nodes(nodes: list[NodeProto]) -> dict[str, TensorProto]:
+    """Tensors that older exporters write as Constant nodes rather than as initializers."""
+    constants = [node for node in nodes if node.op_type == "Constant"]
+    return {node.output[0]: node.attribute[0].t for node in constants if node.attribute[0].name == "value"}
 
 
 def weight_axes(node: NodeProto, rank: int) -> tuple[int, int]:
