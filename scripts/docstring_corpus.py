@@ -136,7 +136,7 @@ def prose(text: str) -> str:
         heading = bare.rstrip(":").lower()
         if re.fullmatch(r"[-=~^]{3,}", following.strip()):
             skipping = "section" if heading in DROPPED_SECTIONS else ""
-        elif heading in DROPPED_SECTIONS and (bare.endswith(":") or heading == "see also"):
+        elif heading.startswith("see also") or (heading in DROPPED_SECTIONS and bare.endswith(":")):
             skipping = "block"
         elif bare.startswith((">>>", ".. ", "@")):
             skipping = skipping or "block"
@@ -183,8 +183,8 @@ def collect(root: Path, prefix: str, without: set[str], seen: set[str], settings
 
 
 def _key(text: str) -> str:
-    """What two copies share: the first 12 plain lower-case words, so that renamed copies count as copies."""
-    return " ".join(re.findall(r"\b[a-z]+\b", text)[:12])
+    """What two copies share: the first 12 words that are no names, so that a renamed copy counts as one."""
+    return " ".join(re.findall(r"\b[a-z]+\b", text[:1].lower() + text[1:])[:12])
 
 
 def with_negatives(records: list[Record], settings: Settings) -> tuple[list[list[int]], float]:
