@@ -119,7 +119,8 @@ def run(
         return
     with console.open_display(quiet=quiet, log=log_of(loaded)) as display:
         results = pipeline.run(loaded, display, first=first, last=last, force=force)
-    tables.print_results(results, as_json=json)
+    if console.is_first_process():
+        tables.print_results(results, as_json=json)
 
 
 @app.command()
@@ -221,7 +222,8 @@ def evaluate(
 
     with console.open_display(quiet=quiet) as display:
         metrics = pipeline.evaluate(loaded, artifact, name, display)
-    tables.print_metrics(metrics, split, artifact, as_json=json)
+    if console.is_first_process():
+        tables.print_metrics(metrics, split, artifact, as_json=json)
 
 
 @app.command()
@@ -241,6 +243,26 @@ def inspect(
     from sqat import tables
 
     tables.print_layers(inspect_path(path), path, as_json=json)
+
+
+@app.command()
+def init(
+    data: Annotated[Path, typer.Argument(metavar="DATA_FILE", help="JSONL, CSV or Parquet to train on")],
+    task: Annotated[str | None, typer.Option("--task", metavar="NAME", help="instead of the guess")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="recipe to write")] = Path(
+        "recipe.yaml"
+    ),
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="SOURCE", help="folder, hub name or package:...")
+    ] = None,
+    dev: Annotated[Path | None, typer.Option("--dev", metavar="FILE", help="rows to measure on")] = None,
+    force: Annotated[bool, typer.Option("--force", help="overwrite the recipe")] = False,
+) -> None:
+    """Guess task and columns of a data file and write a recipe."""
+    from sqat import console, starter
+
+    for line in starter.write_starter(data, output, task=task, model=model, dev=dev, force=force):
+        console.print_text(line)
 
 
 @app.command()
@@ -304,7 +326,8 @@ def run_one(
 
     with console.open_display(quiet=quiet, log=log_of(loaded)) as display:
         directory = pipeline.run_stage(loaded, name, display, parent=parent, output=output, force=force)
-    console.print_text(console.nearby(directory))
+    if console.is_first_process():
+        console.print_text(console.nearby(directory))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

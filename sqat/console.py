@@ -66,7 +66,7 @@ class LineDisplay:
     def end(self) -> None:
         if self.line and self.step != self.told_step:
             self.write(self.line)
-        self.write(f"{self.title}: {show_time(time.monotonic() - self.started)}")
+        self.write(f"{self.title}: done in {show_time(time.monotonic() - self.started)}")
 
 
 class BarDisplay:
@@ -90,7 +90,7 @@ class BarDisplay:
             console=self.console,
             expand=True,
         )
-        self.values = Text("", style="dim", no_wrap=True, overflow="ellipsis")
+        self.values = Text("", style="dim")
         self.task = self.progress.add_task(title[:TITLE_WIDTH], total=total, rate="")
         group = Group(self.progress, self.values)
         self.live = Live(group, console=self.console, transient=True, refresh_per_second=5)
@@ -130,10 +130,15 @@ class Displays:
             display.end()
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one of a distributed run that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def open_display(*, quiet: bool = False, log: Path | None = None) -> Iterator[Display]:
     """A display on standard error, and in the file ``log`` if given; its bar is gone when the block ends."""
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_process():
         yield Silent()
         return
     console = error_console()

@@ -197,16 +197,15 @@ def validate(tree: Node) -> Recipe:
     try:
         return Recipe.model_validate_json(json.dumps(tree.plain()), strict=True, by_alias=True, by_name=False)
     except ValidationError as error:
-        details = [(*locate(tree, item["loc"]), item) for item in error.errors(include_url=False)]
-        paths = [path for path, _, _ in details]
-        raise_first(
-            [
-                translate(tree, path, rest, item)
-                for path, rest, item in details
-                if not (rest and any(other[: len(path)] == path and len(other) > len(path) for other in paths))
-            ]
-        )
+        located = [(*locate(tree, item["loc"]), item) for item in error.errors(include_url=False)]
+        paths = [path for path, _, _ in located]
+        raise_first([translate(tree, *item) for item in located if not _is_shadow(item[0], item[2]["type"], paths)])
         raise
+
+
+def _is_shadow(path: KeyPath, kind: str, paths: Sequence[KeyPath]) -> bool:
+    """Whether an error only says that something deeper is wrong (the other members of a union, a short list)."""
+    return kind != "missing" and any(other[: len(path)] == path and len(other) > len(path) for other in paths)
 
 
 def locate(tree: Node, loc: tuple[int | str, ...]) -> tuple[KeyPath, tuple[int | str, ...]]:

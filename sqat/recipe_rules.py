@@ -18,14 +18,13 @@ from sqat.recipe import (
     QatConfig,
     Recipe,
     RelevanceTask,
-    StageConfig,
     TrainConfig,
 )
 from sqat.sparsity.masks import parse_pattern
 
 
 class Problem(NamedTuple):
-    """A broken rule: the key it is about, what is wrong, what to do."""
+    """A broken rule: the key it is about (or would be, if it were given), what is wrong, what to do."""
 
     path: tuple[str, ...]
     text: str
@@ -94,15 +93,14 @@ def _stage(recipe: Recipe, name: str) -> Iterator[Problem]:
     path = ("stages", name)
     if isinstance(stage, QatConfig) and "calibrate" not in kinds:
         text = f"stage {name!r} needs a calibrate stage among those it starts from, {_chain(line)}"
-        yield Problem(path, text, "add a calibrate stage before it")
+        yield Problem((*path, "from"), text, "add a calibrate stage before it")
     if isinstance(stage, ExportConfig) and "onnx-int8" in stage.targets and not kinds & {"calibrate", "qat"}:
         text = f"onnx-int8 needs a calibrate or qat stage among those {name!r} starts from, {_chain(line)}"
-        at = (*path, "targets") if "targets" in stage.model_fields_set else path
-        yield Problem(at, text, "export onnx-fp32, or add a calibrate stage before it")
+        yield Problem((*path, "targets"), text, "export onnx-fp32, or add a calibrate stage before it")
     if isinstance(stage, PruneConfig):
         yield from _schedule(path, stage)
     if isinstance(stage, PruneConfig | QatConfig) and stage.distill is not None:
-        yield from _distill(recipe, name, stage, stage.distill, line)
+        yield from _distill(recipe, name, stage.distill, line)
 
 
 def _schedule(path: tuple[str, ...], stage: PruneConfig) -> Iterator[Problem]:
@@ -112,11 +110,9 @@ def _schedule(path: tuple[str, ...], stage: PruneConfig) -> Iterator[Problem]:
         yield Problem((*path, "schedule", "steps"), f"{'.'.join(path)}.schedule: {error}")
 
 
-def _distill(
-    recipe: Recipe, name: str, stage: StageConfig, distill: DistillConfig, line: list[str]
-) -> Iterator[Problem]:
+def _distill(recipe: Recipe, name: str, distill: DistillConfig, line: list[str]) -> Iterator[Problem]:
     dense = [other for other in line if _is_dense(recipe, other)]
-    path = ("stages", name, "distill") if "distill" in stage.model_fields_set else ("stages", name)
+    path = ("stages", name, "distill")
     teacher = distill.teacher
     if teacher is not None and teacher not in dense:
         why = "is no stage" if teacher not in recipe.stages else "is not dense and among those it starts from"

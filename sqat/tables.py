@@ -43,6 +43,7 @@ def print_results(results: Results, *, as_json: bool = False) -> None:
     metrics = list(dict.fromkeys(metric for row in results.rows for metric in row.metrics))
     table, shown, has_path = _fitting_results(results, metrics, console)
     console.print(table)
+    console.print()
     if not has_path:
         for row in results.rows:
             console.print(f"{row.label}: {nearby(row.path)}", soft_wrap=True)
@@ -95,16 +96,15 @@ def print_plan(plan: Sequence[PlannedStage], *, as_json: bool = False) -> None:
         print_json([{**vars(stage), "directory": str(stage.directory)} for stage in plan])
         return
     table = new_table("#")
-    for title in ("stage", "kind", "from", "key"):
+    for title in ("stage", "from"):
         table.add_column(title, overflow="fold")
-    for title in ("steps", "samples", "time"):
-        table.add_column(title, justify="right")
-    table.add_column("")
+    for title in ("key", "steps", "samples", "time", ""):
+        table.add_column(title, justify="right" if title not in ("key", "") else "left", no_wrap=True)
     for stage in plan:
-        amounts = [show_count(stage.steps), show_count(stage.samples), show_time(stage.seconds)]
+        name = stage.name if stage.name == stage.kind else f"{stage.name} ({stage.kind})"
+        amounts = (show_count(stage.steps), show_count(stage.samples), show_time(stage.seconds))
         state = "unchanged" if stage.unchanged else "will run"
-        names = (stage.name, stage.kind, stage.parent or "-", stage.key[:8])
-        table.add_row(str(stage.number), *names, *amounts, state)
+        table.add_row(str(stage.number), name, stage.parent or "-", stage.key[:7], *amounts, state)
     console = result_console()
     console.print(table)
     waiting = [stage for stage in plan if not stage.unchanged]
@@ -129,16 +129,19 @@ def print_layers(layers: Sequence[LayerReport], path: Path, *, as_json: bool = F
         return
     console = result_console()
     prefix = common_prefix([layer.name for layer in layers])
-    table = new_table(f"layer (~ = {prefix})" if prefix else "layer")
-    for title in ("shape", "N:M", "zeros", "scale/1e-3", "in amax", "SQNR", "sat."):
+    table = new_table("layer")
+    for title in ("shape", "N:M", "zero%", "scale", "amax", "SQNR", "sat.%"):
         table.add_column(title, justify="right", no_wrap=True)
     for layer in layers:
         table.add_row(shorten(layer.name, prefix), *_layer_cells(layer))
     console.print(table)
+    console.print()
     for reason, count in Counter(layer.reason for layer in layers if layer.reason).items():
         names = ", ".join(shorten(layer.name, prefix) for layer in layers if layer.reason == reason)
         console.print(f"{count} left alone, {reason}: {names}")
-    console.print("scale: smallest-largest of the weight; SQNR in dB; sat.: share of inputs beyond the bound")
+    if prefix:
+        console.print(f"~ is {prefix}")
+    console.print("scale: smallest-largest of the weight, x 1e-3; SQNR in dB; sat.%: above amax")
 
 
 def _layer_cells(layer: LayerReport) -> list[str]:
@@ -146,11 +149,11 @@ def _layer_cells(layer: LayerReport) -> list[str]:
     return [
         "x".join(str(size) for size in layer.shape),
         layer.pattern,
-        f"{100 * layer.zeros:.1f}%",
+        f"{100 * layer.zeros:.1f}",
         "-" if scale is None else f"{1e3 * scale[0]:.2g}-{1e3 * scale[1]:.2g}",
         "-" if layer.input_amax is None else f"{layer.input_amax:.3g}",
         "-" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}",
-        "-" if layer.saturated is None else f"{100 * layer.saturated:.2g}%",
+        "-" if layer.saturated is None else show_share(layer.saturated),
     ]
 
 
@@ -167,7 +170,7 @@ def shorten(name: str, prefix: str) -> str:
 
 def new_table(first: str) -> Table:
     """An empty table with one column."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column(first, overflow="fold")
     return table
 
@@ -188,5 +191,12 @@ def show_number(value: float | None, digits: int) -> str:
 
 
 def show_count(count: int | None) -> str:
-    """A whole number with thousands set apart; ``-`` where unknown."""
-    return "-" if count is None else f"{count:,}"
+    """A whole number, rounded to three figures from 100,000 on; ``-`` where unknown."""
+    if count is None:
+        return "-"
+    return f"{count:,}" if count < 100_000 else f"{count / 1e3:.0f}k" if count < 1_000_000 else f"{count / 1e6:.3g}M"
+
+
+def show_share(share: float) -> str:
+    """A share in percent that fits five characters."""
+    return "0" if share == 0 else "<0.01" if share < 1e-4 else f"{100 * share:.2f}"

@@ -80,6 +80,14 @@ def resolve_scalar(text: str, place: Place) -> Scalar:
     return number
 
 
+def whole(text: str, place: Place) -> str:
+    """Join surrogate pairs, which JSON writes for characters beyond U+FFFF; half a pair is an error."""
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise SqatError("holds half of a surrogate pair, which is no character", place=str(place)) from None
+
+
 class _Composer:
     """One pass over the events of one document; anchors are the only state."""
 
@@ -119,9 +127,8 @@ class _Composer:
         return self.anchors[event.anchor]
 
     def scalar(self, event: yaml.ScalarEvent, place: Place) -> Node:
-        if any("\ud800" <= char <= "\udfff" for char in event.value):
-            raise SqatError("holds half of a surrogate pair, which is no character", place=str(place))
-        return Node(place, event.value if event.style else resolve_scalar(event.value, place))
+        value = whole(event.value, place)
+        return Node(place, value if event.style else resolve_scalar(value, place))
 
     def sequence(self, place: Place, depth: int) -> Node:
         node = Node(place, items := [])
@@ -152,7 +159,7 @@ class _Composer:
             raise SqatError("a key must be a plain text, not a list, mapping or alias", place=str(place))
         if not event.value:
             raise SqatError("a key is empty", place=str(place))
-        return event.value, event.value == "<<" and not event.style
+        return whole(event.value, place), event.value == "<<" and not event.style
 
 
 def compose(text: str, source: str, *, flag: bool = False) -> Node:
@@ -190,6 +197,7 @@ def _document(composer: _Composer) -> Node:
 
 # What PyYAML says, and what that means to a person; the first that occurs in the message is told.
 SYNTAX = (
+    ("expected the node content, but found '<stream end>'", "a '[' or '{' is never closed", ""),
     ("'\\t'", "a tab where YAML wants spaces", "indent with spaces"),
     ("mapping values are not allowed", "a second ': ' on one line", "quote the value if it holds ': '"),
     ("cannot start any token", "a value cannot start with this character", "quote the value"),

@@ -1,0 +1,104 @@
+"""Imports go one way, the core is alone with torch, and `sqat --help` loads nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FRAMEWORKS = {"transformers", "datasets", "accelerate", "typer", "rich", "pydantic", "onnx", "onnxruntime", "yaml"}
+CORE = ("sparsity", "quantization", "distillation")
+# Each layer may import itself, the layers named later, and what is open to all above the core.
+LAYERS = [
+    ["__main__"],
+    ["cli", "console", "tables", "starter"],
+    ["pipeline", "inspection"],
+    ["stages"],
+    ["evaluation", "tasks", "models", "data", "training", "export", "metrics", "insertion", "readers", "records", "job"],
+    [*CORE],
+]
+OPEN = {"recipe", "recipe_file", "recipe_rules", "recipe_schema", "yaml_tree", "checkpoint", "errors", "display"}
+OPEN |= {"report_row", "__init__"}
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names a file imports when it runs; blocks under TYPE_CHECKING are for the type checker alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped = {inner for node in ast.walk(tree) if is_type_checking(node) for inner in ast.walk(node)}
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def area(dotted: str) -> str:
+    """``sparsity`` of ``sqat.sparsity.masks``; ``__init__`` of names in the package itself."""
+    part = dotted.partition(".")[2].partition(".")[0] or "__init__"
+    return part if (ROOT / "sqat" / part).is_dir() or (ROOT / "sqat" / f"{part}.py").is_file() else "__init__"
+
+
+FILES = sorted((ROOT / "sqat").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])
+def test_imports_go_one_way(path: Path) -> None:
+    own = path.relative_to(ROOT / "sqat").parts[0].removesuffix(".py")
+    inside = {area(name) for name in imported(path) if name.split(".")[0] == "sqat"} - {own}
+    outside = {name.split(".")[0] for name in imported(path)} - {"sqat"}
+    if own in CORE:
+        assert outside <= {"torch"} | set(sys.stdlib_module_names), "the core imports torch and nothing else"
+        assert not inside, "the parts of the core do not know each other"
+        return
+    if own in OPEN:
+        assert inside <= OPEN | set(CORE)
+        return
+    level = next((number for number, layer in enumerate(LAYERS) if own in layer), None)
+    assert level is not None, f"say in LAYERS where {own} belongs"
+    below = {name for layer in LAYERS[level:] for name in layer}
+    assert inside <= below | OPEN, f"{own} imports what lies above it"
+
+
+@pytest.mark.parametrize(
+    ("library", "allowed"),
+    [("transformers", {"models"}), ("datasets", {"data"}), ("typer", {"cli"}), ("rich", {"console", "tables"})],
+)
+def test_each_library_has_one_place(library: str, allowed: set[str]) -> None:
+    users = {
+        path.relative_to(ROOT / "sqat").parts[0].removesuffix(".py")
+        for path in FILES
+        if library in {name.split(".")[0] for name in imported(path)}
+    }
+    assert users == allowed
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["qat", "--help"], ["--version"], ["rum"]])
+def test_quick_commands_import_nothing_heavy(arguments: list[str]) -> None:
+    code = f"import sys, sqat.cli; sqat.cli.main({arguments!r}); print(*sys.modules, file=sys.stderr)"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    heavy = {"torch", "numpy", *FRAMEWORKS} - {"typer", "rich"}
+    if "--help" not in arguments[:1]:
+        heavy -= {"pydantic"}  # Typer itself uses it to read the arguments of a command
+    assert not heavy & set(run.stderr.split())
+    assert "sqat.pipeline" not in run.stderr.split()
