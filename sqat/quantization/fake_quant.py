@@ -80,17 +80,18 @@ def check_amax(amax: Tensor, place: str = "amax") -> None:
 class _FakeQuantizeLearned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, amax: Tensor) -> Tensor:
-        ctx.save_for_backward(x, amax)
-        return _to_grid(x, amax.clamp(min=SMALLEST_AMAX) / HIGH)
+        y = _to_grid(x, amax.clamp(min=SMALLEST_AMAX) / HIGH)
+        ctx.save_for_backward(x, y, amax)  # the layer that reads y keeps it anyway
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        x, amax = ctx.saved_tensors
+        x, y, amax = ctx.saved_tensors
         scale = amax.clamp(min=SMALLEST_AMAX) / HIGH
-        grad = _computed(grads[0]).contiguous()
+        grad = _computed(grads[0])
         inside = _step_through(grad, x, scale, ACTIVATION_LOW, HIGH)
         # sum of grad * (round(v) - v) inside and of grad * bound outside, where v = x / scale, times scale
-        moved = _dot(grad, _computed(_to_grid(x, scale))) - _dot(inside, _computed(x))
+        moved = _dot(grad, _computed(y)) - _dot(inside, _computed(x))
         share = 1 / math.sqrt(x[0].numel() * HIGH)
         return inside.to(x.dtype), (moved / scale * (share / HIGH)).to(amax.dtype)
 
