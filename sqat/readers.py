@@ -144,7 +144,7 @@ def _read_parquet(path: Path, shown: str) -> Iterator[Placed]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{shown}:row {number}", row
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         problem = " ".join(str(error).split())
         raise SqatError(f"not a Parquet file: {problem}", "is the ending right?", shown) from None
 

@@ -141,9 +141,9 @@ def test_ten_thousand_pairs_take_well_under_a_second() -> None:
     groups = np.sort(random.integers(0, 1000, 10_000))
     labels, scores = random.integers(0, 3, 10_000), random.normal(size=10_000)
     metrics.ranking(labels[:100], scores[:100], groups[:100], 1.0)  # imports
-    start = time.perf_counter()
+    start = time.process_time()
     metrics.ranking(labels, scores, groups, 1.0)
-    assert time.perf_counter() - start < 0.8
+    assert time.process_time() - start < 0.8
 
 
 def test_classification_agrees_with_torchmetrics() -> None:
