@@ -62,11 +62,11 @@ def evaluate_artifact(artifact: Path, splits: Splits, split: SplitName) -> Figur
     if artifact.suffix == ".onnx":
         runtime, tokenizer = session(artifact), load_tokenizer(artifact.parent)
         rows = splits.tokens(split, tokenizer)
-        return splits.task().metrics(predict(lambda batch: onnx_logits(runtime, batch), rows, tokenizer), rows)
+        return splits.task.metrics(predict(lambda batch: onnx_logits(runtime, batch), rows, tokenizer), rows)
     checkpoint = load_checkpoint(artifact)
     if not checkpoint.weights:
         files = ", ".join(sorted(name for name in checkpoint.files if name.endswith(".onnx")))
         raise SqatError("the folder is an export without torch weights", f"name the file: {files}", str(artifact))
     with served_model(checkpoint) as (model, tokenizer):
         rows = splits.tokens(split, tokenizer)
-        return splits.task().metrics(predict(lambda batch: logits_of(model.eval(), batch), rows, tokenizer), rows)
+        return splits.task.metrics(predict(lambda batch: logits_of(model.eval(), batch), rows, tokenizer), rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +42,7 @@ class Splits:
             self.raw[name] = load_rows(config, name, self.recipe.data.columns, self.recipe.task, self.folder)
         return self.raw[name]
 
+    @cached_property
     def task(self) -> Task:
         """The task, with the classes and grades of the train rows."""
         return build_task(self.recipe.task, self.rows("train"))
@@ -49,7 +50,7 @@ class Splits:
     def tokens(self, name: SplitName, tokenizer: Any) -> Rows:
         """Rows of a split with numeric labels and tokens; every stage of a recipe has the same tokenizer."""
         if name not in self.encoded:
-            rows = self.task().encode(self.rows(name))
+            rows = self.task.encode(self.rows(name))
             self.encoded[name] = tokenize(rows, tokenizer, self.recipe.model.max_length)
         return self.encoded[name]
 
@@ -75,7 +76,7 @@ class Job:
 
     @property
     def task(self) -> Task:
-        return self.splits.task()
+        return self.splits.task
 
     def start(self, parent: Checkpoint | None) -> tuple[PreTrainedModel, Any]:
         """Model and tokenizer to begin with: the parent's, or the pretrained model with a fresh head."""

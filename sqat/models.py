@@ -177,8 +177,8 @@ def load_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], place: s
     wrong = [n for n, t in weights.items() if n in own and own[n].shape != t.shape]
     unknown = [name for name in weights if name not in own]
     if wrong or unknown:
-        raise SqatError(f"the weight {(wrong + unknown)[0]} does not fit the config", "the files do not belong together",
-                        place)  # fmt: skip
+        name = (wrong + unknown)[0]
+        raise SqatError(f"the weight {name} does not fit the config", "the files do not belong together", place)
     model.load_state_dict(dict(weights), strict=False)
     model.tie_weights()
     loaded = {own[name].data_ptr() for name in weights}

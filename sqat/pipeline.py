@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,7 @@ def parent_checkpoint(loaded: LoadedRecipe, name: str, given: Path | None) -> Ch
     directory = stage_directory(loaded, parent)
     if not directory.is_dir():
         raise SqatError(f"stage {name} starts from {parent}, which has not run yet",
-                        f"run `sqat {loaded.recipe.stages[parent].stage}` first, `sqat run --to {name}`, or give --from",
+                        f"run `sqat run --to {name}`, or give --from CHECKPOINT",
                         str(directory))  # fmt: skip
     return load_checkpoint(directory)
 
@@ -278,7 +279,8 @@ def execute(
     checkpoint = STAGES[config.stage](config, parent, job)
     save_checkpoint(replace(checkpoint, recipe=loaded.text), directory)
     shutil.rmtree(state.directory, ignore_errors=True)
-    shown = ", ".join(f"{metric} {value:.4f}" for metric, value in checkpoint.manifest.metrics.get("dev", {}).items())
+    figures = checkpoint.manifest.metrics.get("dev", {})
+    shown = ", ".join(f"{metric} {value:.4f}" for metric, value in figures.items())
     display.say(f"{name}: {f'dev {shown}' if shown else 'done'} -> {directory}")
 
 
@@ -289,53 +291,48 @@ def evaluate(loaded: LoadedRecipe, artifact: Path, split: SplitName, display: Di
 
 
 def closing_table(loaded: LoadedRecipe, splits: Splits, display: Display) -> Results:
-    """Measure every result that exists on the test split (dev where there is none), each once per key."""
+    """Measure every result that this recipe has made on the test split (dev where there is none), once per key."""
     recipe = loaded.recipe
     split: SplitName = "test" if recipe.data.test is not None else "dev"
     content = digest(getattr(recipe.data, split), loaded.path.parent)
-    remembered = read_results(loaded.run_directory / RESULTS)
+    remembered, keys = read_results(loaded.run_directory / RESULTS), stage_keys(loaded)
     rows, record = [], {}
-    for label, artifact in result_artifacts(loaded).items():
-        stage = artifact.parent if artifact.suffix == ".onnx" else artifact
-        key = f"{manifest_key(stage)}/{artifact.name}/{content}"
+    for label, (stage, artifact) in result_artifacts(loaded).items():
+        if manifest_key(stage_directory(loaded, stage)) != keys[stage]:
+            display.say(f"{label}: left out of the table, since {stage} has not run with this recipe")
+            continue
+        key = f"{keys[stage]}/{artifact.name}/{content}"
         known = remembered.get(label, {})
         if known.get("key") != key:
             display.say(f"{label}: measuring on {split}")
             known = {"key": key, "metrics": evaluate_artifact(artifact, splits, split)}
-        metrics = {name: float(value) for name, value in known["metrics"].items()}
-        row = ResultRow(label, stage.name[3:], metrics, artifact_size(artifact), artifact)
+        row = ResultRow(label, stage, {name: float(value) for name, value in known["metrics"].items()},
+                        artifact_size(artifact), artifact)  # fmt: skip
         rows.append(row)
-        record[label] = {
-            **known,
-            "split": split,
-            "data": content,
-            "size_bytes": row.size_bytes,
-            "path": str(artifact),
-        }
+        metrics = {name: value if isfinite(value) else str(value) for name, value in row.metrics.items()}
+        record[label] = {"key": key, "split": split, "data": content, "size_bytes": row.size_bytes,
+                         "path": str(artifact), "metrics": metrics}  # fmt: skip
     if record:
         write_synced(loaded.run_directory / f".{RESULTS}.new", (json.dumps(record, indent=2) + "\n").encode())
         (loaded.run_directory / f".{RESULTS}.new").rename(loaded.run_directory / RESULTS)
     return Results(rows, split, content, loaded.run_directory)
 
 
-def result_artifacts(loaded: LoadedRecipe) -> dict[str, Path]:
-    """Label -> checkpoint folder or ONNX file, of the results that exist on the disk."""
+def result_artifacts(loaded: LoadedRecipe) -> dict[str, tuple[str, Path]]:
+    """Label -> stage and its checkpoint folder or ONNX file; the recipe's rows, or every last stage."""
     recipe = loaded.recipe
     parents = {recipe.parent_of(name) for name in recipe.stages}
     wanted = recipe.results or {name: name for name in recipe.stages if name not in parents}
-    found: dict[str, Path] = {}
+    found: dict[str, tuple[str, Path]] = {}
     for label, row in wanted.items():
         name, _, target = row.partition("/")
-        directory = stage_directory(loaded, name)
-        if manifest_key(directory) is None:
-            continue
-        config = recipe.stages[name]
+        directory, config = stage_directory(loaded, name), recipe.stages[name]
         if config.stage != "export":
-            found[label] = directory
+            found[label] = (name, directory)
             continue
         targets = (target,) if target else config.targets
         for each in targets:
-            found[label if len(targets) == 1 else f"{label} {each}"] = directory / export.file_name(each)
+            found[label if len(targets) == 1 else f"{label} {each}"] = (name, directory / export.file_name(each))
     return found
 
 

@@ -111,9 +111,11 @@ def prove(
     equal = (task.decisions(part, some) == task.decisions(wanted, some)).float().mean().item()
     found = Parity(len(some), parity(wanted.numpy(), part.numpy()), equal)
     if 1 - equal > config.max_disagreement:
-        raise GateError(f"{file_name(target)} decides otherwise than the torch model on {1 - equal:.2%} of {found.rows} "
-                        f"dev rows, allowed {config.max_disagreement:.2%} (largest logit difference "
-                        f"{found.difference:.2e})", "nothing was written; raise parity_samples to see more")  # fmt: skip
+        raise GateError(
+            f"{file_name(target)} decides otherwise than the torch model on {1 - equal:.2%} of {found.rows} dev rows, "
+            f"allowed {config.max_disagreement:.2%} (largest logit difference {found.difference:.2e})",
+            "nothing was written",
+        )
     return found, task.metrics(got, dev)
 
 
