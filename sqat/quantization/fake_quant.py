@@ -3,11 +3,11 @@
 Q(x) = clamp(round_half_even(x / s), lo, hi) * s with s = amax / 127; activations per tensor in [-128, 127],
 weights per output channel in [-127, 127]. As in torch's ops, x is multiplied by 1 / s, and the
 straight-through gradient is 1 where the *rounded* value lies in the range, that is up to half a step beyond
-its ends (exact ties at an end aside). Written on plain torch ops rather than torch's fused one: that branches
-on each element and stores a mask, which costs about ten times more on a CPU; here the forward is four passes,
-three of them in place, the backward is one, and only x is kept for it. Everything is computed in float32
-(float64 for float64) and returned in the type that came in. Left out: zero points (all ranges are symmetric)
-and other bit widths.
+its ends (a value within a few ulp of that half step may fall on the other side than in torch). Written on
+plain torch ops rather than torch's fused one: that branches on each element and stores a mask, which costs
+several times more on a CPU; here the forward is four passes, three of them in place, the backward is one, and
+only x is kept for it. Everything is computed in float32 (float64 for float64) and returned in the type that
+came in. Left out: zero points (all ranges are symmetric) and other bit widths.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def fake_quantize(x: Tensor, amax: Tensor) -> Tensor:
             the device at every call: use `check_amax` where a quantizer is made.
 
     Returns:
-        Tensor of the shape and type of ``x``. NaN stays NaN.
+        Tensor of the shape and type of ``x``. NaN stays NaN; small negative values become -0.0.
     """
     y: Tensor = _FakeQuantize.apply(x, amax)  # type: ignore[no-untyped-call]
     return y

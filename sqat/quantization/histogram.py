@@ -64,7 +64,7 @@ class Histogram:
             low, high = values.aminmax()  # NaN and infinity pass through
             largest = max(-float(low), float(high))
             if not math.isfinite(largest):
-                count = sum(int((~part.isfinite()).sum()) for part in _parts(x.detach(), keep))
+                count = sum(int((~part.float().isfinite()).sum()) for part in _parts(x.detach(), keep))
                 raise ValueError(f"{count} of {x.numel()} values are NaN or infinite")
             self._cover(largest)
             bins = values.mul(1 / self.width).abs_().to(torch.int32)  # exact: the width is a power of two
@@ -103,7 +103,7 @@ class Histogram:
             raise ValueError(f"coverage must lie in (0, 1], got {coverage}")
         if not self.total:
             raise ValueError("the histogram has observed nothing")
-        rank = math.ceil(Fraction(str(coverage)) * self.total)  # as written: 0.07 of 100 is 7, not 7.000000000000001
+        rank = math.ceil(Fraction(str(coverage)) * self.total)  # 0.07 of 100 is 7, in floats a bit more
         crossing = int(torch.searchsorted(self.counts.cumsum(0), rank))
         return min((crossing + 1) * self.width, self.max_abs)
 

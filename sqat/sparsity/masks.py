@@ -69,7 +69,7 @@ def group_ranks(scores: Tensor, m: int, dim: int = 1) -> Tensor:
     Raises:
         ValueError: the size does not fit, or a score is NaN.
     """
-    groups = split_groups(scores, m, dim).movedim(dim + 1, -1)
+    groups = split_groups(scores.detach(), m, dim).movedim(dim + 1, -1)
     if scores.numel() and bool(scores.max().isnan()):  # max passes NaN on and is far cheaper than isnan
         raise ValueError(f"{int(scores.isnan().sum())} of {scores.numel()} scores are NaN")
     ranks = _rank_by_shifts(groups, m) if m in LANES else _rank_by_sort(groups)
@@ -122,8 +122,8 @@ def count_violations(weight_or_mask: Tensor, pattern: Pattern, dim: int = 1) -> 
 
 
 class _ApplyMask(torch.autograd.Function):
-    # A product with the mask as numbers: torch.where and masked_fill branch on each element of a CPU tensor,
-    # which a 2:4 mask makes unpredictable: four times slower.
+    # A product with the mask as numbers: on a CPU torch.where and masked_fill branch on each element, and on
+    # a mask no branch can be predicted, which makes them four times slower.
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
         ctx.save_for_backward(mask)

@@ -65,7 +65,7 @@ class PerGroup:
     """
 
     name: Literal["per-group"] = "per-group"
-    steps: int | tuple[float, ...] = 2
+    steps: Steps = 2
     regrow: bool = False
 
     def __post_init__(self) -> None:
@@ -109,7 +109,7 @@ class GroupFraction:
     """
 
     name: Literal["group-fraction"] = "group-fraction"
-    steps: int | tuple[float, ...] = 4
+    steps: Steps = 4
     regrow: bool = False
 
     def __post_init__(self) -> None:

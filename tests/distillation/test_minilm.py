@@ -115,11 +115,11 @@ def test_descent_brings_the_student_to_the_teacher(loss):
     parameters = [x.requires_grad_() for x in student[:3]]
     before = loss(student, teacher, RIGHT).item()
     optimizer = torch.optim.Adam(parameters, lr=0.1)
-    for _ in range(100):
+    for _ in range(40):
         optimizer.zero_grad()
         loss(student, teacher, RIGHT).backward()
         optimizer.step()
-    assert loss(student, teacher, RIGHT).item() < before / 5
+    assert loss(student, teacher, RIGHT).item() < before / 2
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)

@@ -15,6 +15,7 @@ from sqat.quantization.calibrators import (
     MeanSquaredError,
     Percentile,
     _error_up_to,
+    _least_divergent,
 )
 from sqat.quantization.histogram import Histogram
 
@@ -98,8 +99,16 @@ def kept_by_loop(counts: list[int]) -> int:
 
 
 @pytest.mark.parametrize("kind", ["normal", "relu", "heavy"])
-def test_entropy_is_the_loop_s(kind):
-    x = draw(kind)[:20_000]
+@pytest.mark.parametrize("bins", [130, 400])
+def test_least_divergent_is_the_loop_s(kind, bins):
+    x = draw(kind)[:5_000].abs().double().numpy()
+    counts, _ = np.histogram(x, bins=bins)
+    counts[0] = counts[1]
+    assert _least_divergent(torch.from_numpy(counts).double()) == kept_by_loop(counts.tolist())
+
+
+def test_entropy_is_the_loop_s():
+    x = draw("heavy")[:20_000]
     histogram = histogram_of(x)
     width = histogram.width * 4
     counts, _ = np.histogram(x.abs().double().numpy(), bins=2048, range=(0, 2048 * width))

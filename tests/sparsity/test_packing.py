@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sqat.sparsity.packing import pack_bits, unpack_bits
 
 
+@settings(deadline=None)
 @given(st.lists(st.booleans(), max_size=40))
 def test_bits_are_numpy_little_endian_and_come_back(bits):
     mask = torch.tensor(bits, dtype=torch.bool)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -17,6 +17,7 @@ def random_scores(seed: int, rows: int, columns: int) -> Tensor:
     return torch.randint(0, 6, (rows, columns), generator=torch.Generator().manual_seed(seed)).float()
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(KINDS),
     st.sampled_from(PATTERNS),
