@@ -51,6 +51,8 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+INTERRUPTED = 130
+
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file", show_default=False)]
 Set = Annotated[
     list[str] | None,
@@ -235,14 +237,18 @@ def inspect(
     """Show each layer: sparsity found, scales, quantization error, why it was left alone."""
     must_exist(path)
     if path.is_dir():
-        from sqat.inspection import inspect_checkpoint as inspect_path
+        from sqat.inspection import inspect_checkpoint
+
+        layers = inspect_checkpoint(path)
     elif path.suffix == ".onnx":
-        from sqat.export.inspection import inspect_onnx as inspect_path
+        from sqat.export.inspection import inspect_onnx
+
+        layers = inspect_onnx(path)
     else:
         raise SqatError("is neither a checkpoint folder nor an .onnx file", place=str(path))
-    from sqat import tables
+    from sqat.tables import print_layers
 
-    tables.print_layers(inspect_path(path), path, as_json=json)
+    print_layers(layers, path, as_json=json)
 
 
 @app.command()
@@ -335,13 +341,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     warnings.simplefilter("ignore")
     try:
-        return app(args=argv, prog_name="sqat", standalone_mode=False) or 0
-    except typer.Exit as end:
-        return end.exit_code
-    except Exception as error:
-        return _tell(error)
-    except KeyboardInterrupt as error:
-        return _tell(error)
+        code: int = app(args=argv, prog_name="sqat", standalone_mode=False) or 0
+    except (Exception, KeyboardInterrupt) as error:
+        return error.exit_code if isinstance(error, typer.Exit) else _tell(error)
+    return _tell(KeyboardInterrupt()) if code == INTERRUPTED else code  # new versions of Typer swallow it
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -357,7 +360,7 @@ def _tell(error: BaseException) -> int:
     from sqat import console
 
     debug = os.environ.get("SQAT_DEBUG", "") not in ("", "0")
-    if debug and not isinstance(error, USAGE_ERROR):
+    if debug and not isinstance(error, USAGE_ERROR | KeyboardInterrupt):
         import traceback
 
         traceback.print_exception(error)
@@ -366,7 +369,7 @@ def _tell(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         console.print_failure("interrupted; the same command goes on from the last saved state")
-        return 130
+        return INTERRUPTED
     if isinstance(error, USAGE_ERROR):
         console.print_error(SqatError(usage_line(error)))
         return 2
@@ -395,7 +398,7 @@ def _tell_fault(error: BaseException, debug: bool) -> int:
     ):
         console.print_error(SqatError(error.strerror or "not writable", place=error.filename or ""))
         return 2
-    where = f" ({', '.join(str(argument) for argument in error.args[:1])})" if error.args else ""
+    where = f" ({str(error).splitlines()[0]})" if str(error) else ""
     hint = "" if debug else "; run it again with -vv or SQAT_DEBUG=1 for the traceback"
-    console.print_failure(f"internal error: {type(error).__name__}{where.splitlines()[0] if where else ''}{hint}")
+    console.print_failure(f"internal error: {type(error).__name__}{where}{hint}")
     return 1

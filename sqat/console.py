@@ -99,7 +99,7 @@ class BarDisplay:
     def update(self, step: int, values: Mapping[str, float], rate: float) -> None:
         if self.live is not None:
             self.progress.update(self.task, completed=step, rate=f"{rate:.0f}/s")
-            self.values.plain = "  " + ", ".join(show_values(values))
+            self.values.plain = "  " + "  ".join(text.replace(" ", "=") for text in show_values(values))
 
     def end(self) -> None:
         if self.live is not None:
@@ -227,7 +227,7 @@ def show_time(seconds: float | None) -> str:
     """Seconds as ``4.2s``, ``3m05s`` or ``2h07m``; ``-`` where unknown."""
     if seconds is None:
         return "-"
-    if seconds < 60:
-        return f"{seconds:.1f}s" if seconds < 10 else f"{seconds:.0f}s"
+    if seconds < 59.5:
+        return f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"

@@ -162,11 +162,8 @@ def _label_column(rows: Sequence[Row], columns: list[str], place: str) -> str:
     if named is not None:
         return named
     numeric = [key for key in columns if not _is_id(key) and _are_numbers([row.get(key) for row in rows])]
-    few = [
-        key
-        for key in columns
-        if not _is_id(key) and len({str(row.get(key)) for row in rows}) <= max(2, len(rows) // 10)
-    ]
+    counts = {key: len({str(row.get(key)) for row in rows}) for key in columns if not _is_id(key)}
+    few = [key for key, count in counts.items() if 2 <= count <= max(2, len(rows) // 10)]
     if not numeric and not few:
         hint = f"rename it to 'label'; the columns are {', '.join(columns)}"
         raise SqatError("no column looks like a label", hint, place)

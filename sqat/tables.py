@@ -194,7 +194,7 @@ def show_count(count: int | None) -> str:
     """A whole number, rounded to three figures from 100,000 on; ``-`` where unknown."""
     if count is None:
         return "-"
-    return f"{count:,}" if count < 100_000 else f"{count / 1e3:.0f}k" if count < 1_000_000 else f"{count / 1e6:.3g}M"
+    return f"{count:,}" if count < 100_000 else f"{count / 1e3:.0f}k" if count < 999_500 else f"{count / 1e6:.3g}M"
 
 
 def show_share(share: float) -> str:

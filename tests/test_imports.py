@@ -19,7 +19,19 @@ LAYERS = [
     ["cli", "console", "tables", "starter"],
     ["pipeline", "inspection"],
     ["stages"],
-    ["evaluation", "tasks", "models", "data", "training", "export", "metrics", "insertion", "readers", "records", "job"],
+    [
+        "evaluation",
+        "tasks",
+        "models",
+        "data",
+        "training",
+        "export",
+        "metrics",
+        "insertion",
+        "readers",
+        "records",
+        "job",
+    ],
     [*CORE],
 ]
 OPEN = {"recipe", "recipe_file", "recipe_rules", "recipe_schema", "yaml_tree", "checkpoint", "errors", "display"}
