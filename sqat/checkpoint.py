@@ -122,12 +122,11 @@ def save_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:
 
 def write_directory(contents: Mapping[str, bytes], directory: Path) -> None:
     """Write files to a neighbour of ``directory``, fsync them, then rename it into place."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
     fresh = directory.with_name(f".{directory.name}.new")
     stale = directory.with_name(f".{directory.name}.old")
-    for leftover in (fresh, stale):
-        shutil.rmtree(leftover, ignore_errors=True)
     try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        settle(directory, fresh, stale)
         fresh.mkdir()
         for name, content in contents.items():
             write_synced(fresh / name, content)
@@ -143,9 +142,15 @@ def write_directory(contents: Mapping[str, bytes], directory: Path) -> None:
             str(directory),
         ) from error
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        if directory.exists():
-            shutil.rmtree(stale, ignore_errors=True)
+        settle(directory, fresh, stale)
+
+
+def settle(directory: Path, fresh: Path, stale: Path) -> None:
+    """Put the older directory back where a write ended between its two renames, and drop what is left over."""
+    if stale.exists() and not directory.exists():
+        stale.rename(directory)
+    for leftover in (fresh, stale):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_synced(path: Path, content: bytes) -> None:
