@@ -114,17 +114,12 @@ def column(rows: Rows, name: str) -> np.ndarray:
 def _hub_rows(split: SplitConfig, name: SplitName, shown: str) -> Iterator[Placed]:
     """Rows of a hub data set; class numbers become the class names the data set gives them."""
     found: Rows = _from_hub(datasets.load_dataset, split, shown, {"split": split.split or name})
-    named = {
-        column: feature.names
-        for column, feature in found.features.items()
-        if isinstance(feature, datasets.ClassLabel)
-    }
+    named = {key: value.names for key, value in found.features.items() if isinstance(value, datasets.ClassLabel)}
     for number, row in enumerate(found, 1):
-        place = f"{shown}:row {number}"
-        for column, names in named.items():
-            if row[column] is not None:
-                row[column] = names[row[column]] if row[column] >= 0 else None
-        yield place, row
+        for key, names in named.items():
+            if row[key] is not None:
+                row[key] = names[row[key]] if row[key] >= 0 else None  # -1: the label is kept secret
+        yield f"{shown}:row {number}", row
 
 
 def _from_hub(load: Callable[..., Any], split: SplitConfig, shown: str, part: dict[str, str]) -> Any:
@@ -228,15 +223,12 @@ def collate(rows: Rows, indices: list[int], tokenizer: Any) -> Batch:
 def _padded(values: list[list[int]], pad: int, left: bool) -> Tensor:
     longest = max(map(len, values))
     padded = [
-        [pad] * (longest - len(value)) + value if left else value + [pad] * (longest - len(value))
-        for value in values
+        [pad] * (longest - len(value)) + value if left else value + [pad] * (longest - len(value)) for value in values
     ]
     return torch.tensor(padded, dtype=torch.int64)
 
 
-def plan_batches(
-    lengths: list[int], units: list[list[int]], batch_size: int, seed: int, epoch: int
-) -> list[list[int]]:
+def plan_batches(lengths: list[int], units: list[list[int]], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """Batches of one epoch: random, yet of rows of like length.
 
     Units are shuffled by (seed, epoch), sorted by length within windows of 50 batches, packed whole into

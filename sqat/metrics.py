@@ -18,9 +18,7 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 
-def ranking(
-    labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, relevant_from: float
-) -> dict[str, float]:
+def ranking(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, relevant_from: float) -> dict[str, float]:
     """Quality of the ranking of each query's passages.
 
     - ``ndcg@10``: gain 2^grade - 1, mean over the queries whose passages differ in grade.
@@ -127,6 +125,6 @@ def finite(scores: ArrayLike) -> Floats:
     bad = int((~np.isfinite(values)).sum())
     if bad:
         raise SqatError(
-            f"{bad} of {values.size} outputs of the model are not finite", "lower the learning rate"
+            f"{bad} of {values.size} outputs of the model are not finite", "training diverged; lower learning_rate"
         )
     return values
