@@ -61,7 +61,7 @@ class SiteRecord(BaseModel):
 
 
 class Manifest(BaseModel):
-    """`sqat.json`."""
+    """`sqat.json`; ``sha256`` is of all its other entries, so that no changed byte goes unseen."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -81,6 +81,7 @@ class Manifest(BaseModel):
     steps: int = 0
     seconds: float = 0.0
     files: dict[str, str] = {}
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,9 @@ def save_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:
         contents[STATE] = tensor_bytes(state)
     contents[RECIPE] = checkpoint.recipe.encode()
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(contents.items())}
-    manifest = checkpoint.manifest.model_copy(update={"files": digests})
-    contents[MANIFEST] = (manifest.model_dump_json(indent=2) + "\n").encode()
+    manifest: dict[str, Any] = checkpoint.manifest.model_copy(update={"files": digests}).model_dump(mode="json")
+    manifest["sha256"] = manifest_digest(manifest)
+    contents[MANIFEST] = (json.dumps(manifest, indent=2) + "\n").encode()
     write_directory(contents, directory)
 
 
@@ -178,17 +180,19 @@ def load_checkpoint(directory: Path) -> Checkpoint:
     state = read_tensors(contents.pop(STATE, b""), directory / STATE)
     recipe = contents.pop(RECIPE, b"").decode()
     amax = {name.removesuffix(".amax"): tensor for name, tensor in state.items() if name.endswith(".amax")}
-    masks = {}
-    for name, packed in state.items():
-        if name.endswith(".mask"):
-            layer = name.removesuffix(".mask")
-            weight = weights.get(f"{layer}.weight")
-            if weight is None or packed.numel() != -(-weight.numel() // 8):
-                raise SqatError(f"the mask of {layer} does not fit its weight", REMAKE, str(directory / STATE))
-            masks[layer] = unpack_bits(packed, tuple(weight.shape))
+    packed = {name.removesuffix(".mask"): tensor for name, tensor in state.items() if name.endswith(".mask")}
+    masks = {layer: read_mask(layer, bits, weights, directory / STATE) for layer, bits in packed.items()}
     checkpoint = Checkpoint(manifest, contents, weights, masks, amax, recipe)
     check_claims(checkpoint, str(directory))
     return checkpoint
+
+
+def read_mask(layer: str, packed: Tensor, weights: Mapping[str, Tensor], path: Path) -> Tensor:
+    """Unpack a mask to the shape of its layer's weight."""
+    try:
+        return unpack_bits(packed, tuple(weights[f"{layer}.weight"].shape))
+    except (KeyError, ValueError) as error:
+        raise SqatError(f"the mask of {layer} does not fit its weight", REMAKE, str(path)) from error
 
 
 REMAKE = "run the stage again with --force, or use another checkpoint"
@@ -212,11 +216,20 @@ def load_manifest(directory: Path) -> Manifest:
     if version > FORMAT:
         raise SqatError(f"format {version} is newer than this sqat reads ({FORMAT})", "upgrade sqat", str(path))
     try:
-        return Manifest.model_validate(raw)
+        manifest = Manifest.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise SqatError(f"the manifest's {where} is not valid", REMAKE, str(path)) from error
+    if manifest_digest(raw) != manifest.sha256:
+        raise SqatError("the manifest is not what its own sha256 says: it was changed or damaged", REMAKE, str(path))
+    return manifest
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """sha256 of a manifest's entries but this digest itself, in one order and without layout."""
+    entries = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def read_verified(directory: Path, name: str, digest: str) -> bytes:
@@ -249,7 +262,7 @@ def read_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
 
 
 def check_claims(checkpoint: Checkpoint, place: str) -> None:
-    """Check that every mask has its pattern and every pruned weight is exactly +0.0.
+    """Check that every mask has its pattern, every pruned weight is exactly +0.0 and every site a sound bound.
 
     A mask may keep fewer than N of M (a step of a progressive schedule is checked as the N:M of its record).
     """
@@ -257,12 +270,28 @@ def check_claims(checkpoint: Checkpoint, place: str) -> None:
         if record.pattern and layer not in checkpoint.masks and checkpoint.weights:
             raise SqatError(f"{layer} is said to be {record.pattern} but has no mask", REMAKE, place)
     for layer, mask in checkpoint.masks.items():
-        weight = checkpoint.weights[f"{layer}.weight"]
+        weight = checkpoint.weights.get(f"{layer}.weight")
+        if weight is None or weight.shape != mask.shape:
+            raise SqatError(f"the mask of {layer} does not fit its weight", REMAKE, place)
         if weight[~mask].view(INTEGERS[weight.element_size()]).any():
             raise SqatError(f"{layer} has a pruned weight that is not +0.0", REMAKE, place)
         record = checkpoint.manifest.layers.get(layer, LayerRecord())
-        if record.pattern and (bad := count_violations(mask, parse_pattern(record.pattern))):
+        if record.pattern and (bad := violations(layer, mask, record.pattern, place)):
             raise SqatError(f"{layer} is said to be {record.pattern} but {bad} groups keep more", REMAKE, place)
+    for site, amax in checkpoint.amax.items():
+        if amax.dim() or not amax.is_floating_point() or not 0 < float(amax) < float("inf"):
+            raise SqatError(f"the bound of {site} is not one positive number", REMAKE, place)
+    for site, found in checkpoint.manifest.sites.items():
+        if checkpoint.weights and found.leader not in checkpoint.amax:
+            raise SqatError(f"{site} has no bound: {found.leader} is not in {STATE}", REMAKE, place)
+
+
+def violations(layer: str, mask: Tensor, pattern: str, place: str) -> int:
+    """Groups of a mask that keep more than the pattern; a pattern that cannot be is told as a mistake."""
+    try:
+        return count_violations(mask, parse_pattern(pattern))
+    except ValueError as error:
+        raise SqatError(f"{layer} is said to be {pattern}, which it cannot be: {error}", REMAKE, place) from error
 
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
