@@ -106,13 +106,17 @@ class MiniLMv1:
 
 @dataclass(frozen=True)
 class MiniLMv2:
-    """QQ, KK and VV relations over ``relation_heads`` new heads (arXiv:2012.15828)."""
+    """QQ, KK and VV relations over ``relation_heads`` new heads (arXiv:2012.15828).
+
+    Attributes:
+        relation_heads: must divide both widths; None takes the teacher's attention heads.
+    """
 
     name: Literal["minilm-v2"] = "minilm-v2"
-    relation_heads: int = 12
+    relation_heads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.relation_heads < 1:
+        if self.relation_heads is not None and self.relation_heads < 1:
             raise ValueError(f"relation_heads must be at least 1, got {self.relation_heads}")
 
     def __call__(self, student: QKV, teacher: QKV, attention_mask: Tensor) -> Tensor:
@@ -124,13 +128,14 @@ class MiniLMv2:
         Raises:
             ValueError: ``relation_heads`` does not divide both widths, or shapes do not fit.
         """
-        _check(student, teacher, attention_mask, self.relation_heads, "relation heads")
+        heads = teacher.heads if self.relation_heads is None else self.relation_heads
+        _check(student, teacher, attention_mask, heads, "relation heads")
         relations = (
             (student.query, student.query, teacher.query, teacher.query),
             (student.key, student.key, teacher.key, teacher.key),
             (student.value, student.value, teacher.value, teacher.value),
         )
-        return _divergence(relations, self.relation_heads, attention_mask)
+        return _divergence(relations, heads, attention_mask)
 
 
 MiniLMLoss = MiniLMv1 | MiniLMv2

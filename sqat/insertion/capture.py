@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sqat.distillation.minilm import QKV
+from sqat.insertion.weights import linear
 
 
 class Capture:
@@ -25,6 +27,7 @@ class Capture:
 
     def __init__(self, model: nn.Module, names: Sequence[str], heads: int) -> None:
         self.names, self.heads = tuple(names), heads
+        self.widths = [linear(model, name).out_features for name in names]
         self.outputs: dict[str, Tensor] = {}
         self.handles: list[RemovableHandle] = [
             model.get_submodule(name).register_forward_hook(partial(self.keep, name)) for name in names
@@ -37,6 +40,12 @@ class Capture:
         """The caught tensors, [B,T,H] each; they are forgotten here."""
         caught = [self.outputs.pop(name) for name in self.names]
         query, key, value = caught if len(caught) == 3 else caught[0].chunk(3, dim=-1)
+        return QKV(query, key, value, self.heads)
+
+    def blank(self, tokens: int) -> QKV:
+        """Zeros of the shapes `take` returns for one sample of ``tokens`` positions."""
+        widths = self.widths if len(self.widths) == 3 else [self.widths[0] // 3] * 3
+        query, key, value = (torch.zeros(1, tokens, width) for width in widths)
         return QKV(query, key, value, self.heads)
 
     def remove(self) -> None:

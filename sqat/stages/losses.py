@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sqat.data import Batch
+from sqat.errors import SqatError
 from sqat.insertion.capture import Capture
 from sqat.job import Job
 from sqat.models import PreTrainedModel, attention_heads, build, find_qkv
@@ -37,11 +38,20 @@ def stage_loss(model: PreTrainedModel, config: DistillConfig | None, job: Job) -
     teacher: nn.Module = dense.requires_grad_(False)
     student_qkv = Capture(model, find_qkv(model, config.qkv), attention_heads(model))
     teacher_qkv = Capture(teacher, find_qkv(teacher, config.qkv), attention_heads(dense))
+    check_relations(config, student_qkv, teacher_qkv, job)
     try:
         yield distilled_loss(config, job.task, teacher, student_qkv, teacher_qkv)
     finally:
         student_qkv.remove()
         teacher_qkv.remove()
+
+
+def check_relations(config: DistillConfig, student: Capture, teacher: Capture, job: Job) -> None:
+    """Try the loss on two empty positions, so that heads that do not fit are told before anything trains."""
+    try:
+        config.loss(student.blank(2), teacher.blank(2), torch.ones(1, 2))
+    except ValueError as error:
+        raise SqatError(str(error), f"change stages.{job.name}.distill.loss") from error
 
 
 def distilled_loss(

@@ -159,6 +159,12 @@ def test_v1_needs_equal_head_counts():
         MiniLMv1()(projections(0, 8, heads=2), projections(1, 16, heads=4), RIGHT)
 
 
+def test_relation_heads_default_to_those_of_the_teacher():
+    student, teacher = projections(0, 8), projections(1, 8)
+    expected = MiniLMv2(relation_heads=teacher.heads)(student, teacher, RIGHT)
+    assert float(MiniLMv2()(student, teacher, RIGHT)) == float(expected)
+
+
 def test_relation_heads_must_divide_both_widths():
     with pytest.raises(ValueError, match="3 relation heads do not divide the student's query width 8"):
         MiniLMv2(relation_heads=3)(projections(0, 8), projections(1, 12), RIGHT)

@@ -1,0 +1,173 @@
+"""The chain on a tiny model: golden metrics, what is skipped, what holds after every stage, resume after a kill."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from sqat import pipeline
+from sqat.checkpoint import load_checkpoint
+from sqat.errors import SqatError
+from sqat.recipe_file import load_recipe
+
+from .conftest import FAMILIES, Lines, Project
+
+pytestmark = pytest.mark.pipeline
+Finished = tuple[Project, pipeline.Results]
+
+
+@pytest.fixture
+def copy(finished: Finished, tmp_path: Path) -> Project:
+    """The finished project in a folder of the test's own."""
+    source, _ = finished
+    shutil.copytree(source.folder, tmp_path / "project")
+    project = Project.__new__(Project)
+    project.folder, project.recipe = tmp_path / "project", tmp_path / "project" / "tiny.yaml"
+    project.recipe.write_text(source.recipe.read_text().replace(str(source.folder), str(project.folder)))
+    return project
+
+
+def run(project: Project, *overrides: str, **options: Any) -> list[str]:
+    display = Lines()
+    pipeline.run(load_recipe(project.recipe, overrides), display, **options)
+    return display.lines
+
+
+def test_golden_metrics(finished: Finished) -> None:
+    project, results = finished
+    dev = {name: load_checkpoint(project.stage(name)).manifest.metrics["dev"]["accuracy"]
+           for name in ("train", "prune", "calibrate", "qat", "export")}  # fmt: skip
+    assert dev == {"train": 1.0, "prune": 1.0, "calibrate": 1.0, "qat": 1.0, "export": 1.0}
+    assert [(row.label, row.metrics["accuracy"]) for row in results.rows] == [("export", 1.0)]
+    assert results.rows[0].path.stat().st_size == results.rows[0].size_bytes
+    assert results.split == "test"
+
+
+def test_every_stage_is_skipped_when_unchanged(copy: Project) -> None:
+    assert run(copy) == [f"{name}: unchanged" for name in ("train", "prune", "calibrate", "qat", "export")]
+
+
+def test_a_changed_key_runs_its_stage_and_those_after_it(copy: Project) -> None:
+    lines = run(copy, "stages.qat.epochs=0.2")
+    assert lines[:3] == ["train: unchanged", "prune: unchanged", "calibrate: unchanged"]
+    assert any(line.startswith("qat: dev accuracy") for line in lines)
+    assert any(line.startswith("export: dev accuracy") for line in lines)
+
+
+def test_save_every_changes_no_result_and_no_key(copy: Project) -> None:
+    assert "prune: unchanged" in run(copy, "stages.prune.save_every=7", last="prune")
+
+
+def test_changed_data_changes_every_key(copy: Project) -> None:
+    with (copy.folder / "train.jsonl").open("a") as file:
+        file.write('{"text": "good film", "label": "positive"}\n')
+    plan = pipeline.make_plan(load_recipe(copy.recipe))
+    assert not any(stage.unchanged for stage in plan)
+
+
+def test_force_runs_what_is_unchanged(copy: Project) -> None:
+    assert run(copy, force=True, first="export")[0] == "export: tracing the float graph"
+
+
+def test_a_stage_never_starts_from_a_checkpoint_of_another_recipe(copy: Project) -> None:
+    with pytest.raises(SqatError, match="stage qat starts from a checkpoint that this recipe would not make any more"):
+        run(copy, "stages.calibrate.samples=32", first="qat")
+
+
+def test_a_parent_that_has_not_run_is_named(tmp_path: Path) -> None:
+    project = Project(tmp_path / "project")
+    with pytest.raises(SqatError, match="stage prune starts from train, which has not run yet"):
+        pipeline.run_stage(load_recipe(project.recipe), "prune", Lines())
+
+
+def test_the_table_leaves_out_results_of_an_older_recipe(copy: Project) -> None:
+    lines = run(copy, "stages.train.epochs=0.1", last="train")
+    assert "export: left out of the table, since export has not run with this recipe" in lines
+
+
+@pytest.mark.parametrize("stage", ["prune", "calibrate", "qat"])
+def test_the_mask_holds_after_every_stage(finished: Finished, stage: str) -> None:
+    directory = finished[0].stage(stage)
+    masks, weights = load_checkpoint(directory).masks, load_file(directory / "model.safetensors")
+    assert len(masks) == 12
+    for layer, mask in masks.items():
+        assert mask.unflatten(1, (-1, 4)).sum(2).max() == 2
+        assert (weights[f"{layer}.weight"][~mask].view(torch.int32) == 0).all()
+        assert (weights[f"{layer}.weight"][mask] != 0).float().mean() > 0.99
+
+
+def test_a_checkpoint_loads_with_transformers(finished: Finished) -> None:
+    directory = finished[0].stage("qat")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(directory)
+    weights = load_file(directory / "model.safetensors")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    encoder = transformers.AutoModel.from_pretrained(directory)
+    assert torch.equal(
+        encoder.encoder.layer[0].output.dense.weight, weights["bert.encoder.layer.0.output.dense.weight"]
+    )
+    assert transformers.AutoTokenizer.from_pretrained(directory)("good film")["input_ids"]
+
+
+def test_qat_moved_the_weights_and_kept_the_scales(finished: Finished) -> None:
+    before, after = (load_checkpoint(finished[0].stage(name)) for name in ("calibrate", "qat"))
+    assert all(torch.equal(bound, after.amax[site]) for site, bound in before.amax.items())
+    layer = "bert.encoder.layer.0.output.dense"
+    assert not torch.equal(before.weights[f"{layer}.weight"], after.weights[f"{layer}.weight"])
+    assert torch.equal(before.masks[layer], after.masks[layer])
+
+
+def test_learned_scales_move(copy: Project) -> None:
+    run(copy, "stages.qat.activation_scales=learned", last="qat")
+    before, after = (load_checkpoint(copy.stage(name)) for name in ("calibrate", "qat"))
+    assert any(not torch.equal(bound, after.amax[site]) for site, bound in before.amax.items())
+
+
+def sqat(project: Project, *arguments: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "sqat", "run", str(project.recipe), *arguments]
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL)  # fmt: skip
+
+
+def test_a_killed_run_resumes_to_the_same_weights(copy: Project) -> None:
+    """kill -9 inside prune, after a mid-stage state was written; the rest must not differ by a bit."""
+    whole = {name: load_file(copy.stage(name) / "model.safetensors") for name in ("prune",)}
+    shutil.rmtree(copy.stage("prune"))
+    state = copy.folder / "runs" / "tiny" / ".02-prune.state" / "state.json"
+    process = sqat(copy, "--to", "prune")
+    deadline = time.monotonic() + 120
+    while not state.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert state.exists()
+    assert not list((copy.folder / "runs" / "tiny").glob("02-prune"))
+    torch.set_num_threads(1)
+    lines = run(copy, last="prune")
+    assert any(line.startswith("prune: resumed at step ") for line in lines)
+    resumed = load_file(copy.stage("prune") / "model.safetensors")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole["prune"].items())
+    assert not state.parent.exists()
+
+
+@pytest.mark.parametrize(("family", "profile"), [(family, "tensorrt") for family in FAMILIES if family != "bert"])
+def test_every_family_goes_through_the_chain(tmp_path: Path, family: str, profile: str) -> None:
+    """Export itself proves the parity; here that it was reached, with every encoder linear sparse and int8."""
+    torch.set_num_threads(1)
+    project = Project(tmp_path / "project", family, profile)
+    short = [f"stages.{stage}.epochs=0.3" for stage in ("train", "prune", "qat")]
+    run(project, *short)
+    manifest = load_checkpoint(project.stage("export")).manifest
+    treated = [name for name, record in manifest.layers.items() if record.pattern == "2:4" and record.quantized]
+    assert len(treated) == {"modernbert": 8}.get(family, 12)
+    assert all(record.dense_because for name, record in manifest.layers.items() if name not in treated)
