@@ -13,7 +13,7 @@ import torch
 import transformers
 
 GOOD, BAD = ("good", "fine", "nice"), ("bad", "awful", "nasty")
-FILLER = tuple(["alpha", "beta", "gamma", "delta", "the", "a", "of", "to", "in", "is", "it", "was", "film", "movie"])
+FILLER = ("alpha", "beta", "gamma", "delta", "the", "a", "of", "to", "in", "is", "it", "was", "film", "movie")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 VOCABULARY = (*SPECIAL, *GOOD, *BAD, *FILLER)
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
