@@ -210,7 +210,7 @@ class FitConfig(BaseModel):
     @model_validator(mode="after")
     def consistent(self) -> FitConfig:
         if self.epochs is not None and self.steps is not None:
-            raise ValueError("steps and epochs exclude each other: give one of them")
+            raise ValueError("steps and epochs exclude each other: give one of them (null for the other)")
         if self.early_stopping is not None and self.evaluate_every is None:
             raise ValueError("early_stopping needs evaluate_every, the steps between two evaluations")
         return self

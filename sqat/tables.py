@@ -40,6 +40,9 @@ def print_results(results: Results, *, as_json: bool = False) -> None:
         )  # fmt: skip
         return
     console = result_console()
+    if not results.rows:
+        console.print(f"no results yet in {nearby(results.directory)}", soft_wrap=True)
+        return
     metrics = list(dict.fromkeys(metric for row in results.rows for metric in row.metrics))
     table, shown, has_path = _fitting_results(results, metrics, console)
     console.print(table)
@@ -123,7 +126,8 @@ def print_plan(plan: Sequence[PlannedStage], *, as_json: bool = False) -> None:
 
 
 def print_layers(layers: Sequence[LayerReport], path: Path, *, as_json: bool = False) -> None:
-    """What `sqat inspect` found, a row per layer; layers left alone and why below the table."""
+    """What `sqat inspect` found, a row per layer; a letter marks those left alone for the reason below."""
+    layers = sorted(layers, key=lambda layer: natural(layer.name))
     if as_json:
         print_json({"path": str(path), "layers": [vars(layer) for layer in layers]})
         return
@@ -132,29 +136,35 @@ def print_layers(layers: Sequence[LayerReport], path: Path, *, as_json: bool = F
     table = new_table("layer")
     for title in ("shape", "N:M", "zero%", "scale", "amax", "SQNR", "sat.%"):
         table.add_column(title, justify="right", no_wrap=True)
+    reasons = Counter(layer.reason for layer in layers if layer.reason)
+    marks = dict(zip(reasons, "abcdefghijklmnopqrstuvwxyz", strict=False))
     for layer in layers:
-        table.add_row(shorten(layer.name, prefix), *_layer_cells(layer))
+        table.add_row(shorten(layer.name, prefix), *_layer_cells(layer, marks.get(layer.reason, "")))
     console.print(table)
     console.print()
-    for reason, count in Counter(layer.reason for layer in layers if layer.reason).items():
-        names = ", ".join(shorten(layer.name, prefix) for layer in layers if layer.reason == reason)
-        console.print(f"{count} left alone, {reason}: {names}")
+    for reason, count in reasons.items():
+        console.print(f"{marks.get(reason, '-')}: left alone, {reason} ({count} of {len(layers)} layers)")
     if prefix:
         console.print(f"~ is {prefix}")
     console.print("scale: smallest-largest of the weight, x 1e-3; SQNR in dB; sat.%: above amax")
 
 
-def _layer_cells(layer: LayerReport) -> list[str]:
+def _layer_cells(layer: LayerReport, mark: str) -> list[str]:
     scale = layer.weight_scale
     return [
         "x".join(str(size) for size in layer.shape),
-        layer.pattern,
+        f"{layer.pattern} {mark}".strip(),
         f"{100 * layer.zeros:.1f}",
         "-" if scale is None else f"{1e3 * scale[0]:.2g}-{1e3 * scale[1]:.2g}",
         "-" if layer.input_amax is None else f"{layer.input_amax:.3g}",
         "-" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}",
         "-" if layer.saturated is None else show_share(layer.saturated),
     ]
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A sort key that puts layer 2 before layer 10."""
+    return [(int(part) if part.isdecimal() else 0, part) for part in name.split(".")]
 
 
 def common_prefix(names: Sequence[str]) -> str:
@@ -182,7 +192,11 @@ def natural_width(table: Table) -> int:
 
 
 def _digits(values: Sequence[float | None]) -> int:
-    return 4 if all(abs(value) <= 1 for value in values if value is not None) else 3
+    """Decimals of a column: none for counts, four for shares, three beyond 1."""
+    known = [abs(value) for value in values if value is not None]
+    if known and max(known) > 1 and all(value % 1 == 0 for value in known):
+        return 0
+    return 4 if all(value <= 1 for value in known) else 3
 
 
 def show_number(value: float | None, digits: int) -> str:

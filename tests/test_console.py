@@ -161,6 +161,13 @@ def test_paths_go_below_a_wide_table(capsys: pytest.CaptureFixture[str]) -> None
     assert lines[7] == "dense fp32: /" + "folder/" * 12 + "dense-fp32", "a path is never broken"
 
 
+def test_counts_have_no_decimals_and_an_empty_table_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.print_results(results({"accuracy": 1.0, "pnr": float("inf"), "queries": 237.0}, "runs"))
+    assert output_of(capsys)[2].split()[:5] == ["dense", "fp32", "1.0000", "inf", "237"]
+    tables.print_results(Results([], "test", "3f4a" * 16, Path("runs/relevance")))
+    assert output_of(capsys) == ["no results yet in runs/relevance"]
+
+
 def test_metrics_that_do_not_fit_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     metrics = {f"metric_number_{number}": 0.5 for number in range(8)}
     tables.print_results(results(metrics, "runs"))
@@ -208,15 +215,19 @@ def test_layers_fit_80_columns_with_their_reasons(capsys: pytest.CaptureFixture[
     lines = output_of(capsys)
     assert max(len(line) for line in lines) <= 80
     assert lines[0].split() == ["layer", "shape", "N:M", "zero%", "scale", "amax", "SQNR", "sat.%"]
-    assert lines[2].split() == ["~0.attention.self.query", "384x384", "2:4", "50.0", "1.2-9.8", "3.46", "38.2", "0.01"]
-    assert "2 left alone, outside the encoder (B8): bert.pooler.dense, classifier" in lines
+    names = [line.split()[0] for line in lines[2:10]]
+    assert names[:3] == ["~0.attention.output.dense", "~0.attention.self.query", "~0.output.dense"]
+    assert names[3:6] == [name.replace("0", "11") for name in names[:3]]
+    assert lines[3].split() == ["~0.attention.self.query", "384x384", "2:4", "50.0", "1.2-9.8", "3.46", "38.2", "0.01"]
+    assert "a: left alone, outside the encoder (B8) (2 of 8 layers)" in lines
+    assert lines[9].split()[:4] == ["classifier", "1x384", "dense", "a"]
     assert "~ is bert.encoder.layer." in lines
 
 
 def test_layers_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     tables.print_layers(layers(), Path("x"), as_json=True)
     value = json.loads("\n".join(output_of(capsys)))
-    assert value["layers"][0] == {
+    assert value["layers"][1] == {
         "name": "bert.encoder.layer.0.attention.self.query",
         "shape": [384, 384],
         "pattern": "2:4",

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sqat.errors import SqatError
@@ -93,7 +93,7 @@ BAD_RECIPES = [
     ("learning_rate: 1e-5", "optimizer: adam",
      "r.yaml:8: stages.train.optimizer needs one of adamw, sgd, got 'adam'; did you mean 'adamw'?"),
     ("learning_rate: 1e-5", "steps: 3, epochs: 1",
-     "r.yaml:8: stages.train: steps and epochs exclude each other: give one of them"),
+     "r.yaml:8: stages.train: steps and epochs exclude each other: give one of them (null for the other)"),
     ("learning_rate: 1e-5", "early_stopping: 3",
      "r.yaml:8: stages.train: early_stopping needs evaluate_every, the steps between two evaluations"),
     ("2:4", "4:2", "r.yaml:10: stages.prune.pattern: pattern 4:2 must keep N of M with 1 <= N < M <= 32"),
@@ -358,6 +358,29 @@ BAD_OVERRIDES = [
 @pytest.mark.parametrize(("override", "expected"), BAD_OVERRIDES, ids=[case[0] for case in BAD_OVERRIDES])
 def test_a_bad_override_is_told_with_its_flag(tmp_path: Path, override: str, expected: str) -> None:
     assert error_of(tmp_path, GOOD, override) == expected
+
+
+PATHS = [
+    path
+    for override, _ in (*GOOD_OVERRIDES, *BAD_OVERRIDES)
+    for parts in [override.partition("=")[0].split(".")]
+    for path in (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+    if path
+]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.tuples(st.sampled_from(sorted(set(PATHS))), JSON_VALUES), min_size=1, max_size=3))
+def test_whatever_is_set_is_a_recipe_or_one_clear_line(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[str, object]]
+) -> None:
+    place = "r.yaml:1"
+    try:
+        load(tmp_path_factory.getbasetemp(), GOOD, *(f"{path}={json.dumps(value)}" for path, value in changes))
+    except SqatError as error:
+        place, line = error.place, str(error)
+        assert "\n" not in line and "pydantic" not in line  # noqa: PT018
+    assert place.startswith(("--set ", "r.yaml:"))
 
 
 def test_later_overrides_see_earlier_ones(tmp_path: Path) -> None:
