@@ -108,4 +108,6 @@ def left_in_float(optimized: GraphProto) -> list[str]:
         optimized: from `optimized_graph`; every quantized product should have become an int8 operator in it.
     """
     dequantized = {name for node in optimized.node if node.op_type == "DequantizeLinear" for name in node.output}
-    return [node.name for node in optimized.node if node.op_type in FLOAT_PRODUCTS and dequantized & set(node.input)]
+    return [
+        node.name for node in optimized.node if node.op_type in FLOAT_PRODUCTS and set(node.input[:2]) <= dequantized
+    ]

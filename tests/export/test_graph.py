@@ -1,0 +1,85 @@
+"""The float graph: every linear is found by its module name, and the file computes what the model computes."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import pytest
+import torch
+from conftest import FAMILIES, Family
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import NodeProto, numpy_helper
+from torch import nn
+
+from sqat.export.graph import WEIGHTED, export_float, module_of, node_name, quiet
+from sqat.export.runtime import run_batches, session
+
+NAMES = st.lists(st.from_regex(r"[A-Za-z_][A-Za-z_0-9]{0,5}|[0-9]{1,2}", fullmatch=True), max_size=6)
+
+
+@given(NAMES)
+def test_a_node_name_gives_the_module_back(parts: list[str]) -> None:
+    module = ".".join(parts)
+    node = NodeProto(name=node_name(module, "MatMul"))
+    assert node.name.startswith("/")
+    assert module_of(node) == module
+
+
+def test_foreign_names_hold_no_module() -> None:
+    assert module_of(NodeProto(name="node_MatMul_86")) == ""
+    assert module_of(NodeProto(name="/MatMul_3")) == ""
+
+
+def test_every_linear_is_named_after_its_module(family: Family) -> None:
+    linears = {name: m for name, m in family.model.named_modules() if isinstance(m, nn.Linear)}
+    tensors = {tensor.name: tensor for tensor in family.graph.graph.initializer}
+    products = {module_of(n): n for n in family.graph.graph.node if n.op_type in WEIGHTED and n.input[1] in tensors}
+    assert set(products) == set(linears)
+    for name, linear in linears.items():
+        assert products[name].input[1] == f"{name}.weight"
+        stored = torch.from_numpy(numpy_helper.to_array(tensors[f"{name}.weight"]).copy())
+        stored = stored if products[name].op_type == "Gemm" else stored.t()
+        assert torch.equal(stored, linear.weight)
+
+
+def test_the_file_is_clean(family: Family) -> None:
+    graph = family.graph.graph
+    assert [(entry.domain, entry.version) for entry in family.graph.opset_import] == [("", 20)]
+    holders = [family.graph, graph, *graph.node, *graph.value_info, *graph.initializer]
+    assert not any(holder.metadata_props or holder.doc_string for holder in holders)
+    assert len({node.name for node in graph.node}) == len(graph.node)
+    for value in graph.input:
+        assert [size.dim_param for size in value.type.tensor_type.shape.dim] == ["batch", "sequence"]
+    assert [value.name for value in graph.input] == list(family.inputs(1, 2))
+    assert [value.name for value in graph.output] == ["logits"]
+
+
+@pytest.mark.parametrize(("batch", "sequence", "side"), [(1, 2, "right"), (3, 9, "left"), (2, 40, "right")])
+def test_float_logits_are_the_models(family: Family, batch: int, sequence: int, side: str) -> None:
+    inputs = family.inputs(batch, sequence, side, seed=5)
+    with torch.no_grad():
+        expected = family.model(**inputs).logits
+    got = run_batches(session(family.graph.SerializeToString(), threads=1), [{k: v.numpy() for k, v in inputs.items()}])
+    torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-5, atol=2e-6)
+
+
+def test_export_says_nothing_and_leaves_logging_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    before = logging.root.manager.disable
+    with quiet():
+        logging.getLogger("torch.onnx").warning("chatter")
+        warnings.warn("chatter", stacklevel=1)
+    assert logging.root.manager.disable == before
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 1), (0, 8), (2, 8, 3)])
+def test_inputs_that_cannot_stand_for_a_batch(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"input input_ids has shape .*, needs \[batch >= 1, sequence >= 2\]"):
+        export_float(nn.Identity(), {"input_ids": torch.zeros(shape, dtype=torch.long)})
+
+
+def test_a_model_in_training_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match="eval mode"):
+        export_float(FAMILIES["bert"]().train(), {"input_ids": torch.ones(2, 4, dtype=torch.long)})

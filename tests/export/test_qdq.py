@@ -1,0 +1,191 @@
+"""The Q/DQ writer against a fake-quantized torch model: same sites, same numbers, and int8 all the way through."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ATTENTION, Family
+from onnx import ModelProto, numpy_helper
+from torch import nn
+
+from sqat.errors import SqatError
+from sqat.export.checks import verify
+from sqat.export.graph import export_float, module_of
+from sqat.export.qdq import Quantization, insert_qdq
+from sqat.export.runtime import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
+
+PROFILES = {
+    "linear": (),
+    "outputs": ("output",),
+    "attention": ATTENTION,
+    "residual": ("add",),
+    "tensorrt": ("output", *ATTENTION, "add"),
+}
+BATCHES = [(1, 2, "right"), (3, 9, "right"), (4, 20, "left"), (2, 33, "right"), (8, 16, "left")]
+ROUNDING = 5e-6  # logits are about 1; a value that falls on the other side of one rounding step moves them by 1e-3
+QUERY = "bert.encoder.layer.0.attention.self.query"
+
+
+def run(model: ModelProto, inputs: dict[str, torch.Tensor]) -> np.ndarray:
+    return run_batches(session(model.SerializeToString(), threads=1), [{k: v.numpy() for k, v in inputs.items()}])
+
+
+def tensor(model: ModelProto, name: str) -> np.ndarray:
+    return next(numpy_helper.to_array(entry) for entry in model.graph.initializer if entry.name == name)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_onnx_runtime_computes_what_the_fake_quantized_model_does(family: Family, profile: str) -> None:
+    quantization = family.quantization(*family.roles(*PROFILES[profile]))
+    model = insert_qdq(family.graph, quantization)
+    assert [finding.rule for finding in verify(model, dict.fromkeys(family.weights, "2:4"))] == []
+    runtime = session(model.SerializeToString(), threads=1)
+    for batch, sequence, side in BATCHES:
+        inputs = family.inputs(batch, sequence, side, seed=7)
+        expected = family.reference(quantization, inputs).numpy()
+        assert parity(expected, run_batches(runtime, [{k: v.numpy() for k, v in inputs.items()}])) < ROUNDING
+
+
+@pytest.mark.parametrize("role", [*ATTENTION, "output", "add0.left", "add0.right", "input"])
+def test_parity_notices_each_kind_of_site(bert: Family, role: str) -> None:
+    """The test above can fail: without the sites of one role the reference is far from the file."""
+    complete = bert.quantization(role)
+    fewer = {site: amax for site, amax in complete.amax.items() if not site.endswith(f":{role}")}
+    inputs = bert.inputs(4, 12, seed=3)
+    reference = bert.reference(Quantization(complete.weights, fewer), inputs).numpy()
+    assert len(fewer) < len(complete.amax)
+    assert parity(reference, run(insert_qdq(bert.graph, complete), inputs)) > 100 * ROUNDING
+
+
+@pytest.mark.parametrize("profile", ["linear", "tensorrt"])
+def test_every_quantized_product_runs_in_int8(family: Family, profile: str) -> None:
+    model = insert_qdq(family.graph, family.quantization(*family.roles(*PROFILES[profile])))
+    optimized = optimized_graph(model.SerializeToString())
+    pairs = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    wanted = sum(node.op_type == "MatMul" and set(node.input) <= pairs for node in model.graph.node)
+    counts = operator_counts(optimized)
+    assert wanted >= len(family.weights)
+    assert counts["MatMulIntegerToFloat"] + counts["QLinearMatMul"] >= wanted  # more where it moves a DQ down
+    assert left_in_float(optimized) == []
+
+
+def test_equal_pairs_with_a_common_zero_point_would_stay_in_float(bert: Family) -> None:
+    """Why each pair has its own: q, k and v read one tensor with one scale."""
+    model = insert_qdq(bert.graph, bert.quantization())
+    for node in model.graph.node:
+        if (
+            node.op_type in ("QuantizeLinear", "DequantizeLinear")
+            and "/self/" in node.name
+            and "weight" not in node.name
+        ):
+            node.input[2] = f"{QUERY}:input_zero_point"
+    named = {module_of(node) for name in left_in_float(optimized_graph(model.SerializeToString()))
+             for node in model.graph.node if node.name == name}  # fmt: skip
+    assert {f"bert.encoder.layer.0.attention.self.{role}" for role in ("query", "key", "value")} <= named
+
+
+def test_int8_weights_keep_the_mask_and_the_layout(bert: Family) -> None:
+    model = insert_qdq(bert.graph, bert.quantization())
+    stored = tensor(model, f"{QUERY}.weight_int8")
+    expected, scale = bert.weights[QUERY]
+    assert stored.dtype == np.int8
+    assert np.array_equal(stored, expected.t().numpy())
+    assert np.array_equal(tensor(model, f"{QUERY}.weight_scale"), scale.numpy())
+    assert (tensor(model, f"{QUERY}.weight_scale") > 0).all()
+    assert not stored[:, 3].any()
+    names = {entry.name for entry in model.graph.initializer}
+    assert f"{QUERY}.weight" not in names
+    assert {"classifier.weight", "bert.pooler.dense.weight"} <= names
+
+
+def test_scales_are_those_of_the_fake_quantizer(bert: Family) -> None:
+    quantization = bert.quantization(*PROFILES["attention"])
+    model = insert_qdq(bert.graph, quantization)
+    for site, amax in quantization.amax.items():
+        scale = torch.tensor(amax, dtype=torch.float32) / 127
+        stored = tensor(model, f"{site}_scale")
+        assert (stored.dtype, stored.shape) == (np.float32, ())
+        assert stored == scale.item()
+
+
+def test_the_float_graph_is_left_alone(bert: Family) -> None:
+    before = bert.graph.SerializeToString(deterministic=True)
+    insert_qdq(bert.graph, bert.quantization(*PROFILES["tensorrt"]))
+    assert bert.graph.SerializeToString(deterministic=True) == before
+
+
+def test_two_sites_of_equal_scale_on_an_edge_are_one_pair(bert: Family) -> None:
+    dense, add = "bert.encoder.layer.0.output.dense:output", "bert.encoder.layer.0.output:add0.left"
+    amax = {site: a for site, a in bert.amax.items() if site.endswith(":input")}
+
+    def count(**bounds: float) -> int:
+        sites = amax | {dense: bounds["dense"], add: bounds["add"]}
+        nodes = insert_qdq(bert.graph, Quantization(bert.weights, sites)).graph.node
+        return sum(node.op_type == "QuantizeLinear" for node in nodes)
+
+    assert count(dense=2.0, add=2.0) == len(amax) + 1
+    assert count(dense=2.0, add=1.5) == len(amax) + 2
+
+
+class Twice(nn.Module):
+    """A model that runs one layer twice, as ALBERT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 32)
+        self.layer = nn.Linear(32, 32)
+
+    def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.layer(self.layer(self.embed(input_ids))).sum(1))
+
+
+def test_a_layer_that_runs_twice_is_quantized_twice() -> None:
+    torch.manual_seed(0)
+    model = Twice().eval()
+    scale = model.layer.weight.detach().abs().amax(1) / 127
+    integers = (model.layer.weight.detach() / scale[:, None]).round().to(torch.int8)
+    graph = export_float(model, {"input_ids": torch.ones(2, 6, dtype=torch.long)})
+    written = insert_qdq(graph, Quantization({"layer": (integers, scale)}, {"layer:input": 3.0, "layer:output": 3.0}))
+    assert verify(written) == []
+    assert operator_counts(optimized_graph(written.SerializeToString()))["MatMulIntegerToFloat"] == 2
+
+
+@pytest.mark.parametrize("site", [
+    "bert.encoder.layer.7.output.dense:input",
+    "bert.encoder.layer.0.output:add1.left",
+    "bert.encoder.layer.0.attention:query",
+    "bert.encoder.layer.0.output:add0.middle",
+    "nonsense",
+])  # fmt: skip
+def test_a_site_that_is_not_in_the_graph_is_named(bert: Family, site: str) -> None:
+    quantization = bert.quantization()
+    with pytest.raises(SqatError, match=f"^1 quantized layers or sites are not in the graph: {site}; "):
+        insert_qdq(bert.graph, Quantization(quantization.weights, {**quantization.amax, site: 1.0}))
+
+
+def test_a_layer_that_is_not_in_the_graph_is_named(bert: Family) -> None:
+    layers = {"bert.no.such.layer": bert.weights[QUERY]}
+    with pytest.raises(SqatError, match=r"not in the graph: bert[.]no[.]such[.]layer"):
+        insert_qdq(bert.graph, Quantization(layers, {}))
+
+
+def test_a_layer_quantized_on_one_side_only_is_named(bert: Family) -> None:
+    with pytest.raises(SqatError, match=f"layer {QUERY} needs both an int8 weight and an input bound"):
+        insert_qdq(bert.graph, Quantization({QUERY: bert.weights[QUERY]}, {}))
+    with pytest.raises(SqatError, match=f"layer {QUERY} needs both an int8 weight and an input bound"):
+        insert_qdq(bert.graph, Quantization({}, {f"{QUERY}:input": 1.0}))
+
+
+@pytest.mark.parametrize("amax", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_bound_that_is_no_bound(bert: Family, amax: float) -> None:
+    with pytest.raises(ValueError, match=f"site {QUERY}:input has amax {amax}"):
+        insert_qdq(bert.graph, Quantization({QUERY: bert.weights[QUERY]}, {f"{QUERY}:input": amax}))
+
+
+def test_a_weight_of_another_shape(bert: Family) -> None:
+    wrong = (torch.zeros(32, 16, dtype=torch.int8), torch.ones(32))
+    with pytest.raises(ValueError, match=rf"layer {QUERY}: weight \(16, 32\) in a graph that has \(32, 32\)"):
+        insert_qdq(bert.graph, Quantization({QUERY: wrong}, {f"{QUERY}:input": 1.0}))
