@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import PreTrainedModel as PreTrainedModel  # re-exported: nothing else imports transformers
@@ -77,24 +78,71 @@ def load_pretrained(
         folder: what relative sources are relative to.
         head: config entries of the head: num_labels, id2label, problem_type, ...
         seed: of the head's initial weights.
+
+    Raises:
+        SqatError: no such model, one that needs its own code or has no safetensors, no tokenizer, weights that are
+            not this encoder's (a head of another size is replaced), or texts longer than the model reads.
     """
     source = resolve_source(config, folder)
     check_digest(config, source)
+    known = {"revision": config.revision, "trust_remote_code": False}
     try:
-        settings = AutoConfig.from_pretrained(source, revision=config.revision, **head)
+        settings = AutoConfig.from_pretrained(source, **known, **head)
         set_dropout(settings, config.dropout)
         torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            source, config=settings, revision=config.revision, dtype=torch.float32
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            config=settings,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **known,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise SqatError(f"the model {config.source!r} cannot be loaded: {first}", "check model.source") from error
-    longest = getattr(settings, "max_position_embeddings", None)  # absent where positions are relative
+        tokenizer = AutoTokenizer.from_pretrained(source, **known)
+    except LOADING as error:
+        raise SqatError(
+            f"the model {config.source!r} cannot be loaded: {first_line(error)}", "check model.source"
+        ) from error
+    check_encoder(model, report, config.source)
+    check_vocabulary(tokenizer, config.source)
+    longest = longest_text(model)
     if longest is not None and config.max_length > longest:
         raise SqatError(f"model.max_length is {config.max_length}, but the model has {longest} positions", "lower it")
     return model, tokenizer
+
+
+LOADING = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what a library says."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def check_encoder(model: PreTrainedModel, report: Mapping[str, Any], source: str) -> None:
+    """Refuse an encoder that kept some of its random weights; only the pooler and the head may be new."""
+    new = [*sorted(report["missing_keys"]), *(name for name, *_ in report["mismatched_keys"])]
+    inside = [name for name in new if name.startswith(f"{model.base_model_prefix}.") and ".pooler." not in name]
+    if inside:
+        raise SqatError(f"the weights of {source!r} are not those its config.json describes: {len(inside)} are missing "
+                        f"or of another shape, the first is {inside[0]}", "check model.source")  # fmt: skip
+
+
+def check_vocabulary(tokenizer: Any, place: str) -> None:
+    """Refuse a tokenizer without words, which is what transformers makes of a folder that holds none."""
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise SqatError("no tokenizer lies beside the model", "keep its files together", place)
+
+
+def longest_text(model: PreTrainedModel) -> int | None:
+    """Tokens the model has positions for; RoBERTa and its like start after their padding index."""
+    longest: int | None = getattr(model.config, "max_position_embeddings", None)  # absent where positions are relative
+    tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
+    table = next((m for m in tables if isinstance(m, nn.Embedding)), None)
+    if longest is None or table is None or table.padding_idx is None:
+        return longest
+    return longest - table.padding_idx - 1
 
 
 def check_digest(config: ModelConfig, source: str) -> None:
@@ -121,7 +169,7 @@ def set_dropout(settings: Any, rate: float | None) -> None:
     if rate is None:
         return
     for name, value in settings.to_dict().items():
-        if "dropout" in name and isinstance(value, float):
+        if "dropout" in name and isinstance(value, int | float) and not isinstance(value, bool):
             setattr(settings, name, rate)
 
 
@@ -150,13 +198,14 @@ def build(checkpoint: Checkpoint, place: str = "checkpoint") -> tuple[PreTrained
         for name, content in checkpoint.files.items():
             (Path(scratch) / name).write_bytes(content)
         try:
-            settings = AutoConfig.from_pretrained(scratch)
-            tokenizer = AutoTokenizer.from_pretrained(scratch)
+            settings = AutoConfig.from_pretrained(scratch, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(scratch, trust_remote_code=False)
             model = AutoModelForSequenceClassification.from_config(settings, dtype=torch.float32)
-        except (OSError, ValueError, KeyError) as error:
+        except LOADING as error:
             raise SqatError(
-                f"the checkpoint's model cannot be built: {error}", "was it made by sqat?", place
+                f"the checkpoint's model cannot be built: {first_line(error)}", "was it made by sqat?", place
             ) from error
+    check_vocabulary(tokenizer, place)
     load_weights(model, checkpoint.weights, place)
     return model.eval(), tokenizer
 
@@ -164,11 +213,11 @@ def build(checkpoint: Checkpoint, place: str = "checkpoint") -> tuple[PreTrained
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer that lies in a folder."""
     try:
-        return AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise SqatError(
-            "no tokenizer lies beside the model", "keep the exported folder together", str(folder)
-        ) from error
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except LOADING as error:
+        raise SqatError("no tokenizer lies beside the model", "keep its files together", str(folder)) from error
+    check_vocabulary(tokenizer, str(folder))
+    return tokenizer
 
 
 def load_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], place: str) -> None:
@@ -207,7 +256,8 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 def encoder_blocks(model: nn.Module) -> list[str]:
     """Names of the repeated blocks: the ModuleList of alike modules that holds the most linear weights."""
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [(name, module) for name, module in found if len({type(block) for block in module}) == 1]
     best = max(lists, key=lambda item: linear_weights(item[1]), default=None)
     if best is None or linear_weights(best[1]) == 0:
         raise SqatError("no encoder blocks with linear layers were found in the model",
@@ -279,9 +329,8 @@ def check_globs(globs: Iterable[str], found: Mapping[str, nn.Linear]) -> None:
 
 
 QKV_NAME = re.compile(r"^(?:w_?)?(q|k|v|query|key|value)(?:_?(?:proj|projection|lin|linear|layer))?$", re.IGNORECASE)
-FUSED_NAME = re.compile(
-    r"^(?:w_?)?(?:qkv|query_key_value|c_attn|in_proj)(?:_?(?:proj|projection|lin|linear))?$", re.IGNORECASE
-)
+# Not query_key_value or in_proj: those families (BLOOM, DeBERTa v1) put q, k and v side by side head by head.
+FUSED_NAME = re.compile(r"^(?:w_?)?qkv(?:_?(?:proj|projection|lin|linear|layer))?$", re.IGNORECASE)
 
 
 def find_qkv(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str, ...]:
