@@ -408,7 +408,6 @@ def test_a_model_comes_back_from_its_checkpoint(
     assert words("red blue w3")["input_ids"] == tokenizer("red blue w3")["input_ids"]
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, model(**batch).logits)
-    assert capture(again, words)[0] == files
 
 
 def test_captured_weights_are_copies(make_model: MakeModel, tokenizer: Any) -> None:
