@@ -257,6 +257,8 @@ def translate(tree: Node, path: KeyPath, rest: KeyPath, error: Any) -> Finding:
 
 
 def _typing_hint(node: Node, names: list[str], allowed: str) -> str:
+    if isinstance(node.value, int | float) and re.match("a text(?! of)", allowed):
+        return "quote it if it is a text"
     if not isinstance(node.value, str):
         return ""
     if names:
@@ -264,7 +266,8 @@ def _typing_hint(node: Node, names: list[str], allowed: str) -> str:
         return f"did you mean {close[0]!r}?" if close else ""
     if "true or false" in allowed and node.value.lower() in ("yes", "no", "on", "off"):
         return f"write {'true' if node.value.lower() in ('yes', 'on') else 'false'}"
-    return "" if isinstance(resolve_scalar(node.value, node.place), str) else "remove the quotation marks"
+    is_quoted = not isinstance(resolve_scalar(node.value, node.place), str)
+    return "remove the quotation marks" if is_quoted and re.search("number|true or false", allowed) else ""
 
 
 def missing_files(recipe: Recipe, tree: Node, folder: Path) -> list[Finding]:

@@ -138,12 +138,14 @@ BAD_RECIPES = [
     ("dev: dev.jsonl", "dev: {path: a, hub: b}",
      "r.yaml:5: data.dev: path and hub exclude each other: give exactly one of them"),
     ("dev: dev.jsonl", "dev: {path: a, split: b}", "r.yaml:5: data.dev: split belongs to hub, not to path"),
-    ("dev: dev.jsonl", "dev: 3", "r.yaml:5: data.dev needs a text or a mapping with the key 'path', got 3"),
+    ("dev: dev.jsonl", "dev: 3", "r.yaml:5: data.dev needs a text or a mapping with the key 'path', got 3; "
+     "quote it if it is a text"),
     ("columns: {text: body}", "columns: {query: q}",
      "r.yaml:6: the column 'query' means nothing to the task classification; its columns are text, text_pair, label"),
     ("task: classification", "task: relevance",
      "r.yaml:6: the column 'text' means nothing to the task relevance; "
      "its columns are query, passage, label, group, candidates"),
+    ("model: {source: tiny}", "model: '3'", "r.yaml:1: model needs a mapping, got '3'"),
     ("model: {source: tiny}", "model: tiny", "r.yaml:1: model needs a mapping, got 'tiny'"),
     ("{source: tiny}", "{source: tiny, max_length: 9000}",
      "r.yaml:1: model.max_length needs a whole number from 4 to 8192, got 9000"),
@@ -186,7 +188,7 @@ BAD_RECIPES = [
     ("export/onnx-int8", "qat/x", "r.yaml:18: stage 'qat' has no target 'x'; write qat"),
     ("export/onnx-int8", "exprt",
      "r.yaml:18: 'exprt' is no stage; did you mean 'export'? allowed: train, prune, calibrate, qat, export"),
-    ("ours: export/onnx-int8", "ours: 3", "r.yaml:18: results.ours needs a text, got 3"),
+    ("ours: export/onnx-int8", "ours: 3", "r.yaml:18: results.ours needs a text, got 3; quote it if it is a text"),
 ]  # fmt: skip
 
 
@@ -252,7 +254,9 @@ def test_bad_files(tmp_path: Path) -> None:
 
 def test_the_first_of_several_problems_by_line_is_told(tmp_path: Path) -> None:
     text = GOOD.replace("source: tiny", "source: 3").replace("1e-5", "-1").replace("percentile", "mean")
-    assert error_of(tmp_path, text) == "r.yaml:1: model.source needs a text, got 3 (and 2 more)"
+    assert error_of(tmp_path, text) == (
+        "r.yaml:1: model.source needs a text, got 3 (and 2 more); quote it if it is a text"
+    )
 
 
 def test_no_pydantic_words_reach_the_user(tmp_path: Path) -> None:
