@@ -8,8 +8,9 @@ quantization-aware training (fake-quantize). Sites are named as the exporter nam
     {module}:add{j}.left|right                 operands of the j-th residual add run directly in that module
 
 Residual adds are found by watching `Tensor.__add__` inside the encoder blocks (a TorchFunctionMode): both
-operands [B,T,H] of one shape. Left out: adds written as in-place or fused kernels; models without the
-attention interface have no attention sites (the caller is told which).
+operands are activations of the shape [B,T,H] of the block's input, which tells them from sums of attention
+scores [B*h,T,T] (DeBERTa) and those inside an activation function. Left out: adds written as in-place or fused
+kernels; models without the attention interface have no attention sites (the caller is told which).
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def tap_adds(model: nn.Module, tap: Tap, blocks: Sequence[str], taps: Taps | Non
     watch = WatchAdds(tap)
     for block in blocks:
         for name, module in model.get_submodule(block).named_modules(prefix=block):
-            taps.handles.append(module.register_forward_pre_hook(partial(watch.enter, name)))
+            before = partial(watch.enter, name)
+            taps.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             taps.handles.append(module.register_forward_hook(watch.leave, always_call=True))
     return taps
 
@@ -101,10 +103,12 @@ class WatchAdds(TorchFunctionMode):
         super().__init__()
         self.tap = tap
         self.running: list[str] = []
+        self.shape: torch.Size | None = None
         self.counts: dict[str, int] = {}
 
-    def enter(self, name: str, module: nn.Module, args: Any) -> None:
+    def enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self.running:
+            self.shape = next((x.shape for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
             self.__enter__()  # type: ignore[no-untyped-call]
         self.running.append(name)
         self.counts[name] = 0
@@ -115,7 +119,7 @@ class WatchAdds(TorchFunctionMode):
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in ADDS and is_residual(args):
+        if function in ADDS and is_residual(args, self.shape):
             name = self.running[-1]
             site = f"{name}:add{self.counts[name]}"
             self.counts[name] += 1
@@ -123,7 +127,7 @@ class WatchAdds(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def is_residual(args: Sequence[Any]) -> bool:
-    """Both operands are activations [B,T,H] of one shape."""
+def is_residual(args: Sequence[Any], shape: torch.Size | None) -> bool:
+    """Both operands are activations [B,T,H] shaped as the block's input."""
     pair = [x for x in args[:2] if isinstance(x, Tensor) and not isinstance(x, nn.Parameter)]
-    return len(pair) == 2 and pair[0].dim() == 3 and pair[0].shape == pair[1].shape and pair[0].is_floating_point()
+    return len(pair) == 2 and pair[0].dim() == 3 and pair[0].shape == pair[1].shape == shape
