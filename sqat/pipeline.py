@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -161,10 +162,11 @@ def planned(loaded: LoadedRecipe, name: str, key: str, unchanged: bool, splits: 
 
 
 def amount(config: StageConfig, recipe: Recipe, splits: Splits) -> tuple[int | None, int | None]:
-    """Optimizer steps and samples of a stage (steps of an epoch are counted by rows, not by tokens)."""
-    rows = len(splits.rows("train"))
+    """Optimizer steps and samples of a stage; a batch is taken as full, which queries of many sizes may not fill."""
     if isinstance(config, FitConfig):
-        steps = total_steps(config, -(-rows // config.batch_size))
+        rows = splits.task.encode(splits.rows("train"))
+        epoch = sum(len(unit) for unit in splits.task.units(rows, recipe.seed, 0))
+        steps = total_steps(config, -(-epoch // config.batch_size))
         return steps, steps * config.batch_size * config.gradient_accumulation
     if config.stage == "calibrate":
         return None, min(config.samples, len(splits.rows(config.split)))
@@ -276,8 +278,11 @@ def execute(
     job = Job(loaded.recipe, loaded.path.parent, name, key, parent_key, splits, display, state,
               partial(teacher_checkpoint, loaded, name))  # fmt: skip
     config = loaded.recipe.stages[name]
+    begun = time.monotonic()
     checkpoint = STAGES[config.stage](config, parent, job)
-    save_checkpoint(replace(checkpoint, recipe=loaded.text), directory)
+    seconds = max(checkpoint.manifest.seconds, time.monotonic() - begun)  # a resumed fit knows its earlier part
+    manifest = checkpoint.manifest.model_copy(update={"seconds": round(seconds, 3)})
+    save_checkpoint(replace(checkpoint, manifest=manifest, recipe=loaded.text), directory)
     shutil.rmtree(state.directory, ignore_errors=True)
     figures = checkpoint.manifest.metrics.get("dev", {})
     shown = ", ".join(f"{metric} {value:.4f}" for metric, value in figures.items())
