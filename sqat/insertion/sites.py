@@ -32,7 +32,8 @@ class Sites:
 
     Attributes:
         leaders: site -> the first site that sees the same tensor (itself for most).
-        tied: groups of leaders that share one bound, the largest: q, k, v of one attention.
+        tied: groups of leaders that share one bound, the largest: q, k, v of one attention, be it where the
+            products read them or, in families without taps there, at the linears' outputs.
         left: site -> why it stays float.
     """
 
@@ -58,9 +59,10 @@ def discover_sites(
     """
     seen: dict[str, Tensor] = {}  # holds every tensor, so that no storage is used twice during the run
     watch = WatchActivations()
+    handles = [m.register_forward_pre_hook(watch.enter) for m in model.modules() if is_activation(m)]
 
     def record(site: str, x: Tensor) -> Tensor:
-        seen[site] = x
+        seen.setdefault(site, x)  # DeBERTa runs q and k again, on the relative positions
         return x
 
     taps = tap_linears(model, record, inputs=linears)
@@ -75,11 +77,18 @@ def discover_sites(
     finally:
         model.train(training)
         taps.remove()
-    return choose_sites({site: key_of(x) for site, x in seen.items()}, {key_of(x) for x in watch.seen})
+        for handle in handles:
+            handle.remove()
+    return choose_sites({site: key_of(x) for site, x in seen.items()}, {key_of(x)[0] for x in watch.seen})
 
 
-def choose_sites(keys: Mapping[str, Key], activations: set[Key]) -> Sites:
-    """Drop what is covered elsewhere, and group what sees one tensor."""
+def choose_sites(keys: Mapping[str, Key], activations: set[int]) -> Sites:
+    """Drop what is covered elsewhere, and group what sees one tensor.
+
+    Args:
+        keys: site -> key of the tensor it sees.
+        activations: storages that an activation function reads, all of them or (a gated unit's half) in part.
+    """
     products = {key for site, key in keys.items() if role(site) in PRODUCT_ROLES}
     left: dict[str, str] = {}
     outputs = set()
@@ -88,7 +97,7 @@ def choose_sites(keys: Mapping[str, Key], activations: set[Key]) -> Sites:
             continue
         if key in products:
             left[site] = "quantized where the attention product reads it"
-        elif key in activations:
+        elif key[0] in activations:
             left[site] = "input of an activation function (rule B8)"
         else:
             outputs.add(key)
@@ -99,7 +108,17 @@ def choose_sites(keys: Mapping[str, Key], activations: set[Key]) -> Sites:
     leaders = {site: first.setdefault(key, site) for site, key in keys.items() if site not in left}
     attentions = dict.fromkeys(site.rpartition(":")[0] for site in leaders if role(site) == "query")
     tied = [tuple(leaders[f"{name}:{part}"] for part in ("query", "key", "value")) for name in attentions]
-    return Sites(leaders, tied, left)
+    return Sites(leaders, tied + tied_outputs(leaders), left)
+
+
+def tied_outputs(leaders: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """Outputs of linears of one module that read one tensor: they may be merged into one linear (rule T16)."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for site, leader in leaders.items():
+        if role(site) == "output":
+            name = site.rpartition(":")[0]
+            groups.setdefault((name.rpartition(".")[0], leaders[f"{name}:input"]), []).append(leader)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
 
 
 PRODUCT_ROLES = ("query", "key", "softmax", "value")
@@ -125,12 +144,21 @@ def inner_modules(model: nn.Module, blocks: Sequence[str]) -> list[str]:
     ]
 
 
+def is_activation(module: nn.Module) -> bool:
+    """A module of torch's or transformers' activations; some (gelu_new) are sums and powers inside."""
+    home = type(module).__module__.rpartition(".")[2]
+    return home in ("activation", "activations") and next(module.children(), None) is None
+
+
 class WatchActivations(TorchFunctionMode):
-    """Keeps the tensors that enter an activation function."""
+    """Keeps the tensors that enter an activation function, called by name or as a module."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[Tensor] = []
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.seen.extend(x for x in args if isinstance(x, Tensor))
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if args and isinstance(args[0], Tensor) and getattr(function, "__name__", "") in ACTIVATIONS:
@@ -146,9 +174,12 @@ def observed_rows(site: str, x: Tensor, attention_mask: Tensor) -> tuple[Tensor,
         attention_mask: [B,T], 1 = real.
 
     Returns:
-        The tensor with positions leading and a bool mask of the leading dimensions.
+        The tensor with positions leading and a bool mask of the leading dimensions. A tensor that has no tokens
+        (what a pooler reads, relative positions) counts whole.
     """
     real = attention_mask.bool()
+    if x.dim() < 4 and x.shape[:-1] != real.shape:
+        return x, real.new_ones(x.shape[:-1])
     if role(site) == "softmax":
         return x.permute(0, 2, 3, 1), real[:, :, None] & real[:, None, :]
     if x.dim() == 4:
