@@ -385,11 +385,28 @@ def test_signals_interrupt_with_130(number: signal.Signals, folder: Path) -> Non
     assert time.monotonic() - started < 20
 
 
-def test_a_closed_pipe_is_no_error(folder: Path) -> None:
-    command = f"{sys.executable} -m sqat schema | head -1"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=folder, env=environment)
-    assert (run.stdout, run.stderr) == ("{\n", "")
+FLOOD = """
+import sys
+from sqat import cli
+cli.app.command("flood")(lambda: print("x\\n" * 1_000_000))
+sys.exit(cli.main(["flood"]))
+"""
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", FLOOD],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == "x\n"
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=30) == 1
 
 
 def test_help_is_quick() -> None:

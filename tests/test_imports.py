@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ OPEN = {"recipe", "recipe_file", "recipe_rules", "recipe_schema", "yaml_tree", "
 OPEN |= {"report_row", "__init__"}
 
 
+@cache
 def imported(path: Path) -> set[str]:
     """Dotted names a file imports when it runs; blocks under TYPE_CHECKING are for the type checker alone."""
     tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -373,7 +373,7 @@ PATHS = [
 ]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(st.lists(st.tuples(st.sampled_from(sorted(set(PATHS))), JSON_VALUES), min_size=1, max_size=3))
 def test_whatever_is_set_is_a_recipe_or_one_clear_line(
     tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[str, object]]
