@@ -17,7 +17,7 @@ from onnx import NodeProto, TensorProto
 
 from sqat.export.wiring import DEQUANTIZE, PRODUCTS, QUANTIZE, Weight, Wiring, attribute
 
-FORBIDDEN = ("MatMulInteger", "ConvInteger", "DynamicQuantizeLinear", "Attention")
+FORBIDDEN = ("QLinear", "MatMulInteger", "ConvInteger", "DynamicQuantize")
 FLOAT_INPUTS = ("LayerNormalization", "Softmax", "Gelu", "Gather")
 SMALLEST_SIDE, GOOD_SIDE = 16, 32
 HEAD_SIZES = (16, 32, 64)
@@ -38,7 +38,7 @@ def operators(wiring: Wiring) -> Iterator[Problem]:
     if not 18 <= opset <= 20:
         yield Problem("", f"opset {opset}, must be 18 to 20")
     for node in wiring.nodes:
-        if node.op_type in FORBIDDEN or node.op_type.startswith("QLinear"):
+        if node.op_type.startswith(FORBIDDEN) or node.op_type == "Attention":
             yield Problem(node.name, f"operator {node.op_type} instead of Q/DQ around a float one")
         if any(entry.name == "output_dtype" for entry in node.attribute):
             yield Problem(node.name, "attribute output_dtype")
