@@ -41,9 +41,9 @@ def test_the_file_is_the_fake_quantized_model(minilm: Family, roles: tuple[str, 
     counts = operator_counts(optimized)
     assert left_in_float(optimized) == []
     assert counts["MatMulIntegerToFloat"] + counts["QLinearMatMul"] == products
-    runtime = session(content)
+    runtime = session(content, threads=1)
     found, explained = 0.0, 1e-6
-    for batch, sequence, side in ((1, 16, "right"), (8, 48, "left"), (4, 96, "right")):
+    for batch, sequence, side in ((1, 16, "right"), (4, 32, "left"), (2, 80, "right")):
         inputs = minilm.inputs(batch, sequence, side, seed=9)
         expected = minilm.reference(quantization, inputs).numpy()
         found = max(found, parity(expected, run_batches(runtime, [{k: v.numpy() for k, v in inputs.items()}])))
