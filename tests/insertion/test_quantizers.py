@@ -171,10 +171,10 @@ def test_each_tensor_is_quantized_once(setup: Setup, batch: dict[str, Tensor], c
     model, sites = setup[:2]
     with quantized(setup) as quantizers, torch.no_grad():
         model(**batch)
-        assert len(calls) == len(set(sites.leaders.values())) == 2 * 11
+        assert len(calls) == len(set(sites.leaders.values())) == 2 * 10
         assert quantizers.last == {}, "nothing is remembered"
         model(**batch)
-        assert len(calls) == 2 * 22, "nor taken from the last forward pass"
+        assert len(calls) == 2 * 20, "nor taken from the last forward pass"
 
 
 class Shared(nn.Module):
