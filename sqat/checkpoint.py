@@ -78,6 +78,7 @@ class Manifest(BaseModel):
     sites: dict[str, SiteRecord] = {}
     profile: str = ""
     notes: list[str] = []
+    overrides: list[str] = []
     steps: int = 0
     seconds: float = 0.0
     files: dict[str, str] = {}

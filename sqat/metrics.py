@@ -104,7 +104,7 @@ def regression(labels: ArrayLike, predictions: ArrayLike) -> dict[str, float]:
     Raises:
         SqatError: a prediction is not finite.
     """
-    from scipy.stats import pearsonr, spearmanr  # type: ignore[import-untyped]
+    from scipy.stats import pearsonr, spearmanr
 
     true, predicted = np.asarray(labels, np.float64), finite(predictions)
     if np.ptp(true) == 0 or np.ptp(predicted) == 0:

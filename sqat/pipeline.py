@@ -281,7 +281,7 @@ def execute(
     begun = time.monotonic()
     checkpoint = STAGES[config.stage](config, parent, job)
     seconds = max(checkpoint.manifest.seconds, time.monotonic() - begun)  # a resumed fit knows its earlier part
-    manifest = checkpoint.manifest.model_copy(update={"seconds": round(seconds, 3)})
+    manifest = checkpoint.manifest.model_copy(update={"seconds": round(seconds, 3), "overrides": [*loaded.overrides]})
     save_checkpoint(replace(checkpoint, manifest=manifest, recipe=loaded.text), directory)
     shutil.rmtree(state.directory, ignore_errors=True)
     figures = checkpoint.manifest.metrics.get("dev", {})

@@ -91,6 +91,11 @@ def _stage(recipe: Recipe, name: str) -> Iterator[Problem]:
     stage, line = recipe.stages[name], ancestors(recipe, name)
     kinds = {recipe.stages[other].stage for other in line}
     path = ("stages", name)
+    undone = {"train": {"prune", "calibrate", "qat"}, "prune": {"calibrate", "qat"}}.get(stage.stage, set()) & kinds
+    if undone:
+        first = next(other for other in line if recipe.stages[other].stage in undone)
+        text = f"stage {name!r} would undo what {first!r} did, {_chain(line)}"
+        yield Problem((*path, "from"), text, "the order is train, prune, calibrate, qat, export")
     if isinstance(stage, QatConfig) and "calibrate" not in kinds:
         text = f"stage {name!r} needs a calibrate stage among those it starts from, {_chain(line)}"
         yield Problem((*path, "from"), text, "add a calibrate stage before it")

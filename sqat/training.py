@@ -126,33 +126,46 @@ class MidStage:
         self.directory, self.key = directory, key
 
     def save(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
-        """Write the tensors, then the JSON, each beside and renamed; then drop older tensors."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        """Write the tensors, then the JSON, each beside and renamed; then drop older tensors.
+
+        Raises:
+            SqatError: the disk is full or the like; the last state is still whole.
+        """
         content = tensor_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-        name = f"step-{progress.step}.safetensors"
-        index = {
-            "key": self.key,
-            "file": name,
-            "sha256": hashlib.sha256(content).hexdigest(),
-            **vars(progress),
-        }
-        for target, data in ((name, content), ("state.json", json.dumps(index).encode())):
-            write_synced(self.directory / f".{target}.new", data)
-            (self.directory / f".{target}.new").rename(self.directory / target)
-        for old in self.directory.glob("step-*.safetensors"):
-            if old.name != name:
-                old.unlink()
+        name, known = f"step-{progress.step}.safetensors", vars(progress)
+        index = {"key": self.key, "file": name, "sha256": state_digest(content, known), "progress": known}
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for target, data in ((name, content), ("state.json", json.dumps(index).encode())):
+                write_synced(self.directory / f".{target}.new", data)
+                (self.directory / f".{target}.new").rename(self.directory / target)
+            for old in self.directory.glob("step-*.safetensors"):
+                if old.name != name:
+                    old.unlink()
+        except OSError as error:
+            raise SqatError(f"the mid-stage state cannot be written: {error.strerror or error}", "free space",
+                            str(self.directory)) from error  # fmt: skip
+        finally:
+            for half in self.directory.glob(".*.new"):
+                half.unlink(missing_ok=True)
 
     def load(self) -> tuple[dict[str, Tensor], Progress] | None:
         """The last state; None if there is none, it is of another key, or it is damaged."""
         try:
             index = json.loads((self.directory / "state.json").read_bytes())
-            content = (self.directory / Path(index.pop("file")).name).read_bytes()
-            if index.pop("key") != self.key or hashlib.sha256(content).hexdigest() != index.pop("sha256"):
+            if index["key"] != self.key:
                 return None
-            return parse_tensors(content), Progress(**index)
+            content = (self.directory / Path(index["file"]).name).read_bytes()
+            if state_digest(content, index["progress"]) != index["sha256"]:
+                return None
+            return parse_tensors(content), Progress(**index["progress"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             return None
+
+
+def state_digest(content: bytes, progress: Mapping[str, object]) -> str:
+    """sha256 of a mid-stage state: its tensors and what it remembers beside them."""
+    return hashlib.sha256(content + json.dumps(progress).encode()).hexdigest()
 
 
 @dataclass

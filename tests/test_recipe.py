@@ -162,6 +162,9 @@ BAD_RECIPES = [
     ("  calibrate:\n    method: percentile\n  qat:\n", "",
      "r.yaml:13: onnx-int8 needs a calibrate or qat stage among those 'export' starts from, (prune <- train); "
      "export onnx-fp32, or add a calibrate stage before it"),
+    ("  qat:\n", "  again: {stage: train}\n  qat:\n",
+     "r.yaml:14: stage 'again' would undo what 'calibrate' did, (calibrate <- prune <- train); "
+     "the order is train, prune, calibrate, qat, export"),
     ("  qat:\n", "  qat:\n    from: export\n",
      "r.yaml:15: stage 'qat' starts from 'export', which is not a stage before it; allowed: train, prune, calibrate"),
     ("  qat:\n", "  qat:\n    from: calibrat\n",
