@@ -253,7 +253,8 @@ def fit(
     Args:
         loss: weighted parts of the loss of one batch; their sum is minimised.
         state: where the mid-stage state is kept; an unfinished run of the same key goes on from it.
-        evaluation: measured every ``config.evaluate_every`` steps, where that is set.
+        evaluation: measured every ``config.evaluate_every`` steps, where that is set; after the last one too where
+            the best step's weights are kept, so that it is among those compared.
         before_step: called before each step with its number; what it changes in the model must be in the
             model's state dict, so that a resumed run finds it there.
     """
@@ -278,10 +279,10 @@ def fit(
         run.progress.samples += samples
         seconds = time.monotonic() - begun
         shown |= {name: checked(name, float(part), run.progress.step) for name, part in parts.items()}
-        if evaluation is not None and config.evaluate_every and run.progress.step % config.evaluate_every == 0:
+        if evaluation is not None and evaluation_due(config, run.progress.step, steps):
             shown |= run.evaluate(evaluation, config, judge_from)
         run.progress.seconds += time.monotonic() - begun
-        display.update(run.progress.step, shown, samples / seconds)
+        display.update(run.progress.step, shown, samples / max(seconds, 1e-9))  # some clocks stand still meanwhile
         if run.progress.step % config.save_every == 0 and run.progress.step < steps and accelerator.is_main_process:
             run.save()
     display.end()
@@ -322,6 +323,12 @@ def take_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return totals, sum(len(batch) for batch in batches) * accelerator.num_processes
+
+
+def evaluation_due(config: FitConfig, step: int, steps: int) -> bool:
+    if config.evaluate_every is None:
+        return False
+    return step % config.evaluate_every == 0 or (step == steps and config.keep == "best")
 
 
 def stopped_early(progress: Progress, config: FitConfig) -> bool:
