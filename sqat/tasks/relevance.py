@@ -92,7 +92,9 @@ class Relevance:
         return (losses * pairs).sum() / pairs.sum().clamp(min=1)
 
     def metrics(self, logits: Tensor, rows: Rows) -> dict[str, float]:
-        return metrics.ranking(column(rows, "label"), logits.squeeze(1), column(rows, "group"), self.relevant_from)
+        grades, groups = column(rows, "label"), column(rows, "group")
+        figures = metrics.ranking(grades, logits.squeeze(1), groups, self.relevant_from)
+        return {name: figures[name] for name in ("ndcg@10", "pnr", "mrr", "accuracy")}  # without the query counts
 
     def decisions(self, logits: Tensor, rows: Rows) -> Tensor:
         """Row of each query's top passage (the first of equals), int64 [queries]."""
