@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sqat.checkpoint import Checkpoint, LayerRecord, load_checkpoint
 from sqat.errors import SqatError
+from sqat.models import linear_names
 from sqat.quantization.fake_quant import quantize_weight, sqnr_db
 from sqat.report_row import LayerReport
 from sqat.sparsity.masks import count_violations, parse_pattern
@@ -25,13 +26,7 @@ def inspect_checkpoint(directory: Path) -> list[LayerReport]:
     if not checkpoint.weights:
         files = ", ".join(sorted(name for name in checkpoint.files if name.endswith(".onnx")))
         raise SqatError("the folder is an export without torch weights", f"inspect the file: {files}", str(directory))
-    names = [name.removesuffix(".weight") for name, tensor in checkpoint.weights.items() if is_linear(name, tensor)]
-    return [report(checkpoint, name) for name in names]
-
-
-def is_linear(name: str, tensor: Tensor) -> bool:
-    """A matrix called weight that is no embedding table."""
-    return name.endswith(".weight") and tensor.dim() == 2 and "embed" not in name.rsplit(".", 2)[-2]
+    return [report(checkpoint, name) for name in linear_names(checkpoint, str(directory))]
 
 
 def report(checkpoint: Checkpoint, name: str) -> LayerReport:
@@ -47,7 +42,7 @@ def report(checkpoint: Checkpoint, name: str) -> LayerReport:
     return LayerReport(
         name=name,
         shape=tuple(weight.shape),
-        pattern=found_pattern(weight),
+        pattern=found_pattern(weight, record.pattern),
         zeros=float((weight == 0).double().mean()),
         weight_scale=scale,
         input_amax=None if site is None else float(checkpoint.amax[site.leader]),
@@ -57,12 +52,12 @@ def report(checkpoint: Checkpoint, name: str) -> LayerReport:
     )
 
 
-def found_pattern(weight: Tensor) -> str:
-    """The strictest of the usual N:M patterns that the weight obeys along its inputs, or ``dense``."""
-    for text in PATTERNS:
-        pattern = parse_pattern(text)
+def found_pattern(weight: Tensor, claimed: str) -> str:
+    """The sparsest N:M that the weight obeys along its inputs, of the usual ones and the claimed, or ``dense``."""
+    patterns = [parse_pattern(text) for text in dict.fromkeys((claimed, *PATTERNS)) if text]
+    for pattern in sorted(patterns, key=lambda pattern: -pattern.sparsity):
         if weight.shape[1] % pattern.m == 0 and not count_violations(weight, pattern):
-            return text
+            return str(pattern)
     return "dense"
 
 

@@ -210,6 +210,20 @@ def build(checkpoint: Checkpoint, place: str = "checkpoint") -> tuple[PreTrained
     return model.eval(), tokenizer
 
 
+def linear_names(checkpoint: Checkpoint, place: str = "checkpoint") -> list[str]:
+    """Names of a checkpoint's linears in the model's order, from its config alone."""
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "config.json").write_bytes(checkpoint.files.get("config.json", b""))
+        try:
+            settings = AutoConfig.from_pretrained(scratch, trust_remote_code=False)
+            with torch.device("meta"):
+                return list(linear_layers(AutoModelForSequenceClassification.from_config(settings)))
+        except LOADING as error:
+            raise SqatError(
+                f"the checkpoint's model cannot be built: {first_line(error)}", "was it made by sqat?", place
+            ) from error
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer that lies in a folder."""
     try:
