@@ -80,7 +80,10 @@ class Manifest(BaseModel):
     notes: list[str] = []
     overrides: list[str] = []
     steps: int = 0
+    samples: int = 0
     seconds: float = 0.0
+    losses: dict[str, float] = {}
+    history: list[dict[str, Figure]] = []
     files: dict[str, str] = {}
     sha256: str = ""
 

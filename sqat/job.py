@@ -18,7 +18,7 @@ from sqat.errors import SqatError
 from sqat.models import PreTrainedModel, build, load_pretrained, versions
 from sqat.recipe import FitConfig, Recipe, StageConfig
 from sqat.tasks import Task, build_task
-from sqat.training import Evaluation, Feed, Figures, MidStage, total_steps
+from sqat.training import Evaluation, Feed, Figures, Fitted, MidStage, total_steps
 
 SplitName = Literal["train", "dev", "test"]
 EVALUATION_BATCH = 64
@@ -109,14 +109,22 @@ class Job:
         rows = self.splits.tokens(split, tokenizer)
         return self.task.metrics(predict(partial(logits_of, model.eval()), rows, tokenizer), rows)
 
-    def manifest(self, config: StageConfig, parent: Checkpoint | None, **entries: Any) -> Manifest:
+    def manifest(
+        self, config: StageConfig, parent: Checkpoint | None, fitted: Fitted | None = None, **entries: Any
+    ) -> Manifest:
         """Manifest of this stage's checkpoint; what the parent knows of layers and sites is handed on."""
-        inherited = {} if parent is None else {
-            name: getattr(parent.manifest, name) for name in ("layers", "sites", "profile")
-        }  # fmt: skip
-        known = {"base_model": self.recipe.model.source, "seed": self.recipe.seed, "versions": versions()}
-        return Manifest(stage=self.name, kind=config.stage, key=self.key, parent=self.parent_key,
-                        **{**inherited, **known, **entries})  # fmt: skip
+        known: dict[str, Any] = {
+            "base_model": self.recipe.model.source,
+            "seed": self.recipe.seed,
+            "versions": versions(),
+        }
+        if parent is not None:
+            known |= {name: getattr(parent.manifest, name) for name in ("layers", "sites", "profile")}
+        if fitted is not None:
+            known |= vars(fitted)
+        return Manifest(
+            stage=self.name, kind=config.stage, key=self.key, parent=self.parent_key, **{**known, **entries}
+        )
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:

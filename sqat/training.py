@@ -76,11 +76,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a fit did: optimizer steps, seconds, samples and the dev figures on the way."""
+    """What a fit did: optimizer steps, seconds, samples, the last step's loss parts, the dev figures on the way."""
 
     steps: int
     seconds: float
     samples: int
+    losses: Figures
     history: list[Figures]
 
 
@@ -266,6 +267,7 @@ def fit(
         display.say(f"{title}: resumed at step {run.progress.step} of {steps}")
     display.begin(title, steps)
     model.train()
+    losses: Figures = {}
     shown: Figures = {}
     stream = micro_batches(feed, config.gradient_accumulation, accelerator, run.progress.step)
     while run.progress.step < steps and not stopped_early(run.progress, config):
@@ -278,7 +280,8 @@ def fit(
         run.progress.step += 1
         run.progress.samples += samples
         seconds = time.monotonic() - begun
-        shown |= {name: checked(name, float(part), run.progress.step) for name, part in parts.items()}
+        losses = {name: checked(name, float(part), run.progress.step) for name, part in parts.items()}
+        shown |= losses
         if evaluation is not None and evaluation_due(config, run.progress.step, steps):
             shown |= run.evaluate(evaluation, config, judge_from)
         run.progress.seconds += time.monotonic() - begun
@@ -287,7 +290,7 @@ def fit(
             run.save()
     display.end()
     run.finish()
-    return Fitted(run.progress.step, run.progress.seconds, run.progress.samples, run.progress.history)
+    return Fitted(run.progress.step, run.progress.seconds, run.progress.samples, losses, run.progress.history)
 
 
 def micro_batches(feed: Feed, accumulation: int, accelerator: Accelerator, step: int) -> Iterator[list[Batch]]:

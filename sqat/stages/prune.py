@@ -53,7 +53,7 @@ def run(config: PruneConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
     layers = {name: LayerRecord(pattern=config.pattern) for name in choice.chosen}
     layers |= {name: LayerRecord(dense_because=reason) for name, reason in choice.left.items()}
     files, weights = capture(model, tokenizer)
-    manifest = job.manifest(config, parent, metrics=metrics, layers=layers, steps=fitted.steps, seconds=fitted.seconds)
+    manifest = job.manifest(config, parent, fitted, metrics=metrics, layers=layers)
     return Checkpoint(manifest, files, weights, masks)
 
 

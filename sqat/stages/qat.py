@@ -40,5 +40,5 @@ def run(config: QatConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
         )
         metrics = {"dev": job.measure(model, tokenizer, "dev")}
     files, weights = capture(model, tokenizer)
-    manifest = job.manifest(config, parent, metrics=metrics, steps=fitted.steps, seconds=fitted.seconds)
+    manifest = job.manifest(config, parent, fitted, metrics=metrics)
     return Checkpoint(manifest, files, weights, parent.masks, quantizers.amax())

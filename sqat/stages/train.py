@@ -30,5 +30,5 @@ def run(config: TrainConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
     )
     metrics = {"dev": job.measure(model, tokenizer, "dev")}
     files, weights = capture(model, tokenizer)
-    manifest = job.manifest(config, parent, metrics=metrics, steps=fitted.steps, seconds=fitted.seconds)
+    manifest = job.manifest(config, parent, fitted, metrics=metrics)
     return Checkpoint(manifest, files, weights)
