@@ -233,7 +233,7 @@ def test_early_stopping(small: Small) -> None:
 @pytest.mark.parametrize(("keep", "kept"), [("best", 4), ("last", 6)])
 def test_the_best_or_the_last_weights_are_kept(keep: str, kept: int, small: Small) -> None:
     config = FitConfig(batch_size=8, evaluate_every=2, keep=keep, learning_rate=0.05, lr_schedule="constant", warmup=0)
-    net, at = small.net(), {}
+    net, at = small.net(dropout=0.3), {}
     values = [0.1, 0.4, 0.2]
 
     def measure() -> dict[str, float]:
@@ -244,7 +244,7 @@ def test_the_best_or_the_last_weights_are_kept(keep: str, kept: int, small: Smal
 
     small.fit(net, config, 6, evaluation=Evaluation(measure, "score"))
     assert equal(weights(net), at[kept])
-    undisturbed = small.net()
+    undisturbed = small.net(dropout=0.3)
     small.fit(undisturbed, replace_config(config, keep="last"), 6, state=MidStage(small.folder / "b", "k"))
     assert equal(weights(undisturbed), at[6]), "measuring changes neither dropout nor order"
 
