@@ -52,6 +52,8 @@ def run(config: PruneConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
     metrics = {"dev": job.measure(model, tokenizer, "dev")}
     layers = {name: LayerRecord(pattern=config.pattern) for name in choice.chosen}
     layers |= {name: LayerRecord(dense_because=reason) for name, reason in choice.left.items()}
+    if parent is not None:
+        layers |= {name: parent.manifest.layers[name] for name in kept}
     files, weights = capture(model, tokenizer)
     manifest = job.manifest(config, parent, fitted, metrics=metrics, layers=layers)
     return Checkpoint(manifest, files, weights, masks)
