@@ -57,7 +57,7 @@ class SiteRecord(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     leader: str
-    saturated: float
+    saturated: float | None
 
 
 class Manifest(BaseModel):
@@ -69,13 +69,14 @@ class Manifest(BaseModel):
     stage: str
     kind: Literal["train", "prune", "calibrate", "qat", "export"]
     key: str
-    parent: str = ""
+    made_from: dict[str, str] = {}
     base_model: str
     seed: int
     versions: dict[str, str] = {}
     metrics: dict[str, dict[str, Figure]] = {}
     layers: dict[str, LayerRecord] = {}
     sites: dict[str, SiteRecord] = {}
+    left: dict[str, str] = {}
     profile: str = ""
     notes: list[str] = []
     overrides: list[str] = []

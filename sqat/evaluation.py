@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from sqat.checkpoint import Checkpoint, load_checkpoint
-from sqat.data import Batch
+from sqat.data import Batch, SplitName
 from sqat.errors import SqatError
 from sqat.export.runtime import run_batches, session
 from sqat.insertion.quantized import quantized_
 from sqat.insertion.quantizers import Quantizers
-from sqat.job import SplitName, Splits, logits_of, predict
-from sqat.models import PreTrainedModel, build, encoder_blocks, load_tokenizer, use_taps
+from sqat.job import Splits, logits_of, on_device, predict
+from sqat.models import PreTrainedModel, build, check_head, encoder_blocks, load_tokenizer, use_taps
 from sqat.training import Figures
 
 
@@ -36,7 +36,7 @@ def quantized_layers(checkpoint: Checkpoint) -> list[str]:
 @contextmanager
 def served_model(checkpoint: Checkpoint) -> Iterator[tuple[PreTrainedModel, Any]]:
     """Model and tokenizer of a checkpoint; with fake quantization inside the block where it is calibrated."""
-    model, tokenizer = build(checkpoint)
+    model, tokenizer = on_device(*build(checkpoint))
     if not checkpoint.amax:
         yield model, tokenizer
         return
@@ -59,14 +59,19 @@ def evaluate_artifact(artifact: Path, splits: Splits, split: SplitName) -> Figur
     Raises:
         SqatError: no such artifact, or a folder that holds only ONNX files.
     """
+    task = splits.task
     if artifact.suffix == ".onnx":
+        config = artifact.with_name("config.json")
+        if config.is_file():
+            check_head(config.read_bytes(), task.outputs, task.config_fields, str(artifact))
         runtime, tokenizer = session(artifact), load_tokenizer(artifact.parent)
         rows = splits.tokens(split, tokenizer)
-        return splits.task.metrics(predict(lambda batch: onnx_logits(runtime, batch), rows, tokenizer), rows)
+        return task.metrics(predict(lambda batch: onnx_logits(runtime, batch), rows, tokenizer), rows)
     checkpoint = load_checkpoint(artifact)
     if not checkpoint.weights:
         files = ", ".join(sorted(name for name in checkpoint.files if name.endswith(".onnx")))
         raise SqatError("the folder is an export without torch weights", f"name the file: {files}", str(artifact))
+    check_head(checkpoint.files["config.json"], task.outputs, task.config_fields, str(artifact))
     with served_model(checkpoint) as (model, tokenizer):
         rows = splits.tokens(split, tokenizer)
-        return splits.task.metrics(predict(lambda batch: logits_of(model.eval(), batch), rows, tokenizer), rows)
+        return task.metrics(predict(lambda batch: logits_of(model.eval(), batch), rows, tokenizer), rows)

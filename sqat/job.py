@@ -6,21 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from sqat.checkpoint import Checkpoint, Manifest
-from sqat.data import Batch, Rows, collate, column, load_rows, ordered_batches, plan_batches, tokenize
+from sqat.data import Batch, Rows, SplitName, collate, column, load_rows, ordered_batches, plan_batches, tokenize
 from sqat.display import Display
 from sqat.errors import SqatError
-from sqat.models import PreTrainedModel, build, load_pretrained, versions
+from sqat.models import PreTrainedModel, build, check_head, load_pretrained, versions
 from sqat.recipe import FitConfig, Recipe, StageConfig
 from sqat.tasks import Task, build_task
 from sqat.training import Evaluation, Feed, Figures, Fitted, MidStage, total_steps
 
-SplitName = Literal["train", "dev", "test"]
 EVALUATION_BATCH = 64
 
 
@@ -61,6 +61,7 @@ class Job:
 
     Attributes:
         name: of the stage.
+        made_from: digests of the parent's and the teacher's manifests.
         teacher: loads the dense ancestor that teaches this stage.
     """
 
@@ -68,7 +69,7 @@ class Job:
     folder: Path
     name: str
     key: str
-    parent_key: str
+    made_from: dict[str, str]
     splits: Splits
     display: Display
     state: MidStage
@@ -79,12 +80,20 @@ class Job:
         return self.splits.task
 
     def start(self, parent: Checkpoint | None) -> tuple[PreTrainedModel, Any]:
-        """Model and tokenizer to begin with: the parent's, or the pretrained model with a fresh head."""
-        if parent is not None:
-            return build(parent)
+        """Model and tokenizer to begin with: the parent's, or the pretrained model with a fresh head.
+
+        Raises:
+            SqatError: the parent holds no torch weights, or its head is not the task's.
+        """
         task = self.task
+        if parent is not None:
+            place = f"the checkpoint that stage {self.name} starts from"
+            if not parent.weights:
+                raise SqatError("it is an export without torch weights", "start from an earlier stage", place)
+            check_head(parent.files["config.json"], task.outputs, task.config_fields, place)
+            return on_device(*build(parent, place))
         head = {"num_labels": task.outputs, **task.config_fields}
-        return load_pretrained(self.recipe.model, self.folder, head, self.recipe.seed)
+        return on_device(*load_pretrained(self.recipe.model, self.folder, head, self.recipe.seed))
 
     def feed(self, config: FitConfig, tokenizer: Any) -> Feed:
         """Training batches: a function of (seed, epoch)."""
@@ -96,9 +105,9 @@ class Job:
 
         return Feed(plan, partial(collate, rows, tokenizer=tokenizer))
 
-    def steps(self, config: FitConfig, feed: Feed, processes: int = 1) -> int:
-        """Optimizer steps of a fit."""
-        return total_steps(config, len(feed.plan(0)), processes)
+    def steps(self, config: FitConfig, feed: Feed) -> int:
+        """Optimizer steps of a fit, whose batches all processes share."""
+        return total_steps(config, len(feed.plan(0)), PartialState().num_processes)
 
     def dev(self, model: nn.Module, tokenizer: Any) -> Evaluation:
         """How a fit measures the dev split."""
@@ -119,12 +128,18 @@ class Job:
             "versions": versions(),
         }
         if parent is not None:
-            known |= {name: getattr(parent.manifest, name) for name in ("layers", "sites", "profile")}
+            known |= {name: getattr(parent.manifest, name) for name in ("layers", "sites", "left", "profile", "notes")}
         if fitted is not None:
             known |= vars(fitted)
         return Manifest(
-            stage=self.name, kind=config.stage, key=self.key, parent=self.parent_key, **{**known, **entries}
+            stage=self.name, kind=config.stage, key=self.key, made_from=self.made_from, **{**known, **entries}
         )
+
+
+def on_device(model: PreTrainedModel, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
+    """Move a model to this process's device."""
+    nn.Module.to(model, PartialState().device)
+    return model, tokenizer
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:

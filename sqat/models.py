@@ -69,6 +69,16 @@ def package_folder(reference: str, source: str) -> str:
     return str(found)
 
 
+def source_digest(config: ModelConfig, folder: Path) -> str:
+    """sha256 over the files of a local model; a hub model is known by name and revision, which the recipe says."""
+    source = Path(resolve_source(config, folder))
+    hasher = hashlib.sha256()
+    for path in sorted(source.glob("*")) if source.is_dir() else ():
+        if path.suffix in (".json", ".txt", ".model", ".safetensors"):
+            hasher.update(f"{path.name} {file_digest(path)}\n".encode())
+    return hasher.hexdigest()
+
+
 def load_pretrained(
     config: ModelConfig, folder: Path, head: Mapping[str, Any], seed: int
 ) -> tuple[PreTrainedModel, Any]:
@@ -154,14 +164,19 @@ def check_digest(config: ModelConfig, source: str) -> None:
         raise SqatError(
             "model.sha256 is given, but the source has no local model.safetensors", "drop it or use a folder"
         )
+    digest = file_digest(path)
+    if digest != config.sha256:
+        raise SqatError(f"model.safetensors has sha256 {digest}, but the recipe says {config.sha256}",
+                        "use the version the recipe was made for", str(path))  # fmt: skip
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, read in blocks."""
     hasher = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             hasher.update(block)
-    digest = hasher.hexdigest()
-    if digest != config.sha256:
-        raise SqatError(f"model.safetensors has sha256 {digest}, but the recipe says {config.sha256}",
-                        "use the version the recipe was made for", str(path))  # fmt: skip
+    return hasher.hexdigest()
 
 
 def set_dropout(settings: Any, rate: float | None) -> None:
@@ -389,7 +404,18 @@ def versions() -> dict[str, str]:
     return {"sqat": sqat.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def config_json(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The checkpoint's config.json."""
-    parsed: dict[str, Any] = json.loads(checkpoint.files["config.json"])
-    return parsed
+def check_head(config: bytes, outputs: int, fields: Mapping[str, Any], place: str) -> None:
+    """Refuse a model whose head is not the task's: another number of outputs, or other labels in another order.
+
+    Args:
+        config: content of the model's config.json.
+        outputs: logits the task expects.
+        fields: the task's entries of the config; ``id2label`` is compared where it is given.
+    """
+    parsed: dict[str, Any] = json.loads(config)
+    found = [label for _, label in sorted(parsed.get("id2label", {}).items(), key=lambda item: int(item[0]))]
+    wanted = [label for _, label in sorted(fields.get("id2label", {}).items())]
+    count = len(found) or 2  # transformers leaves out the default of two outputs
+    if count != outputs or (wanted and found and found != wanted):
+        raise SqatError(f"the model's outputs are {', '.join(found) or count}, but the recipe's task has "
+                        f"{', '.join(wanted) or outputs}", "use the recipe it was trained with", place)  # fmt: skip

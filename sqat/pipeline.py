@@ -1,30 +1,33 @@
-"""The order of stages: keys, what is unchanged, what runs; it knows no algorithm.
+"""The order of stages: what is unchanged, what runs, what is saved; it knows no algorithm.
 
-A stage's key is a digest of its own section, the model, the task, the data's content and its parent's key.
-A folder whose manifest has the same key is unchanged and skipped. Stages return checkpoints; only this file saves
-them, into ``<output>/<recipe>/<NN-stage>``. Mid-stage state lives beside the folder until the stage is saved.
+A stage whose checkpoint is what the recipe would make (`sqat.keys`) is skipped. Stages return checkpoints; only this
+file saves them, into ``<output>/<recipe>/<NN-stage>``. Mid-stage state lives beside it until the stage is saved.
+Every process of a distributed run goes through the stages; the first one writes.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from sqat.checkpoint import FORMAT, Checkpoint, load_checkpoint, load_manifest, save_checkpoint, write_synced
-from sqat.data import digest
+from accelerate import PartialState
+
+from sqat.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from sqat.data import SplitName
 from sqat.display import Display
 from sqat.errors import SqatError
 from sqat.evaluation import evaluate_artifact
-from sqat.job import Job, SplitName, Splits
+from sqat.job import Job, Splits
+from sqat.keys import Keys, known_manifest, made_from, teacher_name
 from sqat.recipe import FitConfig, LoadedRecipe, Recipe, StageConfig
+from sqat.results import ResultRow as ResultRow
+from sqat.results import Results as Results
+from sqat.results import closing_table
 from sqat.stages import calibrate, export, prune, qat, train
 from sqat.training import MidStage, total_steps
 
@@ -35,9 +38,6 @@ STAGES: dict[str, Callable[[Any, Checkpoint | None, Job], Checkpoint]] = {
     "qat": qat.run,
     "export": export.run,
 }
-# Keys that change how a stage runs, not what comes out of it.
-UNKEYED = {"parent", "save_every"}
-RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
@@ -56,78 +56,25 @@ class PlannedStage:
     seconds: float | None
 
 
-@dataclass(frozen=True)
-class ResultRow:
-    """One line of the closing table."""
-
-    label: str
-    stage: str
-    metrics: dict[str, float]
-    size_bytes: int
-    path: Path
-
-
-@dataclass(frozen=True)
-class Results:
-    """The closing table: what was measured, on which split of which data."""
-
-    rows: list[ResultRow]
-    split: str
-    data_digest: str
-    directory: Path
-
-
-def stage_key(config: StageConfig, recipe: Recipe, data: dict[str, str], parent: str, teacher: str) -> str:
-    """Digest of all that decides what a stage returns."""
-    facts = {
-        "format": FORMAT,
-        "stage": config.model_dump(mode="json", exclude=UNKEYED),
-        "model": recipe.model.model_dump(mode="json"),
-        "task": recipe.task.model_dump(mode="json"),
-        "columns": recipe.data.columns.model_dump(mode="json"),
-        "data": data,
-        "seed": recipe.seed,
-        "parent": parent,
-        "teacher": teacher,
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def key_of(loaded: LoadedRecipe, name: str, parent: str, teacher: str) -> str:
-    """Key of one stage after a parent and a teacher of the given keys."""
-    recipe = loaded.recipe
-    data = {split: digest(getattr(recipe.data, split), loaded.path.parent) for split in ("train", "dev")}
-    return stage_key(recipe.stages[name], recipe, data, parent, teacher)
-
-
-def stage_keys(loaded: LoadedRecipe) -> dict[str, str]:
-    """Key of every stage of a recipe, each after its parent's."""
-    keys: dict[str, str] = {}
-    for name in loaded.recipe.stages:
-        parent, teacher = loaded.recipe.parent_of(name), teacher_name(loaded.recipe, name)
-        keys[name] = key_of(loaded, name, keys.get(parent or "", ""), keys.get(teacher or "", ""))
-    return keys
-
-
-def teacher_name(recipe: Recipe, name: str) -> str | None:
-    """The stage that teaches ``name``: the recipe's choice, or the nearest dense ancestor; None without one."""
-    config = recipe.stages[name]
-    distill = getattr(config, "distill", None)  # only stages that train a student have it
-    if distill is None:
-        return None
-    if distill.teacher is not None:
-        return str(distill.teacher)
-    ancestor = recipe.parent_of(name)
-    while ancestor is not None and recipe.stages[ancestor].stage != "train":
-        ancestor = recipe.parent_of(ancestor)
-    return ancestor
-
-
 def make_plan(
     loaded: LoadedRecipe, *, first: str | None = None, last: str | None = None, force: bool = False
 ) -> list[PlannedStage]:
-    """What `run` would do: stages between ``first`` and ``last``, their keys, and which are unchanged."""
-    recipe = loaded.recipe
+    """What `run` would do: stages between ``first`` and ``last``, how much work each is, which are unchanged."""
+    keys, splits = Keys(loaded), Splits(loaded.recipe, loaded.path.parent)
+    due = set(due_stages(keys, first, last, force))
+    plan = []
+    for number, (name, config) in enumerate(loaded.recipe.stages.items(), start=1):
+        if name in stage_range(loaded.recipe, first, last):
+            steps, samples = amount(config, loaded.recipe, splits)
+            manifest = keys.manifest(name)
+            seconds = manifest.seconds if manifest is not None else None
+            plan.append(PlannedStage(number, name, config.stage, loaded.recipe.parent_of(name), keys.planned[name],
+                                     keys.directory(name), name not in due, steps, samples, seconds))  # fmt: skip
+    return plan
+
+
+def stage_range(recipe: Recipe, first: str | None, last: str | None) -> list[str]:
+    """Names of the stages from ``first`` to ``last``."""
     names = list(recipe.stages)
     for flag, name in (("--from", first), ("--to", last)):
         if name is not None and name not in names:
@@ -136,29 +83,17 @@ def make_plan(
     high = names.index(last) + 1 if last else len(names)
     if low >= high:
         raise SqatError(f"--from {first} comes after --to {last}", f"order: {', '.join(names)}")
-    keys = stage_keys(loaded)
-    splits = Splits(recipe, loaded.path.parent)
-    stale: set[str] = set()
-    plan = []
-    for number, name in enumerate(names, start=1):
-        if low < number <= high:
-            directory = stage_directory(loaded, name)
-            known = manifest_key(directory)
-            unchanged = known == keys[name] and not force and recipe.parent_of(name) not in stale
-            if not unchanged:
-                stale.add(name)
-            plan.append(planned(loaded, name, keys[name], unchanged, splits))
-    return plan
+    return names[low:high]
 
 
-def planned(loaded: LoadedRecipe, name: str, key: str, unchanged: bool, splits: Splits) -> PlannedStage:
-    """One stage with its steps, samples and the seconds it took before."""
-    recipe, directory = loaded.recipe, stage_directory(loaded, name)
-    config = recipe.stages[name]
-    steps, samples = amount(config, recipe, splits)
-    seconds = load_manifest(directory).seconds if manifest_key(directory) else None
-    return PlannedStage(int(directory.name[:2]), name, config.stage, recipe.parent_of(name), key, directory, unchanged,
-                        steps, samples, seconds or None)  # fmt: skip
+def due_stages(keys: Keys, first: str | None, last: str | None, force: bool) -> list[str]:
+    """Stages of the range that must run: forced, not current, or after one that runs."""
+    recipe, due = keys.loaded.recipe, list[str]()
+    for name in stage_range(recipe, first, last):
+        before = {recipe.parent_of(name), teacher_name(recipe, name)}
+        if force or before & set(due) or not keys.is_current(name):
+            due.append(name)
+    return due
 
 
 def amount(config: StageConfig, recipe: Recipe, splits: Splits) -> tuple[int | None, int | None]:
@@ -173,20 +108,6 @@ def amount(config: StageConfig, recipe: Recipe, splits: Splits) -> tuple[int | N
     return None, min(config.parity_samples, len(splits.rows("dev")))
 
 
-def stage_directory(loaded: LoadedRecipe, name: str) -> Path:
-    """Where a stage's checkpoint lies."""
-    number = list(loaded.recipe.stages).index(name) + 1
-    return loaded.run_directory / f"{number:02d}-{name}"
-
-
-def manifest_key(directory: Path) -> str | None:
-    """Key of the checkpoint in a folder; None where there is no sound one."""
-    try:
-        return load_manifest(directory).key
-    except SqatError:
-        return None
-
-
 def run(
     loaded: LoadedRecipe,
     display: Display,
@@ -196,15 +117,15 @@ def run(
     force: bool = False,
 ) -> Results:
     """Run the plan, skip what is unchanged, and measure the results once on the test split."""
-    splits = Splits(loaded.recipe, loaded.path.parent)
-    plan = make_plan(loaded, first=first, last=last, force=force)
-    for stage in plan:
-        if stage.unchanged:
-            display.say(f"{stage.name}: unchanged")
+    keys, splits = Keys(loaded), Splits(loaded.recipe, loaded.path.parent)
+    due = due_stages(keys, first, last, force)
+    for name in stage_range(loaded.recipe, first, last):
+        if name not in due:
+            display.say(f"{name}: unchanged")
             continue
-        parent = parent_checkpoint(loaded, stage.name, None)
-        execute(loaded, stage.name, stage.directory, parent, splits, display, expected=stage.key)
-    return closing_table(loaded, splits, display)
+        parent = parent_checkpoint(keys, name)
+        execute(keys, name, keys.directory(name), parent, splits, display, force)
+    return closing_table(keys, splits, display)
 
 
 def run_stage(
@@ -216,75 +137,86 @@ def run_stage(
     output: Path | None = None,
     force: bool = False,
 ) -> Path:
-    """Run one stage from its parent in the run folder, or from ``parent``; returns the checkpoint's folder."""
-    directory = output or stage_directory(loaded, name)
-    if output is not None and output.exists() and manifest_key(output) is None:
-        raise SqatError("the output exists and is no checkpoint of sqat", "choose another folder", str(output))
-    start = parent_checkpoint(loaded, name, parent)
-    execute(loaded, name, directory, start, Splits(loaded.recipe, loaded.path.parent), display, force=force)
+    """Run one stage from its parent in the run folder, or from ``parent``; returns the checkpoint's folder.
+
+    Raises:
+        SqatError: ``output`` holds something else than this stage's checkpoint, and there is no ``force``.
+    """
+    keys = Keys(loaded)
+    directory = output or keys.directory(name)
+    if output is not None and output.exists() and not force:
+        there = known_manifest(output)
+        if there is None or there.stage != name:
+            what = "no checkpoint of sqat" if there is None else f"the checkpoint of stage {there.stage!r}"
+            raise SqatError(f"the output exists and is {what}", "choose another folder or add --force", str(output))
+    if parent is None and output is None and not force and keys.is_current(name):
+        display.say(f"{name}: unchanged")
+        return directory
+    start = parent_checkpoint(keys, name) if parent is None else load_checkpoint(parent)
+    splits = Splits(loaded.recipe, loaded.path.parent)
+    execute(keys, name, directory, start, splits, display, force)
     return directory
 
 
-def parent_checkpoint(loaded: LoadedRecipe, name: str, given: Path | None) -> Checkpoint | None:
-    """The checkpoint a stage starts from; None for the pretrained model."""
-    if given is not None:
-        return load_checkpoint(given)
-    parent = loaded.recipe.parent_of(name)
+def parent_checkpoint(keys: Keys, name: str) -> Checkpoint | None:
+    """The checkpoint in the run folder that a stage starts from; None for the pretrained model."""
+    parent = keys.loaded.recipe.parent_of(name)
     if parent is None:
         return None
-    directory = stage_directory(loaded, parent)
+    directory = keys.directory(parent)
     if not directory.is_dir():
         raise SqatError(f"stage {name} starts from {parent}, which has not run yet",
-                        f"run `sqat run --to {name}`, or give --from CHECKPOINT",
+                        f"run `sqat run --to {name}`, or give --from CHECKPOINT", str(directory))  # fmt: skip
+    checkpoint = load_checkpoint(directory)
+    if checkpoint.manifest.key != keys.planned[parent]:
+        raise SqatError(f"stage {name} starts from {parent}, whose checkpoint this recipe would not make any more",
+                        f"run from an earlier stage: sqat run --from {parent}, or give --from CHECKPOINT",
                         str(directory))  # fmt: skip
-    return load_checkpoint(directory)
+    return checkpoint
 
 
-def teacher_checkpoint(loaded: LoadedRecipe, name: str) -> Checkpoint:
+def teacher_checkpoint(keys: Keys, name: str) -> Checkpoint:
     """The dense ancestor that teaches a stage."""
-    teacher = teacher_name(loaded.recipe, name)
+    teacher = teacher_name(keys.loaded.recipe, name)
     if teacher is None:
         raise SqatError(f"stage {name} distils but has no dense ancestor", "add a train stage, or set distill.teacher")
-    return load_checkpoint(stage_directory(loaded, teacher))
+    return load_checkpoint(keys.directory(teacher))
 
 
 def execute(
-    loaded: LoadedRecipe,
+    keys: Keys,
     name: str,
     directory: Path,
     parent: Checkpoint | None,
     splits: Splits,
     display: Display,
-    *,
-    expected: str | None = None,
-    force: bool = True,
+    force: bool,
 ) -> None:
     """Run one stage and save what it returns; its mid-stage state goes once the checkpoint is on the disk.
 
     Args:
-        expected: key the plan promised; another one means that the parent on the disk is of an older recipe.
-        force: run it even where the folder already holds this very stage.
+        force: start afresh, whatever mid-stage state there is.
     """
-    parent_key = "" if parent is None else parent.manifest.key
-    teacher = teacher_name(loaded.recipe, name)
-    key = key_of(loaded, name, parent_key, manifest_key(stage_directory(loaded, teacher)) or "" if teacher else "")
-    if expected is not None and key != expected:
-        raise SqatError(f"stage {name} starts from a checkpoint that this recipe would not make any more",
-                        f"run from an earlier stage: sqat run --from {loaded.recipe.parent_of(name)}")  # fmt: skip
-    if manifest_key(directory) == key and not force:
-        display.say(f"{name}: unchanged")
-        return
-    state = MidStage(directory.with_name(f".{directory.name}.state"), key)
-    job = Job(loaded.recipe, loaded.path.parent, name, key, parent_key, splits, display, state,
-              partial(teacher_checkpoint, loaded, name))  # fmt: skip
-    config = loaded.recipe.stages[name]
-    begun = time.monotonic()
+    loaded, process = keys.loaded, PartialState()
+    teacher = keys.manifest(teacher_name(loaded.recipe, name))
+    origin = made_from(None if parent is None else parent.manifest, teacher)
+    key = keys.after(name, "" if parent is None else parent.manifest.key, "" if teacher is None else teacher.key)
+    state = MidStage(directory.with_name(f".{directory.name}.state"), f"{key} {origin}")
+    if force and process.is_main_process:
+        shutil.rmtree(state.directory, ignore_errors=True)
+    process.wait_for_everyone()
+    job = Job(loaded.recipe, loaded.path.parent, name, key, origin, splits, display, state,
+              partial(teacher_checkpoint, keys, name))  # fmt: skip
+    config, begun = loaded.recipe.stages[name], time.monotonic()
     checkpoint = STAGES[config.stage](config, parent, job)
     seconds = max(checkpoint.manifest.seconds, time.monotonic() - begun)  # a resumed fit knows its earlier part
-    manifest = checkpoint.manifest.model_copy(update={"seconds": round(seconds, 3), "overrides": [*loaded.overrides]})
-    save_checkpoint(replace(checkpoint, manifest=manifest, recipe=loaded.text), directory)
-    shutil.rmtree(state.directory, ignore_errors=True)
-    figures = checkpoint.manifest.metrics.get("dev", {})
+    facts = {"seconds": round(seconds, 3), "overrides": [*loaded.overrides]}
+    manifest = checkpoint.manifest.model_copy(update=facts)
+    if process.is_main_process:
+        save_checkpoint(replace(checkpoint, manifest=manifest, recipe=loaded.text), directory)
+        shutil.rmtree(state.directory, ignore_errors=True)
+    process.wait_for_everyone()
+    figures = manifest.metrics.get("dev", {})
     shown = ", ".join(f"{metric} {value:.4f}" for metric, value in figures.items())
     display.say(f"{name}: {f'dev {shown}' if shown else 'done'} -> {directory}")
 
@@ -293,64 +225,3 @@ def evaluate(loaded: LoadedRecipe, artifact: Path, split: SplitName, display: Di
     """The task's metrics of a checkpoint folder or an ONNX file on a split."""
     display.say(f"evaluating {artifact} on {split}")
     return evaluate_artifact(artifact, Splits(loaded.recipe, loaded.path.parent), split)
-
-
-def closing_table(loaded: LoadedRecipe, splits: Splits, display: Display) -> Results:
-    """Measure every result that this recipe has made on the test split (dev where there is none), once per key."""
-    recipe = loaded.recipe
-    split: SplitName = "test" if recipe.data.test is not None else "dev"
-    content = digest(getattr(recipe.data, split), loaded.path.parent)
-    remembered, keys = read_results(loaded.run_directory / RESULTS), stage_keys(loaded)
-    rows, record = [], {}
-    for label, (stage, artifact) in result_artifacts(loaded).items():
-        if manifest_key(stage_directory(loaded, stage)) != keys[stage]:
-            display.say(f"{label}: left out of the table, since {stage} has not run with this recipe")
-            continue
-        key = f"{keys[stage]}/{artifact.name}/{content}"
-        known = remembered.get(label, {})
-        if known.get("key") != key:
-            display.say(f"{label}: measuring on {split}")
-            known = {"key": key, "metrics": evaluate_artifact(artifact, splits, split)}
-        row = ResultRow(label, stage, {name: float(value) for name, value in known["metrics"].items()},
-                        artifact_size(artifact), artifact)  # fmt: skip
-        rows.append(row)
-        metrics = {name: value if isfinite(value) else str(value) for name, value in row.metrics.items()}
-        record[label] = {"key": key, "split": split, "data": content, "size_bytes": row.size_bytes,
-                         "path": str(artifact), "metrics": metrics}  # fmt: skip
-    if record:
-        write_synced(loaded.run_directory / f".{RESULTS}.new", (json.dumps(record, indent=2) + "\n").encode())
-        (loaded.run_directory / f".{RESULTS}.new").rename(loaded.run_directory / RESULTS)
-    return Results(rows, split, content, loaded.run_directory)
-
-
-def result_artifacts(loaded: LoadedRecipe) -> dict[str, tuple[str, Path]]:
-    """Label -> stage and its checkpoint folder or ONNX file; the recipe's rows, or every last stage."""
-    recipe = loaded.recipe
-    parents = {recipe.parent_of(name) for name in recipe.stages}
-    wanted = recipe.results or {name: name for name in recipe.stages if name not in parents}
-    found: dict[str, tuple[str, Path]] = {}
-    for label, row in wanted.items():
-        name, _, target = row.partition("/")
-        directory, config = stage_directory(loaded, name), recipe.stages[name]
-        if config.stage != "export":
-            found[label] = (name, directory)
-            continue
-        targets = (target,) if target else config.targets
-        for each in targets:
-            found[label if len(targets) == 1 else f"{label} {each}"] = (name, directory / export.file_name(each))
-    return found
-
-
-def artifact_size(artifact: Path) -> int:
-    """Bytes of an ONNX file, or of a checkpoint's tensors."""
-    files = [artifact] if artifact.is_file() else artifact.glob("*.safetensors")
-    return sum(file.stat().st_size for file in files)
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """What `closing_table` measured before; nothing where the file is absent or damaged."""
-    try:
-        parsed = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return parsed if isinstance(parsed, dict) else {}

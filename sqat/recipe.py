@@ -205,7 +205,9 @@ class FitConfig(BaseModel):
     )
     early_stopping: int | None = Field(default=None, ge=1, description="evaluations without gain before stopping")
     keep: Literal["last", "best"] = Field(default="last", description="which step's weights the stage returns")
-    save_every: int = Field(default=200, ge=1, description="steps between mid-stage states to resume from")
+    save_every: float = Field(
+        default=60.0, ge=0, description="seconds between mid-stage states to resume from; 0: after every step"
+    )
 
     @model_validator(mode="after")
     def consistent(self) -> FitConfig:
@@ -262,7 +264,7 @@ class PruneConfig(FitConfig):
         default=PerGroup(), description="how the sparsity grows to its target"
     )
     recover: float = Field(
-        default=0.5,
+        default=0.8,
         ge=0,
         lt=1,
         description="share of the steps after the last mask; the rest is split between the steps",
@@ -321,7 +323,7 @@ class ExportConfig(BaseModel):
     targets: tuple[Literal["onnx-int8", "onnx-fp32"], ...] = Field(
         default=("onnx-int8",), min_length=1, description="files to write"
     )
-    parity_samples: int = Field(default=128, ge=1, description="dev rows on which the file must agree with the model")
+    parity_samples: int = Field(default=512, ge=1, description="dev rows on which the file must agree with the model")
     max_disagreement: float = Field(default=0.005, ge=0, le=1, description="share of decisions allowed to differ")
 
 

@@ -118,6 +118,10 @@ def _schedule(path: tuple[str, ...], stage: PruneConfig) -> Iterator[Problem]:
 def _distill(recipe: Recipe, name: str, distill: DistillConfig, line: list[str]) -> Iterator[Problem]:
     dense = [other for other in line if _is_dense(recipe, other)]
     path = ("stages", name, "distill")
+    if not (distill.weight or distill.logits or distill.task):
+        yield Problem(
+            path, f"every part of the loss of stage {name!r} has weight 0", "give one of weight, logits, task"
+        )
     teacher = distill.teacher
     if teacher is not None and teacher not in dense:
         why = "is no stage" if teacher not in recipe.stages else "is not dense and among those it starts from"

@@ -28,6 +28,7 @@ from sqat.checkpoint import write_synced
 from sqat.data import Batch
 from sqat.display import Display
 from sqat.errors import SqatError
+from sqat.insertion.quantizers import QUANTIZERS
 from sqat.recipe import FitConfig
 
 Loss = Callable[[nn.Module, Batch], dict[str, Tensor]]
@@ -71,6 +72,7 @@ class Progress:
     without_gain: int = 0
     seconds: float = 0.0
     samples: int = 0
+    losses: Figures = field(default_factory=dict)
     history: list[Figures] = field(default_factory=list)
 
 
@@ -104,12 +106,21 @@ def rate_factor(config: FitConfig, step: int, steps: int) -> float:
 
 
 def make_optimizer(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD; biases, norms and learned bounds are not decayed."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    """AdamW or SGD; biases, norms and learned bounds are not decayed.
+
+    A learned bound is amax = 127 s; under Adam, whose steps do not grow with the gradient, 127 times the rate moves s
+    as LSQ means it (arXiv:1902.08153). ``factor`` is a group's share of the learning rate.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    bounds = [p for name, p in named if name.startswith(f"{QUANTIZERS}.")]
+    others = [p for name, p in named if not name.startswith(f"{QUANTIZERS}.")]
+    adam = config.optimizer == "adamw"
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in others if p.dim() > 1], "weight_decay": config.weight_decay, "factor": 1.0},
+        {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0, "factor": 1.0},
+        {"params": bounds, "weight_decay": 0.0, "factor": 127.0 if adam else 1.0},
     ]
+    groups = [group for group in groups if group["params"]]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9)
     return torch.optim.AdamW(groups, lr=config.learning_rate)
@@ -259,38 +270,42 @@ def fit(
         before_step: called before each step with its number; what it changes in the model must be in the
             model's state dict, so that a resumed run finds it there.
     """
-    accelerator = Accelerator()
+    accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1)  # whatever the environment says
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     torch.manual_seed(seed)
     run = Run(model, optimizer, state)
     if run.resume():
         display.say(f"{title}: resumed at step {run.progress.step} of {steps}")
+    elif state.directory.exists():
+        display.say(f"{title}: the mid-stage state is damaged or of another run: starting afresh")
     display.begin(title, steps)
     model.train()
-    losses: Figures = {}
-    shown: Figures = {}
+    shown, saved = dict(run.progress.losses), time.monotonic()
     stream = micro_batches(feed, config.gradient_accumulation, accelerator, run.progress.step)
     while run.progress.step < steps and not stopped_early(run.progress, config):
         begun = time.monotonic()
         if before_step is not None:
             before_step(run.progress.step)
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * rate_factor(config, run.progress.step, steps)
+            group["lr"] = group["factor"] * config.learning_rate * rate_factor(config, run.progress.step, steps)
         parts, samples = take_step(accelerator, wrapped, optimizer, loss, next(stream), config)
         run.progress.step += 1
         run.progress.samples += samples
         seconds = time.monotonic() - begun
-        losses = {name: checked(name, float(part), run.progress.step) for name, part in parts.items()}
-        shown |= losses
+        run.progress.losses = {name: checked(name, float(part), run.progress.step) for name, part in parts.items()}
+        shown |= run.progress.losses
         if evaluation is not None and evaluation_due(config, run.progress.step, steps):
             shown |= run.evaluate(evaluation, config, judge_from)
         run.progress.seconds += time.monotonic() - begun
         display.update(run.progress.step, shown, samples / max(seconds, 1e-9))  # some clocks stand still meanwhile
-        if run.progress.step % config.save_every == 0 and run.progress.step < steps and accelerator.is_main_process:
-            run.save()
+        if time.monotonic() - saved >= config.save_every and run.progress.step < steps:
+            saved = time.monotonic()
+            if accelerator.is_main_process:
+                run.save()
     display.end()
     run.finish()
-    return Fitted(run.progress.step, run.progress.seconds, run.progress.samples, losses, run.progress.history)
+    done = run.progress
+    return Fitted(done.step, done.seconds, done.samples, done.losses, done.history)
 
 
 def micro_batches(feed: Feed, accumulation: int, accelerator: Accelerator, step: int) -> Iterator[list[Batch]]:
@@ -312,20 +327,22 @@ def take_step(
 ) -> tuple[dict[str, Tensor], int]:
     """One optimizer step over its micro-batches; returns the mean loss parts and the number of samples."""
     totals: dict[str, Tensor] = {}
+    rows = sum(len(batch) for batch in batches)
     for index, batch in enumerate(batches):
         sync = accelerator.no_sync(wrapped) if index + 1 < len(batches) else nullcontext()
         with sync:
             bf16 = config.precision == "bf16"
             with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
                 parts = loss(wrapped, batch)
-            accelerator.backward(torch.stack([*parts.values()]).sum() / len(batches))
+            share = len(batch) / rows
+            accelerator.backward(torch.stack([*parts.values()]).sum() * share)
         for name, part in parts.items():
-            totals[name] = totals.get(name, part.new_zeros(())) + part.detach() / len(batches)
+            totals[name] = totals.get(name, part.new_zeros(())) + part.detach() * share
     if config.max_grad_norm is not None:
         accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return totals, sum(len(batch) for batch in batches) * accelerator.num_processes
+    return totals, rows * accelerator.num_processes
 
 
 def evaluation_due(config: FitConfig, step: int, steps: int) -> bool:

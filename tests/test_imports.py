@@ -19,9 +19,11 @@ LAYERS = [
     ["__main__"],
     ["cli", "console", "tables", "starter"],
     ["pipeline", "inspection"],
+    ["results"],
     ["stages"],
     [
         "evaluation",
+        "keys",
         "tasks",
         "models",
         "data",

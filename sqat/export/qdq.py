@@ -84,9 +84,7 @@ def check_names(anatomy: Anatomy, quantization: Quantization) -> None:
     inputs = {site.removesuffix(":input") for site in quantization.amax if site.endswith(":input")}
     halves = sorted(inputs ^ set(quantization.weights))
     if halves:
-        raise SqatError(
-            f"layer {halves[0]} needs both an int8 weight and an input bound, and has one of them"
-        )
+        raise SqatError(f"layer {halves[0]} needs both an int8 weight and an input bound, and has one of them")
 
 
 def site_chains(anatomy: Anatomy, amax: Mapping[str, float]) -> dict[Edge, list[tuple[str, np.float32]]]:

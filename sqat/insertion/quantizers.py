@@ -43,7 +43,7 @@ class Quantizers(nn.Module):
         if last is not None and (last[0] is x or last[1] is x):
             return last[1]
         quantize = fake_quantize_learned if self.learned else fake_quantize
-        y = quantize(x, self.bounds[self.index[leader]])
+        y = quantize(x, within_reach(leader, self.bounds[self.index[leader]]))
         self.last[leader] = (x, y)
         return y
 
@@ -53,8 +53,13 @@ class Quantizers(nn.Module):
 
     def amax(self) -> dict[str, Tensor]:
         """Current bound of every leader, on the CPU."""
-        bounds = (bound.detach().cpu().clamp(min=SMALLEST_AMAX) for bound in self.bounds)
-        return dict(zip(self.index, bounds, strict=True))
+        bounds = zip(self.index, self.bounds, strict=True)
+        return {name: within_reach(name, bound.detach().cpu().clamp(min=SMALLEST_AMAX)) for name, bound in bounds}
+
+
+def within_reach(site: str, bound: Tensor) -> Tensor:
+    """A bound of probabilities is at most 1 (rule B12), where a learned one may drift beyond."""
+    return bound.clamp(max=1.0) if role(site) == "softmax" else bound
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Insertion:
 
 def insert_quantizers_(model: nn.Module, quantizers: Quantizers, blocks: list[str]) -> Insertion:
     """Tap every site of the quantizers; learned bounds become parameters of the model."""
-    model.add_module(QUANTIZERS, quantizers)
+    model.add_module(QUANTIZERS, quantizers.to(next(model.parameters()).device))
     return Insertion(quantizers, tap_sites(model, quantizers, list(quantizers.leaders), blocks),
                      model.register_forward_hook(quantizers.forget, always_call=True))  # fmt: skip
 

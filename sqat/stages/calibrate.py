@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from sqat.checkpoint import Checkpoint, LayerRecord, SiteRecord
@@ -26,7 +27,9 @@ def run(config: CalibrateConfig, parent: Checkpoint | None, job: Job) -> Checkpo
     choice = choose_layers(model, config.layers, "quantize")
     blocks = encoder_blocks(model)
     tapped = config.profile == "linear" or use_taps(model)
-    notes = [] if tapped else [f"{type(model).__name__} has no attention interface: its attention products stay float"]
+    notes = [] if parent is None else list(parent.manifest.notes)
+    if not tapped:
+        notes.append(f"{type(model).__name__} has no attention interface: its attention products stay float")
     batches = sample_batches(config, job, tokenizer)
     sites = discover_sites(model, batches[0].inputs, choice.chosen, blocks, config.profile)
     histograms = observe(model, sites, blocks, batches, job)
@@ -40,8 +43,8 @@ def run(config: CalibrateConfig, parent: Checkpoint | None, job: Job) -> Checkpo
         metrics = {"dev": job.measure(model, tokenizer, "dev")}
     layers = record_layers(parent, choice.chosen, choice.left)
     files, weights = capture(model, tokenizer) if parent is None else (parent.files, parent.weights)
-    manifest = job.manifest(config, parent, metrics=metrics, layers=layers, sites=records, profile=config.profile,
-                            notes=notes)  # fmt: skip
+    manifest = job.manifest(config, parent, metrics=metrics, layers=layers, sites=records, left=sites.left,
+                            profile=config.profile, notes=notes)  # fmt: skip
     return Checkpoint(manifest, files, weights, masks, tensors)
 
 
@@ -52,7 +55,7 @@ def sample_batches(config: CalibrateConfig, job: Job, tokenizer: Any) -> list[Ba
     chosen = torch.randperm(len(rows), generator=generator)[: config.samples].tolist()
     lengths = column(rows, "length").tolist()
     batches = plan_batches(lengths, [[index] for index in chosen], config.batch_size, job.recipe.seed, 0)
-    return [collate(rows, batch, tokenizer) for batch in batches]
+    return [collate(rows, batch, tokenizer).to(PartialState().device) for batch in batches]
 
 
 def observe(model: nn.Module, sites: Sites, blocks: list[str], batches: list[Batch], job: Job) -> dict[str, Histogram]:
@@ -93,7 +96,8 @@ def tie(sites: Sites, bounds: Mapping[str, float]) -> tuple[dict[str, str], dict
 
 def record_layers(parent: Checkpoint | None, chosen: list[str], left: Mapping[str, str]) -> dict[str, LayerRecord]:
     """What the parent says of its layers, and which are quantized now."""
+    dense = LayerRecord(dense_because="no prune stage")
     known = {} if parent is None else parent.manifest.layers
-    done = {name: known.get(name, LayerRecord()).model_copy(update={"quantized": True}) for name in chosen}
-    return done | {name: known.get(name, LayerRecord()).model_copy(update={"float_because": reason, "quantized": False})
+    done = {name: known.get(name, dense).model_copy(update={"quantized": True}) for name in chosen}
+    return done | {name: known.get(name, dense).model_copy(update={"float_because": reason, "quantized": False})
                    for name, reason in left.items()}  # fmt: skip

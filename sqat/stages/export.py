@@ -23,7 +23,7 @@ from sqat.export.graph import export_float
 from sqat.export.qdq import Quantization, insert_qdq
 from sqat.export.runtime import left_in_float, optimized_graph, parity, session
 from sqat.job import Job, logits_of, predict
-from sqat.models import build, use_eager
+from sqat.models import use_eager
 from sqat.quantization.fake_quant import quantize_weight
 from sqat.recipe import ExportConfig
 from sqat.training import Figures
@@ -34,12 +34,12 @@ class Parity:
     """How far an ONNX file is from the torch model.
 
     Attributes:
-        rows: dev rows compared.
+        decisions: how many were compared: dev rows, or queries.
         difference: largest absolute difference of a logit.
-        agreement: share of equal decisions.
+        agreement: share of equal decisions, as the task defines them.
     """
 
-    rows: int
+    decisions: int
     difference: float
     agreement: float
 
@@ -48,8 +48,8 @@ def run(config: ExportConfig, parent: Checkpoint | None, job: Job) -> Checkpoint
     """Write and prove one ONNX file per target."""
     if parent is None:
         raise SqatError(f"stage {job.name} has nothing to export", "put a train stage before it")
-    model, tokenizer = build(parent)
-    use_eager(model)
+    model, tokenizer = job.start(parent)
+    use_eager(model.cpu())
     dev = job.splits.tokens("dev", tokenizer)
     sample = collate(dev, list(range(min(2, len(dev)))), tokenizer)
     job.display.say(f"{job.name}: tracing the float graph")
@@ -65,7 +65,7 @@ def run(config: ExportConfig, parent: Checkpoint | None, job: Job) -> Checkpoint
             raise GateError(f"ONNX Runtime would run {float_products[0]} of {file_name(target)} in float",
                             "this is a fault of the exporter: please report it with the recipe")  # fmt: skip
         found, metrics[f"dev {target}"] = prove(content, target, parent, dev, config, job)
-        notes.append(f"{target}: {found.agreement:.2%} of {found.rows} decisions equal, "
+        notes.append(f"{target}: {found.agreement:.2%} of {found.decisions} decisions equal, "
                      f"largest logit difference {found.difference:.2e}")  # fmt: skip
         job.display.say(f"{job.name}: {notes[-1]}")
         files[file_name(target)] = content
@@ -111,12 +111,13 @@ def prove(
         wanted = predict(partial(logits_of, model), some, tokenizer)
     got = predict(partial(onnx_logits, runtime), dev, tokenizer)
     part = got[: len(some)]
-    equal = (task.decisions(part, some) == task.decisions(wanted, some)).float().mean().item()
-    found = Parity(len(some), parity(wanted.numpy(), part.numpy()), equal)
-    if 1 - equal > config.max_disagreement:
+    equal = task.agreement(wanted, part, some)
+    found = Parity(len(equal), parity(wanted.numpy(), part.numpy()), equal.float().mean().item())
+    if 1 - found.agreement > config.max_disagreement:
         raise GateError(
-            f"{file_name(target)} decides otherwise than the torch model on {1 - equal:.2%} of {found.rows} dev rows, "
-            f"allowed {config.max_disagreement:.2%} (largest logit difference {found.difference:.2e})",
+            f"{file_name(target)} decides otherwise than the torch model in {1 - found.agreement:.2%} of "
+            f"{found.decisions} decisions, allowed {config.max_disagreement:.2%} (largest logit difference "
+            f"{found.difference:.2e})",
             "nothing was written",
         )
     return found, task.metrics(got, dev)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sqat.checkpoint import Checkpoint, LayerRecord
+from sqat.errors import SqatError
 from sqat.insertion.weights import WeightTransform, insert_weights_, linear, original_weight, remove_weights_
 from sqat.job import Job
 from sqat.models import capture, choose_layers
@@ -23,6 +24,9 @@ from sqat.training import fit
 
 def run(config: PruneConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
     """Prune the chosen layers step by step, fine-tuning on the task (and distilling, by choice)."""
+    if parent is not None and parent.amax:
+        raise SqatError(f"stage {job.name} would undo the scales of {parent.manifest.stage}",
+                        "prune before calibrating")  # fmt: skip
     model, tokenizer = job.start(parent)
     choice = choose_layers(model, config.layers, "prune", parse_pattern(config.pattern).m)
     old = {} if parent is None else parent.masks

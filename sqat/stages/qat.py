@@ -7,7 +7,7 @@ from sqat.errors import SqatError
 from sqat.evaluation import quantized_layers, quantizers_of
 from sqat.insertion.quantized import quantized_
 from sqat.job import Job
-from sqat.models import build, capture, encoder_blocks, use_taps
+from sqat.models import capture, encoder_blocks, use_taps
 from sqat.recipe import QatConfig
 from sqat.stages.losses import stage_loss
 from sqat.training import fit
@@ -17,7 +17,7 @@ def run(config: QatConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
     """Train the calibrated parent with its masks and quantizers in place."""
     if parent is None or not parent.amax:
         raise SqatError(f"stage {job.name} needs activation scales", "put a calibrate stage before it")
-    model, tokenizer = build(parent)
+    model, tokenizer = job.start(parent)
     if parent.manifest.profile != "linear":
         use_taps(model)
     quantizers = quantizers_of(parent, learned=config.activation_scales == "learned")
@@ -40,5 +40,8 @@ def run(config: QatConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
         )
         metrics = {"dev": job.measure(model, tokenizer, "dev")}
     files, weights = capture(model, tokenizer)
-    manifest = job.manifest(config, parent, fitted, metrics=metrics)
+    sites = parent.manifest.sites
+    if config.activation_scales == "learned":  # what calibration clipped says nothing of bounds that moved
+        sites = {site: record.model_copy(update={"saturated": None}) for site, record in sites.items()}
+    manifest = job.manifest(config, parent, fitted, metrics=metrics, sites=sites)
     return Checkpoint(manifest, files, weights, parent.masks, quantizers.amax())

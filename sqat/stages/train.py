@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sqat.checkpoint import Checkpoint
+from sqat.errors import SqatError
 from sqat.job import Job
 from sqat.models import capture
 from sqat.recipe import TrainConfig
@@ -12,6 +13,9 @@ from sqat.training import fit
 
 def run(config: TrainConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
     """Fine-tune the pretrained model (or the parent) on the task."""
+    if parent is not None and (parent.masks or parent.amax):
+        raise SqatError(f"stage {job.name} would undo the masks or scales of {parent.manifest.stage}",
+                        "start from a train stage, or from the pretrained model")  # fmt: skip
     model, tokenizer = job.start(parent)
     feed = job.feed(config, tokenizer)
     for remark in job.task.remarks(job.splits.tokens("train", tokenizer)):

@@ -48,8 +48,8 @@ class Task(Protocol):
     def metrics(self, logits: Tensor, rows: Rows) -> dict[str, float]:
         """Metrics of logits [N, C], in the order of the rows."""
 
-    def decisions(self, logits: Tensor, rows: Rows) -> Tensor:
-        """What a user acts on, for comparing two forms of one model."""
+    def agreement(self, wanted: Tensor, got: Tensor, rows: Rows) -> Tensor:
+        """Whether two forms of one model lead to the same decision: a bool for each thing a user decides on."""
 
 
 def build_task(config: recipe.Task, train_rows: Rows) -> Task:

@@ -19,6 +19,7 @@ from sqat.data import Batch, Rows, column
 from sqat.errors import SqatError
 from sqat.readers import listed
 from sqat.recipe import ClassificationTask
+from sqat.tasks.slack import slack
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,11 @@ class Classification:
     def decisions(self, logits: Tensor, rows: Rows) -> Tensor:
         """Number of the chosen class, int64 [N]."""
         return logits.argmax(dim=1)
+
+    def agreement(self, wanted: Tensor, got: Tensor, rows: Rows) -> Tensor:
+        """Bool [N]: the same class, or one that the reference scores as high but for its `slack`."""
+        chosen = wanted.gather(1, self.decisions(got, rows)[:, None]).squeeze(1)
+        return wanted.amax(dim=1) - chosen <= slack(wanted)
 
 
 def _in_order(labels: set[str]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sqat import metrics
 from sqat.data import Batch, Rows, column
+from sqat.tasks.slack import slack
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Regression:
     def metrics(self, logits: Tensor, rows: Rows) -> dict[str, float]:
         return metrics.regression(column(rows, "label"), logits.squeeze(1))
 
-    def decisions(self, logits: Tensor, rows: Rows) -> Tensor:
-        """Predicted score rounded to 0.1, [N]."""
-        return (logits.squeeze(1) * 10).round() / 10
+    def agreement(self, wanted: Tensor, got: Tensor, rows: Rows) -> Tensor:
+        """Bool [N]: scores that differ by the `slack` of the reference at most."""
+        close: Tensor = (wanted - got).abs().squeeze(1) <= slack(wanted)
+        return close

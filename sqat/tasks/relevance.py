@@ -21,6 +21,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 from sqat import metrics
 from sqat.data import Batch, Rows, column, grade_range
 from sqat.recipe import RelevanceTask
+from sqat.tasks.slack import slack
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,11 @@ class Relevance:
         groups = column(rows, "group")
         order = np.lexsort((-metrics.finite(logits.squeeze(1)), groups))
         return torch.from_numpy(order[np.flatnonzero(np.diff(groups, prepend=groups[:1] - 1))])
+
+    def agreement(self, wanted: Tensor, got: Tensor, rows: Rows) -> Tensor:
+        """Bool [queries]: the same top passage, or one that the reference scores as high but for its `slack`."""
+        scores = wanted.squeeze(1)
+        return scores[self.decisions(wanted, rows)] - scores[self.decisions(got, rows)] <= slack(wanted)
 
 
 def _sample(labels: np.ndarray, groups: np.ndarray, candidates: int, seed: int, epoch: int) -> np.ndarray:

@@ -30,7 +30,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }
 STAGES = """stages:
   train: {epochs: 4, learning_rate: 3.0e-3, batch_size: 16}
-  prune: {epochs: 2, learning_rate: 5.0e-4, distill: {loss: minilm-v1}, save_every: 5}
+  prune: {epochs: 2, learning_rate: 5.0e-4, distill: {loss: minilm-v1}, save_every: 0}
   calibrate: {profile: PROFILE, samples: 64}
   qat: {epochs: 1, learning_rate: 2.0e-4, distill: {loss: minilm-v2}}
   export: {}

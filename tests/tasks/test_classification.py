@@ -92,3 +92,10 @@ def test_logits_that_are_not_finite_are_no_decision() -> None:
     task = Classification(("a", "b"))
     with pytest.raises(SqatError, match="1 of 4 outputs of the model are not finite"):
         task.metrics(torch.tensor([[0.0, torch.nan], [1.0, 0.0]]), task.encode(rows_of("a", "b")))
+
+
+def test_another_class_agrees_only_where_the_reference_sees_a_tie() -> None:
+    wanted = torch.tensor([[1.0, 0.0], [0.501, 0.5], [2.0, -2.0]])
+    got = torch.tensor([[0.9, 0.1], [0.4, 0.5], [-1.0, 0.0]])
+    rows = datasets.Dataset.from_dict({"label": [0, 0, 0]})
+    assert Classification(("a", "b"), "accuracy").agreement(wanted, got, rows).tolist() == [True, True, False]

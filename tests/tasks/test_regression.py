@@ -31,9 +31,11 @@ def test_the_loss_is_the_mean_squared_error_in_float32() -> None:
     assert loss.item() == pytest.approx((0.25 + 4) / 2)
 
 
-def test_decisions_are_rounded_to_a_tenth() -> None:
-    found = Regression().decisions(torch.tensor([[1.26], [-0.04], [3.0]]), rows_of(0, 0, 0))
-    assert found.tolist() == pytest.approx([1.3, 0.0, 3.0])
+def test_scores_agree_within_a_hundredth_of_their_spread() -> None:
+    wanted = torch.tensor([[0.0], [100.0], [200.0], [300.0]])  # standard deviation 111.8
+    got = wanted + torch.tensor([[0.0], [1.1], [1.2], [-1.3]])
+    assert Regression().agreement(wanted, got, rows_of(0, 0, 0, 0)).tolist() == [True, True, False, False]
+    assert Regression().agreement(wanted / 1e3, got / 1e3, rows_of(0, 0, 0, 0)).tolist() == [True, True, False, False]
 
 
 def test_metrics_see_order_and_line() -> None:

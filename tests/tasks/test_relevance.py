@@ -173,3 +173,9 @@ def test_accuracy_is_the_share_of_right_decisions() -> None:
     task = Relevance()
     right = [rows["label"][row] >= 1 for row in task.decisions(logits, rows).tolist()]
     assert task.metrics(logits, rows)["accuracy"] == pytest.approx(sum(right) / len(right))
+
+
+def test_another_top_passage_agrees_only_where_the_reference_sees_a_tie() -> None:
+    wanted = torch.tensor([[1.0], [0.999], [2.0], [0.0]])
+    got = torch.tensor([[0.9], [1.1], [0.1], [0.2]])
+    assert Relevance().agreement(wanted, got, rows_of([[0, 1], [0, 1]])).tolist() == [True, False]
