@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 
 from sqat.checkpoint import Checkpoint, Manifest
@@ -19,7 +18,7 @@ from sqat.errors import SqatError
 from sqat.models import PreTrainedModel, build, check_head, load_pretrained, versions
 from sqat.recipe import FitConfig, Recipe, StageConfig
 from sqat.tasks import Task, build_task
-from sqat.training import Evaluation, Feed, Figures, Fitted, MidStage, total_steps
+from sqat.training import Evaluation, Feed, Figures, Fitted, MidStage, processes, total_steps
 
 EVALUATION_BATCH = 64
 
@@ -107,7 +106,7 @@ class Job:
 
     def steps(self, config: FitConfig, feed: Feed) -> int:
         """Optimizer steps of a fit, whose batches all processes share."""
-        return total_steps(config, len(feed.plan(0)), PartialState().num_processes)
+        return total_steps(config, len(feed.plan(0)), processes().num_processes)
 
     def dev(self, model: nn.Module, tokenizer: Any) -> Evaluation:
         """How a fit measures the dev split."""
@@ -138,7 +137,7 @@ class Job:
 
 def on_device(model: PreTrainedModel, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
     """Move a model to this process's device."""
-    nn.Module.to(model, PartialState().device)
+    nn.Module.to(model, processes().device)
     return model, tokenizer
 
 

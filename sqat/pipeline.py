@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from sqat.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from sqat.data import SplitName
 from sqat.display import Display
@@ -29,7 +27,7 @@ from sqat.results import ResultRow as ResultRow
 from sqat.results import Results as Results
 from sqat.results import closing_table
 from sqat.stages import calibrate, export, prune, qat, train
-from sqat.training import MidStage, total_steps
+from sqat.training import MidStage, processes, total_steps
 
 STAGES: dict[str, Callable[[Any, Checkpoint | None, Job], Checkpoint]] = {
     "train": train.run,
@@ -197,7 +195,7 @@ def execute(
     Args:
         force: start afresh, whatever mid-stage state there is.
     """
-    loaded, process = keys.loaded, PartialState()
+    loaded, process = keys.loaded, processes()
     teacher = keys.manifest(teacher_name(loaded.recipe, name))
     origin = made_from(None if parent is None else parent.manifest, teacher)
     key = keys.after(name, "" if parent is None else parent.manifest.key, "" if teacher is None else teacher.key)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as tensor_bytes
@@ -30,6 +30,12 @@ from sqat.display import Display
 from sqat.errors import SqatError
 from sqat.insertion.quantizers import QUANTIZERS
 from sqat.recipe import FitConfig
+
+
+def processes() -> PartialState:
+    """This process among those of a distributed run; on the CPU (gloo) where there is no accelerator."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
 
 Loss = Callable[[nn.Module, Batch], dict[str, Tensor]]
 Figures = dict[str, float]
@@ -270,6 +276,7 @@ def fit(
         before_step: called before each step with its number; what it changes in the model must be in the
             model's state dict, so that a resumed run finds it there.
     """
+    processes()  # before Accelerator, which would not find gloo by itself
     accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1)  # whatever the environment says
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     torch.manual_seed(seed)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 
 from sqat.checkpoint import Checkpoint, LayerRecord, SiteRecord
@@ -19,6 +18,7 @@ from sqat.job import Job
 from sqat.models import capture, choose_layers, encoder_blocks, use_taps
 from sqat.quantization.histogram import Histogram
 from sqat.recipe import CalibrateConfig
+from sqat.training import processes
 
 
 def run(config: CalibrateConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
@@ -55,7 +55,7 @@ def sample_batches(config: CalibrateConfig, job: Job, tokenizer: Any) -> list[Ba
     chosen = torch.randperm(len(rows), generator=generator)[: config.samples].tolist()
     lengths = column(rows, "length").tolist()
     batches = plan_batches(lengths, [[index] for index in chosen], config.batch_size, job.recipe.seed, 0)
-    return [collate(rows, batch, tokenizer).to(PartialState().device) for batch in batches]
+    return [collate(rows, batch, tokenizer).to(processes().device) for batch in batches]
 
 
 def observe(model: nn.Module, sites: Sites, blocks: list[str], batches: list[Batch], job: Job) -> dict[str, Histogram]:

@@ -255,3 +255,21 @@ def test_every_family_goes_through_the_chain(tmp_path: Path, family: str, profil
     treated = [name for name, record in manifest.layers.items() if record.pattern == "2:4" and record.quantized]
     assert len(treated) == {"modernbert": 8}.get(family, 12)
     assert all(record.dense_because for name, record in manifest.layers.items() if name not in treated)
+
+
+def test_two_processes_share_the_batches_and_one_writes(tmp_path: Path) -> None:
+    """torchrun with two gloo processes: half the steps, whole checkpoints, masks that hold."""
+    project = Project(tmp_path / "project")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "sqat", "run", str(project.recipe), "--to", "prune", "--set", "stages.prune.epochs=1"]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert load_checkpoint(project.stage("train")).manifest.steps == 38  # 4 epochs of 300 rows in batches of 2 x 16
+    masks = load_checkpoint(project.stage("prune")).masks
+    assert len(masks) == 12
+    assert all(mask.unflatten(1, (-1, 4)).sum(2).max() == 2 for mask in masks.values())
+    assert sorted(path.name for path in project.stage("prune").parent.iterdir()) == [
+        "01-train", "02-prune", "sqat.log",
+    ]  # fmt: skip
