@@ -18,7 +18,8 @@ from sqat.export.runtime import run_batches, session
 from sqat.insertion.quantized import quantized_
 from sqat.insertion.quantizers import Quantizers
 from sqat.job import Splits, logits_of, on_device, predict
-from sqat.models import PreTrainedModel, build, check_head, encoder_blocks, load_tokenizer, use_taps
+from sqat.layers import encoder_blocks
+from sqat.models import PreTrainedModel, build, check_head, load_tokenizer, use_taps
 from sqat.training import Figures
 
 

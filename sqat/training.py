@@ -74,7 +74,6 @@ class Progress:
 
     step: int = 0
     best: float = -math.inf
-    best_step: int = 0
     without_gain: int = 0
     seconds: float = 0.0
     samples: int = 0
@@ -236,7 +235,7 @@ class Run:
         if self.progress.step <= judge_from:
             return figures
         if figures[evaluation.metric] > self.progress.best:
-            self.progress.best, self.progress.best_step = figures[evaluation.metric], self.progress.step
+            self.progress.best = figures[evaluation.metric]
             self.progress.without_gain = 0
             if config.keep == "best":
                 self.best = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, BertTokenizerFast, PreTrainedModel
 
 from sqat.checkpoint import Checkpoint, LayerRecord, Manifest, SiteRecord
-from sqat.models import capture, choose_layers
+from sqat.layers import choose_layers
+from sqat.models import capture
 from sqat.recipe import Layers
 from sqat.sparsity.masks import apply_mask, nm_mask, parse_pattern
 

@@ -24,6 +24,7 @@ LAYERS = [
     [
         "evaluation",
         "keys",
+        "layers",
         "tasks",
         "models",
         "data",

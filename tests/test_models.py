@@ -18,18 +18,8 @@ from transformers import PreTrainedModel
 
 from sqat.checkpoint import Checkpoint, Manifest
 from sqat.errors import SqatError
-from sqat.models import (
-    build,
-    capture,
-    choose_layers,
-    encoder_blocks,
-    find_qkv,
-    load_pretrained,
-    load_tokenizer,
-    resolve_source,
-    set_dropout,
-    use_taps,
-)
+from sqat.layers import choose_layers, encoder_blocks, find_qkv
+from sqat.models import build, capture, load_pretrained, load_tokenizer, resolve_source, set_dropout, use_taps
 from sqat.recipe import Layers, ModelConfig
 
 MakeModel = Callable[..., PreTrainedModel]

@@ -21,7 +21,7 @@ from sqat.data import Batch, collate, column, load_rows, plan_batches, tokenize
 from sqat.display import Silent
 from sqat.errors import SqatError
 from sqat.insertion.weights import insert_weights_, remove_weights_
-from sqat.models import linear_layers
+from sqat.layers import linear_layers
 from sqat.recipe import ClassificationTask, Columns, FitConfig, SplitConfig
 from sqat.sparsity.masks import nm_mask, parse_pattern
 from sqat.tasks import build_task
@@ -474,7 +474,7 @@ TENSORS = {"model.w": torch.arange(6.0).view(2, 3), "model.mask": torch.tensor([
 
 
 def test_a_state_comes_back(tmp_path: Path) -> None:
-    progress = Progress(step=4, best=float("inf"), best_step=2, history=[{"step": 2.0, "pnr": float("inf")}])
+    progress = Progress(step=4, best=float("inf"), history=[{"step": 2.0, "pnr": float("inf")}])
     MidStage(tmp_path / "s", "key").save(TENSORS, progress)
     loaded = MidStage(tmp_path / "s", "key").load()
     assert loaded is not None

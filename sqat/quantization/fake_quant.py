@@ -181,8 +181,3 @@ def sqnr_db(x: Tensor, y: Tensor) -> float:
     if not noise:
         return math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf
-
-
-def saturated_share(x: Tensor, amax: Tensor) -> float:
-    """Return the share of values with |x| > amax (0 for an empty tensor)."""
-    return float((x.abs() > amax).double().mean()) if x.numel() else 0.0

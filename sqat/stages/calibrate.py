@@ -15,7 +15,8 @@ from sqat.insertion.quantized import quantized_
 from sqat.insertion.quantizers import Quantizers, tap_sites
 from sqat.insertion.sites import Sites, discover_sites, observed_rows
 from sqat.job import Job
-from sqat.models import capture, choose_layers, encoder_blocks, use_taps
+from sqat.layers import choose_layers, encoder_blocks
+from sqat.models import capture, use_taps
 from sqat.quantization.histogram import Histogram
 from sqat.recipe import CalibrateConfig
 from sqat.training import processes

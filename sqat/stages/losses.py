@@ -13,7 +13,8 @@ from sqat.data import Batch
 from sqat.errors import SqatError
 from sqat.insertion.capture import Capture
 from sqat.job import Job
-from sqat.models import PreTrainedModel, attention_heads, build, find_qkv
+from sqat.layers import find_qkv
+from sqat.models import PreTrainedModel, attention_heads, build
 from sqat.recipe import DistillConfig
 from sqat.tasks import Task
 from sqat.training import Loss

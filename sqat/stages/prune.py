@@ -15,7 +15,8 @@ from sqat.checkpoint import Checkpoint, LayerRecord
 from sqat.errors import SqatError
 from sqat.insertion.weights import WeightTransform, insert_weights_, linear, original_weight, remove_weights_
 from sqat.job import Job
-from sqat.models import capture, choose_layers
+from sqat.layers import choose_layers
+from sqat.models import capture
 from sqat.recipe import PruneConfig
 from sqat.sparsity.masks import parse_pattern
 from sqat.stages.losses import stage_loss

@@ -7,7 +7,8 @@ from sqat.errors import SqatError
 from sqat.evaluation import quantized_layers, quantizers_of
 from sqat.insertion.quantized import quantized_
 from sqat.job import Job
-from sqat.models import capture, encoder_blocks, use_taps
+from sqat.layers import encoder_blocks
+from sqat.models import capture, use_taps
 from sqat.recipe import QatConfig
 from sqat.stages.losses import stage_loss
 from sqat.training import fit

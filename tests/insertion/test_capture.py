@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from sqat.distillation.minilm import MiniLMv1
 from sqat.insertion.capture import Capture
 from sqat.insertion.quantizers import Quantizers, insert_quantizers_, remove_quantizers_
-from sqat.models import attention_heads, encoder_blocks, find_qkv, use_taps
+from sqat.layers import encoder_blocks, find_qkv
+from sqat.models import attention_heads, use_taps
 
 MakeModel = Callable[..., PreTrainedModel]
 

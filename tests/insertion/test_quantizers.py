@@ -16,7 +16,8 @@ from sqat.insertion import quantizers as module
 from sqat.insertion.quantized import quantized_
 from sqat.insertion.quantizers import QUANTIZERS, Quantizers, insert_quantizers_, remove_quantizers_, tap_sites
 from sqat.insertion.sites import Sites, discover_sites, role
-from sqat.models import choose_layers, encoder_blocks, use_eager, use_taps
+from sqat.layers import choose_layers, encoder_blocks
+from sqat.models import use_eager, use_taps
 from sqat.recipe import Layers
 from sqat.sparsity.masks import nm_mask, parse_pattern
 

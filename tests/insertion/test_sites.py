@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sqat.insertion.sites import Sites, discover_sites, observed_rows, role
-from sqat.models import choose_layers, encoder_blocks, use_taps
+from sqat.layers import choose_layers, encoder_blocks
+from sqat.models import use_taps
 from sqat.recipe import Layers
 
 MakeModel = Callable[..., PreTrainedModel]

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from sqat.insertion.attention import tapped_attention
 from sqat.insertion.sites import inner_modules
 from sqat.insertion.taps import ATTENTION_TAP, Taps, tap_adds, tap_attention, tap_linears
-from sqat.models import encoder_blocks, linear_layers, use_eager, use_taps
+from sqat.layers import encoder_blocks, linear_layers
+from sqat.models import use_eager, use_taps
 
 MakeModel = Callable[..., PreTrainedModel]
 HOOKS = (

@@ -14,7 +14,6 @@ from sqat.quantization.fake_quant import (
     fake_quantize_learned,
     fake_quantize_weight,
     quantize_weight,
-    saturated_share,
     sqnr_db,
 )
 
@@ -259,8 +258,3 @@ def test_sqnr_is_the_ratio_in_decibel():
     assert sqnr_db(torch.zeros(3), torch.ones(3)) == -math.inf
     x = drawn(1000)
     assert 35 < sqnr_db(x, fake_quantize(x, x.abs().max())) < 45  # 6 dB a bit, less the head room
-
-
-def test_saturated_share_counts_what_lies_beyond():
-    assert saturated_share(torch.tensor([-3.0, -1.0, 1.0, 1.1]), torch.tensor(1.0)) == 0.5
-    assert saturated_share(torch.zeros(0), torch.tensor(1.0)) == 0.0

@@ -1,0 +1,132 @@
+"""Which linear layers of a model are treated, and which make the last block's q, k and v.
+
+Found by rule from the module tree, not by a table per family: the encoder is the list of alike blocks that holds
+the most linear weights, and a block's q, k and v are told by the linears' own names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from sqat.errors import SqatError
+from sqat.recipe import Layers
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear by name, in module order; a module reached twice counts once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def encoder_blocks(model: nn.Module) -> list[str]:
+    """Names of the repeated blocks: the ModuleList of alike modules that holds the most linear weights."""
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [(name, module) for name, module in found if len({type(block) for block in module}) == 1]
+    best = max(lists, key=lambda item: linear_weights(item[1]), default=None)
+    if best is None or linear_weights(best[1]) == 0:
+        raise SqatError("no encoder blocks with linear layers were found in the model",
+                        f"{type(model).__name__} is not a transformer encoder that sqat can treat")  # fmt: skip
+    return [f"{best[0]}.{index}" for index in range(len(best[1]))]
+
+
+def linear_weights(module: nn.Module) -> int:
+    return sum(layer.weight.numel() for layer in linear_layers(module).values())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which layers a stage treats, and why the others are left alone."""
+
+    chosen: list[str]
+    left: dict[str, str]
+
+
+def choose_layers(model: nn.Module, layers: Layers, purpose: str, multiple: int = 4) -> Choice:
+    """Apply the recipe's globs and rule B8.
+
+    Args:
+        purpose: ``prune`` (in % 16, out % 8, in % ``multiple``) or ``quantize`` (in and out >= 16).
+        multiple: M of the N:M pattern.
+
+    Raises:
+        SqatError: a glob that matches nothing, or nothing left to treat.
+    """
+    found = linear_layers(model)
+    check_globs((*(layers.include or ()), *layers.exclude), found)
+    blocks = tuple(f"{block}." for block in encoder_blocks(model))
+    chosen, left = [], {}
+    for name, module in found.items():
+        if reason := why_left(name, module, layers, blocks, purpose, multiple):
+            left[name] = reason
+        else:
+            chosen.append(name)
+    if not chosen:
+        raise SqatError(f"no layer is left to {purpose}: {next(iter(left.values()))}", "widen layers.include")
+    return Choice(chosen, left)
+
+
+def why_left(name: str, module: nn.Linear, layers: Layers, blocks: tuple[str, ...], purpose: str, multiple: int) -> str:
+    """Reason to leave a layer alone; empty to treat it."""
+    if any(fnmatchcase(name, glob) for glob in layers.exclude):
+        return "excluded by the recipe"
+    if layers.include is None and not name.startswith(blocks):
+        return "outside the encoder blocks (rule B8)"
+    if layers.include is not None and not any(fnmatchcase(name, glob) for glob in layers.include):
+        return "not included by the recipe"
+    outputs, inputs = module.weight.shape
+    if purpose == "prune" and (outputs % 8 or inputs % 16 or inputs % multiple):
+        return f"[{outputs}, {inputs}] is not a multiple of [8, {max(16, multiple)}] (rule B8)"
+    if purpose == "quantize" and min(outputs, inputs) < 16:
+        return f"[{outputs}, {inputs}] is smaller than 16 (rule B8)"
+    return ""
+
+
+def check_globs(globs: Iterable[str], found: Mapping[str, nn.Linear]) -> None:
+    """A pattern that matches nothing is an error."""
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in found):
+            some = ", ".join(list(found)[:3])
+            raise SqatError(
+                f"layers: {glob!r} matches no linear layer",
+                f"the model has {some}, ... ({len(found)} in all)",
+            )
+
+
+QKV_NAME = re.compile(r"^(?:w_?)?(q|k|v|query|key|value)(?:_?(?:proj|projection|lin|linear|layer))?$", re.IGNORECASE)
+
+
+FUSED_NAME = re.compile(r"^(?:w_?)?qkv(?:_?(?:proj|projection|lin|linear|layer))?$", re.IGNORECASE)
+
+
+def find_qkv(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Names of the linears that make the last block's q, k and v: three, or one fused.
+
+    The rule: in the last encoder block, the linears whose own name is q/k/v or query/key/value with an
+    ordinary suffix (`q_lin`, `key_proj`, `Wqkv` fused). ``names`` overrides it.
+    """
+    found = linear_layers(model)
+    if names is not None:
+        unknown = [name for name in names if name not in found]
+        if unknown or len(names) not in (1, 3):
+            raise SqatError(
+                f"distill.qkv names {unknown[0] if unknown else len(names)}",
+                "give three linear layers or one fused",
+            )
+        return tuple(names)
+    last = f"{encoder_blocks(model)[-1]}."
+    inside = [name for name in found if name.startswith(last)]
+    roles: dict[str, list[str]] = {"q": [], "k": [], "v": []}
+    for name in inside:
+        if match := QKV_NAME.match(name.rsplit(".", 1)[1]):
+            roles[match[1][0].lower()].append(name)
+    fused = [name for name in inside if FUSED_NAME.match(name.rsplit(".", 1)[1])]
+    if all(len(matches) == 1 for matches in roles.values()):
+        return tuple(matches[0] for matches in roles.values())
+    if len(fused) == 1 and not any(roles.values()):
+        return (fused[0],)
+    raise SqatError("which linears make q, k and v of the last block cannot be told from their names",
+                    f"set distill.qkv to three (or one fused) of: {', '.join(inside)}")  # fmt: skip
