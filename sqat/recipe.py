@@ -323,7 +323,7 @@ class ExportConfig(BaseModel):
     targets: tuple[Literal["onnx-int8", "onnx-fp32"], ...] = Field(
         default=("onnx-int8",), min_length=1, description="files to write"
     )
-    parity_samples: int = Field(default=512, ge=1, description="dev rows on which the file must agree with the model")
+    parity_samples: int = Field(default=256, ge=1, description="dev rows on which the file must agree with the model")
     max_disagreement: float = Field(default=0.005, ge=0, le=1, description="share of decisions allowed to differ")
 
 

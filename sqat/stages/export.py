@@ -16,7 +16,7 @@ from onnx import ModelProto
 from sqat.checkpoint import Checkpoint
 from sqat.data import Rows, collate, column
 from sqat.errors import GateError, SqatError
-from sqat.evaluation import onnx_logits, quantized_layers, served_model
+from sqat.evaluation import onnx_logits, quantized_layers, rounded_otherwise, served_model
 from sqat.export.card import model_card
 from sqat.export.checks import verify
 from sqat.export.graph import export_float
@@ -26,7 +26,10 @@ from sqat.job import Job, logits_of, predict
 from sqat.models import use_eager
 from sqat.quantization.fake_quant import quantize_weight
 from sqat.recipe import ExportConfig
+from sqat.tasks.slack import slack
 from sqat.training import Figures
+
+NOISE_FACTOR = 3
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,13 @@ class Parity:
     Attributes:
         decisions: how many were compared: dev rows, or queries.
         difference: largest absolute difference of a logit.
+        noise: the same between two roundings of the torch model itself.
         agreement: share of equal decisions, as the task defines them.
     """
 
     decisions: int
     difference: float
+    noise: float
     agreement: float
 
 
@@ -65,8 +70,10 @@ def run(config: ExportConfig, parent: Checkpoint | None, job: Job) -> Checkpoint
             raise GateError(f"ONNX Runtime would run {float_products[0]} of {file_name(target)} in float",
                             "this is a fault of the exporter: please report it with the recipe")  # fmt: skip
         found, metrics[f"dev {target}"] = prove(content, target, parent, dev, config, job)
-        notes.append(f"{target}: {found.agreement:.2%} of {found.decisions} decisions equal, "
-                     f"largest logit difference {found.difference:.2e}")  # fmt: skip
+        notes.append(
+            f"{target}: {found.agreement:.2%} of {found.decisions} decisions equal, largest logit difference "
+            f"{found.difference:.1e} (torch rounded otherwise: {found.noise:.1e})"
+        )
         job.display.say(f"{job.name}: {notes[-1]}")
         files[file_name(target)] = content
     metrics["dev"] = metrics[f"dev {config.targets[0]}"]
@@ -102,17 +109,25 @@ def prove(
     """Compare the file in ONNX Runtime with the torch model it came from, and measure it on dev.
 
     Raises:
-        GateError: more decisions differ than the recipe allows.
+        GateError: a logit differs by more than rounding explains, or more decisions than the recipe allows.
     """
     runtime, task = session(content), job.task
     reference = parent if target == "onnx-int8" else replace(parent, amax={})
     with served_model(reference) as (model, tokenizer):
         some = whole_groups(dev, config.parity_samples)
         wanted = predict(partial(logits_of, model), some, tokenizer)
+        with rounded_otherwise(model):
+            noise = parity(wanted.numpy(), predict(partial(logits_of, model), some, tokenizer).numpy())
     got = predict(partial(onnx_logits, runtime), dev, tokenizer)
     part = got[: len(some)]
     equal = task.agreement(wanted, part, some)
-    found = Parity(len(equal), parity(wanted.numpy(), part.numpy()), equal.float().mean().item())
+    found = Parity(len(equal), parity(wanted.numpy(), part.numpy()), noise, equal.float().mean().item())
+    if found.difference > NOISE_FACTOR * noise + slack(wanted) / 100:
+        raise GateError(
+            f"{file_name(target)} is off by {found.difference:.2e} in a logit, more than rounding explains "
+            f"(torch rounded otherwise: {noise:.2e})",
+            "nothing was written",
+        )
     if 1 - found.agreement > config.max_disagreement:
         raise GateError(
             f"{file_name(target)} decides otherwise than the torch model in {1 - found.agreement:.2%} of "

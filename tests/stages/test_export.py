@@ -1,0 +1,80 @@
+"""The proof of an exported file: a wrong one is told and nothing is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sqat.errors import GateError
+from sqat.evaluation import rounded_otherwise
+from sqat.export.qdq import Quantization
+from sqat.pipeline import run, run_stage
+from sqat.recipe_file import load_recipe
+from sqat.stages import export
+from tests.pipeline.conftest import Lines, Project
+
+pytestmark = pytest.mark.pipeline
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    torch.set_num_threads(1)
+    made = Project(tmp_path_factory.mktemp("export") / "project")
+    run(load_recipe(made.recipe, ["stages.qat.epochs=0.2"]), Lines(), last="qat")
+    return made
+
+
+def export_wrong(project: Project, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> str:
+    """Message of an export whose writer is given another quantization than the checkpoint's."""
+    original = export.insert_qdq
+
+    def wrong(graph: Any, quantization: Quantization) -> Any:
+        changed = {name: change(quantization) for name, change in changes.items()}
+        return original(graph, Quantization(**{**vars(quantization), **changed}))
+
+    monkeypatch.setattr(export, "insert_qdq", wrong)
+    with pytest.raises(GateError) as caught:
+        run_stage(load_recipe(project.recipe, ["stages.qat.epochs=0.2"]), "export", Lines())
+    assert not list((project.folder / "runs" / "tiny").glob("*export*"))
+    return str(caught.value)
+
+
+def test_a_wrong_activation_scale_is_told(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = export_wrong(project, monkeypatch, amax=lambda q: {site: 0.7 * amax for site, amax in q.amax.items()})
+    assert message.startswith("model.int8.onnx is off by ")
+    assert message.endswith("; nothing was written")
+
+
+def test_a_weight_that_is_not_sparse_is_told_by_its_node(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = "bert.encoder.layer.1.output.dense"
+
+    def filled(quantization: Quantization) -> dict[str, Any]:
+        integers, scale = quantization.weights[layer]
+        return {**quantization.weights, layer: (torch.where(integers == 0, 1, integers).to(torch.int8), scale)}
+
+    message = export_wrong(project, monkeypatch, weights=filled)
+    assert "B6" in message
+    assert "/bert/encoder/layer.1/output/dense" in message
+
+
+def test_rounding_otherwise_moves_a_norm_by_its_last_bits_and_leaves_nothing_behind() -> None:
+    norm = nn.Sequential(nn.LayerNorm(64))
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    plain = norm(x)
+    with rounded_otherwise(norm):
+        moved = norm(x)
+    assert 0 < float(((moved - plain) / plain).abs().max().detach()) < 2e-6
+    assert torch.equal(norm(x), plain)
+
+
+def test_card_and_tokenizer_lie_beside_the_file(project: Project) -> None:
+    made = run_stage(load_recipe(project.recipe, ["stages.qat.epochs=0.2"]), "export", Lines())
+    names = {path.name for path in Path(made).iterdir()}
+    assert {"model.int8.onnx", "README.md", "config.json", "tokenizer.json", "sqat.json", "recipe.yaml"} <= names
+    card = (made / "README.md").read_text()
+    assert "12 of 14 linear layers are pruned, 12 are int8" in card
+    assert "decisions equal" in card
