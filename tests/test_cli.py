@@ -365,6 +365,11 @@ sys.exit(cli.main(["run", "r.yaml"]))
 """
 
 
+def heed_interrupts() -> None:
+    """Undo what a background shell does to its children: they ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_interrupt_with_130(number: signal.Signals, folder: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -375,6 +380,7 @@ def test_signals_interrupt_with_130(number: signal.Signals, folder: Path) -> Non
         text=True,
         cwd=folder,
         env=environment,
+        preexec_fn=heed_interrupts,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "started\n"
