@@ -383,7 +383,7 @@ def usage_line(error: typer.BadParameter) -> str:
 
 
 def _tell_fault(error: BaseException, debug: bool) -> int:
-    """What nobody foresaw: a full disk is the user's to mend, all else is this program's fault."""
+    """What nobody foresaw: a path that cannot be written is the user's to mend, all else is this program's fault."""
     from sqat import console
 
     if isinstance(error, BrokenPipeError):
@@ -395,6 +395,9 @@ def _tell_fault(error: BaseException, debug: bool) -> int:
         errno.ENOSPC,
         errno.EROFS,
         errno.EDQUOT,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
     ):
         console.print_error(SqatError(error.strerror or "not writable", place=error.filename or ""))
         return 2
