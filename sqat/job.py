@@ -18,7 +18,7 @@ from sqat.errors import SqatError
 from sqat.models import PreTrainedModel, build, check_head, load_pretrained, versions
 from sqat.recipe import FitConfig, Recipe, StageConfig
 from sqat.tasks import Task, build_task
-from sqat.training import Evaluation, Feed, Figures, Fitted, MidStage, processes, total_steps
+from sqat.training import Evaluation, Feed, Figures, Fitted, Loss, MidStage, fit, processes, total_steps
 
 EVALUATION_BATCH = 64
 
@@ -108,9 +108,31 @@ class Job:
         """Optimizer steps of a fit, whose batches all processes share."""
         return total_steps(config, len(feed.plan(0)), processes().num_processes)
 
-    def dev(self, model: nn.Module, tokenizer: Any) -> Evaluation:
-        """How a fit measures the dev split."""
-        return Evaluation(partial(self.measure, model, tokenizer, "dev"), self.task.metric)
+    def fit(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        loss: Loss,
+        config: FitConfig,
+        before_step: Callable[[int], None] | None = None,
+        judge_from: int = 0,
+    ) -> Fitted:
+        """Train ``model`` on the train split with this stage's seed, watcher and mid-stage state."""
+        feed = self.feed(config, tokenizer)
+        return fit(
+            model,
+            loss,
+            feed,
+            config,
+            steps=self.steps(config, feed),
+            seed=self.recipe.seed,
+            title=self.name,
+            display=self.display,
+            state=self.state,
+            evaluation=Evaluation(partial(self.measure, model, tokenizer, "dev"), self.task.metric),
+            before_step=before_step,
+            judge_from=judge_from,
+        )
 
     def measure(self, model: nn.Module, tokenizer: Any, split: SplitName) -> Figures:
         """The task's metrics of a torch model on a split."""

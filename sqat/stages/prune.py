@@ -20,7 +20,6 @@ from sqat.models import capture
 from sqat.recipe import PruneConfig
 from sqat.sparsity.masks import parse_pattern
 from sqat.stages.losses import stage_loss
-from sqat.training import fit
 
 
 def run(config: PruneConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
@@ -35,24 +34,10 @@ def run(config: PruneConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
              for name in choice.chosen}  # fmt: skip
     kept = {name: mask for name, mask in old.items() if name not in masks}
     transforms = insert_weights_(model, {**masks, **kept}, ())
-    feed = job.feed(config, tokenizer)
-    steps = job.steps(config, feed)
-    moments = mask_steps(config, steps)
+    moments = mask_steps(config, job.steps(config, job.feed(config, tokenizer)))
+    before_step = masking(model, {name: transforms[name] for name in masks}, config, moments)
     with stage_loss(model, config.distill, job) as loss:
-        fitted = fit(
-            model,
-            loss,
-            feed,
-            config,
-            steps=steps,
-            seed=job.recipe.seed,
-            title=job.name,
-            display=job.display,
-            state=job.state,
-            evaluation=job.dev(model, tokenizer),
-            before_step=masking(model, {name: transforms[name] for name in masks}, config, moments),
-            judge_from=max(moments),
-        )
+        fitted = job.fit(model, tokenizer, loss, config, before_step, judge_from=max(moments))
     masks = {name: mask.cpu() for name, mask in remove_weights_(model, transforms).items()}
     metrics = {"dev": job.measure(model, tokenizer, "dev")}
     layers = {name: LayerRecord(pattern=config.pattern) for name in choice.chosen}

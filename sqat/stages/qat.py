@@ -11,7 +11,6 @@ from sqat.layers import encoder_blocks
 from sqat.models import capture, use_taps
 from sqat.recipe import QatConfig
 from sqat.stages.losses import stage_loss
-from sqat.training import fit
 
 
 def run(config: QatConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
@@ -22,23 +21,11 @@ def run(config: QatConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
     if parent.manifest.profile != "linear":
         use_taps(model)
     quantizers = quantizers_of(parent, learned=config.activation_scales == "learned")
-    feed = job.feed(config, tokenizer)
     with (
         quantized_(model, parent.masks, quantized_layers(parent), quantizers, encoder_blocks(model)),
         stage_loss(model, config.distill, job) as loss,
     ):
-        fitted = fit(
-            model,
-            loss,
-            feed,
-            config,
-            steps=job.steps(config, feed),
-            seed=job.recipe.seed,
-            title=job.name,
-            display=job.display,
-            state=job.state,
-            evaluation=job.dev(model, tokenizer),
-        )
+        fitted = job.fit(model, tokenizer, loss, config)
         metrics = {"dev": job.measure(model, tokenizer, "dev")}
     files, weights = capture(model, tokenizer)
     sites = parent.manifest.sites

@@ -8,7 +8,6 @@ from sqat.job import Job
 from sqat.models import capture
 from sqat.recipe import TrainConfig
 from sqat.stages.losses import task_loss
-from sqat.training import fit
 
 
 def run(config: TrainConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
@@ -17,21 +16,9 @@ def run(config: TrainConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
         raise SqatError(f"stage {job.name} would undo the masks or scales of {parent.manifest.stage}",
                         "start from a train stage, or from the pretrained model")  # fmt: skip
     model, tokenizer = job.start(parent)
-    feed = job.feed(config, tokenizer)
     for remark in job.task.remarks(job.splits.tokens("train", tokenizer)):
         job.display.say(remark)
-    fitted = fit(
-        model,
-        task_loss(job.task),
-        feed,
-        config,
-        steps=job.steps(config, feed),
-        seed=job.recipe.seed,
-        title=job.name,
-        display=job.display,
-        state=job.state,
-        evaluation=job.dev(model, tokenizer),
-    )
+    fitted = job.fit(model, tokenizer, task_loss(job.task), config)
     metrics = {"dev": job.measure(model, tokenizer, "dev")}
     files, weights = capture(model, tokenizer)
     manifest = job.manifest(config, parent, fitted, metrics=metrics)
