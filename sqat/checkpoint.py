@@ -136,8 +136,10 @@ def write_directory(contents: Mapping[str, bytes], directory: Path) -> None:
         settle(directory, fresh, stale)
         fresh.mkdir()
         for name, content in contents.items():
+            (fresh / name).parent.mkdir(exist_ok=True)
             write_synced(fresh / name, content)
-        sync_directory(fresh)
+        for folder in {(fresh / name).parent for name in contents}:
+            sync_directory(folder)
         if directory.exists():
             directory.rename(stale)
         fresh.rename(directory)
@@ -240,7 +242,8 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
 def read_verified(directory: Path, name: str, digest: str) -> bytes:
     """Read one file named by a manifest and compare its sha256."""
     path = directory / name
-    if Path(name).name != name:
+    parts = name.split("/")
+    if len(parts) > 2 or {"", ".", ".."} & set(parts):  # one folder deep: a runtime may want one of its own
         raise SqatError(
             f"the manifest names a file outside the checkpoint: {name!r}", REMAKE, str(directory / MANIFEST)
         )

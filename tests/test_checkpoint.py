@@ -246,7 +246,7 @@ def test_a_wrong_manifest_entry_is_named(edit: Callable[[dict[str, Any]], object
     assert error_of(saved) == f"{saved / 'sqat.json'}: the manifest's {where} is not valid; {REMAKE}"
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "."])
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b/c", "a/../../secret", ".", "..", ""])
 def test_a_file_outside_is_not_read(name: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (saved.parent / "secret").write_text("x")
     reseal(saved, lambda manifest: manifest.update(files={name: hashlib.sha256(b"x").hexdigest()}))
@@ -260,8 +260,9 @@ def test_a_file_outside_is_not_read(name: str, saved: Path, monkeypatch: pytest.
     assert not read
 
 
-@pytest.mark.parametrize("name", ["..", ""])
+@pytest.mark.parametrize("name", ["folder"])
 def test_a_folder_is_no_file(name: str, saved: Path) -> None:
+    (saved / name).mkdir()
     reseal(saved, lambda manifest: manifest["files"].update({name: "0" * 64}))
     assert error_of(saved) == (
         f"{saved / name}: a file of the checkpoint is missing or unreadable (Is a directory); {REMAKE}"
@@ -475,3 +476,13 @@ def test_nothing_is_unpickled(path: Path) -> None:
             assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save"), ("np", "load")}
         if isinstance(node, ast.keyword):
             assert node.arg != "allow_pickle"
+
+
+def test_files_in_a_folder_of_their_own(saved: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(saved)
+    more = replace(checkpoint, files={**checkpoint.files, "packed/model.safetensors": b"x", "packed/config.json": b"{}"})
+    save_checkpoint(more, tmp_path / "more")
+    assert (tmp_path / "more" / "packed" / "model.safetensors").read_bytes() == b"x"
+    assert load_checkpoint(tmp_path / "more").files == more.files
+    (tmp_path / "more" / "packed" / "config.json").write_text("[]")
+    assert "packed/config.json: the content is not what the manifest's sha256 says" in error_of(tmp_path / "more")
