@@ -8,6 +8,8 @@ Profiles:
     tensorrt  also the attention products, residual adds and linear outputs (int8 in, int8 out: rule T16).
               An output that an attention product or a residual add reads is quantized once, there or here; one
               that feeds an activation function stays float (rule B8), its result is quantized at the next input.
+    tensorrt-full
+              also what feeds an activation function, so that every linear is int8 in and out.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ def discover_sites(
         inputs: keyword arguments of the model's forward, a small batch.
         linears: names of the linears to quantize.
         blocks: names of the encoder blocks, for residual adds.
-        profile: ``linear`` or ``tensorrt``.
+        profile: ``linear``, ``tensorrt`` or ``tensorrt-full``.
     """
     seen: dict[str, Tensor] = {}  # holds every tensor, so that no storage is used twice during the run
     watch = WatchActivations()
@@ -66,7 +68,7 @@ def discover_sites(
         return x
 
     taps = tap_linears(model, record, inputs=linears)
-    if profile == "tensorrt":
+    if profile != "linear":
         tap_linears(model, record, outputs=linears, taps=taps)
         tap_attention(model, record, inner_modules(model, blocks), taps=taps)
         tap_adds(model, record, blocks, taps=taps)
@@ -79,7 +81,8 @@ def discover_sites(
         taps.remove()
         for handle in handles:
             handle.remove()
-    return choose_sites({site: key_of(x) for site, x in seen.items()}, {key_of(x)[0] for x in watch.seen})
+    kept_float = () if profile == "tensorrt-full" else watch.seen
+    return choose_sites({site: key_of(x) for site, x in seen.items()}, {key_of(x)[0] for x in kept_float})
 
 
 def choose_sites(keys: Mapping[str, Key], activations: set[int]) -> Sites:
@@ -87,7 +90,8 @@ def choose_sites(keys: Mapping[str, Key], activations: set[int]) -> Sites:
 
     Args:
         keys: site -> key of the tensor it sees.
-        activations: storages that an activation function reads, all of them or (a gated unit's half) in part.
+        activations: storages that an activation function reads and that stay float, all of them or (a gated
+            unit's half) in part.
     """
     products = {key for site, key in keys.items() if role(site) in PRODUCT_ROLES}
     left: dict[str, str] = {}
@@ -107,8 +111,25 @@ def choose_sites(keys: Mapping[str, Key], activations: set[int]) -> Sites:
     first: dict[Key, str] = {}
     leaders = {site: first.setdefault(key, site) for site, key in keys.items() if site not in left}
     attentions = dict.fromkeys(site.rpartition(":")[0] for site in leaders if role(site) == "query")
-    tied = [tuple(leaders[f"{name}:{part}"] for part in ("query", "key", "value")) for name in attentions]
+    tied = [
+        (
+            *(leaders[f"{name}:{part}"] for part in ("query", "key", "value")),
+            *fused_output(f"{name}:value", keys, leaders),
+        )
+        for name in attentions
+    ]
     return Sites(leaders, tied + tied_outputs(leaders), left)
+
+
+def fused_output(value: str, keys: Mapping[str, Key], leaders: Mapping[str, str]) -> list[str]:
+    """The quantized output of a fused q, k, v linear of which ``value`` is a part: with one bound for both, the second
+    quantization changes nothing."""
+    storage = keys[value][0]
+    return [
+        site
+        for site, leader in leaders.items()
+        if site == leader and role(site) == "output" and keys[site][0] == storage
+    ]
 
 
 def tied_outputs(leaders: Mapping[str, str]) -> list[tuple[str, ...]]:

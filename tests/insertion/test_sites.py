@@ -119,14 +119,14 @@ EXPECTED: dict[str, tuple[dict[str, str], dict[str, str]]] = {
 TIED = {
     "distilbert": [f"attention:{part}" for part in ("query", "key", "value")],
     "mpnet": [f"attention.attn.{x}:output" for x in "qkv"],
-    "modernbert": [f"attn:{part}" for part in ("query", "key", "value")],
+    "modernbert": [*(f"attn:{part}" for part in ("query", "key", "value")), "attn.Wqkv:output"],
     "deberta-v2": [f"attention.self.{x}_proj:output" for x in ("query", "key", "value")],
 }
 BERT_TIED = [f"attention.self:{part}" for part in ("query", "key", "value")]
 
 
 def discover(model: PreTrainedModel, batch: dict[str, Tensor], profile: str) -> Sites:
-    if profile == "tensorrt":
+    if profile != "linear":
         use_taps(model)
     linears = choose_layers(model, Layers(), "quantize").chosen
     return discover_sites(model, batch, linears, encoder_blocks(model), profile)
@@ -161,6 +161,17 @@ def test_sites_of_each_profile(family: str, make_model: MakeModel, batch: dict[s
     assert linear.leaders == inputs
     assert linear.tied == []
     assert linear.left == {}
+
+
+@pytest.mark.parametrize("family", list(EXPECTED))
+def test_the_full_profile_quantizes_every_output(family: str, make_model: MakeModel, batch: dict[str, Tensor]) -> None:
+    model = make_model(family)
+    some, full = discover(model, batch, "tensorrt"), discover(model, batch, "tensorrt-full")
+    more = {site for site, reason in some.left.items() if reason == B8}
+    assert more
+    assert full.leaders == some.leaders | {site: site for site in more}
+    assert full.left == {site: reason for site, reason in some.left.items() if reason != B8}
+    assert full.tied == some.tied
 
 
 @pytest.mark.parametrize(
