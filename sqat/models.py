@@ -207,8 +207,15 @@ def capture(model: PreTrainedModel, tokenizer: Any) -> tuple[dict[str, bytes], d
 
 def build(checkpoint: Checkpoint, place: str = "checkpoint") -> tuple[PreTrainedModel, Any]:
     """Model (plain weights, eval mode) and tokenizer of a checkpoint."""
+    model, tokenizer = assemble(checkpoint.files, place)
+    load_weights(model, checkpoint.weights, place)
+    return model, tokenizer
+
+
+def assemble(files: Mapping[str, bytes], place: str) -> tuple[PreTrainedModel, Any]:
+    """Model (random weights, eval mode) and tokenizer by the config and tokenizer files of a checkpoint."""
     with tempfile.TemporaryDirectory() as scratch:
-        for name, content in checkpoint.files.items():
+        for name, content in files.items():
             (Path(scratch) / name).write_bytes(content)
         try:
             settings = AutoConfig.from_pretrained(scratch, trust_remote_code=False)
@@ -219,7 +226,6 @@ def build(checkpoint: Checkpoint, place: str = "checkpoint") -> tuple[PreTrained
                 f"the checkpoint's model cannot be built: {first_line(error)}", "was it made by sqat?", place
             ) from error
     check_vocabulary(tokenizer, place)
-    load_weights(model, checkpoint.weights, place)
     return model.eval(), tokenizer
 
 
