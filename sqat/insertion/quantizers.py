@@ -1,11 +1,12 @@
 """Fake quantizers on activations: the tap at every site, with its inverse.
 
-A tensor that several sites see (q, k and v inputs) is quantized once: the quantizer remembers the tensor it
-saw last until the model's forward pass ends.
+A tensor that several sites see (q, k and v inputs) is quantized once: the quantizer remembers it until all of
+them have seen it, at most until the model's forward pass ends.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -35,17 +36,24 @@ class Quantizers(nn.Module):
         for name, bound in amax.items():
             check_amax(bound, name)
         self.bounds = nn.ParameterList(nn.Parameter(b.detach().clone(), requires_grad=learned) for b in amax.values())
-        self.last: dict[str, tuple[Tensor, Tensor]] = {}
+        self.sharers = Counter(self.leaders.values())
+        self.last: dict[str, tuple[Tensor, Tensor, int]] = {}
 
     def forward(self, site: str, x: Tensor) -> Tensor:
         leader = self.leaders[site]
-        last = self.last.get(leader)
+        last = self.last.pop(leader, None)
         if last is not None and (last[0] is x or last[1] is x):
+            self._remember(leader, *last)
             return last[1]
         quantize = fake_quantize_learned if self.learned else fake_quantize
         y = quantize(x, within_reach(leader, self.bounds[self.index[leader]]))
-        self.last[leader] = (x, y)
+        self._remember(leader, x, y, self.sharers[leader])
         return y
+
+    def _remember(self, leader: str, x: Tensor, y: Tensor, left: int) -> None:
+        """Keep a tensor for the sites that have not seen it yet; a forward pass would else hold every activation."""
+        if left > 1:
+            self.last[leader] = (x, y, left - 1)
 
     def forget(self, *_: object) -> None:
         """Drop the remembered tensors; runs after every forward pass of the model."""

@@ -299,3 +299,15 @@ def test_only_the_wanted_sites_are_tapped(profile: str, make_model: MakeModel, b
     taps.remove()
     assert sorted(seen) == sorted(sites.leaders)
     assert {role(site) for site in seen} >= {"input"}
+
+
+def test_a_tensor_is_kept_only_for_the_sites_still_to_come() -> None:
+    quantizers = Quantizers({"a": torch.tensor(1.0), "c": torch.tensor(1.0)}, {"a": "a", "b": "a", "c": "c"})
+    x = torch.randn(4, generator=torch.Generator().manual_seed(0))
+    y = quantizers("a", x)
+    assert list(quantizers.last) == ["a"]
+    assert quantizers("b", x) is y
+    assert not quantizers.last
+    quantizers("c", x)
+    assert not quantizers.last, "nobody else reads what one site quantizes"
+    assert torch.equal(quantizers("b", x), y), "a site that comes again gets the same numbers"
