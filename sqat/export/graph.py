@@ -1,13 +1,13 @@
 """A float transformers encoder as an ONNX graph whose nodes say which module they came from.
 
-What: `export_float` runs torch's exporter at opset 20 with symbolic batch and sequence and hands back a
+What: `export_float` runs torch's exporter at opset 20 with symbolic batch and, for tokens, sequence and hands back a
 graph in which every node is named ``/path/of/the/module/Op``, every weight of a linear ``module.weight``, and
 nothing else of the exporter's metadata is left. The node name is the one carrier of the module name: the Q/DQ
 writer, the checks and `sqat inspect` read it, and so do the messages of whatever runtime loads the file.
 
 Why float first: tracing fake-quant ops fails under dynamic shapes, so Q/DQ pairs are inserted afterwards
 (`sqat.export.qdq`). Why opset 20: ``Gelu`` stays one op, and ONNX Runtime refuses int8 at 21 with static
-shapes. Left out: encoders over 2 GB (one protobuf holds it all), inputs that are not [batch, sequence].
+shapes. Left out: images of several sizes.
 """
 
 from __future__ import annotations
@@ -47,19 +47,21 @@ def export_float(model: nn.Module, inputs: Mapping[str, Tensor]) -> ModelProto:
 
     Args:
         model: transformers encoder, in eval mode, eager attention, no parametrizations; returns ``.logits``.
-        inputs: an example batch by input name, integer tensors [batch, sequence], sequence >= 2; only names,
-            types and widths matter.
+        inputs: an example batch by input name: integers [batch, sequence >= 2], or floats [batch, ...] (images), of
+            which the batch alone varies; only names, types and widths matter.
 
     Returns:
-        ModelProto of opset 20; inputs in the given order, output ``logits`` [batch, labels].
+        ModelProto of opset 20; inputs in the given order, output ``logits`` [batch, labels]. It may hold more than
+        2 GB: see `sqat.export.files`.
 
     Raises:
-        ValueError: an input is not [batch, sequence >= 2] or the model is in training mode.
+        ValueError: an input has another shape or the model is in training mode.
     """
     example = tuple(example_rows(name, tensor) for name, tensor in inputs.items())
     if model.training:
         raise ValueError("export needs a model in eval mode")
-    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
+    batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
+    axes = tuple({0: batch} if tensor.is_floating_point() else {0: batch, 1: sequence} for tensor in example)
     with quiet(), torch.no_grad():
         program = torch.onnx.export(
             Logits(model, tuple(inputs)).eval(),
@@ -68,7 +70,7 @@ def export_float(model: nn.Module, inputs: Mapping[str, Tensor]) -> ModelProto:
             opset_version=OPSET,
             input_names=list(inputs),
             output_names=["logits"],
-            dynamic_shapes=((axes,) * len(example),),
+            dynamic_shapes=(axes,),
             verbose=False,
         )
     assert program is not None
@@ -81,6 +83,10 @@ def export_float(model: nn.Module, inputs: Mapping[str, Tensor]) -> ModelProto:
 
 def example_rows(name: str, tensor: Tensor) -> Tensor:
     """Two short rows of an input: a size of 1 would be taken for a constant by the exporter."""
+    if tensor.is_floating_point():
+        if tensor.dim() < 2 or not tensor.numel():
+            raise ValueError(f"input {name} has shape {tuple(tensor.shape)}, needs [batch >= 1, ...]")
+        return tensor[:1].repeat(2, *[1] * (tensor.dim() - 1))
     if tensor.dim() != 2 or tensor.shape[0] < 1 or tensor.shape[1] < 2:
         raise ValueError(f"input {name} has shape {tuple(tensor.shape)}, needs [batch >= 1, sequence >= 2]")
     return tensor[:1, :16].repeat(2, 1)
@@ -106,7 +112,11 @@ def node_name(module: str, op: str) -> str:
 
 def module_of(node: NodeProto) -> str:
     """Dotted module name in a node's name, empty where the name holds none."""
-    name: str = node.name
+    return module_named(node.name)
+
+
+def module_named(name: str) -> str:
+    """``/bert/layer.0/query/MatMul`` -> ``bert.layer.0.query``."""
     return name.rpartition("/")[0].lstrip("/").replace("/", ".")
 
 

@@ -1,12 +1,15 @@
 """The Q/DQ writer: a float graph and the checkpoint's scales in, an int8 graph by rules B1-B15 out.
 
-What: each quantized linear gets its weight as an int8 initializer behind a DequantizeLinear, and every site
-of the checkpoint a QuantizeLinear/DequantizeLinear pair on the edge it names. Each edge has its own pair even
-where three layers read one tensor: a shared pair leaves half of the products in float in ONNX Runtime (B10).
+What: each quantized linear gets its weight as an int8 initializer behind a DequantizeLinear (``dq``) or as
+float32 behind a QuantizeLinear and a DequantizeLinear (``qdq``), and every site of the checkpoint a pair of the
+two on the edge it names. Each edge has its own pair even where three layers read one tensor: a shared pair leaves
+half of the products in float in ONNX Runtime (B10).
 
 Why ours and not a quantizer's: the scales are known, symmetric and final, so nothing is left to decide but to
 put them where the torch model had them. Where two sites of equal scale meet on an edge one pair is written.
-Left out: float16 graphs (T18), the Q -> DQ form of weights (B4, TensorRT 8), Conv.
+Why two forms of weights (B4): ``dq`` is a file of a quarter of the size; TensorRT 8 reads only ``qdq``, and so
+does Polygraphy's search for 2:4. There the float32 is the int8 times its scale, so that Q gives the int8 back.
+Left out: float16 (`sqat.export.float16`) and Conv (`sqat.export.conv1x1`), which rewrite what is written here.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +30,7 @@ from sqat.export.graph import node_name
 from sqat.export.sites import Anatomy, Edge
 
 LEVELS = 127
+WeightForm = Literal["dq", "qdq"]
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,13 @@ class Quantization:
     amax: Mapping[str, float]
 
 
-def insert_qdq(model: ModelProto, quantization: Quantization) -> ModelProto:
+def insert_qdq(model: ModelProto, quantization: Quantization, weights: WeightForm = "dq") -> ModelProto:
     """Write the Q/DQ pairs and int8 weights of a quantization into a copy of a float graph.
 
     Args:
         model: from `sqat.export.graph.export_float`; left as it is.
         quantization: layers and sites under the model's module names.
+        weights: ``dq`` int8 -> DequantizeLinear, or ``qdq`` float32 -> QuantizeLinear -> DequantizeLinear.
 
     Raises:
         SqatError: a layer or site matches nothing in the graph, or a layer has a weight but no input bound.
@@ -56,7 +62,7 @@ def insert_qdq(model: ModelProto, quantization: Quantization) -> ModelProto:
     check_names(anatomy, quantization)
     result = ModelProto()
     result.CopyFrom(model)
-    writer = Writer(result.graph)
+    writer = Writer(result.graph, weights)
     chains = site_chains(anatomy, quantization.amax)
     layers = {run.node: layer for layer in quantization.weights for run in anatomy.linears[layer]}
     for index, node in enumerate(model.graph.node):
@@ -109,8 +115,9 @@ def activation_scale(site: str, amax: float) -> np.float32:
 class Writer:
     """A graph being rewritten: its new nodes in order, and its initializers by name."""
 
-    def __init__(self, graph: GraphProto) -> None:
+    def __init__(self, graph: GraphProto, form: WeightForm) -> None:
         self.graph = graph
+        self.form = form
         self.nodes: list[NodeProto] = []
         self.tensors = {tensor.name: tensor for tensor in graph.initializer}
         self.names = {node.name for node in graph.node} | set(self.tensors)
@@ -126,23 +133,32 @@ class Writer:
         return self.add("DequantizeLinear", [quantized, *operands], site)
 
     def weight(self, node: NodeProto, layer: str, weight_OI: Tensor, scale_O: Tensor) -> str:  # noqa: N803
-        """Put an int8 weight behind a DequantizeLinear in the layout its op reads (B5)."""
+        """Put a weight behind its DequantizeLinear in the layout its op reads (B5)."""
         transposed = attribute(node, "transB") == 1
         stored = weight_OI if transposed else weight_OI.t()
         expected = tuple(self.tensors[node.input[1]].dims)
         if tuple(stored.shape) != expected or tuple(scale_O.shape) != (weight_OI.shape[0],):
             raise ValueError(f"layer {layer}: weight {tuple(stored.shape)} in a graph that has {expected}")
-        operands = [
-            self.constant(f"{layer}.weight_int8", stored.contiguous().numpy()),
-            self.constant(f"{layer}.weight_scale", scale_O.float().numpy()),
-            self.constant(f"{layer}.weight_zero_point", np.zeros(len(scale_O), np.int8)),
+        axis = 0 if transposed else 1
+        integers = stored.contiguous().numpy()
+        scale = scale_O.float().numpy()
+        scales = [
+            self.constant(f"{layer}.weight_scale", scale),
+            self.constant(f"{layer}.weight_zero_point", np.zeros(len(scale), np.int8)),
         ]
-        return self.add("DequantizeLinear", operands, f"{layer}:weight", axis=0 if transposed else 1)
+        if self.form == "dq":
+            quantized = self.constant(f"{layer}.weight_int8", integers)
+        else:
+            floats = integers * (scale[:, None] if transposed else scale)
+            quantized = self.add(
+                "QuantizeLinear", [self.constant(f"{layer}.weight_float", floats), *scales], f"{layer}:weight", axis
+            )
+        return self.add("DequantizeLinear", [quantized, *scales], f"{layer}:weight", axis)
 
     def constant(self, name: str, value: NDArray[np.generic] | np.generic) -> str:
         """Add an initializer; never shared, so a number is added where a layer or site occurs again."""
         free = self.free(name)
-        self.tensors[free] = numpy_helper.from_array(np.asarray(value), free)
+        self.graph.initializer.add().CopyFrom(numpy_helper.from_array(np.asarray(value), free))
         return free
 
     def add(self, op: str, inputs: list[str], site: str, axis: int | None = None) -> str:
@@ -164,8 +180,9 @@ class Writer:
         used = {name for node in self.nodes for name in node.input}
         del self.graph.node[:]
         self.graph.node.extend(self.nodes)
-        del self.graph.initializer[:]
-        self.graph.initializer.extend(tensor for name, tensor in self.tensors.items() if name in used)
+        for index in reversed(range(len(self.graph.initializer))):
+            if self.graph.initializer[index].name not in used:
+                del self.graph.initializer[index]
 
 
 def attribute(node: NodeProto, name: str) -> int:

@@ -6,11 +6,13 @@ attention function of its own for the products, and a function mode that sees th
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 
 import pytest
 import torch
@@ -45,7 +47,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
         transformers.ModernBertConfig(local_attention=8, **ROTARY, **SHAPED)
     ),
 }
-LAYERS = {"distilbert": "distilbert.transformer.layer.", "modernbert": "model.layers."}
+LAYERS = {"distilbert": "distilbert.transformer.layer.", "modernbert": "model.layers.", "vit": "vit.layers."}
 TYPED = ("bert", "electra")
 ATTENTION = ("query", "key", "softmax", "value")
 
@@ -200,6 +202,29 @@ class Family:
                 linear.weight.data = floats[name]
 
 
+class ImageFamily(Family):
+    """A family that reads images instead of tokens: its sequence is the image's 16 patches and one more."""
+
+    def inputs(self, batch: int, sequence: int = 17, side: str = "right", seed: int = 0) -> dict[str, Tensor]:
+        return {"pixel_values": torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(seed))}
+
+
+@cache
+def build_vit() -> ImageFamily:
+    """A tiny ViT, prepared as the families of `FAMILIES` are."""
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        image_size=32, patch_size=8, initializer_range=0.2, num_labels=3, attn_implementation="eager", **SHAPE
+    )
+    model = transformers.ViTForImageClassification(config).eval()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+    family = prepare("vit", model, ImageFamily)
+    family.graph = export_float(model, family.inputs(2))
+    return family
+
+
 @cache
 def build_family(name: str) -> Family:
     torch.manual_seed(0)
@@ -212,9 +237,9 @@ def build_family(name: str) -> Family:
     return family
 
 
-def prepare(name: str, model: nn.Module) -> Family:
-    """Prune every encoder linear to 2:4 with one output dead, and take the bounds from random tokens."""
-    family = Family(name, model, ModelProto(), {}, {})
+def prepare(name: str, model: nn.Module, kind: type[Family] = Family) -> Family:
+    """Prune every encoder linear to 2:4 with one output dead, and take the bounds from random inputs."""
+    family = kind(name, model, ModelProto(), {}, {})
     sites = family.sites({})
     with torch.no_grad():
         for linear in sites.linears().values():
@@ -246,3 +271,43 @@ def family(request: pytest.FixtureRequest) -> Family:
 @pytest.fixture(scope="module")
 def bert() -> Family:
     return build_family("bert")
+
+
+@pytest.fixture(scope="module")
+def vit() -> ImageFamily:
+    return build_vit()
+
+
+class RtxLog:
+    """Makes a logger of TensorRT-RTX that keeps what it is told; the package is imported where it is used only."""
+
+    def __init__(self, rtx: ModuleType) -> None:
+        self.lines: list[str] = []
+        lines = self.lines
+
+        class Logger(rtx.ILogger):
+            def log(self, severity, message):
+                lines.append(f"{str(severity).rpartition('.')[2]} {message}")
+
+        self.logger = Logger()
+
+
+def rtx_weight_bytes(model: ModelProto) -> int:
+    """Build a strongly typed engine ahead of time with TensorRT-RTX; returns the bytes of weights it holds."""
+    rtx = pytest.importorskip("tensorrt_rtx")
+    log = RtxLog(rtx)
+    builder = rtx.Builder(log.logger)
+    network = builder.create_network(1 << int(rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = rtx.OnnxParser(network, log.logger)
+    assert parser.parse(model.SerializeToString()), [parser.get_error(i).desc() for i in range(parser.num_errors)]
+    config = builder.create_builder_config()
+    config.set_flag(rtx.BuilderFlag.SPARSE_WEIGHTS)
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        value = network.get_input(index)
+        profile.set_shape(value.name, *[[size if size > 0 else free for size in value.shape] for free in (2, 8, 32)])
+    config.add_optimization_profile(profile)
+    assert builder.build_serialized_network(network, config) is not None, log.lines[-3:]
+    assert not [line for line in log.lines if line.startswith(("ERROR", "INTERNAL_ERROR"))]
+    found = [re.search(r"Total Weights Memory: (\d+) bytes", line) for line in log.lines]
+    return max(int(match[1]) for match in found if match)

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import FAMILIES, Family
+from conftest import FAMILIES, Family, ImageFamily
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import NodeProto, numpy_helper
@@ -65,6 +65,25 @@ def test_float_logits_are_the_models(family: Family, batch: int, sequence: int, 
     torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-5, atol=2e-6)
 
 
+def test_images_are_exported_with_the_batch_alone_free(vit: ImageFamily) -> None:
+    (value,) = vit.graph.graph.input
+    assert [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim] == ["batch", 3, 32, 32]
+    linears = {name for name, module in vit.model.named_modules() if isinstance(module, nn.Linear)}
+    tensors = {tensor.name for tensor in vit.graph.graph.initializer}
+    products = {
+        module_of(n): n.op_type for n in vit.graph.graph.node if n.op_type in WEIGHTED and n.input[1] in tensors
+    }
+    assert products.pop("vit.embeddings.patch_embeddings.projection") == "Conv"
+    assert set(products) == linears
+    runtime = session(vit.graph.SerializeToString(), threads=1)
+    for batch in (1, 2, 3, 5, 8):
+        inputs = vit.inputs(batch, seed=5)
+        with torch.no_grad():
+            expected = vit.model(**inputs).logits
+        got = run_batches(runtime, [{"pixel_values": inputs["pixel_values"].numpy()}])
+        torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-5, atol=2e-6)
+
+
 def test_export_says_nothing_and_leaves_logging_alone(capfd: pytest.CaptureFixture[str]) -> None:
     before = logging.root.manager.disable
     with quiet():
@@ -78,6 +97,12 @@ def test_export_says_nothing_and_leaves_logging_alone(capfd: pytest.CaptureFixtu
 def test_inputs_that_cannot_stand_for_a_batch(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"input input_ids has shape .*, needs \[batch >= 1, sequence >= 2\]"):
         export_float(nn.Identity(), {"input_ids": torch.zeros(shape, dtype=torch.long)})
+
+
+@pytest.mark.parametrize("shape", [(8,), (0, 3, 8, 8)])
+def test_images_that_cannot_stand_for_a_batch(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"input pixel_values has shape .*, needs \[batch >= 1, \.\.\.\]"):
+        export_float(nn.Identity(), {"pixel_values": torch.zeros(shape)})
 
 
 def test_a_model_in_training_mode_is_refused() -> None:

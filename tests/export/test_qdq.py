@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ATTENTION, Family
-from onnx import ModelProto, numpy_helper
+from conftest import ATTENTION, Family, ImageFamily
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import ModelProto, numpy_helper, parser
 from torch import nn
 
 from sqat.errors import SqatError
-from sqat.export.checks import verify
+from sqat.export.checks import find, verify
 from sqat.export.graph import export_float, module_of
 from sqat.export.qdq import Quantization, insert_qdq
 from sqat.export.runtime import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
@@ -46,6 +48,27 @@ def test_onnx_runtime_computes_what_the_fake_quantized_model_does(family: Family
     for batch, sequence, side in BATCHES:
         inputs = family.inputs(batch, sequence, side, seed=7)
         expected = family.reference(quantization, inputs).numpy()
+        assert parity(expected, run_batches(runtime, [{k: v.numpy() for k, v in inputs.items()}])) < ROUNDING
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_images_too(vit: ImageFamily, profile: str) -> None:
+    quantization = vit.quantization(*PROFILES[profile])
+    model = insert_qdq(vit.graph, quantization)
+    broken = [finding.rule for finding in find(model, dict.fromkeys(vit.weights, "2:4")) if not finding.warning]
+    assert set(broken) <= {"B12", "B14"}  # an image's size is fixed; outputs alone leave a Transpose behind a DQ
+    pairs = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    wanted = sum(node.op_type == "MatMul" and set(node.input) <= pairs for node in model.graph.node)
+    optimized = optimized_graph(model.SerializeToString())
+    counts = operator_counts(optimized)
+    assert wanted == len(vit.weights) + (4 if "query" in PROFILES[profile] else 0)
+    assert counts["MatMulIntegerToFloat"] + counts["QLinearMatMul"] >= wanted
+    assert left_in_float(optimized) == []
+    assert counts["Conv"] == 1  # the patches' embedding stays float
+    runtime = session(model.SerializeToString(), threads=1)
+    for batch in (1, 2, 3, 5, 8):
+        inputs = vit.inputs(batch, seed=7)
+        expected = vit.reference(quantization, inputs).numpy()
         assert parity(expected, run_batches(runtime, [{k: v.numpy() for k, v in inputs.items()}])) < ROUNDING
 
 
@@ -99,6 +122,69 @@ def test_int8_weights_keep_the_mask_and_the_layout(bert: Family) -> None:
     names = {entry.name for entry in model.graph.initializer}
     assert f"{QUERY}.weight" not in names
     assert {"classifier.weight", "bert.pooler.dense.weight"} <= names
+
+
+@pytest.mark.parametrize("profile", ["linear", "tensorrt"])
+def test_float_weights_behind_a_q_compute_the_same(family: Family, profile: str) -> None:
+    quantization = family.quantization(*family.roles(*PROFILES[profile]))
+    int8, floats = (insert_qdq(family.graph, quantization, form) for form in ("dq", "qdq"))
+    assert [finding.rule for finding in verify(floats, dict.fromkeys(family.weights, "2:4"))] == []
+    for batch, sequence, side in BATCHES:
+        inputs = family.inputs(batch, sequence, side, seed=7)
+        assert parity(run(int8, inputs), run(floats, inputs)) == 0
+    graphs = [optimized_graph(model.SerializeToString()) for model in (int8, floats)]
+    assert operator_counts(graphs[0]) == operator_counts(graphs[1])
+    assert left_in_float(graphs[1]) == []
+
+
+LINEAR = """<ir_version: 9, opset_import: ["" : 20]>
+agraph (float[batch, IN] x) => (float[batch, OUT] logits) <float[SHAPE] w> { logits = PRODUCT(x, w) }"""
+
+
+@given(st.lists(st.floats(2.0**-60, 2.0**60, width=32), min_size=1, max_size=5), st.booleans())
+def test_a_q_gives_every_int8_weight_back(scales: list[float], transposed: bool) -> None:
+    """All of -127..127, at any scale down to a dead row's, in both layouts."""
+    outputs = len(scales) + 1
+    shape = f"{outputs}, 255" if transposed else f"255, {outputs}"
+    text = LINEAR.replace("IN", "255").replace("OUT", str(outputs)).replace("SHAPE", shape)
+    model = parser.parse_model(text.replace("PRODUCT", "Gemm<transB = 1>" if transposed else "MatMul"))
+    model.graph.node[0].name = "/layer/Product"
+    zeros = np.zeros((outputs, 255) if transposed else (255, outputs), np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(zeros, "w"))
+    integers = torch.arange(-127, 128, dtype=torch.int8).repeat(outputs, 1)
+    integers[-1] = 0
+    scale = torch.tensor([*scales, 2.0**-40 / 127], dtype=torch.float32)
+    written = insert_qdq(model, Quantization({"layer": (integers, scale)}, {"layer:input": 1.0}), "qdq")
+    quantizer = next(node for node in written.graph.node if node.name == "/layer/weight/QuantizeLinear")
+    floats, divisor = (tensor(written, name) for name in quantizer.input[:2])
+    axis = quantizer.attribute[0].i
+    assert (floats.dtype, axis) == (np.float32, 0 if transposed else 1)
+    assert not np.signbit(floats[floats == 0]).any()
+    quotient = np.rint(floats / np.expand_dims(divisor, 1 - axis))  # in float32, as QuantizeLinear does
+    assert np.array_equal(quotient if transposed else quotient.T, integers.numpy())
+    fake = torch.fake_quantize_per_channel_affine(
+        integers.double().mul(scale[:, None].double()).float(),
+        scale,
+        torch.zeros(outputs, dtype=torch.int32),
+        0,
+        -127,
+        127,
+    )
+    np.testing.assert_allclose(floats if transposed else floats.T, fake.numpy(), rtol=2.0**-22)
+
+
+@pytest.mark.parametrize("form", ["dq", "qdq"])
+def test_constants_of_a_weight_are_its_own(bert: Family, form: str) -> None:
+    model = insert_qdq(bert.graph, bert.quantization(*PROFILES["tensorrt"]), form)
+    quantizers = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    readers: dict[str, set[str]] = {}
+    for node in quantizers:
+        for name in node.input:
+            readers.setdefault(name, set()).add(module_of(node))
+    stored = {entry.name for entry in model.graph.initializer}
+    assert all(len(modules) == 1 for name, modules in readers.items() if name in stored)
+    assert sum("/weight/" in node.name for node in quantizers) == len(bert.weights) * (1 if form == "dq" else 2)
+    assert any(name.endswith("weight_int8") for name in stored) == (form == "dq")
 
 
 def test_scales_are_those_of_the_fake_quantizer(bert: Family) -> None:

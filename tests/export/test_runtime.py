@@ -11,7 +11,15 @@ import onnxruntime
 import pytest
 
 from sqat.errors import SqatError
-from sqat.export.runtime import int8_saturates, parity, run_batches, session
+from sqat.export.runtime import (
+    int8_saturates,
+    left_in_float,
+    operator_counts,
+    optimized_graph,
+    parity,
+    run_batches,
+    session,
+)
 
 WIDE = """<ir_version: 9, opset_import: ["" : 20]>
 agraph (float[batch, 64] x) => (float[batch, 32] logits)
@@ -75,6 +83,35 @@ def test_batches_are_joined_in_order_and_spare_inputs_dropped() -> None:
     runtime = session(model.SerializeToString(), threads=1)
     got = run_batches(runtime, ({"x": rows[i : i + 10], "spare": rows} for i in range(0, 64, 10)))
     np.testing.assert_allclose(got, 100 * weight.astype(np.int64) * 1e-4, rtol=1e-6)
+
+
+def test_the_rewritten_graph_is_read_without_its_weights(tmp_path: Path) -> None:
+    model, _ = extreme_product()
+    plain = optimized_graph(model.SerializeToString())
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="weights", size_threshold=0)
+    assert (tmp_path / "weights").is_file()
+    for graph in (plain, optimized_graph(path)):
+        assert operator_counts(graph)["MatMulIntegerToFloat"] == 1
+        weight = max(graph.initializer, key=lambda entry: int(np.prod(entry.dims)))
+        assert list(weight.dims) == [64, 32]
+        assert not weight.raw_data
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model.onnx", "weights"]
+
+
+@pytest.mark.parametrize(("op", "behind", "fault"), [
+    ("MatMul", "Relu", True),
+    ("FusedGemm", "QuantizeLinear", True),
+    ("Conv", "QuantizeLinear", True),
+    ("FusedConv", "Relu", False),
+])  # fmt: skip
+def test_which_float_products_are_a_fault(op: str, behind: str, fault: bool) -> None:
+    make = onnx.helper.make_node
+    pairs = [make("DequantizeLinear", [name, "s", "z"], [f"{name}d"]) for name in "xw"]
+    nodes = [*pairs, make(op, ["xd", "wd"], ["y"], name="product"), make(behind, ["y"], ["out"])]
+    assert left_in_float(onnx.helper.make_graph(nodes, "g", [], [])) == (["product"] if fault else [])
+    nodes[2].input[1] = "other"
+    assert left_in_float(onnx.helper.make_graph(nodes, "g", [], [])) == []
 
 
 def test_parity_is_the_largest_difference_and_nan_is_no_agreement() -> None:
