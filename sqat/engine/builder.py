@@ -1,0 +1,182 @@
+"""Build an engine with sparse kernels from an ONNX file. This is a script of its own: read it, change it.
+
+    python build_engine.py [MODEL.onnx] [--backend tensorrt|tensorrt-rtx]
+
+TensorRT times its kernels while it builds: run it on the GPU that is to serve the engine (``pip install tensorrt``,
+8.6 to 11). TensorRT-RTX builds without a GPU and chooses its kernels when the engine first runs on one (``pip install
+tensorrt-rtx-cu13``). Both have the same Python interface, so this is one program. It writes the engine, the build log
+and, with TensorRT, the layer information; ``sqat engine MODEL.onnx --log LOG --layers JSON`` says from these which
+layers run sparse. Left out: timing caches, several profiles, plugins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TextIO
+
+# Settings, as `sqat export` writes them.
+MODEL: str = "model.tensorrt.onnx"
+SHAPES: dict[str, list[list[int]]] = {}  # of each input with free sizes: smallest, usual, largest
+PRECISIONS: list[str] = ["INT8"]  # for TensorRT 8, whose networks do not carry their types
+# End of the settings.
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+LETTERS = {"INTERNAL_ERROR": "F", "ERROR": "E", "WARNING": "W", "INFO": "I", "VERBOSE": "V"}
+FOLLOW_UPS = ("catchCudaError", "Invalid Node - ")
+
+
+class BuildError(Exception):
+    """What went wrong, in one line."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = read_options(arguments)
+    try:
+        library = import_library(options.backend)
+        with options.log.open("w", encoding="utf-8") as log:
+            engine = build(library, options.model, json.loads(options.shapes), options.precisions, log)
+        write(options.output, bytes(engine))
+        if library.__name__ == "tensorrt":
+            write(options.layers, layer_information(library, engine).encode())
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{options.output}, log in {options.log}")
+    return 0
+
+
+def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Command line; files not named lie beside the model."""
+    parser = argparse.ArgumentParser(description="Build a TensorRT engine with sparse kernels from an ONNX file.")
+    parser.add_argument("model", nargs="?", type=Path, default=Path(__file__).with_name(MODEL))
+    parser.add_argument("--backend", choices=["auto", *MODULES], default="auto")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--log", type=Path)
+    parser.add_argument("--layers", type=Path, help="where TensorRT's layer information goes")
+    parser.add_argument("--shapes", default=json.dumps(SHAPES), help="JSON, in the form of SHAPES above")
+    parser.add_argument("--precisions", nargs="*", default=PRECISIONS)
+    options = parser.parse_args(arguments)
+    options.output = options.output or options.model.with_suffix(".engine")
+    options.log = options.log or options.model.with_suffix(".build.log")
+    options.layers = options.layers or options.model.with_suffix(".layers.json")
+    return options
+
+
+def import_library(backend: str) -> ModuleType:
+    """TensorRT if it is installed, else TensorRT-RTX; or the one that is asked for."""
+    names = list(MODULES) if backend == "auto" else [backend]
+    found = next((MODULES[name] for name in names if importlib.util.find_spec(MODULES[name])), None)
+    if found is None:
+        raise BuildError(f"{' and '.join(names)} cannot be found; see the head of this file")
+    try:
+        return importlib.import_module(found)
+    except ImportError as error:
+        raise BuildError(f"{found} cannot be imported: {error}") from error
+
+
+def build(
+    library: ModuleType, model: Path, shapes: dict[str, list[list[int]]], precisions: Sequence[str], file: TextIO
+) -> Any:
+    """The serialized engine; everything the library says goes to ``file``."""
+    log = open_log(library, file)
+    log.log(library.ILogger.INFO, f"{library.__name__} {library.__version__}, sparse weights allowed")
+    builder = library.Builder(log)
+    network, typed = new_network(library, builder)
+    parser = library.OnnxParser(network, log)
+    if not parser.parse_from_file(str(model)) or network.num_outputs == 0:
+        raise BuildError(f"the ONNX parser refuses the model: {parser_problem(parser)}")
+    config = builder.create_builder_config()
+    config.set_flag(library.BuilderFlag.SPARSE_WEIGHTS)
+    config.profiling_verbosity = library.ProfilingVerbosity.DETAILED
+    for name in () if typed else precisions:
+        config.set_flag(library.BuilderFlag.__members__[name])
+    if shapes:
+        profile = builder.create_optimization_profile()
+        for name, (smallest, usual, largest) in shapes.items():
+            profile.set_shape(name, smallest, usual, largest)
+        config.add_optimization_profile(profile)
+    engine = builder.build_serialized_network(network, config)
+    if log.unfit:
+        raise BuildError(f"the shapes do not fit the model: {plain(log.unfit[0])}")
+    if engine is None:
+        raise BuildError(plain(log.errors[0]) if log.errors else "the library does not say why it built nothing")
+    return engine
+
+
+def open_log(library: ModuleType, file: TextIO) -> Any:
+    """A logger that writes lines as trtexec does and keeps the errors.
+
+    An error alone is no failure (a kernel that needs too much memory is one); shapes that cannot be right are only a
+    warning, and the engine would fail later.
+    """
+
+    class Log(library.ILogger):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+            self.unfit: list[str] = []
+
+        def log(self, severity: Any, text: str) -> None:
+            file.write(f"[{LETTERS[severity.name]}] [TRT] {text}\n")
+            if severity.name in ("ERROR", "INTERNAL_ERROR") and FOLLOW_UPS[0] not in text:
+                self.errors.append(text)
+            if "values are not self-consistent" in text:
+                self.unfit.append(text)
+
+    return Log()
+
+
+def new_network(library: ModuleType, builder: Any) -> tuple[Any, bool]:
+    """An empty network, strongly typed from TensorRT 9 on: the Q/DQ nodes and casts of the file decide the types."""
+    flags = library.NetworkDefinitionCreationFlag.__members__
+    wanted = [int(flags[name]) for name in ("EXPLICIT_BATCH", "STRONGLY_TYPED") if name in flags]
+    return builder.create_network(sum(1 << flag for flag in wanted)), "STRONGLY_TYPED" in flags
+
+
+def parser_problem(parser: Any) -> str:
+    """The parser's first error with the node it is about."""
+    if parser.num_errors == 0:
+        return "no ONNX graph in it"
+    error = parser.get_error(0)
+    if not hasattr(error, "node_name"):  # before TensorRT 10
+        return f"node {error.node()}: {plain(error.desc())}"
+    return f"node {error.node_name() or error.node()} ({error.node_operator()}): {plain(error.desc())}"
+
+
+def plain(text: str) -> str:
+    """What a message says, without the library's source lines and its error codes."""
+    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip("[").startswith(FOLLOW_UPS)]
+    line = re.sub(r"^.*?Error Code \d+: [^(]*\(", "", (lines or [text])[0])
+    return re.sub(r"\.?\s+In \S+ at /.*$", "", line).strip()
+
+
+def layer_information(library: ModuleType, engine: Any) -> str:
+    """What TensorRT tells of each layer of the engine, JSON; it needs the GPU."""
+    loaded = library.Runtime(library.Logger(library.Logger.ERROR)).deserialize_cuda_engine(engine)
+    if loaded is None:
+        raise BuildError("the engine was built but cannot be loaded again; see the messages above")
+    text: str = loaded.create_engine_inspector().get_engine_information(library.LayerInformationFormat.JSON)
+    return text
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    fresh = path.with_name(f".{path.name}.new")
+    try:
+        fresh.write_bytes(content)
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

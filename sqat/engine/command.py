@@ -1,0 +1,96 @@
+"""`sqat engine`: build an engine or read what another machine's build said, and report on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from onnx import ModelProto, TensorProto
+
+from sqat.engine.backends import TENSORRT, build_engine, choose_backend, too_old
+from sqat.engine.build_log import BuildLog, merge, read_layers, read_log
+from sqat.engine.recipe import Range, Shapes, parse_range, profile_shapes, written_ranges
+from sqat.engine.report import EngineReport, make_report
+from sqat.errors import SqatError
+from sqat.export.files import read_onnx
+from sqat.machine import find_gpus
+
+BATCH: Range = (1, 8, 32)
+SEQUENCE: Range = (16, 128, 256)
+
+
+def build_report(
+    path: Path,
+    *,
+    output: Path | None = None,
+    batch: str | None = None,
+    sequence: str | None = None,
+    backend: str = "auto",
+    say: Callable[[str], None] = lambda text: None,
+) -> EngineReport:
+    """Build an engine from an ONNX file and report on it.
+
+    Args:
+        output: the engine file; default: beside the model. Log and layer information go beside it.
+        batch: smallest, usual and largest, ``1,8,32``; default: as in the ``build_engine.py`` beside the model.
+        sequence: the same of the tokens.
+        say: told what is going on.
+
+    Raises:
+        SqatError: nothing here that could build, a wrong range, or a file that TensorRT refuses.
+    """
+    written = written_ranges(path)
+    sizes = {name: parse_range(text, f"--{name}") for name, text in (("batch", batch), ("sequence", sequence)) if text}
+    target = output or path.with_suffix(".engine")
+    if target.resolve() == path.resolve():
+        raise SqatError("the engine would be written over the model", place="--output")
+    chosen = choose_backend(backend)
+    model = read_onnx(path)
+    shapes = profile_shapes(free_inputs(model), **{"batch": BATCH, "sequence": SEQUENCE, **written, **sizes})
+    say(f"building with {chosen} for {show_shapes(shapes)}")
+    built = build_engine(path, target, shapes, backend=chosen, half=holds_half(model))
+    log = read_build(built.log, built.layers)
+    note = too_old(find_gpus()) if chosen == TENSORRT else ""
+    report = make_report(path, model, log)
+    return replace(report, engine=built.engine, log=built.log, backend=chosen, seconds=built.seconds,
+                   notes=(note,) if note else ())  # fmt: skip
+
+
+def read_report(path: Path, log: Path | None, layers: Path | None) -> EngineReport:
+    """Report on a build that was done elsewhere, from its log, its layer information, or both.
+
+    Raises:
+        SqatError: a file that is missing, cut short, without the details, or of another model.
+    """
+    return replace(make_report(path, read_onnx(path), read_build(log, layers)), log=log)
+
+
+def read_build(log: Path | None, layers: Path | None) -> BuildLog:
+    """What a log and layer information say, of which one may be missing."""
+    described = read_layers(layers) if layers else None
+    return merge(read_log(log, alone=described is None) if log else None, described)
+
+
+def free_inputs(model: ModelProto) -> dict[str, tuple[int | str, ...]]:
+    """Shapes of the inputs, sizes that are not fixed as text."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    return {
+        value.name: tuple(size.dim_value or size.dim_param or "?" for size in value.type.tensor_type.shape.dim)
+        for value in model.graph.input
+        if value.name not in stored
+    }
+
+
+def holds_half(model: ModelProto) -> bool:
+    """Whether weights of the file are float16."""
+    return any(tensor.data_type == TensorProto.FLOAT16 for tensor in model.graph.initializer)
+
+
+def show_shapes(shapes: Shapes) -> str:
+    """``1x16 to 32x256, usually 8x128`` of the first input."""
+    if not shapes:
+        return "its fixed shapes"
+    ends = next(iter(shapes.values()))
+    smallest, usual, largest = ("x".join(str(size) for size in sizes) for sizes in ends)
+    return f"{smallest} to {largest}, usually {usual}"
