@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sqat.artifacts import config_of, is_export, open_artifact
 from sqat.checkpoint import Checkpoint, load_checkpoint
-from sqat.data import Batch, SplitName
+from sqat.data import SplitName
 from sqat.errors import SqatError
-from sqat.export.runtime import run_batches, session
 from sqat.insertion.quantized import quantized_
 from sqat.insertion.quantizers import Quantizers
 from sqat.job import Splits, logits_of, on_device, predict
@@ -51,8 +50,8 @@ def served_model(checkpoint: Checkpoint) -> Iterator[tuple[PreTrainedModel, Any]
 
 
 @contextmanager
-def rounded_otherwise(model: nn.Module) -> Iterator[None]:
-    """While open, every norm's output is off by about the last bits of a float, as in another runtime.
+def rounded_otherwise(model: nn.Module, size: float = LAST_BITS) -> Iterator[None]:
+    """While open, every norm's output is off by ``size`` (the last bits of a float), as in another runtime.
 
     A fake-quantized network turns such a difference into whole quantization steps where a value lies near a tie, and
     later layers multiply them: how far the logits move is the noise that no comparison of two runtimes gets below.
@@ -61,7 +60,7 @@ def rounded_otherwise(model: nn.Module) -> Iterator[None]:
 
     def shake(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         noise = torch.randn(output.shape, generator=generator).to(output.device)
-        return output * (1 + LAST_BITS * noise)
+        return output * (1 + size * noise)
 
     handles = [module.register_forward_hook(shake) for module in model.modules() if "Norm" in type(module).__name__]
     try:
@@ -71,31 +70,29 @@ def rounded_otherwise(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def onnx_logits(runtime: Any, batch: Batch) -> Tensor:
-    """Logits [B,C] of one batch by an ONNX Runtime session."""
-    arrays: Mapping[str, np.ndarray] = {name: tensor.numpy() for name, tensor in batch.inputs.items()}
-    return torch.from_numpy(run_batches(runtime, [arrays]))
-
-
 def evaluate_artifact(artifact: Path, splits: Splits, split: SplitName) -> Figures:
-    """The task's metrics of a checkpoint folder or an ONNX file (with its tokenizer beside it).
+    """The task's metrics of a checkpoint folder, or of an exported file or folder (with its tokenizer beside it).
 
     Raises:
-        SqatError: no such artifact, or a folder that holds only ONNX files.
+        SqatError: no such artifact, or a folder that holds only exported files.
     """
     task = splits.task
-    if artifact.suffix == ".onnx":
-        config = artifact.with_name("config.json")
-        if config.is_file():
+    if artifact.suffix == ".onnx" or is_export(artifact):
+        if (config := config_of(artifact)).is_file():
             check_head(config.read_bytes(), task.outputs, task.config_fields, str(artifact))
-        runtime, tokenizer = session(artifact), load_tokenizer(artifact.parent)
+        forward, tokenizer = open_artifact(artifact), load_tokenizer(config.parent)
         rows = splits.tokens(split, tokenizer)
-        return task.metrics(predict(lambda batch: onnx_logits(runtime, batch), rows, tokenizer), rows)
+        return task.metrics(predict(forward, rows, tokenizer), rows)
     checkpoint = load_checkpoint(artifact)
     if not checkpoint.weights:
-        files = ", ".join(sorted(name for name in checkpoint.files if name.endswith(".onnx")))
-        raise SqatError("the folder is an export without torch weights", f"name the file: {files}", str(artifact))
+        files = ", ".join(sorted({name.partition("/")[0] for name in checkpoint.files if is_model(name)}))
+        raise SqatError("the folder is an export without torch weights", f"name what is in it: {files}", str(artifact))
     check_head(checkpoint.files["config.json"], task.outputs, task.config_fields, str(artifact))
     with served_model(checkpoint) as (model, tokenizer):
         rows = splits.tokens(split, tokenizer)
         return task.metrics(predict(lambda batch: logits_of(model.eval(), batch), rows, tokenizer), rows)
+
+
+def is_model(name: str) -> bool:
+    """Whether a file of an export is an ONNX file, or in a folder of a runtime."""
+    return name.endswith(".onnx") or "/" in name

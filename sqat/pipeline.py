@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sqat.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from sqat.checkpoint import Checkpoint, Manifest, load_checkpoint, load_manifest, save_checkpoint
 from sqat.data import SplitName
 from sqat.display import Display
 from sqat.errors import SqatError
@@ -154,6 +154,16 @@ def run_stage(
     splits = Splits(loaded.recipe, loaded.path.parent)
     execute(keys, name, directory, start, splits, display, force)
     return directory
+
+
+def parent_manifest(loaded: LoadedRecipe, name: str, parent: Path | None) -> Manifest:
+    """What is known of the checkpoint that a stage starts from: the run folder's, or the one in ``parent``."""
+    if parent is not None:
+        return load_manifest(parent)
+    before = loaded.recipe.parent_of(name)
+    if before is None:
+        raise SqatError(f"stage {name} has nothing to start from", "give --from CHECKPOINT", loaded.recipe.name)
+    return load_manifest(Keys(loaded).directory(before))
 
 
 def parent_checkpoint(keys: Keys, name: str) -> Checkpoint | None:

@@ -68,6 +68,14 @@ def pattern_text(value: str) -> str:
     return value
 
 
+def ascending(value: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Check smallest <= usual <= largest."""
+    if not 1 <= value[0] <= value[1] <= value[2]:
+        got = ", ".join(map(str, value))
+        raise ValueError(f"needs three sizes from 1 on, none smaller than the one before it, got {got}")
+    return value
+
+
 Sha256 = Annotated[
     str, Field(pattern="^[0-9a-f]{64}$", json_schema_extra={"words": "64 lower-case hexadecimal digits"})
 ]
@@ -275,6 +283,9 @@ class PruneConfig(FitConfig):
     )
 
 
+Profile = Literal["linear", "tensorrt", "tensorrt-full"]
+
+
 class CalibrateConfig(BaseModel):
     """Post-training calibration of the activation scales."""
 
@@ -289,7 +300,11 @@ class CalibrateConfig(BaseModel):
     method: Annotated[Calibrator, Field(discriminator="name"), Short("name")] = Field(
         default=Percentile(), description="how a histogram of activations becomes a scale"
     )
-    profile: Literal["linear", "tensorrt"] = Field(default="linear", description="which sites are quantized")
+    profile: Profile = Field(
+        default="linear",
+        description="which sites are quantized: inputs of linears; tensorrt: outputs, attention and residual adds "
+        "too; tensorrt-full: also what an activation function reads",
+    )
     split: Literal["train", "dev"] = Field(default="train", description="which rows are observed")
     samples: int = Field(default=512, ge=1, description="rows to observe")
     batch_size: int = Field(default=32, ge=1, description="rows per device and forward pass")
@@ -309,8 +324,26 @@ class QatConfig(FitConfig):
     )
 
 
+Range = Annotated[tuple[int, int, int], AfterValidator(ascending)]
+Target = Literal["onnx-int8", "onnx-fp32", "onnx-fp16", "tensorrt", "torch-semi-structured", "compressed-tensors"]
+
+
+class TensorRTConfig(BaseModel):
+    """How the file of the target tensorrt is written."""
+
+    model_config = STRICT
+
+    weights: Literal["dq", "qdq"] = Field(
+        default="dq", description="dq: stored as int8 (TensorRT 10 and later); qdq: as float with Q and DQ (8.x)"
+    )
+    layers: Literal["matmul", "conv1x1"] = Field(
+        default="matmul", description="conv1x1: linears as 1x1 convolutions, which TensorRT 8.x needs for sparsity"
+    )
+    precision: Literal["fp32", "fp16"] = Field(default="fp32", description="type of what is not int8")
+
+
 class ExportConfig(BaseModel):
-    """ONNX files with their checks."""
+    """Files for the engines, with their checks."""
 
     model_config = STRICT
 
@@ -320,9 +353,15 @@ class ExportConfig(BaseModel):
         alias="from",
         description="stage to start from; default: the nearest one before that is no export",
     )
-    targets: tuple[Literal["onnx-int8", "onnx-fp32"], ...] = Field(
-        default=("onnx-int8",), min_length=1, description="files to write"
+    targets: tuple[Target, ...] = Field(default=("onnx-int8",), min_length=1, description="what to write")
+    embeddings: Literal["fp32", "fp16", "int8"] = Field(
+        default="fp32", description="how ONNX files store the embedding tables"
     )
+    batch: Range = Field(default=(1, 8, 32), description="smallest, usual and largest batch an engine is built for")
+    sequence: Range | None = Field(
+        default=None, description="the same for tokens; default: 16, half of model.max_length, model.max_length"
+    )
+    tensorrt: TensorRTConfig = Field(default=TensorRTConfig(), description="options of the target tensorrt")
     parity_samples: int = Field(default=256, ge=1, description="dev rows on which the file must agree with the model")
     max_disagreement: float = Field(default=0.005, ge=0, le=1, description="share of decisions allowed to differ")
 

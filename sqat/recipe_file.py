@@ -83,20 +83,31 @@ def distill_override(
 
     It works before any check, since a recipe may be right only without distillation.
     """
-    stages = read_tree(read_text(path), path.name, overrides).child("stages")
-    if distill is None or stages is None or not isinstance(stages.value, dict):
+    if distill is None or (found := stage_of_kind(path, kind, stage, overrides)) is None:
         return []
-    names = [
-        name for name, node in stages.value.items() if (node.child("stage") or Node(node.place, name)).value == kind
-    ]
-    name = stage or (names[0] if len(names) == 1 else "")
-    if name not in names:
-        return []
+    name, node = found
     if not distill:
         return [f"stages.{name}.distill=null"]
-    given = stages.value[name].child("distill")
+    given = node.child("distill")
     is_on = kind == "qat" if given is None else given.value is not None
     return [] if is_on else [f"stages.{name}.distill={{}}"]
+
+
+def targets_override(path: Path, stage: str | None, overrides: Sequence[str], targets: Sequence[str]) -> list[str]:
+    """What ``--target`` means for the export stage, as a ``--set``; the recipe's results, which name targets, are dropped."""
+    found = stage_of_kind(path, "export", stage, overrides)
+    return [] if found is None else [f"stages.{found[0]}.targets=[{', '.join(targets)}]", "results={}"]
+
+
+def stage_of_kind(path: Path, kind: str, stage: str | None, overrides: Sequence[str]) -> tuple[str, Node] | None:
+    """The stage of a kind called ``stage``, or the only one, in a recipe that may not be valid yet."""
+    stages = read_tree(read_text(path), path.name, overrides).child("stages")
+    if stages is None or not isinstance(stages.value, dict):
+        return None
+    nodes = {name: node for name, node in stages.value.items()
+             if (node.child("stage") or Node(node.place, name)).value == kind}  # fmt: skip
+    name = stage or (next(iter(nodes)) if len(nodes) == 1 else "")
+    return (name, nodes[name]) if name in nodes else None
 
 
 def read_text(path: Path) -> str:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from sqat.errors import SqatError
 from sqat.recipe import (
+    CalibrateConfig,
     DistillConfig,
     ExportConfig,
     PruneConfig,
@@ -99,13 +100,30 @@ def _stage(recipe: Recipe, name: str) -> Iterator[Problem]:
     if isinstance(stage, QatConfig) and "calibrate" not in kinds:
         text = f"stage {name!r} needs a calibrate stage among those it starts from, {_chain(line)}"
         yield Problem((*path, "from"), text, "add a calibrate stage before it")
-    if isinstance(stage, ExportConfig) and "onnx-int8" in stage.targets and not kinds & {"calibrate", "qat"}:
-        text = f"onnx-int8 needs a calibrate or qat stage among those {name!r} starts from, {_chain(line)}"
-        yield Problem((*path, "targets"), text, "export onnx-fp32, or add a calibrate stage before it")
+    if isinstance(stage, ExportConfig):
+        yield from _targets(recipe, name, stage, line)
     if isinstance(stage, PruneConfig):
         yield from _schedule(path, stage)
     if isinstance(stage, PruneConfig | QatConfig) and stage.distill is not None:
         yield from _distill(recipe, name, stage.distill, line)
+
+
+def _targets(recipe: Recipe, name: str, stage: ExportConfig, line: list[str]) -> Iterator[Problem]:
+    path, before = ("stages", name, "targets"), [recipe.stages[other] for other in line]
+    profile = next((other.profile for other in before if isinstance(other, CalibrateConfig)), None)
+    for target in stage.targets:
+        if target in INT8_TARGETS and profile is None and not any(isinstance(other, QatConfig) for other in before):
+            text = f"{target} needs a calibrate or qat stage among those {name!r} starts from, {_chain(line)}"
+            yield Problem(path, text, "export onnx-fp32, or add a calibrate stage before it")
+        elif target == "tensorrt" and profile == "linear":
+            text = "tensorrt needs the outputs of linears quantized too, and the calibrate stage has profile linear"
+            yield Problem(path, text, "set its profile: tensorrt, or export onnx-int8")
+        elif target == "torch-semi-structured" and not any(isinstance(other, PruneConfig) for other in before):
+            text = f"{target} needs a prune stage among those {name!r} starts from, {_chain(line)}"
+            yield Problem(path, text, "add a prune stage before it")
+
+
+INT8_TARGETS = ("onnx-int8", "tensorrt", "compressed-tensors")
 
 
 def _schedule(path: tuple[str, ...], stage: PruneConfig) -> Iterator[Problem]:

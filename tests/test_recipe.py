@@ -18,6 +18,7 @@ from sqat.recipe_schema import recipe_schema
 from sqat.sparsity.schedule import GroupFraction
 from sqat.yaml_tree import Place, compose, resolve_scalar
 
+TARGETS = "onnx-int8, onnx-fp32, onnx-fp16, tensorrt, torch-semi-structured, compressed-tensors"
 GOOD = """\
 model: {source: tiny}
 task: classification
@@ -162,6 +163,14 @@ BAD_RECIPES = [
     ("  calibrate:\n    method: percentile\n  qat:\n", "",
      "r.yaml:13: onnx-int8 needs a calibrate or qat stage among those 'export' starts from, (prune <- train); "
      "export onnx-fp32, or add a calibrate stage before it"),
+    ("targets: [onnx-int8, onnx-fp32]", "targets: [tensorrt, onnx-int8]",
+     "r.yaml:16: tensorrt needs the outputs of linears quantized too, and the calibrate stage has profile linear; "
+     "set its profile: tensorrt, or export onnx-int8"),
+    ("targets: [onnx-int8, onnx-fp32]", "targets: [onnx-int8]\n    batch: [4, 2, 8]",
+     "r.yaml:17: stages.export.batch: needs three sizes from 1 on, none smaller than the one before it, got 4, 2, 8"),
+    (GOOD[GOOD.index("  prune:"):GOOD.index("results:")], "  export: {targets: [torch-semi-structured]}\n",
+     "r.yaml:9: torch-semi-structured needs a prune stage among those 'export' starts from, "
+     "(train) (and 1 more); add a prune stage before it"),
     ("  qat:\n", "  again: {stage: train}\n  qat:\n",
      "r.yaml:14: stage 'again' would undo what 'calibrate' did, (calibrate <- prune <- train); "
      "the order is train, prune, calibrate, qat, export"),
@@ -180,10 +189,9 @@ BAD_RECIPES = [
      "(none: it starts from the pretrained model), is a train stage (and 1 more); "
      "add a train stage before it to teach, or set distill: null"),
     ("[onnx-int8, onnx-fp32]", "[onnx]",
-     "r.yaml:16: stages.export.targets.0 needs one of onnx-int8, onnx-fp32, got 'onnx'; did you mean 'onnx-int8'?"),
+     f"r.yaml:16: stages.export.targets.0 needs one of {TARGETS}, got 'onnx'; did you mean 'onnx-int8'?"),
     ("[onnx-int8, onnx-fp32]", "[]",
-     "r.yaml:16: stages.export.targets needs a list with at least 1 entry, each one of onnx-int8, onnx-fp32, "
-     "got an empty list"),
+     f"r.yaml:16: stages.export.targets needs a list with at least 1 entry, each one of {TARGETS}, got an empty list"),
     ("export/onnx-int8", "export/onnx-int4",
      "r.yaml:18: stage 'export' has no target 'onnx-int4'; did you mean 'onnx-int8'? allowed: onnx-int8, onnx-fp32"),
     ("export/onnx-int8", "export",

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 
 from sqat.checkpoint import Manifest
 
-USE = """## Use
-
-```python
+ONNX_USE = """```python
 import onnxruntime
 from transformers import AutoTokenizer
 
@@ -18,30 +16,53 @@ inputs = tokenizer(["first text"], ["second text"], padding=True, return_tensors
 names = [entry.name for entry in session.get_inputs()]
 logits = session.run(["logits"], {{name: inputs[name] for name in names}})[0]
 ```
-
-TensorRT takes the int8 file as it is: `trtexec --onnx=model.int8.onnx --sparsity=enable --stronglyTyped`.
-On x86 processors without VNNI, set the session option `session.x64quantprecision` to `1`: ONNX Runtime's
+"""
+SATURATION = """On x86 processors without VNNI, set the session option `session.x64quantprecision` to `1`: ONNX Runtime's
 default int8 kernel saturates there.
 """
+TENSORRT_USE = """`sh build_engine.sh` (trtexec) or `python build_engine.py` builds the engine with sparse weights enabled and the
+optimization profile of the recipe; `sqat engine {file}` also tells which layers chose a sparse kernel.
+"""
+PACKED_USE = """```python
+from sqat.serving.load import load_model
+
+model, tokenizer = load_model("{file}")  # sparse kernels on an Ampere GPU or later, a reference elsewhere
+```
+"""
+COMPRESSED_USE = """```python
+from transformers import AutoModelForSequenceClassification  # with compressed-tensors installed
+
+model = AutoModelForSequenceClassification.from_pretrained("{file}")
+```
+"""
+USES = {
+    "onnx-int8": ONNX_USE + SATURATION,
+    "onnx-fp32": ONNX_USE,
+    "onnx-fp16": ONNX_USE,
+    "tensorrt": TENSORRT_USE,
+    "torch-semi-structured": PACKED_USE,
+    "compressed-tensors": COMPRESSED_USE,
+}
 
 
-def model_card(manifest: Manifest, files: Mapping[str, int]) -> str:
-    """Markdown: files with sizes, dev metrics, what was pruned and quantized, how to run it.
+def model_card(manifest: Manifest, artifacts: Mapping[str, tuple[str, int]]) -> str:
+    """Markdown: what was written with sizes, dev metrics, what was pruned and quantized, how to run it.
 
     Args:
-        files: ONNX file name -> bytes.
+        artifacts: target -> (file or folder, its bytes).
     """
     pruned = [name for name, record in manifest.layers.items() if record.pattern]
     quantized = [name for name, record in manifest.layers.items() if record.quantized]
     lines = ["---", f"base_model: {manifest.base_model}", "library_name: onnx", "---", "", "# Model card", ""]
     lines += [f"Made by sqat {manifest.versions.get('sqat', '')} from `{manifest.base_model}`, seed {manifest.seed}, "
               f"stage key `{manifest.key}`.", ""]  # fmt: skip
-    lines += ["| file | MB | dev metrics |", "|---|---|---|"]
-    for name, size in files.items():
-        target = f"dev onnx-{name.split('.')[1]}"
-        metrics = ", ".join(f"{metric} {value:.4f}" for metric, value in manifest.metrics[target].items())
-        lines.append(f"| {name} | {size / 1e6:.1f} | {metrics} |")
+    lines += ["| target | file | MB | dev metrics |", "|---|---|---|---|"]
+    for target, (name, size) in artifacts.items():
+        metrics = ", ".join(f"{metric} {value:.4f}" for metric, value in manifest.metrics[f"dev {target}"].items())
+        lines.append(f"| {target} | {name} | {size / 1e6:.1f} | {metrics} |")
     lines += ["", f"{len(pruned)} of {len(manifest.layers)} linear layers are pruned, {len(quantized)} are int8; "
               "embeddings and the other layers are float.", ""]  # fmt: skip
-    lines += [*(f"- {note}" for note in manifest.notes), "", USE.format(file=next(iter(files)))]
+    lines += [*(f"- {note}" for note in manifest.notes), "", "## Use", ""]
+    for target, (name, _) in artifacts.items():
+        lines += [f"### {target}", "", USES[target].format(file=name)]
     return "\n".join(lines)

@@ -1,0 +1,96 @@
+"""Whatever an export wrote, as a function from batches to logits, on this machine.
+
+What: an ONNX file runs in ONNX Runtime, a semi-structured folder through its sparse linears, a compressed-tensors
+folder as its config says: integers times scales, inputs of the quantized linears rounded.
+
+Why not transformers for the last: it loads such a folder (a test does), but computes it without rounding the inputs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sqat.checkpoint import WEIGHTS, read_tensors
+from sqat.data import Batch
+from sqat.errors import SqatError
+from sqat.export.runtime import run_batches, session
+from sqat.insertion.quantizers import Quantizers, insert_quantizers_
+from sqat.job import logits_of, on_device
+from sqat.models import PreTrainedModel, assemble, load_weights
+from sqat.quantization.fake_quant import HIGH
+from sqat.serving.folder import MANIFEST as PACKED
+from sqat.serving.load import load_model
+
+CONFIG = "config.json"
+TOKENIZER_FILES = (".json", ".txt", ".model", ".jinja")
+Forward = Callable[[Batch], Tensor]
+
+
+def config_of(artifact: Path) -> Path:
+    """The config.json that describes an ONNX file or a folder."""
+    return artifact.with_name(CONFIG) if artifact.suffix == ".onnx" else artifact / CONFIG
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is one that an export wrote for a runtime, and no checkpoint."""
+    return (folder / PACKED).is_file() or "quantization_config" in read_config(folder / CONFIG)
+
+
+def open_artifact(artifact: Path, device: str | None = None) -> Forward:
+    """Logits [B,C] float32 of a batch by an exported file or folder.
+
+    Args:
+        device: of a semi-structured folder; None takes a GPU, and its sparse kernels, where there is one.
+
+    Raises:
+        SqatError: it cannot be read or run here.
+    """
+    if artifact.suffix == ".onnx":
+        return partial(onnx_logits, session(artifact))
+    if (artifact / PACKED).is_file():
+        model, _ = load_model(artifact, device)
+        return partial(logits_of, model)
+    return partial(logits_of, open_compressed(artifact))
+
+
+def onnx_logits(runtime: Any, batch: Batch) -> Tensor:
+    """Logits [B,C] of one batch by an ONNX Runtime session."""
+    arrays: Mapping[str, np.ndarray] = {name: tensor.numpy() for name, tensor in batch.inputs.items()}
+    return torch.from_numpy(run_batches(runtime, [arrays]))
+
+
+def open_compressed(folder: Path) -> PreTrainedModel:
+    """The model of a compressed-tensors folder with its integers and rounded inputs."""
+    config = read_config(folder / CONFIG)
+    config.pop("quantization_config", None)
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in TOKENIZER_FILES}
+    model, _ = on_device(*assemble({**files, CONFIG: json.dumps(config).encode()}, str(folder)))
+    tensors = read_tensors((folder / WEIGHTS).read_bytes(), folder / WEIGHTS)
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_scale")}
+    amax = {}
+    for name in [name for name in scales if name.endswith(".weight_scale")]:
+        layer = name.removesuffix(".weight_scale")
+        tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"].float() * scales[name]
+        amax[f"{layer}:input"] = scales[f"{layer}.input_scale"].reshape(()) * HIGH
+    load_weights(model, tensors, str(folder))
+    insert_quantizers_(model, Quantizers(amax, {site: site for site in amax}), [])
+    return model
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json; empty where there is none."""
+    try:
+        config: Any = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise SqatError(f"cannot be read as JSON ({error})", place=str(path)) from error
+    return config if isinstance(config, dict) else {}
