@@ -86,6 +86,10 @@ Distill = Annotated[
     bool | None,
     typer.Option("--distill/--no-distill", help="with or without MiniLM distillation, whatever the recipe says"),
 ]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option("--target", metavar="NAME", help="instead of the recipe's; auto: what fits this machine; repeatable"),
+]
 
 
 @app.callback()
@@ -193,12 +197,15 @@ def export(
     parent: Parent = None,
     output: Output = None,
     stage: Stage = None,
+    targets: Targets = None,
     overrides: Set = None,
     force: Force = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Write ONNX files and check them."""
+    """Write the files of the engines and check them."""
+    if targets:
+        overrides = [*(overrides or ()), *choose_targets(recipe, targets, stage, parent, overrides or ())]
     run_one("export", recipe, parent, output, stage, overrides, force, quiet)
 
 
@@ -231,24 +238,94 @@ def evaluate(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="checkpoint folder or .onnx file")],
+    target: Annotated[
+        str | None, typer.Option("--target", metavar="NAME", help="hold an .onnx file against a target's rules")
+    ] = None,
+    fix: Annotated[bool, typer.Option("--fix", help="write a file with what can be repaired repaired")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="of --fix; default: NAME.fixed.onnx")
+    ] = None,
     json: Json = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Show each layer: sparsity found, scales, quantization error, why it was left alone."""
+    """Show each layer: sparsity, scales, error, why left alone; of a graph, what keeps it from running sparse int8."""
     must_exist(path)
+    if not path.is_dir() and path.suffix != ".onnx":
+        raise SqatError("is neither a checkpoint folder nor an .onnx file", place=str(path))
+    if output is not None and not fix:
+        raise SqatError("names a file for --fix, which was not given", place="--output")
+    if fix or target is not None:
+        inspect_for(target or "tensorrt", path, fix, output, json)
+        return
+    from sqat.tables import print_layers
+
     if path.is_dir():
         from sqat.inspection import inspect_checkpoint
 
         layers = inspect_checkpoint(path)
-    elif path.suffix == ".onnx":
+    else:
         from sqat.export.inspection import inspect_onnx
 
         layers = inspect_onnx(path)
-    else:
-        raise SqatError("is neither a checkpoint folder nor an .onnx file", place=str(path))
-    from sqat.tables import print_layers
-
     print_layers(layers, path, as_json=json)
+
+
+def inspect_for(target: str, path: Path, fix: bool, output: Path | None, json: bool) -> None:
+    """Lint an ONNX file for a target, repaired first if asked for, and fail if errors remain."""
+    if path.is_dir():
+        raise SqatError(
+            "a checkpoint folder has no graph to lint or fix", "name the .onnx file of an export", str(path)
+        )
+    from sqat.export.checks import known_target
+    from sqat.export.repaired_file import lint_file, repair_file, require
+    from sqat.tables import print_findings
+
+    rules = known_target(target)
+    lint, repair = repair_file(path, rules, output) if fix else (lint_file(path, rules), None)
+    print_findings(lint, path, repair=repair, as_json=json)
+    require(lint, path, fix)
+
+
+@app.command()
+def engine(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="file of the target tensorrt")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="ENGINE", show_default=False, help="default: beside the model"),
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option("--batch", metavar="MIN,OPT,MAX", help="default: as exported, or 1,8,32")
+    ] = None,
+    sequence: Annotated[
+        str | None, typer.Option("--sequence", metavar="MIN,OPT,MAX", help="default: as exported, or 16,128,256")
+    ] = None,
+    backend: Annotated[str, typer.Option("--backend", metavar="NAME", help="auto, tensorrt or tensorrt-rtx")] = "auto",
+    log: Annotated[
+        Path | None, typer.Option("--log", metavar="FILE", help="read this build log, build nothing")
+    ] = None,
+    layers: Annotated[
+        Path | None, typer.Option("--layers", metavar="FILE.json", help="read this layer information, build nothing")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Build a TensorRT engine, or read the log of a build: which layers run sparse, and why others do not."""
+    must_exist(model)
+    from sqat import console, tables
+    from sqat.engine import command
+
+    if log is not None or layers is not None:
+        if output or batch or sequence:
+            raise SqatError("nothing is built from --log or --layers", "leave out --output, --batch and --sequence")
+        report = command.read_report(model, log, layers)
+    else:
+        with console.open_display(quiet=quiet) as display:
+            report = command.build_report(
+                model, output=output, batch=batch, sequence=sequence, backend=backend, say=display.say
+            )
+    tables.print_engine(report, as_json=json)
+    report.require()
 
 
 @app.command()
@@ -334,6 +411,34 @@ def run_one(
         directory = pipeline.run_stage(loaded, name, display, parent=parent, output=output, force=force)
     if console.is_first_process():
         console.print_text(console.nearby(directory))
+
+
+def choose_targets(
+    recipe: Path, names: Sequence[str], stage: str | None, parent: Path | None, overrides: Sequence[str]
+) -> list[str]:
+    """What ``--target`` means, as a ``--set``; for auto the machine, the choice and the reasons are printed."""
+    from typing import get_args
+
+    from sqat.recipe import Target
+    from sqat.recipe_file import targets_override
+    from sqat.recipe_rules import pick_stage, suggest
+
+    for name in names:
+        if name not in (known := (*get_args(Target), "auto")):
+            raise SqatError(f"no target {name!r}", suggest(name, known), "--target")
+    if "auto" in names:
+        from sqat import console, pipeline
+        from sqat.choosing import choose_target, explain, facts_of
+        from sqat.machine import describe_machine
+
+        loaded = load(recipe, [*overrides, "results={}"])
+        manifest = pipeline.parent_manifest(loaded, pick_stage(loaded.recipe, "export", stage), parent)
+        machine, facts = describe_machine(), facts_of(manifest)
+        choice = choose_target(machine, facts)
+        for line in explain(machine, facts, choice):
+            console.print_text(line)
+        names = [choice.target if name == "auto" else name for name in names]
+    return targets_override(recipe, stage, overrides, list(dict.fromkeys(names)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,6 +18,9 @@ class LayerReport:
         sqnr_db: signal to quantization noise of the weight, dB.
         saturated: share of calibration inputs beyond ``input_amax``.
         reason: why the layer was left dense or float; empty where it was treated.
+        runs: how an engine would compute it (``sparse int8``, ``dense int8``, ``sparse fp16``, ``float``,
+            ``refused``), with ``?`` where that is in doubt; empty for a checkpoint.
+        why: why it does not run as the target could, or may not; empty where it does.
     """
 
     name: str
@@ -29,3 +32,5 @@ class LayerReport:
     sqnr_db: float | None
     saturated: float | None
     reason: str
+    runs: str = ""
+    why: str = ""

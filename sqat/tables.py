@@ -20,7 +20,12 @@ from sqat.console import nearby, print_json, result_console, show_time
 from sqat.report_row import LayerReport
 
 if TYPE_CHECKING:
+    from sqat.engine.report import EngineReport
+    from sqat.export.inspection import Lint
+    from sqat.export.repaired_file import Repair
     from sqat.pipeline import PlannedStage, Results
+
+SMALLEST_SHOWN = 1e-9  # the scale of a channel that holds nothing but zeros is smaller still
 
 
 def print_results(results: Results, *, as_json: bool = False) -> None:
@@ -126,40 +131,74 @@ def print_plan(plan: Sequence[PlannedStage], *, as_json: bool = False) -> None:
 
 
 def print_layers(layers: Sequence[LayerReport], path: Path, *, as_json: bool = False) -> None:
-    """What `sqat inspect` found, a row per layer; a letter marks those left alone for the reason below."""
+    """What `sqat inspect` found, a row per layer; a letter marks those that something is said about below.
+
+    Of a checkpoint that is why a layer was left alone, of a graph why an engine would not run it sparse in int8.
+    """
     layers = sorted(layers, key=lambda layer: natural(layer.name))
     if as_json:
-        print_json({"path": str(path), "layers": [vars(layer) for layer in layers]})
+        print_json({"path": str(path), "layers": [_layer_values(layer) for layer in layers]})
         return
     console = result_console()
+    judged = any(layer.runs for layer in layers)
     prefix = common_prefix([layer.name for layer in layers])
     table = new_table("layer")
-    for title in ("shape", "N:M", "zero%", "scale", "amax", "SQNR", "sat.%"):
+    for title in ("shape", "N:M", "zero%", "scale", "amax", *(() if judged else ("SQNR", "sat.%"))):
         table.add_column(title, justify="right", no_wrap=True)
-    reasons = Counter(layer.reason for layer in layers if layer.reason)
+    if judged:
+        table.add_column("runs as", no_wrap=True)
+    reasons = Counter(_reason(layer) for layer in layers if _reason(layer))
     marks = dict(zip(reasons, "abcdefghijklmnopqrstuvwxyz", strict=False))
     for layer in layers:
-        table.add_row(shorten(layer.name, prefix), *_layer_cells(layer, marks.get(layer.reason, "")))
+        table.add_row(shorten(layer.name, prefix), *_layer_cells(layer, marks.get(_reason(layer), "")))
     console.print(table)
     console.print()
     for reason, count in reasons.items():
-        console.print(f"{marks.get(reason, '-')}: left alone, {reason} ({count} of {len(layers)} layers)")
+        left = "" if judged else "left alone, "
+        console.print(f"{marks.get(reason, '-')}: {left}{reason} ({count} of {len(layers)} layers)")
     if prefix:
         console.print(f"~ is {prefix}")
-    console.print("scale: smallest-largest of the weight, x 1e-3; SQNR in dB; sat.%: above amax")
+    last = "runs as: by TensorRT's rules, ? in doubt" if judged else "SQNR in dB; sat.%: above amax"
+    console.print(f"scale: {'of' if judged else 'smallest-largest of'} the weight, x 1e-3; {last}")
+
+
+def _layer_values(layer: LayerReport) -> dict[str, object]:
+    """A layer for JSON; a checkpoint's is not judged."""
+    return {name: value for name, value in vars(layer).items() if layer.runs or name not in ("runs", "why")}
+
+
+def _reason(layer: LayerReport) -> str:
+    return layer.why if layer.runs else layer.reason
 
 
 def _layer_cells(layer: LayerReport, mark: str) -> list[str]:
     scale = layer.weight_scale
-    return [
+    cells = [
         "x".join(str(size) for size in layer.shape),
-        f"{layer.pattern} {mark}".strip(),
+        layer.pattern if layer.runs else f"{layer.pattern} {mark}".strip(),
         f"{100 * layer.zeros:.1f}",
-        "-" if scale is None else f"{1e3 * scale[0]:.2g}-{1e3 * scale[1]:.2g}",
+        "-" if scale is None else "-".join(f"{1e3 * end:.2g}" if end > SMALLEST_SHOWN else "0" for end in scale),
         "-" if layer.input_amax is None else f"{layer.input_amax:.3g}",
+    ]
+    if layer.runs:
+        return [*cells, f"{layer.runs} {mark}".strip()]
+    return [
+        *cells,
         "-" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}",
         "-" if layer.saturated is None else show_share(layer.saturated),
     ]
+
+
+def print_findings(lint: Lint, path: Path, *, repair: Repair | None = None, as_json: bool = False) -> None:
+    """What the linter says of a file for a target, and what was repaired before, if that was asked for."""
+    from sqat.export.lint_text import lint_lines, lint_values
+
+    if as_json:
+        print_json(lint_values(lint, path, repair))
+        return
+    console = result_console()
+    for line in lint_lines(lint, repair, console.width):
+        console.print(line, soft_wrap=True)
 
 
 def natural(name: str) -> list[tuple[int, str]]:
@@ -214,3 +253,36 @@ def show_count(count: int | None) -> str:
 def show_share(share: float) -> str:
     """A share in percent that fits five characters."""
     return "0" if share == 0 else "<0.01" if share < 1e-4 else f"{100 * share:.2f}"
+
+
+def print_engine(report: EngineReport, *, as_json: bool = False) -> None:
+    """What `sqat engine` found, a row per layer; a letter marks those that do not run sparse for the reason below."""
+    if as_json:
+        print_json(report.as_json())
+        return
+    console = result_console()
+    rows = sorted(report.rows, key=lambda row: natural(row.name))
+    prefix = common_prefix([row.name for row in rows])
+    table = new_table("layer")
+    for title in ("shape", "N:M", "weight", "eligible", "sparse kernel"):
+        table.add_column(title, justify="right" if title == "shape" else "left", no_wrap=True)
+    reasons = Counter(row.reason for row in rows if row.reason)
+    marks = dict(zip(reasons, "abcdefghijklmnopqrstuvwxyz", strict=False))
+    for row in rows:
+        chosen = {True: "yes", False: "no", None: "on the GPU" if row.eligible and report.chosen_later else "-"}
+        cells = ("x".join(str(size) for size in row.shape), row.pattern, row.weight_type or "-")
+        last = f"{chosen[row.chosen]} {marks.get(row.reason, '')}".strip()
+        table.add_row(shorten(row.name, prefix), *cells, "yes" if row.eligible else "no", last)
+    console.print(table)
+    console.print()
+    for reason, count in reasons.items():
+        console.print(f"{marks.get(reason, '-')}: {reason} ({count} of {len(rows)} layers)")
+    if prefix:
+        console.print(f"~ is {prefix}")
+    if report.untraced:
+        console.print(f"not found in the file: {len(report.untraced)} sparse engine layers, {report.untraced[0]} first")
+    for line in (*report.notes, report.weights(), report.summary()):
+        if line:
+            console.print(line)
+    if report.engine is not None:
+        console.print(f"{nearby(report.engine)}, built in {show_time(report.seconds)}", soft_wrap=True)

@@ -34,7 +34,7 @@ stages:
   qat:
   export:
 """
-COMMANDS = ["run", "train", "prune", "calibrate", "qat", "export", "evaluate", "inspect", "init", "schema"]
+COMMANDS = ["run", "train", "prune", "calibrate", "qat", "export", "evaluate", "inspect", "engine", "init", "schema"]
 
 Fake = Callable[..., Any]
 

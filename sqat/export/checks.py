@@ -1,60 +1,58 @@
 """The gate an exported file must pass: ONNX's own checks, the graph rules, and N:M on the stored values.
 
 What: `find` collects findings, each naming its rule and node; `verify` fails on those that make the file wrong
-and hands back those that only cost speed. Left out: parity with the torch model, which the export stage
-measures in ONNX Runtime.
+for a target and hands back those that only cost speed. Left out: parity with the torch model, which the export stage
+measures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 
-import numpy as np
-import onnx
-import torch
 from onnx import ModelProto
 
-from sqat.errors import GateError
-from sqat.export.graph import module_of
-from sqat.export.rules import RULES, Problem
+from sqat.errors import GateError, SqatError
+from sqat.export.files import check_file
+from sqat.export.findings import Finding
+from sqat.export.fixes import REPAIRED, fix
+from sqat.export.inference import structure_error, typing_error
+from sqat.export.layer_rules import near_patterns, told_patterns
+from sqat.export.rules import RULES, TARGETS, Target
 from sqat.export.wiring import Wiring
-from sqat.sparsity.masks import count_violations, parse_pattern
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One broken rule.
+def known_target(name: str) -> Target:
+    """A target of the linter by name.
 
-    Attributes:
-        rule: ``B1`` .. ``B15``, ``checker`` or ``shapes``.
-        node: name of the node, empty for the whole model.
-        problem: what is wrong, one line.
-        warning: costs speed, not correctness.
+    Raises:
+        SqatError: no such target.
     """
-
-    rule: str
-    node: str
-    problem: str
-    warning: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.rule} {self.node}: {self.problem}" if self.node else f"{self.rule}: {self.problem}"
+    found = next((target for target in TARGETS if target == name), None)
+    if found is None:
+        raise SqatError(f"no target {name!r} to lint for", f"allowed: {', '.join(TARGETS)}", "--target")
+    return found
 
 
-def verify(model: ModelProto, pruned: Mapping[str, str] | None = None) -> list[Finding]:
-    """Fail on a model that breaks a rule.
+def verify(
+    model: ModelProto, pruned: Mapping[str, str] | None = None, target: str = "onnx-int8", path: Path | None = None
+) -> list[Finding]:
+    """Fail on a model that breaks a rule of a target.
 
     Args:
-        pruned: layer -> pattern (``2:4``) that its weight must have.
+        pruned: layer -> pattern (``2:4``) that its weight must have; None if nobody said.
+        path: the model as it was written, which ONNX's checker shall read too.
 
     Returns:
         What only costs speed.
 
     Raises:
         GateError: naming the first broken rule and its node.
+        SqatError: no such target.
     """
-    found = find(model, pruned)
+    found = [invalid(fault) for fault in check_file(path)] if path is not None else []
+    found += find_in(Wiring(model), pruned, known_target(target))
     broken = [finding for finding in found if not finding.warning]
     if broken:
         more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
@@ -62,42 +60,45 @@ def verify(model: ModelProto, pruned: Mapping[str, str] | None = None) -> list[F
     return found
 
 
-def find(model: ModelProto, pruned: Mapping[str, str] | None = None) -> list[Finding]:
-    """All findings about a model, the ONNX checker's first; arguments as for `verify`."""
-    invalid = list(check_format(model))
-    if invalid:
-        return invalid
-    wiring = Wiring(model)
-    found = [Finding(rule, *problem) for rule, check in RULES.items() for problem in check(wiring)]
-    return found + [Finding("B6", *problem) for problem in patterns(wiring, pruned or {})]
+def find(model: ModelProto, pruned: Mapping[str, str] | None = None, target: str = "onnx-int8") -> list[Finding]:
+    """All findings about a model, the ONNX checker's first; arguments as for `verify`.
 
-
-def check_format(model: ModelProto) -> Iterator[Finding]:
-    """ONNX checker and strict shape inference."""
+    Each says whether `fix` repairs it, which is found out by doing it.
+    """
+    rules = known_target(target)
+    found = find_in(Wiring(model), pruned, rules)
+    if not any(finding.rule in REPAIRED for finding in found) or is_broken(found):
+        return found
     try:
-        onnx.checker.check_model(model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
-        yield Finding("checker", "", " ".join(str(error).split()))
-        return
-    try:
-        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
-    except onnx.shape_inference.InferenceError as error:
-        yield Finding("shapes", "", " ".join(str(error).split()))
+        fixed, _ = fix(model, rules)
+    except ValueError as error:
+        return [*found, Finding("fix", "", str(error), True, "a graph that can be repaired", "please report it")]
+    left = {(finding.rule, finding.node) for finding in find_in(Wiring(fixed), pruned, rules)}
+    return [replace(entry, fixable=entry.rule in REPAIRED and (entry.rule, entry.node) not in left) for entry in found]
 
 
-def patterns(wiring: Wiring, pruned: Mapping[str, str]) -> Iterator[Problem]:
-    """Layers said to be pruned: N:M on the stored values along the sum, in sizes that sparse kernels take."""
-    found = {layer: weight for weight in wiring.weights for layer in [module_of(weight.node)]}
-    for layer, text in pruned.items():
-        weight, pattern = found.get(layer), parse_pattern(text)
-        if weight is None:
-            yield Problem(layer, f"said to be {text}, is not in the graph")
-            continue
-        if weight.size[0] % pattern.m:
-            yield Problem(weight.node.name, f"{weight.size[0]} inputs are not a multiple of {pattern.m}")
-            continue
-        if weight.size[1] % 8 or weight.size[0] % 16:
-            yield Problem(weight.node.name, f"{weight.size} [in, out] are not multiples of 16 and 8", warning=True)
-        broken = count_violations(torch.from_numpy(np.array(weight.values)), pattern, weight.reduction)
-        if broken:
-            yield Problem(weight.node.name, f"{broken} groups hold more than {pattern.n} of {pattern.m} weights")
+def find_in(wiring: Wiring, pruned: Mapping[str, str] | None, target: Target) -> list[Finding]:
+    """All findings; a graph that is not built as ONNX asks is not looked into any further."""
+    fault = structure_error(wiring.model)
+    if fault:
+        return [invalid(fault)]
+    found = []
+    if fault := typing_error(wiring.model):
+        advice = "export again: types or shapes contradict each other"
+        found.append(Finding("shapes", "", fault, asks="types and shapes that agree", fix=advice))
+    for rule in RULES:
+        if pruned is not None and rule.check is near_patterns:
+            found += [Finding("B6", *problem[:3], rule.title, rule.fix) for problem in told_patterns(wiring, pruned)]
+        else:
+            found += rule.findings(wiring, target)
+    return found
+
+
+def invalid(fault: str) -> Finding:
+    """What the ONNX checker has to say."""
+    return Finding("checker", "", fault, asks="valid ONNX", fix="export again: no engine can read this file")
+
+
+def is_broken(findings: list[Finding]) -> bool:
+    """Whether the graph could not be looked into."""
+    return any(finding.rule == "checker" for finding in findings)

@@ -1,0 +1,116 @@
+"""Small graphs, small edits that break graphs, and what the linter says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+from conftest import ATTENTION, Family
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from sqat.export.checks import find_in, known_target
+from sqat.export.findings import Finding
+from sqat.export.inspection import lint
+from sqat.export.qdq import Quantization
+from sqat.export.wiring import Wiring
+
+ENCODER = "/bert/encoder/layer.0"
+SELF = f"{ENCODER}/attention/self"
+LAYER = "bert.encoder.layer.0"
+QUERY = f"{LAYER}.attention.self.query"
+ALL = ("output", *ATTENTION, "add")
+RESIDUAL = """agraph (float[batch, sequence, 64] x, float%s other) => (float[batch, sequence, 64] y)
+<float s = {0.01}, int8 z = {0}, int8 z2 = {0}> {
+    q = QuantizeLinear(x, s, z)
+    d = DequantizeLinear(q, s, z)
+    wd = DequantizeLinear<axis = 1>(w, ws, wz)
+    p = MatMul(d, wd)
+    q2 = QuantizeLinear(p, s, z2)
+    d2 = DequantizeLinear(q2, s, z2)
+    y = Add(d2, other)
+}"""
+
+
+def tied(family: Family, *roles: str) -> Quantization:
+    """A quantization in which q, k and v of each attention have one output scale, as rule T16 asks."""
+    quantization = family.quantization(*roles)
+    amax = dict(quantization.amax)
+    for layer in {site.rpartition(".")[0] for site in amax if site.endswith("query:output")}:
+        sites = [f"{layer}.{part}:output" for part in ("query", "key", "value")]
+        amax |= dict.fromkeys(sites, max(amax[site] for site in sites))
+    return Quantization(quantization.weights, amax)
+
+
+def node(model: ModelProto, name: str) -> NodeProto:
+    return next(entry for entry in model.graph.node if entry.name == name)
+
+
+def tensor(model: ModelProto, name: str) -> TensorProto:
+    return next(entry for entry in model.graph.initializer if entry.name == name)
+
+
+def put(model: ModelProto, name: str, value: np.ndarray | np.generic) -> None:
+    """Replace the value of an initializer, or add one."""
+    kept = [entry for entry in model.graph.initializer if entry.name != name]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend([*kept, numpy_helper.from_array(np.asarray(value), name)])
+
+
+def change(model: ModelProto, name: str, edit: Callable[[np.ndarray], object]) -> None:
+    """Edit an initializer's values in place."""
+    value = numpy_helper.to_array(tensor(model, name)).copy()
+    edit(value)
+    put(model, name, value)
+
+
+def between(model: ModelProto, name: str, operand: int, op: str, *others: str, **attributes: object) -> None:
+    """Put one more node before an operand of a node."""
+    target = node(model, name)
+    extra = helper.make_node(op, [target.input[operand], *others], [f"{op}_out"], name=f"/{op}_extra", **attributes)
+    target.input[operand] = f"{op}_out"
+    model.graph.node.insert(list(model.graph.node).index(target), extra)
+
+
+def bypass(model: ModelProto, name: str) -> None:
+    """Let the readers of a Q/DQ pair, named without its operators, read what goes into it."""
+    before = node(model, f"{name}/QuantizeLinear").input[0]
+    after = node(model, f"{name}/DequantizeLinear").output[0]
+    for entry in model.graph.node:
+        entry.input[:] = [before if value == after else value for value in entry.input]
+    for op in ("QuantizeLinear", "DequantizeLinear"):
+        entry = node(model, f"{name}/{op}")
+        if op == "QuantizeLinear":
+            dropped = list(entry.input[1:])
+        model.graph.node.remove(entry)
+    kept = [entry for entry in model.graph.initializer if entry.name not in dropped]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+
+
+def parsed(text: str, *, opset: int = 20, imports: str = "", **constants: np.ndarray) -> ModelProto:
+    """A graph from its text, initializers of any size beside it."""
+    model = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : {opset}{imports}]>\n{text}')
+    for name, value in constants.items():
+        put(model, name, value)
+    return model
+
+
+def found(model: ModelProto, target: str) -> list[Finding]:
+    return find_in(Wiring(model), None, known_target(target))
+
+
+def said(model: ModelProto, target: str, rule: str) -> list[str]:
+    return [str(finding) for finding in found(model, target) if finding.rule == rule]
+
+
+def judged(model: ModelProto, target: str = "tensorrt") -> dict[str, tuple[str, str]]:
+    return {layer.name: (layer.runs, layer.why) for layer in lint(model, known_target(target)).layers}
+
+
+def sparse(rows: int, columns: int, seed: int = 0) -> np.ndarray:
+    """Integers in [-127, 127], two non-zero ones of every four rows."""
+    random = np.random.default_rng(seed)
+    weight = random.integers(1, 128, (rows, columns)) * random.choice((-1, 1), (rows, columns))
+    kept = np.arange(rows)[:, None] % 4 < 2
+    return (weight * kept).astype(np.int8)

@@ -1,0 +1,235 @@
+"""`sqat inspect` of graphs: what it prints, writes and ends with."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import ATTENTION, Family
+from graph_edits import ENCODER, SELF, bypass, change, node, tied
+
+from sqat import cli
+from sqat.export.files import read_onnx
+from sqat.export.qdq import insert_qdq
+
+Command = Callable[..., tuple[int, list[str], str]]
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run `sqat inspect` in an empty folder at 80 columns; exit code, lines of output, and what was said of errors."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("SQAT_DEBUG", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def run(*arguments: str) -> tuple[int, list[str], str]:
+        code = cli.main(["inspect", *arguments])
+        captured = capsys.readouterr()
+        return code, captured.out.splitlines(), captured.err.strip()
+
+    return run
+
+
+@pytest.fixture
+def good(bert: Family, tmp_path: Path) -> onnx.ModelProto:
+    """A file in order, written to model.onnx."""
+    model = insert_qdq(bert.graph, tied(bert, "output", *ATTENTION, "add"))
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    return model
+
+
+@pytest.fixture
+def broken(bert: Family, tmp_path: Path) -> onnx.ModelProto:
+    """A file with findings that can be repaired (B7, B10) and some that cannot (T16, T17), in broken.onnx."""
+    model = insert_qdq(bert.graph, tied(bert, "output", *ATTENTION, "add"))
+    for part in ("key", "value"):
+        node(model, f"{SELF}/{part}/MatMul").input[0] = node(model, f"{SELF}/query/MatMul").input[0]
+    change(model, "classifier.weight", lambda value: value.__setitem__((0, slice(3)), -0.0))
+    bypass(model, f"{ENCODER}/output/dense/output")
+    (tmp_path / "broken.onnx").write_bytes(model.SerializeToString())
+    return model
+
+
+def test_a_table_says_how_each_layer_would_run(command: Command, broken: onnx.ModelProto) -> None:
+    code, lines, error = command("broken.onnx")
+    assert (code, error) == (0, "")
+    assert max(len(line) for line in lines) <= 80
+    assert lines[0].split() == ["layer", "shape", "N:M", "zero%", "scale", "amax", "runs", "as"]
+    rows = {line.split()[0]: line.split("2:4")[-1].split()[3:] for line in lines[2:] if line.startswith("~")}
+    assert rows["~1.output.dense"] == ["sparse", "int8"]
+    assert rows["~0.output.dense"][:2] == ["dense", "int8"]
+    assert rows["~0.attention.self.query"][:1] == ["float"]
+    assert "c: breaks T16 (int8 out: the output reaches a Q behind bias and changes of layout)" not in lines
+    assert "~ is bert.encoder.layer." in lines
+
+
+def test_a_file_in_order(command: Command, good: onnx.ModelProto) -> None:
+    code, lines, error = command("model.onnx", "--target", "tensorrt")
+    assert (code, error) == (0, "")
+    assert lines[:2] == [
+        "12 of 14 layers will run sparse int8 on tensorrt",
+        "where that is faster than dense, which the engine's builder finds out by timing",
+    ]
+    assert lines[3:] == [
+        "     1  float         its weight has no DequantizeLinear; not 2:4 along its",
+        "                      inputs",
+        "     1  float         3 channels are fewer than 16; not 2:4 along its inputs",
+    ]
+    assert command("model.onnx", "--target", "onnx-int8")[1][0] == "12 of 14 layers will run in int8 on onnx-int8"
+
+
+def test_findings_are_listed_with_nodes_and_what_to_do(command: Command, broken: onnx.ModelProto) -> None:
+    code, lines, error = command("broken.onnx", "--target", "tensorrt")
+    assert code == 3
+    assert error == "error: broken.onnx: breaks 3 rules of target tensorrt in 5 places; --fix repairs 4 of them"
+    assert max(len(line) for line in lines) <= 80
+    assert lines[0] == "8 of 14 layers will run sparse int8 on tensorrt"
+    start = lines.index("T16 error, 1 node: its output stays float: it goes to Add")
+    assert lines[start + 1 : start + 4] == [
+        f"    at  {ENCODER}/output/dense/MatMul",
+        "  asks  int8 out: the output reaches a Q behind bias and changes of layout",
+        "   fix  calibrate with profile tensorrt, so that outputs, residual adds and",
+    ]
+    assert "B7 error, 1 node, --fix repairs it: 3 weights are -0.0" in lines
+    grades = [line.split()[1].strip(",:") for line in lines if line.startswith(("B", "T"))]
+    assert grades == ["error", "error", "error", "warning"]
+
+
+def test_many_nodes_are_told_once(command: Command, bert: Family, tmp_path: Path) -> None:
+    (tmp_path / "linear.onnx").write_bytes(insert_qdq(bert.graph, bert.quantization()).SerializeToString())
+    code, lines, _ = command("linear.onnx", "--target", "tensorrt")
+    assert code == 3
+    start = lines.index("T16 error, 6 nodes: its output stays float: it goes to MatMul")
+    names = [f"{SELF}/{part}/MatMul" for part in ("query", "key", "value")]
+    assert [line.split()[-1] for line in lines[start + 1 : start + 4]] == names
+    assert lines[start + 4] == "        and 3 more (all with --json)"
+    told = json.loads("\n".join(command("linear.onnx", "--target", "tensorrt", "--json")[1]))
+    assert len([f for f in told["findings"] if f["problem"].endswith("MatMul")]) == 6
+
+
+def test_json_holds_everything(command: Command, broken: onnx.ModelProto) -> None:
+    code, lines, _ = command("broken.onnx", "--target", "tensorrt", "--json")
+    told = json.loads("\n".join(lines))
+    assert code == 3
+    assert (told["path"], told["target"], told["changes"], told["written"]) == ("broken.onnx", "tensorrt", [], None)
+    assert told["summary"] == {
+        "text": "8 of 14 layers will run sparse int8 on tensorrt",
+        "layers": 14, "running": 8, "doubtful": 0, "errors": 5, "warnings": 1,
+    }  # fmt: skip
+    (finding,) = [f for f in told["findings"] if f["rule"] == "B7"]
+    assert finding["node"] == "/classifier/Gemm"
+    assert finding["fixable"]
+    assert all(f["asks"] and f["fix"] for f in told["findings"])
+    assert {layer["runs"] for layer in told["layers"]} == {"sparse int8", "dense int8", "float"}
+    table = json.loads("\n".join(command("broken.onnx", "--json")[1]))
+    assert {layer["name"]: layer["runs"] for layer in table["layers"]} == {
+        layer["name"]: layer["runs"] for layer in told["layers"]
+    }
+
+
+def test_fix_writes_a_file_beside_and_says_what(command: Command, broken: onnx.ModelProto, tmp_path: Path) -> None:
+    before = (tmp_path / "broken.onnx").read_bytes()
+    code, lines, error = command("broken.onnx", "--fix")
+    assert code == 3
+    assert error == "error: broken.onnx: breaks 1 rule of target tensorrt in 1 place"
+    assert max(len(line) for line in lines) <= 80
+    assert lines[0].startswith("broken.fixed.onnx: ")
+    assert "B7, 1 node: made 3 zeros +0.0" in lines
+    assert "11 of 14 layers will run sparse int8 on tensorrt" in lines
+    assert (tmp_path / "broken.onnx").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"broken.onnx", "broken.fixed.onnx"}
+    assert command("broken.fixed.onnx", "--fix", "--target", "onnx-int8")[:2][0] == 0
+    again = command("broken.fixed.onnx", "--fix")[1]
+    assert again[0] == "nothing here that --fix can repair, no file written"
+
+
+def test_fix_as_json(command: Command, broken: onnx.ModelProto) -> None:
+    told = json.loads("\n".join(command("broken.onnx", "--fix", "--json")[1]))
+    assert told["written"] == "broken.fixed.onnx"
+    assert {"rule": "B7", "node": "classifier.weight", "text": "made 3 zeros +0.0"} in told["changes"]
+
+
+def test_the_input_is_overwritten_only_by_name(command: Command, broken: onnx.ModelProto, tmp_path: Path) -> None:
+    assert command("broken.onnx", "--fix", "--output", "broken.onnx")[0] == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"broken.onnx"}
+    assert command("broken.onnx", "--fix")[1][0] == "nothing here that --fix can repair, no file written"
+    (tmp_path / "elsewhere").mkdir()
+    assert command("broken.onnx", "--fix", "--output", "elsewhere/copy.onnx")[0] == 3
+    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"copy.onnx"}
+
+
+def test_external_data_stays_external(command: Command, broken: onnx.ModelProto, tmp_path: Path) -> None:
+    wanted = {tensor.name: tensor for tensor in broken.graph.initializer}
+    onnx.save(broken, tmp_path / "big.onnx", save_as_external_data=True, location="weights.bin", size_threshold=64)
+    before = (tmp_path / "weights.bin").read_bytes()
+    assert command("big.onnx", "--fix")[0] == 3
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"broken.onnx", "big.onnx", "weights.bin", "big.fixed.onnx", "big.fixed.onnx.data"}
+    assert (tmp_path / "weights.bin").read_bytes() == before
+    fixed = read_onnx(tmp_path / "big.fixed.onnx")
+    weight = next(t for t in fixed.graph.initializer if t.name == "classifier.weight")
+    values = onnx.numpy_helper.to_array(weight)
+    assert not np.signbit(values[values == 0]).any()
+    np.testing.assert_array_equal(values, onnx.numpy_helper.to_array(wanted["classifier.weight"]))
+    assert command("big.onnx", "--fix", "--output", "big.onnx")[0] == 3
+    assert command("big.onnx", "--target", "onnx-int8")[0] == 0
+    (tmp_path / "big.fixed.onnx.data").unlink()
+    code, _, error = command("big.fixed.onnx", "--target", "tensorrt")
+    assert code == 2
+    assert error.startswith("error: big.fixed.onnx: its external data cannot be read: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["model.onnx", "--target", "cuda"], "--target: no target 'cuda' to lint for; allowed: onnx-int8, tensorrt, "),
+        (["folder", "--target", "tensorrt"], "folder: a checkpoint folder has no graph to lint or fix; name the .onnx"),
+        (["folder", "--fix"], "folder: a checkpoint folder has no graph to lint or fix; name the .onnx"),
+        (["model.onnx", "--output", "x.onnx"], "--output: names a file for --fix, which was not given"),
+        (["model.onnx", "--fix", "--output", "folder"], "folder: is a folder; name a file"),
+        (["model.onnx", "--fix", "--output", "gone/x.onnx"], "gone: the folder does not exist"),
+        (["text.onnx", "--target", "tensorrt"], "text.onnx: not an ONNX file, or cut short; export it again"),
+        (["short.onnx", "--fix"], "short.onnx: not an ONNX file, or cut short; export it again"),
+        (["relu.onnx", "--target", "tensorrt"], "relu.onnx: holds no MatMul, Gemm or Conv with a constant weight, so"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(
+    command: Command, good: onnx.ModelProto, tmp_path: Path, arguments: list[str], error: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.onnx").write_text("# a model card\n")
+    (tmp_path / "short.onnx").write_bytes((tmp_path / "model.onnx").read_bytes()[:-1000])
+    relu = onnx.parser.parse_model(
+        '<ir_version: 9, opset_import: ["" : 20]> g (float[N] x) => (float[N] y) { y = Relu(x) }'
+    )
+    (tmp_path / "relu.onnx").write_bytes(relu.SerializeToString())
+    code, lines, said = command(*arguments)
+    assert (code, lines) == (2, [])
+    assert said.startswith(f"error: {error}")
+    assert "\n" not in said
+
+
+def test_a_file_without_quantized_layers_says_so(command: Command, bert: Family, tmp_path: Path) -> None:
+    (tmp_path / "float.onnx").write_bytes(bert.graph.SerializeToString())
+    code, lines, error = command("float.onnx", "--target", "tensorrt")
+    assert (code, error) == (3, "error: float.onnx: breaks 1 rule of target tensorrt in 1 place")
+    assert lines[0] == "0 of 14 layers will run sparse int8 on tensorrt"
+    assert "layers error: holds no quantized layer, so none will run in int8" in lines
+    assert command("float.onnx", "--target", "onnx-fp32")[:2][0] == 0
+
+
+def test_an_invalid_graph_still_has_its_table(command: Command, good: onnx.ModelProto, tmp_path: Path) -> None:
+    node(good, f"{SELF}/query/MatMul").input[0] = "nowhere"
+    (tmp_path / "model.onnx").write_bytes(good.SerializeToString())
+    assert command("model.onnx")[0] == 0
+    code, lines, _ = command("model.onnx", "--target", "tensorrt")
+    assert code == 3
+    assert [line for line in lines if line.startswith("checker error: ")]
+    assert lines[0] == "0 of 14 layers will run sparse int8 on tensorrt"
