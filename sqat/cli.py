@@ -264,7 +264,7 @@ def inspect(
 
         layers = inspect_checkpoint(path)
     else:
-        from sqat.export.inspection import inspect_onnx
+        from sqat.lint.inspection import inspect_onnx
 
         layers = inspect_onnx(path)
     print_layers(layers, path, as_json=json)
@@ -276,8 +276,8 @@ def inspect_for(target: str, path: Path, fix: bool, output: Path | None, json: b
         raise SqatError(
             "a checkpoint folder has no graph to lint or fix", "name the .onnx file of an export", str(path)
         )
-    from sqat.export.checks import known_target
-    from sqat.export.repaired_file import lint_file, repair_file, require
+    from sqat.lint.checks import known_target
+    from sqat.lint.repaired_file import lint_file, repair_file, require
     from sqat.tables import print_findings
 
     rules = known_target(target)

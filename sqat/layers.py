@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from sqat.errors import SqatError
+from sqat.lint.sizes import SMALLEST_SIDE, SPARSE_INPUTS, SPARSE_OUTPUTS
 from sqat.recipe import Layers
 
 
@@ -78,10 +79,12 @@ def why_left(name: str, module: nn.Linear, layers: Layers, blocks: tuple[str, ..
     if layers.include is not None and not any(fnmatchcase(name, glob) for glob in layers.include):
         return "not included by the recipe"
     outputs, inputs = module.weight.shape
-    if purpose == "prune" and (outputs % 8 or inputs % 16 or inputs % multiple):
-        return f"[{outputs}, {inputs}] is not a multiple of [8, {max(16, multiple)}] (rule B8)"
-    if purpose == "quantize" and min(outputs, inputs) < 16:
-        return f"[{outputs}, {inputs}] is smaller than 16 (rule B8)"
+    if purpose == "prune" and (outputs % SPARSE_OUTPUTS or inputs % SPARSE_INPUTS or inputs % multiple):
+        return (
+            f"[{outputs}, {inputs}] is not a multiple of [{SPARSE_OUTPUTS}, {max(SPARSE_INPUTS, multiple)}] (rule B8)"
+        )
+    if purpose == "quantize" and min(outputs, inputs) < SMALLEST_SIDE:
+        return f"[{outputs}, {inputs}] is smaller than {SMALLEST_SIDE} (rule B8)"
     return ""
 
 

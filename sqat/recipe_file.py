@@ -94,7 +94,7 @@ def distill_override(
 
 
 def targets_override(path: Path, stage: str | None, overrides: Sequence[str], targets: Sequence[str]) -> list[str]:
-    """What ``--target`` means for the export stage, as a ``--set``; the recipe's results, which name targets, are dropped."""
+    """What ``--target`` means for the export stage, as ``--set``; the results, which name targets, are dropped."""
     found = stage_of_kind(path, "export", stage, overrides)
     return [] if found is None else [f"stages.{found[0]}.targets=[{', '.join(targets)}]", "results={}"]
 

@@ -21,8 +21,8 @@ from sqat.report_row import LayerReport
 
 if TYPE_CHECKING:
     from sqat.engine.report import EngineReport
-    from sqat.export.inspection import Lint
-    from sqat.export.repaired_file import Repair
+    from sqat.lint.inspection import Lint
+    from sqat.lint.repaired_file import Repair
     from sqat.pipeline import PlannedStage, Results
 
 SMALLEST_SHOWN = 1e-9  # the scale of a channel that holds nothing but zeros is smaller still
@@ -191,7 +191,7 @@ def _layer_cells(layer: LayerReport, mark: str) -> list[str]:
 
 def print_findings(lint: Lint, path: Path, *, repair: Repair | None = None, as_json: bool = False) -> None:
     """What the linter says of a file for a target, and what was repaired before, if that was asked for."""
-    from sqat.export.lint_text import lint_lines, lint_values
+    from sqat.lint.text import lint_lines, lint_values
 
     if as_json:
         print_json(lint_values(lint, path, repair))

@@ -480,7 +480,9 @@ def test_nothing_is_unpickled(path: Path) -> None:
 
 def test_files_in_a_folder_of_their_own(saved: Path, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(saved)
-    more = replace(checkpoint, files={**checkpoint.files, "packed/model.safetensors": b"x", "packed/config.json": b"{}"})
+    more = replace(
+        checkpoint, files={**checkpoint.files, "packed/model.safetensors": b"x", "packed/config.json": b"{}"}
+    )
     save_checkpoint(more, tmp_path / "more")
     assert (tmp_path / "more" / "packed" / "model.safetensors").read_bytes() == b"x"
     assert load_checkpoint(tmp_path / "more").files == more.files

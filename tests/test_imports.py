@@ -34,6 +34,7 @@ LAYERS = [
         "training",
         "engine",
         "export",
+        "lint",
         "serving",
         "metrics",
         "insertion",

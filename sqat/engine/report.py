@@ -20,7 +20,7 @@ from sqat.engine.build_log import BuildLog
 from sqat.engine.rows import EngineRow, engine_rows
 from sqat.engine.tracing import trace
 from sqat.errors import GateError
-from sqat.export.wiring import Wiring
+from sqat.lint.wiring import Wiring
 
 BYTES_PER_NODE = 32
 LARGER = 0.01

@@ -15,12 +15,12 @@ from onnx import NodeProto
 from sqat.engine.build_log import BuildLog, EngineLayer
 from sqat.engine.tracing import is_of_another_model, layers_by_node, trace, weight_type
 from sqat.errors import SqatError
-from sqat.export.checks import find_in
-from sqat.export.inspection import rows
-from sqat.export.rules import Target
-from sqat.export.verdicts import DOUBT
-from sqat.export.weights import Weight
-from sqat.export.wiring import Wiring
+from sqat.lint.checks import find_in
+from sqat.lint.inspection import rows
+from sqat.lint.rules import Target
+from sqat.lint.verdicts import DOUBT
+from sqat.lint.weights import Weight
+from sqat.lint.wiring import Wiring
 from sqat.report_row import LayerReport
 
 SPARSE_PATTERNS = ("1:4", "2:4")

@@ -52,7 +52,10 @@ def changed(operator: str) -> bool:
 
 
 def spell_out(rewriting: Rewriting, gelu: ir.Node) -> None:
-    """Replace a Gelu by x/2 (1 + erf(x / sqrt 2)), or by the same with tanh(sqrt(2/pi) (x + 0.044715 x^3))."""
+    """Replace a Gelu by x/2 (1 + erf(x / sqrt 2)), or by the same with tanh(sqrt(2/pi) (x + 0.044715 x^3)).
+
+    Its input is read once, for it may come from a DequantizeLinear (B10).
+    """
     x, old = gelu.inputs[0], gelu.outputs[0]
     name = module(gelu)
     tanh = "approximate" in gelu.attributes and gelu.attributes["approximate"].as_string() == "tanh"
@@ -64,10 +67,12 @@ def spell_out(rewriting: Rewriting, gelu: ir.Node) -> None:
         return rewriting.node(op, inputs, name, before=gelu, dtype=old.dtype, shape=old.shape)
 
     if tanh:
-        square = step("Mul", x, x)
-        factor = step("Add", step("Mul", square, number("cubic", CUBIC)), number("unit", 1))
-        inner = step("Tanh", step("Mul", step("Mul", x, factor), number("slope", math.sqrt(2 / math.pi))))
+        part = step("Mul", x, number("half", 0.5))
+        factor = step("Add", step("Mul", step("Mul", part, part), number("cubic", 4 * CUBIC)), number("unit", 1))
+        slope = number("slope", 2 * math.sqrt(2 / math.pi))
+        inner, half = step("Tanh", step("Mul", step("Mul", part, factor), slope)), part
     else:
-        inner = step("Erf", step("Mul", x, number("slope", math.sqrt(0.5))))
-    result = step("Mul", step("Mul", x, number("half", 0.5)), step("Add", inner, number("one", 1)))
+        part = step("Mul", x, number("slope", math.sqrt(0.5)))
+        inner, half = step("Erf", part), step("Mul", part, number("half", math.sqrt(0.5)))
+    result = step("Mul", half, step("Add", inner, number("one", 1)))
     old.replace_all_uses_with(result)

@@ -23,7 +23,6 @@ from sqat.engine.recipe import build_files
 from sqat.errors import GateError, SqatError
 from sqat.evaluation import LAST_BITS, quantized_layers, rounded_otherwise, served_model
 from sqat.export.card import model_card
-from sqat.export.checks import known_target, verify
 from sqat.export.compressed import check_contents, write_compressed
 from sqat.export.conv1x1 import to_conv1x1
 from sqat.export.embeddings import Widened, store_embeddings, stored_tables
@@ -36,6 +35,7 @@ from sqat.export.packed import write_packed
 from sqat.export.qdq import Quantization, insert_qdq
 from sqat.export.runtime import left_in_float, optimized_graph, parity
 from sqat.job import Job, logits_of, predict
+from sqat.lint.checks import known_target, verify
 from sqat.models import PreTrainedModel, use_eager
 from sqat.quantization.fake_quant import quantize_weight
 from sqat.recipe import ExportConfig

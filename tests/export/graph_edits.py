@@ -9,11 +9,11 @@ import onnx
 from conftest import ATTENTION, Family
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from sqat.export.checks import find_in, known_target
-from sqat.export.findings import Finding
-from sqat.export.inspection import lint
 from sqat.export.qdq import Quantization
-from sqat.export.wiring import Wiring
+from sqat.lint.checks import find_in, known_target
+from sqat.lint.findings import Finding
+from sqat.lint.inspection import lint
+from sqat.lint.wiring import Wiring
 
 ENCODER = "/bert/encoder/layer.0"
 SELF = f"{ENCODER}/attention/self"

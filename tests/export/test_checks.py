@@ -16,9 +16,9 @@ from graph_edits import ENCODER, LAYER, QUERY, SELF, between, bypass, change, no
 from onnx import ModelProto, helper, numpy_helper
 
 from sqat.errors import GateError, SqatError
-from sqat.export.checks import find, find_in, known_target, verify
 from sqat.export.qdq import Quantization, insert_qdq
-from sqat.export.wiring import Wiring
+from sqat.lint.checks import find, find_in, known_target, verify
+from sqat.lint.wiring import Wiring
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from conftest import ATTENTION, Family, ImageFamily, build_family, rtx_weight_by
 from onnx import ModelProto, NodeProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from sqat.export.checks import find
 from sqat.export.conv1x1 import to_conv1x1
 from sqat.export.graph import module_of
 from sqat.export.qdq import Quantization, insert_qdq
 from sqat.export.runtime import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
+from sqat.lint.checks import find
 
 BATCHES = [(1, 2, "right"), (3, 9, "right"), (4, 20, "left"), (2, 33, "right"), (8, 16, "left")]
 TENSORRT = ("output", *ATTENTION, "add")

@@ -17,11 +17,11 @@ from graph_edits import ENCODER, LAYER, QUERY, SELF, between, change, node, put,
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from sqat.export import checks
-from sqat.export.checks import find, find_in, known_target
-from sqat.export.findings import Change
-from sqat.export.fixes import REPAIRED, REPAIRS, fix
 from sqat.export.qdq import insert_qdq
-from sqat.export.wiring import Wiring
+from sqat.lint.checks import find, find_in, known_target
+from sqat.lint.findings import Change
+from sqat.lint.fixes import REPAIRED, REPAIRS, fix
+from sqat.lint.wiring import Wiring
 
 
 @pytest.fixture(scope="module")

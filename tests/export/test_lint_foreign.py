@@ -17,10 +17,10 @@ from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from test_checks import BROKEN, FOR_TENSORRT
 from test_lint_targets import TYPES
 
-from sqat.export.fixes import fix
-from sqat.export.inspection import lint
 from sqat.export.qdq import insert_qdq
-from sqat.export.rules import RULES, TARGETS
+from sqat.lint.fixes import fix
+from sqat.lint.inspection import lint
+from sqat.lint.rules import RULES, TARGETS
 
 ERF = """agraph (float[batch, sequence, 64] x) => (float[batch, sequence, 64] y)
 <float s = {0.01}, int8 z1 = {0}, int8 z2 = {0}, int8 z3 = {0}, float root = {1.4142135}, float one = {1},

@@ -34,8 +34,9 @@ from sqat.errors import SqatError
 from sqat.export.conv1x1 import to_conv1x1
 from sqat.export.float16 import to_float16
 from sqat.export.folding import fold_attention_scale
-from sqat.export.inspection import lint
+from sqat.export.opset17 import to_opset17
 from sqat.export.qdq import Quantization, insert_qdq
+from sqat.lint.inspection import lint
 
 # The families, as they are exported here
 
@@ -78,7 +79,7 @@ def test_outputs_quantized_where_the_attention_reads_them_are_int8_out(bert: Fam
 
 @pytest.fixture(scope="module")
 def convolutions(bert: Family) -> bytes:
-    model = to_conv1x1(insert_qdq(bert.graph, tied(bert, *ALL), "qdq"))
+    model = to_opset17(to_conv1x1(insert_qdq(bert.graph, tied(bert, *ALL), "qdq")))
     return bytes(model.SerializeToString())
 
 
@@ -128,6 +129,13 @@ def test_a_broken_convolution(convolutions: bytes, break_it: Callable[[ModelProt
     model = onnx.load_from_string(convolutions)
     line = break_it(model)
     assert line in [str(finding) for finding in found(model, "tensorrt-8")]
+
+
+def test_tensorrt_8_reads_opset_17_at_most(bert: Family) -> None:
+    model = to_conv1x1(insert_qdq(bert.graph, tied(bert, *ALL), "qdq"))
+    assert said(model, "tensorrt-8", "B1") == ["B1: opset 20, must be 13 to 17"]
+    assert said(model, "tensorrt", "B1") == []
+    assert said(to_opset17(model), "tensorrt", "B1") == ["B1: opset 17, must be 18 to 20"]
 
 
 def test_tensorrt_8_asks_for_convolutions_and_float_weights(bert: Family) -> None:

@@ -18,7 +18,6 @@ import transformers
 from conftest import ATTENTION, Family, prepare, rtx_weight_bytes
 from onnx import ModelProto, numpy_helper
 
-from sqat.export.checks import verify
 from sqat.export.conv1x1 import to_conv1x1
 from sqat.export.embeddings import store_embeddings
 from sqat.export.float16 import to_float16
@@ -26,6 +25,7 @@ from sqat.export.folding import fold_attention_scale
 from sqat.export.graph import export_float
 from sqat.export.qdq import insert_qdq
 from sqat.export.runtime import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
+from sqat.lint.checks import verify
 
 pytestmark = pytest.mark.slow
 

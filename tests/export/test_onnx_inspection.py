@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from sqat.errors import SqatError
-from sqat.export.inspection import find_pattern, inspect_onnx
 from sqat.export.qdq import Quantization, insert_qdq
+from sqat.lint.inspection import find_pattern, inspect_onnx
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 

@@ -14,10 +14,10 @@ from onnx import ModelProto, numpy_helper, parser
 from torch import nn
 
 from sqat.errors import SqatError
-from sqat.export.checks import find, verify
 from sqat.export.graph import export_float, module_of
 from sqat.export.qdq import Quantization, insert_qdq
 from sqat.export.runtime import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
+from sqat.lint.checks import find, verify
 
 PROFILES = {
     "linear": (),

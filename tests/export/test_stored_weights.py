@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from sqat.export.weights import kept_in_groups
-from sqat.export.wiring import Wiring
+from sqat.lint.weights import kept_in_groups
+from sqat.lint.wiring import Wiring
 from sqat.sparsity.masks import Pattern, count_violations
 
 STEPS = st.lists(st.sampled_from(["Transpose", "Reshape", "Unsqueeze", "Identity", "Cast"]), max_size=5)

@@ -65,7 +65,16 @@ def test_every_readme_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     text = recipe[1].replace("sentence-transformers/all-MiniLM-L6-v2", str(project.folder / "model"))
     text = text.replace("max_length: 128", "max_length: 32")
     commands = readme_commands()
-    assert {command[0] for command in commands} >= {"init", "run", "qat", "export", "inspect", "engine", "evaluate", "schema"}
+    assert {command[0] for command in commands} >= {
+        "init",
+        "run",
+        "qat",
+        "export",
+        "inspect",
+        "engine",
+        "evaluate",
+        "schema",
+    }
     if importlib.util.find_spec("tensorrt_rtx") is None:
         commands = [command for command in commands if command[0] != "engine"]
     for command in commands:

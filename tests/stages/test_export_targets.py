@@ -12,8 +12,8 @@ import torch
 
 from sqat.cli import main
 from sqat.errors import GateError, SqatError
-from sqat.export.checks import find
 from sqat.export.runtime import parity
+from sqat.lint.checks import find
 from sqat.pipeline import evaluate, run, run_stage
 from sqat.recipe_file import load_recipe
 from sqat.stages import export
@@ -106,7 +106,7 @@ def test_ranges_reach_the_build_files(project: Project, tmp_path: Path) -> None:
 
 
 def test_a_wrong_packed_weight_is_told(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(checkpoint):  # noqa: ANN001, ANN202
+    def wrong(checkpoint):
         layer = next(iter(checkpoint.masks))
         weights = {**checkpoint.weights, f"{layer}.weight": checkpoint.weights[f"{layer}.weight"] * -1}
         return original(export.replace(checkpoint, weights=weights))

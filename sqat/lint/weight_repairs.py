@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 from onnx import NodeProto, numpy_helper
 
-from sqat.export.editing import Array, Editing
-from sqat.export.pair_rules import sound
-from sqat.export.weights import FLOATS, Weight, permutation
-from sqat.export.wiring import DEQUANTIZE, QUANTIZE, label, operator
+from sqat.lint.editing import Array, Editing
+from sqat.lint.pair_rules import sound
+from sqat.lint.weights import FLOATS, Weight, permutation
+from sqat.lint.wiring import DEQUANTIZE, QUANTIZE, label, operator
 
 MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
 

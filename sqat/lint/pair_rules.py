@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import numpy as np
 from onnx import NodeProto, TensorProto
 
-from sqat.export.findings import Problem
-from sqat.export.operator_rules import feeds_gather
-from sqat.export.weights import FLOATS, Weight
-from sqat.export.wiring import DEQUANTIZE, LAYOUT, QUANTIZE, Array, Wiring, attribute, label, operator
+from sqat.lint.findings import Problem
+from sqat.lint.operator_rules import feeds_gather
+from sqat.lint.weights import FLOATS, Weight
+from sqat.lint.wiring import DEQUANTIZE, LAYOUT, QUANTIZE, Array, Wiring, attribute, label, operator
 
 
 def zero_points(wiring: Wiring) -> Iterator[Problem]:

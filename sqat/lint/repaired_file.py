@@ -16,10 +16,10 @@ from onnx import ModelProto, TensorProto
 
 from sqat.errors import GateError, SqatError
 from sqat.export.files import data_path, write_onnx
-from sqat.export.findings import Change, plural
-from sqat.export.fixes import fix
-from sqat.export.inspection import Lint, lint, load
-from sqat.export.rules import Target
+from sqat.lint.findings import Change, plural
+from sqat.lint.fixes import fix
+from sqat.lint.inspection import Lint, lint, load
+from sqat.lint.rules import Target
 
 
 @dataclass(frozen=True)

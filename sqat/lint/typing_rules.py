@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import numpy as np
 from onnx import NodeProto, TensorProto, numpy_helper
 
-from sqat.export.findings import Problem
-from sqat.export.inference import is_standard
-from sqat.export.weights import FLOATS, HALF
-from sqat.export.wiring import DEQUANTIZE, QUANTIZE, Array, Wiring, attribute, label, operator
+from sqat.lint.findings import Problem
+from sqat.lint.inference import is_standard
+from sqat.lint.weights import FLOATS, HALF
+from sqat.lint.wiring import DEQUANTIZE, QUANTIZE, Array, Wiring, attribute, label, operator
 
 SMALLEST_HALF_SCALE, LARGEST_HALF = 6.2e-5, 65504.0
 CONVERTING = ("Cast", "CastLike", "Resize", "If", "Loop", "Scan", QUANTIZE, DEQUANTIZE)

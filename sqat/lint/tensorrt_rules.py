@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 
 from onnx import NodeProto
 
-from sqat.export.findings import Problem
-from sqat.export.layer_rules import is_sparse, quantized
-from sqat.export.weights import Weight
-from sqat.export.wiring import DEQUANTIZE, LAYOUT, PRODUCTS, QUANTIZE, SIZE_READERS, Wiring, label, operator
+from sqat.lint.findings import Problem
+from sqat.lint.layer_rules import is_sparse, quantized
+from sqat.lint.weights import Weight
+from sqat.lint.wiring import DEQUANTIZE, LAYOUT, PRODUCTS, QUANTIZE, SIZE_READERS, Wiring, label, operator
 
 FLOATING, IN_DOUBT = "its output stays float", "int8 only behind"
 

@@ -15,12 +15,12 @@ from onnx import ModelProto
 
 from sqat.errors import GateError, SqatError
 from sqat.export.files import check_file
-from sqat.export.findings import Finding
-from sqat.export.fixes import REPAIRED, fix
-from sqat.export.inference import structure_error, typing_error
-from sqat.export.layer_rules import near_patterns, told_patterns
-from sqat.export.rules import RULES, TARGETS, Target
-from sqat.export.wiring import Wiring
+from sqat.lint.findings import Finding
+from sqat.lint.fixes import REPAIRED, fix
+from sqat.lint.inference import structure_error, typing_error
+from sqat.lint.layer_rules import near_patterns, told_patterns
+from sqat.lint.rules import RULES, TARGETS, Target
+from sqat.lint.wiring import Wiring
 
 
 def known_target(name: str) -> Target:

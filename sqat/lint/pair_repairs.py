@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
-from sqat.export.attention_rules import FACTORS, path_to_pair
-from sqat.export.editing import Array, Editing
-from sqat.export.pair_rules import quantizers, sound
-from sqat.export.wiring import DEQUANTIZE, QUANTIZE, Wiring, attribute, label, operator
+from sqat.lint.attention_rules import FACTORS, path_to_pair
+from sqat.lint.editing import Array, Editing
+from sqat.lint.pair_rules import quantizers, sound
+from sqat.lint.wiring import DEQUANTIZE, QUANTIZE, Wiring, attribute, label, operator
 
 MIDDLE = 128
 

@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 from onnx import ModelProto
 
-from sqat.export.editing import Editing
-from sqat.export.findings import Change
-from sqat.export.inference import structure_error
-from sqat.export.pair_repairs import (
+from sqat.lint.editing import Editing
+from sqat.lint.findings import Change
+from sqat.lint.inference import structure_error
+from sqat.lint.pair_repairs import (
     add_zero_points_,
     center_zero_points_,
     drop_output_types_,
@@ -22,8 +22,8 @@ from sqat.export.pair_repairs import (
     split_pairs_,
     split_zero_points_,
 )
-from sqat.export.rules import RULES, TARGETS, Target
-from sqat.export.weight_repairs import (
+from sqat.lint.rules import RULES, TARGETS, Target
+from sqat.lint.weight_repairs import (
     clear_negative_zeros_,
     copy_shared_weights_,
     drop_leftovers_,

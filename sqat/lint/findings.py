@@ -34,7 +34,7 @@ class Finding:
         warning: costs speed, not correctness.
         asks: what the rule asks for, in a few words.
         fix: what to do about it, one line.
-        fixable: whether `sqat.export.fixes.fix` repairs it without changing the numbers.
+        fixable: whether `sqat.lint.fixes.fix` repairs it without changing the numbers.
     """
 
     rule: str

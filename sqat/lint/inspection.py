@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from sqat.errors import SqatError
-from sqat.export.checks import find, find_in
 from sqat.export.files import read_onnx
-from sqat.export.findings import Finding
 from sqat.export.graph import module_of
-from sqat.export.rules import Target
-from sqat.export.verdicts import DOUBT, WANTED, Verdict, verdicts, why_float
-from sqat.export.weights import FLOATS, HALF, Weight, kept_in_groups
-from sqat.export.wiring import DEQUANTIZE, Wiring, label
+from sqat.lint.checks import find, find_in
+from sqat.lint.findings import Finding
+from sqat.lint.rules import Target
+from sqat.lint.verdicts import DOUBT, WANTED, Verdict, verdicts, why_float
+from sqat.lint.weights import FLOATS, HALF, Weight, kept_in_groups
+from sqat.lint.wiring import DEQUANTIZE, Wiring, label
 from sqat.report_row import LayerReport
 from sqat.sparsity.masks import Pattern
 

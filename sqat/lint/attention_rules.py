@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 from onnx import NodeProto
 
-from sqat.export.findings import Problem
-from sqat.export.wiring import DEQUANTIZE, LAYOUT, QUANTIZE, Wiring, label, operator
+from sqat.lint.findings import Problem
+from sqat.lint.wiring import DEQUANTIZE, LAYOUT, QUANTIZE, Wiring, label, operator
 
 HEAD_SIZES = (16, 32, 64)
 SOFTMAX_SCALE = np.float32(1) / np.float32(127)

@@ -1,7 +1,7 @@
 """A graph under repair: nodes put in or taken out, constants added or replaced, and a list of what was done.
 
 Why on the protobuf: a repair follows the findings, and those come from the read-only view of the protobuf
-(`sqat.export.wiring`), whose nodes are edited in place here.
+(`sqat.lint.wiring`), whose nodes are edited in place here.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from sqat.export.findings import Change
-from sqat.export.wiring import Wiring, label, names_in
+from sqat.lint.findings import Change
+from sqat.lint.wiring import Wiring, label, names_in
 
 Array = NDArray[np.generic]
 

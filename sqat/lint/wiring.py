@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from sqat.export.inference import Known, infer, is_standard, opset_of
-from sqat.export.weights import LAYERS, STEPS, Weight, moved_dims, weight_axes
+from sqat.lint.inference import Known, infer, is_standard, opset_of
+from sqat.lint.weights import LAYERS, STEPS, Weight, moved_dims, weight_axes
 
 Array = NDArray[np.generic]
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from sqat.export.findings import Change, Finding, plural
-from sqat.export.inspection import Lint
-from sqat.export.repaired_file import Repair
+from sqat.lint.findings import Change, Finding, plural
+from sqat.lint.inspection import Lint
+from sqat.lint.repaired_file import Repair
 
 SHOWN_NODES = 3
 WANTED = {

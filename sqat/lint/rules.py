@@ -3,7 +3,7 @@
 What: a check is a small function over the wiring that yields what breaks it, with the node; the row says what is
 asked, how grave a breach is for each target, and what to do. The checks look at the finished file only: the writer
 obeys the rules by construction, so a check of its own data would prove nothing. A rule with several rows is told
-apart by severity or advice. Left out: patterns that a checkpoint claims (`sqat.export.checks`), and what only a
+apart by severity or advice. Left out: patterns that a checkpoint claims (`sqat.lint.checks`), and what only a
 runtime can tell (`sqat.export.runtime.left_in_float`).
 """
 
@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
-from sqat.export.attention_rules import attention, fused_attention
-from sqat.export.findings import Finding, Problem
-from sqat.export.layer_rules import (
+from sqat.lint.attention_rules import attention, fused_attention
+from sqat.lint.findings import Finding, Problem
+from sqat.lint.layer_rules import (
     axes,
     both_operands,
     float_bias,
@@ -23,9 +23,10 @@ from sqat.export.layer_rules import (
     sparse_sizes,
     weight_values,
 )
-from sqat.export.operator_rules import (
+from sqat.lint.operator_rules import (
     float_only,
     microsoft_operators,
+    older_opset,
     operators,
     opset,
     other_operators,
@@ -36,10 +37,10 @@ from sqat.export.operator_rules import (
     symbolic_sizes,
     tensorrt_operators,
 )
-from sqat.export.pair_rules import dedicated_pairs, float_weights, granularity, own_zero_points, scales, zero_points
-from sqat.export.tensorrt_rules import convolutions, int8_out, one_output_scale, residual_adds
-from sqat.export.typing_rules import half_range, half_scales, mixed_types, quantizer_types
-from sqat.export.wiring import Wiring
+from sqat.lint.pair_rules import dedicated_pairs, float_weights, granularity, own_zero_points, scales, zero_points
+from sqat.lint.tensorrt_rules import convolutions, int8_out, one_output_scale, residual_adds
+from sqat.lint.typing_rules import half_range, half_scales, mixed_types, quantizer_types
+from sqat.lint.wiring import Wiring
 
 Check = Callable[[Wiring], Iterator[Problem]]
 Target = Literal["onnx-int8", "tensorrt", "tensorrt-8", "onnx-fp16", "onnx-fp32"]
@@ -80,7 +81,9 @@ PLAIN_QDQ = "quantize in the form Q/DQ around float operators (QDQ, static), not
 OWN_PAIR = "give each consumer its own pair; --fix does it"
 # fmt: off
 RULES: tuple[Rule, ...] = (
-    Rule("B1", "EWWWW", "opset 18 to 20", opset, EXPORT_AGAIN),
+    Rule("B1", "EW-WW", "opset 18 to 20", opset, EXPORT_AGAIN),
+    Rule("B1", "--E--", "opset 13 to 17", older_opset,
+         "export with stages.export.tensorrt.layers=conv1x1 and weights=qdq"),
     Rule("B1", "EEEEE", "opset 13 to 25 at the least", readable_opset, EXPORT_AGAIN),
     Rule("B1", "EEE--", "Q/DQ around float operators, no integer ones", operators, PLAIN_QDQ),
     Rule("B1", "EEE--", "no attribute output_dtype", output_types,

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 
 from onnx import NodeProto
 
-from sqat.export.findings import Problem
-from sqat.export.inference import is_standard, unknown_operators
-from sqat.export.weights import FLOATS
-from sqat.export.wiring import DEQUANTIZE, QUANTIZE, Wiring, label, operator, subgraphs_of
+from sqat.lint.findings import Problem
+from sqat.lint.inference import is_standard, unknown_operators
+from sqat.lint.weights import FLOATS
+from sqat.lint.wiring import DEQUANTIZE, QUANTIZE, Wiring, label, operator, subgraphs_of
 
 FORBIDDEN = ("QLinear", "MatMulInteger", "ConvInteger", "DynamicQuantize")
-OPSETS, POSSIBLE_OPSETS = range(18, 21), range(13, 26)
+OPSETS, OLDER_OPSETS, POSSIBLE_OPSETS = range(18, 21), range(13, 18), range(13, 26)
 MICROSOFT, TENSORRT = "com.microsoft", "trt"
 
 
@@ -23,6 +23,12 @@ def opset(wiring: Wiring) -> Iterator[Problem]:
     """Opset 18 to 20, where another can still be read."""
     if wiring.opset in POSSIBLE_OPSETS and wiring.opset not in OPSETS:
         yield Problem("", f"opset {wiring.opset}, must be 18 to 20")
+
+
+def older_opset(wiring: Wiring) -> Iterator[Problem]:
+    """Opset 13 to 17, the last that TensorRT 8.6 reads; Gelu came with 20."""
+    if wiring.opset in POSSIBLE_OPSETS and wiring.opset not in OLDER_OPSETS:
+        yield Problem("", f"opset {wiring.opset}, must be 13 to 17")
 
 
 def readable_opset(wiring: Wiring) -> Iterator[Problem]:
