@@ -14,7 +14,7 @@ from sqat.display import Display
 from sqat.evaluation import evaluate_artifact
 from sqat.job import Splits
 from sqat.keys import Keys
-from sqat.stages.export import file_name
+from sqat.stages.targets import file_name
 
 FILE = "results.json"
 

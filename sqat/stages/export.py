@@ -1,87 +1,30 @@
 """Export to the files of the engines and, at once, the proof that each is the model: nothing is kept of one that fails.
 
-The float graph is traced once; each target is written from it or from the checkpoint, checked by its rules, run on
-the CPU, and compared with the torch model on real dev rows. Left out: engines, which `sqat engine` builds from the
-file of the target ``tensorrt``.
+Each target (`sqat.stages.targets`) is written, run on the CPU, and compared with the torch model on real dev rows.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-
-from onnx import ModelProto
-from torch import Tensor
 
 from sqat.artifacts import open_artifact
 from sqat.checkpoint import Checkpoint
 from sqat.data import Rows, collate, column
-from sqat.engine.recipe import build_files
 from sqat.errors import GateError, SqatError
-from sqat.evaluation import LAST_BITS, quantized_layers, rounded_otherwise, served_model
+from sqat.evaluation import rounded_otherwise, served_model
 from sqat.export.card import model_card
-from sqat.export.compressed import check_contents, write_compressed
-from sqat.export.conv1x1 import to_conv1x1
-from sqat.export.embeddings import Widened, store_embeddings, stored_tables
-from sqat.export.files import write_onnx
-from sqat.export.float16 import to_float16
-from sqat.export.folding import fold_attention_scale
-from sqat.export.graph import export_float
-from sqat.export.opset17 import to_opset17
-from sqat.export.packed import write_packed
-from sqat.export.qdq import Quantization, insert_qdq
-from sqat.export.runtime import left_in_float, optimized_graph, parity
+from sqat.export.runtime import parity
 from sqat.job import Job, logits_of, predict
-from sqat.lint.checks import known_target, verify
-from sqat.models import PreTrainedModel, use_eager
-from sqat.quantization.fake_quant import quantize_weight
+from sqat.models import use_eager
 from sqat.recipe import ExportConfig
+from sqat.stages.targets import TARGETS, Source, Written, file_name
 from sqat.tasks.slack import slack
 from sqat.training import Figures
 
 NOISE_FACTOR = 3
-HALF_BITS = 2.0**-11
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a target is written from.
-
-    Attributes:
-        checkpoint: the parent, with weights, masks and bounds.
-        model: built from it, in eval mode on the CPU, eager attention.
-        inputs: an example batch by input name.
-        sequence: smallest, usual and largest number of tokens.
-    """
-
-    checkpoint: Checkpoint
-    model: PreTrainedModel
-    inputs: dict[str, Tensor]
-    config: ExportConfig
-    sequence: tuple[int, int, int]
-
-    @cached_property
-    def graph(self) -> ModelProto:
-        """The float graph, traced once for all targets."""
-        return export_float(self.model, self.inputs)
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a target wrote, and what it must agree with.
-
-    Attributes:
-        reference: the checkpoint whose torch model computes the same.
-        rounding: relative error of one operation in the written form.
-        notes: what the target could not express.
-    """
-
-    reference: Checkpoint
-    rounding: float = LAST_BITS
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -138,136 +81,11 @@ def sequence_range(config: ExportConfig, longest: int) -> tuple[int, int, int]:
     return config.sequence or (min(16, longest), max(min(16, longest), longest // 2), longest)
 
 
-def file_name(target: str) -> str:
-    """``onnx-int8`` -> ``model.int8.onnx``; the two targets that are no graph have a folder of their own."""
-    folders = {"torch-semi-structured": "semi-structured", "compressed-tensors": "compressed-tensors"}
-    return folders.get(target, f"model.{target.removeprefix('onnx-')}.onnx")
-
-
 def artifact_bytes(files: dict[str, bytes], name: str) -> int:
     """Bytes of a file with its external data, or of a folder."""
     return sum(
         len(content) for path, content in files.items() if path == name or path.startswith((f"{name}.data", f"{name}/"))
     )
-
-
-def write_fp32(source: Source, folder: Path) -> Written:
-    """The float graph as it is, weights with their zeros."""
-    return write_graph(source, "onnx-fp32", with_embeddings(source, source.graph), folder, float_reference(source))
-
-
-def write_fp16(source: Source, folder: Path) -> Written:
-    """The float graph in float16, weights with their zeros; scores are scaled before the product, where they fit."""
-    graph = to_float16(fold_attention_scale(with_embeddings(source, source.graph, "table")))
-    return write_graph(source, "onnx-fp16", graph, folder, float_reference(source), HALF_BITS)
-
-
-def write_int8(source: Source, folder: Path) -> Written:
-    """Q/DQ pairs at every site and int8 weights."""
-    graph = with_embeddings(source, insert_qdq(source.graph, quantization_of(source.checkpoint, "onnx-int8")))
-    return write_graph(source, "onnx-int8", graph, folder, source.checkpoint)
-
-
-def write_tensorrt(source: Source, folder: Path) -> Written:
-    """Int8 in and out of every linear, in the flavour asked for, and what builds an engine of it."""
-    options, config = source.config.tensorrt, source.config
-    if source.checkpoint.manifest.profile == "linear":
-        raise SqatError(
-            "target tensorrt needs the scales of the linears' outputs, and the checkpoint was calibrated with "
-            "profile linear",
-            "set stages.calibrate.profile: tensorrt",
-        )
-    quantization = quantization_of(source.checkpoint, "tensorrt")
-    graph = fold_attention_scale(insert_qdq(source.graph, quantization, options.weights))
-    graph = with_embeddings(source, to_conv1x1(graph) if options.layers == "conv1x1" else graph, "table")
-    version_8 = options.layers == "conv1x1" and options.weights == "qdq"
-    half = options.precision == "fp16" and not version_8  # which is told by a flag to use float16
-    if version_8:
-        graph = to_opset17(graph)
-    if half:
-        graph = to_float16(graph)
-    rules, rounding = ("tensorrt-8" if version_8 else "tensorrt"), (HALF_BITS if half else LAST_BITS)
-    written = write_graph(source, "tensorrt", graph, folder, source.checkpoint, rounding, rules)
-    shapes = dict.fromkeys(source.inputs, ("batch", "sequence"))
-    made = build_files(file_name("tensorrt"), inputs=shapes, batch=config.batch, sequence=source.sequence,
-                       precision=options.precision, layers=options.layers, weights=options.weights)  # fmt: skip
-    write_files(made, folder)
-    return written
-
-
-def write_graph(
-    source: Source,
-    target: str,
-    graph: ModelProto,
-    folder: Path,
-    reference: Checkpoint,
-    rounding: float = LAST_BITS,
-    rules: str = "",
-) -> Written:
-    """Write one ONNX file and check it by the rules of its target, or of another.
-
-    That ONNX Runtime computes all of it in int8 is asked of float32 files with matrix products: its convolutions
-    must have int8 outputs, and its CPU kernels compute float16 in float32.
-    """
-    path = folder / file_name(target)
-    write_onnx(graph, path)
-    records = source.checkpoint.manifest.layers.items()
-    verify(graph, {name: record.pattern for name, record in records if record.pattern}, known_target(rules or target))
-    matrices = target != "tensorrt" or source.config.tensorrt.layers == "matmul"
-    if matrices and rounding == LAST_BITS and (float_products := left_in_float(optimized_graph(path))):
-        raise GateError(f"ONNX Runtime would run {float_products[0]} of {path.name} in float",
-                        "this is a fault of the exporter: please report it with the recipe")  # fmt: skip
-    tables = stored_tables(source.graph, source.config.embeddings)
-    return Written(replace(reference, weights={**reference.weights, **tables}), rounding)
-
-
-def write_semi_structured(source: Source, folder: Path) -> Written:
-    """Packed 2:4 weights; what a runtime for linears alone leaves out keeps its fake quantizers in the loader."""
-    write_files(write_packed(source.checkpoint), folder)
-    layers = source.checkpoint.manifest.layers.values()
-    half = any(record.pattern and not record.quantized for record in layers)
-    return Written(source.checkpoint, HALF_BITS if half else LAST_BITS)
-
-
-def write_compressed_tensors(source: Source, folder: Path) -> Written:
-    """Int8 weights and input scales for transformers; sites that are no linear's input are not in it."""
-    files, notes = write_compressed(source.checkpoint)
-    manifest = source.checkpoint.manifest
-    pruned = {name: record.pattern for name, record in manifest.layers.items() if record.pattern}
-    if broken := check_contents({name.partition("/")[2]: content for name, content in files.items()}, pruned):
-        raise GateError(f"the compressed-tensors folder breaks rule C22: {broken[0]}", "nothing was written")
-    write_files(files, folder)
-    sites = {site: record for site, record in manifest.sites.items() if site.endswith(":input")}
-    known = manifest.model_copy(update={"sites": sites})
-    amax = {record.leader: source.checkpoint.amax[record.leader] for record in sites.values()}
-    return Written(replace(source.checkpoint, manifest=known, amax=amax), LAST_BITS, tuple(notes))
-
-
-def write_files(files: dict[str, bytes], folder: Path) -> None:
-    """Write files of folders in a folder."""
-    for name, content in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(content)
-
-
-def with_embeddings(source: Source, graph: ModelProto, widened: Widened = "rows") -> ModelProto:
-    """The graph with its embedding tables stored as the recipe says."""
-    form = source.config.embeddings
-    return graph if form == "fp32" else store_embeddings(graph, form, widened)
-
-
-def float_reference(source: Source) -> Checkpoint:
-    """The checkpoint without its quantizers."""
-    return replace(source.checkpoint, amax={})
-
-
-def quantization_of(checkpoint: Checkpoint, target: str) -> Quantization:
-    """Int8 weights and bounds of a calibrated checkpoint."""
-    if not checkpoint.amax:
-        raise SqatError(f"target {target} needs activation scales", "put a calibrate stage before, or export onnx-fp32")
-    weights = {name: quantize_weight(checkpoint.weights[f"{name}.weight"]) for name in quantized_layers(checkpoint)}
-    sites = checkpoint.manifest.sites.items()
-    return Quantization(weights, {site: float(checkpoint.amax[record.leader]) for site, record in sites})
 
 
 def prove(artifact: Path, written: Written, dev: Rows, config: ExportConfig, job: Job) -> tuple[Parity, Figures]:
@@ -310,13 +128,3 @@ def whole_groups(rows: Rows, count: int) -> Rows:
         while count < len(rows) and groups[count] == groups[count - 1]:
             count += 1
     return rows.select(range(count))
-
-
-TARGETS: dict[str, Callable[[Source, Path], Written]] = {
-    "onnx-int8": write_int8,
-    "onnx-fp32": write_fp32,
-    "onnx-fp16": write_fp16,
-    "tensorrt": write_tensorrt,
-    "torch-semi-structured": write_semi_structured,
-    "compressed-tensors": write_compressed_tensors,
-}

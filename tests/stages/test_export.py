@@ -14,7 +14,7 @@ from sqat.evaluation import rounded_otherwise
 from sqat.export.qdq import Quantization
 from sqat.pipeline import run, run_stage
 from sqat.recipe_file import load_recipe
-from sqat.stages import export
+from sqat.stages import targets
 from tests.pipeline.conftest import Lines, Project
 
 pytestmark = pytest.mark.pipeline
@@ -30,13 +30,13 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 def export_wrong(project: Project, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> str:
     """Message of an export whose writer is given another quantization than the checkpoint's."""
-    original = export.insert_qdq
+    original = targets.insert_qdq
 
     def wrong(graph: Any, quantization: Quantization) -> Any:
         changed = {name: change(quantization) for name, change in changes.items()}
         return original(graph, Quantization(**{**vars(quantization), **changed}))
 
-    monkeypatch.setattr(export, "insert_qdq", wrong)
+    monkeypatch.setattr(targets, "insert_qdq", wrong)
     with pytest.raises(GateError) as caught:
         run_stage(load_recipe(project.recipe, ["stages.qat.epochs=0.2"]), "export", Lines())
     assert not list((project.folder / "runs" / "tiny").glob("*export*"))
