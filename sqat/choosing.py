@@ -97,8 +97,8 @@ def choose_for_sparse_gpu(machine: Machine, gpu: Gpu, facts: Facts) -> tuple[str
         if facts.profile == "linear":
             reasons.append("Its sparse kernels write int8 too, and this checkpoint has no scales for the linears' "
                            "outputs: set stages.calibrate.profile to tensorrt to get target tensorrt.")  # fmt: skip
-            return "onnx-int8", [*reasons, *tensorrt_reasons(machine)]
-        return "tensorrt", [*reasons, *tensorrt_reasons(machine)]
+            return "onnx-int8", [*reasons, *tensorrt_reasons(machine, "onnx-int8")]
+        return "tensorrt", [*reasons, *tensorrt_reasons(machine, "tensorrt")]
     if facts.sparse and not machine.has_tensorrt and machine.cusparselt:
         return "torch-semi-structured", [
             f"{title(gpu)} has sparse fp16 tensor cores, and torch here has cuSPARSELt to use them.",
@@ -106,17 +106,21 @@ def choose_for_sparse_gpu(machine: Machine, gpu: Gpu, facts: Facts) -> tuple[str
         ]
     kernels = "sparse fp16" if facts.sparse else "fp16"
     reasons.append(f"{title(gpu)} has {kernels} tensor cores, and TensorRT uses them.")
-    return "onnx-fp16", [*reasons, *tensorrt_reasons(machine)]
+    return "onnx-fp16", [*reasons, *tensorrt_reasons(machine, "onnx-fp16")]
 
 
-def tensorrt_reasons(machine: Machine) -> list[str]:
-    """What TensorRT there is, or how to get it."""
+def tensorrt_reasons(machine: Machine, target: str) -> list[str]:
+    """What TensorRT there is for a target, or how to get it."""
     version = machine.versions.get("tensorrt", "")
+    if version.startswith("8.") and target != "tensorrt":
+        return [f"TensorRT {version} reads no file of opset 20, as this one is: upgrade to TensorRT 10."]
     if version.startswith("8."):
         return [f"TensorRT {version} runs sparse math in convolutions only: set stages.export.tensorrt.layers to "
                 "conv1x1 and weights to qdq."]  # fmt: skip
-    if "tensorrt" in machine.versions or machine.trtexec:
+    if "tensorrt" in machine.versions:
         return [f"TensorRT {version}".strip() + " is installed: `sqat engine` builds the engine."]
+    if machine.trtexec:
+        return ["trtexec is here: it builds the engine, and `sqat engine --log` reads what it wrote."]
     if "tensorrt_rtx" in machine.versions:
         found = f"TensorRT-RTX {machine.versions['tensorrt_rtx']}".strip()
         return [f"{found} is installed: `sqat engine` builds the engine with it."]

@@ -187,7 +187,7 @@ def qat(
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Fine-tune with masks, fake quantization and distillation together."""
+    """Fine-tune with masks, fake quantization and distillation."""
     run_one("qat", recipe, parent, output, stage, overrides, force, quiet, distill)
 
 
@@ -219,7 +219,7 @@ def evaluate(
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Measure a checkpoint or an ONNX file."""
+    """Measure a checkpoint, or a file or folder of an export."""
     if split not in ("test", "dev"):
         raise SqatError(f"no split {split!r}", "allowed: test, dev", "--split")
     name: Literal["test", "dev"] = "dev" if split == "dev" else "test"
@@ -248,7 +248,7 @@ def inspect(
     json: Json = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Show each layer: sparsity, scales, error, why left alone; of a graph, what keeps it from running sparse int8."""
+    """Show each layer, and what keeps it from running sparse."""
     must_exist(path)
     if not path.is_dir() and path.suffix != ".onnx":
         raise SqatError("is neither a checkpoint folder nor an .onnx file", place=str(path))
@@ -310,7 +310,7 @@ def engine(
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Build a TensorRT engine, or read the log of a build: which layers run sparse, and why others do not."""
+    """Build a TensorRT engine; tell which layers run sparse."""
     must_exist(model)
     from sqat import console, tables
     from sqat.engine import command

@@ -10,7 +10,7 @@ from onnx import ModelProto, TensorProto
 
 from sqat.engine.backends import TENSORRT, build_engine, choose_backend, too_old
 from sqat.engine.build_log import BuildLog, merge, read_layers, read_log
-from sqat.engine.recipe import Range, Shapes, parse_range, profile_shapes, written_ranges
+from sqat.engine.recipe import Range, Shapes, parse_range, profile_shapes, written_half, written_ranges
 from sqat.engine.report import EngineReport, make_report
 from sqat.errors import SqatError
 from sqat.export.files import read_onnx
@@ -49,7 +49,8 @@ def build_report(
     model = read_onnx(path)
     shapes = profile_shapes(free_inputs(model), **{"batch": BATCH, "sequence": SEQUENCE, **written, **sizes})
     say(f"building with {chosen} for {show_shapes(shapes)}")
-    built = build_engine(path, target, shapes, backend=chosen, half=holds_half(model))
+    half = written_half(path)
+    built = build_engine(path, target, shapes, backend=chosen, half=holds_half(model) if half is None else half)
     log = read_build(built.log, built.layers)
     note = too_old(find_gpus()) if chosen == TENSORRT else ""
     report = make_report(path, model, log)

@@ -18,7 +18,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sqat.errors import SqatError
 
@@ -97,16 +97,31 @@ def parse_range(text: str, option: str) -> Range:
 
 def written_ranges(model: Path) -> dict[str, Range]:
     """``batch`` and ``sequence`` as in the ``build_engine.py`` beside a model; empty where there is none to read."""
+    try:
+        ends = next(iter(written_settings(model).get("SHAPES", {}).values()))
+        ranges = [(int(low), int(usual), int(high)) for low, usual, high in zip(*ends, strict=True)]
+    except (ValueError, TypeError, AttributeError, StopIteration):
+        return {}
+    return dict(zip(("batch", "sequence"), ranges, strict=False))
+
+
+def written_half(model: Path) -> bool | None:
+    """Whether the ``build_engine.py`` made for a model asks for float16; None where there is none to read."""
+    settings = written_settings(model)
+    precisions = settings.get("PRECISIONS")
+    return "FP16" in precisions if settings.get("MODEL") == model.name and isinstance(precisions, list) else None
+
+
+def written_settings(model: Path) -> dict[str, Any]:
+    """The settings in the ``build_engine.py`` beside a model; empty where they are no literals any more."""
     path = model.with_name(BUILDER)
     found = SETTINGS.search(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
     try:
         lines = ast.parse(found[1] if found else "").body
-        values = {ast.unparse(line.target): line.value for line in lines if isinstance(line, ast.AnnAssign)}
-        ends = next(iter(ast.literal_eval(values["SHAPES"] or "{}").values()))
-        ranges = [(int(low), int(usual), int(high)) for low, usual, high in zip(*ends, strict=True)]
-    except (SyntaxError, ValueError, TypeError, AttributeError, KeyError, StopIteration):
-        return {}  # changed by hand, no longer literals
-    return dict(zip(("batch", "sequence"), ranges, strict=False))
+        return {ast.unparse(line.target): ast.literal_eval(line.value)
+                for line in lines if isinstance(line, ast.AnnAssign) and line.value is not None}  # fmt: skip
+    except (SyntaxError, ValueError):
+        return {}
 
 
 def shell_script(onnx_name: str, shapes: Shapes, precisions: Sequence[str]) -> str:
@@ -171,4 +186,4 @@ cd "$(dirname "$0")"
 #   {report}
 """
 STRONG = "For trtexec 9.0 to 11.x: the types are those of the file (11.x knows --stronglyTyped and needs it no more)."
-WEAK = "For trtexec 8.2 to 9.3, whose networks are weakly typed; from 10.0 on, export with weights: dq."
+WEAK = "For trtexec 8.6 to 9.3, whose networks are weakly typed; from 10.0 on, export with weights: dq."

@@ -20,7 +20,7 @@ logits = session.run(["logits"], {{name: inputs[name] for name in names}})[0]
 SATURATION = """On x86 processors without VNNI, set the session option `session.x64quantprecision` to `1`: ONNX
 Runtime's default int8 kernel saturates there. So do OpenVINO's, and they have no such option.
 """
-TENSORRT_USE = """`sh build_engine.sh` (trtexec) or `python build_engine.py` builds the engine with sparse weights
+TENSORRT_USE = """`bash build_engine.sh` (trtexec) or `python build_engine.py` builds the engine with sparse weights
 enabled and the optimization profile of the recipe; `sqat engine {file}` also tells which layers chose a sparse kernel.
 """
 PACKED_USE = """```python

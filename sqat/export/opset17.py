@@ -21,7 +21,8 @@ from sqat.export.rewriting import Rewriting, module
 
 OPSET = 17
 DEFAULTS = {"Cast": "saturate", "QuantizeLinear": "saturate", "Split": "num_outputs"}
-WIDENED = ("Cast", "Equal", "Identity", "QuantizeLinear", "DequantizeLinear", "Reshape", "Shape", "Split")
+WIDENED = ("Cast", "Constant", "ConstantOfShape", "DequantizeLinear", "Equal", "Identity", "IsNaN", "QuantizeLinear",
+           "Reshape", "Shape", "Size", "Split")  # fmt: skip
 CUBIC = 0.044715
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sqat.engine.recipe import build_files, parse_range, profile_shapes, written_ranges
+from sqat.engine.recipe import build_files, parse_range, profile_shapes, written_half, written_ranges
 from sqat.errors import SqatError
 
 TOKENS = {"input_ids": ("batch", "sequence"), "attention_mask": ("batch", "sequence")}
@@ -173,3 +173,20 @@ def test_the_script_needs_nothing_of_ours() -> None:
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in names} <= set(sys.stdlib_module_names)
+
+
+def test_the_precision_beside_a_model_is_that_models_own(tmp_path: Path) -> None:
+    files = build_files("model.tensorrt.onnx", inputs={"input_ids": ("batch", "sequence")}, batch=(1, 2, 4),
+                        sequence=(8, 16, 32), precision="fp16", layers="conv1x1", weights="qdq")  # fmt: skip
+    assert written_half(tmp_path / "model.tensorrt.onnx") is None
+    (tmp_path / "build_engine.py").write_bytes(files["build_engine.py"])
+    assert written_half(tmp_path / "model.tensorrt.onnx") is True
+    assert written_half(tmp_path / "model.fp16.onnx") is None
+    plain = build_files(
+        "model.tensorrt.onnx", inputs={"input_ids": ("batch", "sequence")}, batch=(1, 2, 4), sequence=(8, 16, 32)
+    )
+    (tmp_path / "build_engine.py").write_bytes(plain["build_engine.py"])
+    assert written_half(tmp_path / "model.tensorrt.onnx") is False
+    assert written_ranges(tmp_path / "other.onnx") == {"batch": (1, 2, 4), "sequence": (8, 16, 32)}
+    (tmp_path / "build_engine.py").write_text("PRECISIONS: list[str] = something()")
+    assert written_half(tmp_path / "model.tensorrt.onnx") is None

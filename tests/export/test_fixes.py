@@ -16,8 +16,8 @@ from conftest import ATTENTION, Family
 from graph_edits import ENCODER, LAYER, QUERY, SELF, between, change, node, put, tensor, tied
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from sqat.export import checks
 from sqat.export.qdq import insert_qdq
+from sqat.lint import checks
 from sqat.lint.checks import find, find_in, known_target
 from sqat.lint.findings import Change
 from sqat.lint.fixes import REPAIRED, REPAIRS, fix

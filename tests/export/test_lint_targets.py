@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 import pytest
-from conftest import FAMILIES, Family, ImageFamily
+from conftest import FAMILIES, Family, ImageFamily, build_family
 from graph_edits import (
     ALL,
     ENCODER,
@@ -42,9 +42,7 @@ from sqat.lint.inspection import lint
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "bert"])
-def test_a_family_with_all_sites_passes_tensorrt(name: str, request: pytest.FixtureRequest) -> None:
-    from conftest import build_family
-
+def test_a_family_with_all_sites_passes_tensorrt(name: str) -> None:
     passes(build_family(name))
 
 

@@ -85,7 +85,7 @@ def test_changed_data_changes_every_key(copy: Project) -> None:
 
 def test_force_runs_what_is_unchanged_and_measures_it_again(copy: Project) -> None:
     lines = run(copy, force=True, first="export")
-    assert lines[0] == "export: tracing the float graph"
+    assert lines[0] == "export: writing onnx-int8"
     assert lines[-1] == "export: measuring on test"
 
 
