@@ -3,7 +3,8 @@
 What: an ONNX file runs in ONNX Runtime, a semi-structured folder through its sparse linears, a compressed-tensors
 folder as its config says: integers times scales, inputs of the quantized linears rounded.
 
-Why not transformers for the last: it loads such a folder (a test does), but computes it without rounding the inputs.
+Why not transformers for the last: it needs a package that not everyone has. Where it is there, a test shows that both
+compute the same.
 """
 
 from __future__ import annotations
