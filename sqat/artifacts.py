@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sqat.checkpoint import WEIGHTS, read_tensors
+from sqat.checkpoint import SIDE_FILES, WEIGHTS, read_tensors
 from sqat.data import Batch
 from sqat.errors import SqatError
+from sqat.export.compressed import check_compressed
 from sqat.export.runtime import run_batches, session
 from sqat.insertion.quantizers import Quantizers, insert_quantizers_
 from sqat.job import logits_of, on_device
@@ -31,7 +32,6 @@ from sqat.serving.folder import MANIFEST as PACKED
 from sqat.serving.load import load_model
 
 CONFIG = "config.json"
-TOKENIZER_FILES = (".json", ".txt", ".model", ".jinja")
 Forward = Callable[[Batch], Tensor]
 
 
@@ -69,10 +69,16 @@ def onnx_logits(runtime: Any, batch: Batch) -> Tensor:
 
 
 def open_compressed(folder: Path) -> PreTrainedModel:
-    """The model of a compressed-tensors folder with its integers and rounded inputs."""
+    """The model of a compressed-tensors folder with its integers and rounded inputs.
+
+    Raises:
+        SqatError: the folder is not as rule C22 has it.
+    """
+    if broken := check_compressed(folder):
+        raise SqatError(f"the compressed-tensors folder breaks rule C22: {broken[0]}", "export it again", str(folder))
     config = read_config(folder / CONFIG)
     config.pop("quantization_config", None)
-    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in TOKENIZER_FILES}
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in SIDE_FILES}
     model, _ = on_device(*assemble({**files, CONFIG: json.dumps(config).encode()}, str(folder)))
     tensors = read_tensors((folder / WEIGHTS).read_bytes(), folder / WEIGHTS)
     scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_scale")}

@@ -31,6 +31,7 @@ from sqat.sparsity.packing import pack_bits, unpack_bits
 
 FORMAT = 1
 MANIFEST, WEIGHTS, STATE, RECIPE = "sqat.json", "model.safetensors", "sqat.safetensors", "recipe.yaml"
+SIDE_FILES = (".json", ".txt", ".model", ".jinja")  # endings of config and tokenizer files
 
 # JSON has no infinity (a PNR without a discordant pair), so such a figure is kept as its name.
 Figure = Annotated[

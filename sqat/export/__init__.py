@@ -1,1 +1,1 @@
-"""ONNX export: the float graph, the Q/DQ writer, the checks of the result, the runtime that proves parity."""
+"""ONNX export: the float graph, the Q/DQ writer and its flavours, folders for other runtimes, ONNX Runtime."""

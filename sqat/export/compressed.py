@@ -25,14 +25,13 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
-from sqat.checkpoint import WEIGHTS, Checkpoint
+from sqat.checkpoint import SIDE_FILES, WEIGHTS, Checkpoint
 from sqat.errors import SqatError
 from sqat.quantization.fake_quant import HIGH, quantize_weight
 from sqat.sparsity.masks import count_violations, parse_pattern
 
 FOLDER = "compressed-tensors"
 CONFIG = "config.json"
-SUFFIXES = (".json", ".txt", ".model", ".jinja")  # config and tokenizer files
 
 
 def write_compressed(checkpoint: Checkpoint) -> tuple[dict[str, bytes], list[str]]:
@@ -56,7 +55,7 @@ def write_compressed(checkpoint: Checkpoint) -> tuple[dict[str, bytes], list[str
     ignored = [name for name, record in checkpoint.manifest.layers.items() if not record.quantized]
     config = json.loads(checkpoint.files[CONFIG])
     config["quantization_config"] = {**QUANTIZATION, "ignore": ignored}
-    files = {name: content for name, content in checkpoint.files.items() if Path(name).suffix in SUFFIXES}
+    files = {name: content for name, content in checkpoint.files.items() if Path(name).suffix in SIDE_FILES}
     files[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
     files[WEIGHTS] = tensor_bytes(stored_tensors(checkpoint, layers), metadata={"format": "pt"})
     return {f"{FOLDER}/{name}": content for name, content in files.items()}, list(notes(checkpoint))

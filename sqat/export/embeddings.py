@@ -25,10 +25,11 @@ from torch import Tensor
 from sqat.errors import SqatError
 from sqat.export.float16 import half
 from sqat.export.rewriting import Array, Rewriting, module, stored
+from sqat.quantization.fake_quant import HIGH, SMALLEST_AMAX
 
 TableForm = Literal["fp16", "int8"]
 Widened = Literal["rows", "table"]
-LEVELS, SMALLEST_AMAX, SMALLEST_ROW = 127, 2.0**-40, 16
+SMALLEST_ROW = 16
 FLOAT = ir.DataType.FLOAT
 FLOATS = (FLOAT, ir.DataType.FLOAT16)
 
@@ -112,8 +113,8 @@ def quantize_rows(array: Array) -> tuple[Array, Array]:
         int8 [V, H] in [-127, 127] and float32 scales [V, 1], 1 for a row of zeros.
     """
     amax = np.abs(array.astype(np.float32)).max(axis=1, keepdims=True)
-    scale = np.where(amax > SMALLEST_AMAX, amax / np.float32(LEVELS), np.float32(1)).astype(np.float32)
-    return np.clip(np.rint(array / scale), -LEVELS, LEVELS).astype(np.int8), scale
+    scale = np.where(amax > SMALLEST_AMAX, amax / np.float32(HIGH), np.float32(1)).astype(np.float32)
+    return np.clip(np.rint(array / scale), -HIGH, HIGH).astype(np.int8), scale
 
 
 def store_half(rewriting: Rewriting, table: ir.Value, array: Array) -> None:

@@ -75,7 +75,7 @@ def inspect_onnx(path: Path) -> list[LayerReport]:
     Raises:
         SqatError: no such file, not ONNX, cut short, external data missing, or no layer in it.
     """
-    wiring = Wiring(load(path))
+    wiring = Wiring(read_onnx(path))
     return rows(wiring, find_in(wiring, None, "tensorrt"), "tensorrt", str(path))
 
 
@@ -117,11 +117,6 @@ def about_layers(wiring: Wiring, layers: Sequence[LayerReport], target: Target) 
         advice = "prune to 2:4 (stage prune), and see the reasons above"
         return [Finding("layers", "", "no layer will run sparse", True, "sparse layers", advice)]
     return []
-
-
-def load(path: Path) -> ModelProto:
-    """Read a model and its external data; `SqatError` with one clear line for each way that can fail."""
-    return read_onnx(path)
 
 
 def report(wiring: Wiring, weight: Weight, verdict: Verdict) -> LayerReport:

@@ -15,10 +15,10 @@ import onnx_ir as ir
 from onnx import ModelProto, TensorProto
 
 from sqat.errors import GateError, SqatError
-from sqat.export.files import data_path, write_onnx
+from sqat.export.files import data_path, read_onnx, write_onnx
 from sqat.lint.findings import Change, plural
 from sqat.lint.fixes import fix
-from sqat.lint.inspection import Lint, lint, load
+from sqat.lint.inspection import Lint, lint
 from sqat.lint.rules import Target
 
 
@@ -41,7 +41,7 @@ def lint_file(path: Path, target: Target) -> Lint:
     Raises:
         SqatError: not a readable ONNX file with layers.
     """
-    return lint(load(path), target, str(path))
+    return lint(read_onnx(path), target, str(path))
 
 
 def repair_file(path: Path, target: Target, output: Path | None = None) -> tuple[Lint, Repair]:
@@ -54,7 +54,7 @@ def repair_file(path: Path, target: Target, output: Path | None = None) -> tuple
         SqatError: not a readable ONNX file with layers, or nowhere to write.
     """
     place = fixed_path(path, output)
-    model, changes = fix(load(path), target)
+    model, changes = fix(read_onnx(path), target)
     found = lint(model, target, str(path))
     if not changes and output is None:
         return found, Repair([], None)

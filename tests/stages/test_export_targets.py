@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import onnx
@@ -171,3 +172,13 @@ def test_a_target_of_the_command_line_replaces_the_recipes(project: Project, tmp
 def test_parity_counts_what_is_not_a_number_as_infinite() -> None:
     logits = torch.tensor([[1.0, float("nan")]]).numpy()
     assert parity(logits, logits) == float("inf")
+
+
+def test_a_damaged_compressed_folder_is_one_line(project: Project, everything: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "compressed-tensors"
+    shutil.copytree(everything / "compressed-tensors", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["format"] = "pack-quantized"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SqatError, match=r"the compressed-tensors folder breaks rule C22: .*; export it again$"):
+        evaluate(load_recipe(project.recipe, QUICK), folder, "dev", Lines())
