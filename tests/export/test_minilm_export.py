@@ -54,6 +54,7 @@ def test_the_file_is_the_fake_quantized_model(minilm: Family, roles: tuple[str, 
     assert counts["MatMulIntegerToFloat"] + counts["QLinearMatMul"] == products
     runtime = session(content, threads=1)
     found, explained = 0.0, 1e-6
+    torch.manual_seed(0)  # of the noise
     for batch, sequence, side in ((1, 16, "right"), (4, 32, "left"), (2, 80, "right")):
         inputs = minilm.inputs(batch, sequence, side, seed=9)
         expected = minilm.reference(quantization, inputs).numpy()
