@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sqat.checkpoint import SIDE_FILES, WEIGHTS, read_tensors
 from sqat.data import Batch
@@ -26,7 +26,7 @@ from sqat.export.compressed import check_compressed
 from sqat.export.runtime import run_batches, session
 from sqat.insertion.quantizers import Quantizers, insert_quantizers_
 from sqat.job import logits_of, on_device
-from sqat.models import PreTrainedModel, assemble, load_weights
+from sqat.models import assemble, load_weights
 from sqat.quantization.fake_quant import HIGH
 from sqat.serving.folder import MANIFEST as PACKED
 from sqat.serving.load import load_model
@@ -68,7 +68,7 @@ def onnx_logits(runtime: Any, batch: Batch) -> Tensor:
     return torch.from_numpy(run_batches(runtime, [arrays]))
 
 
-def open_compressed(folder: Path) -> PreTrainedModel:
+def open_compressed(folder: Path) -> nn.Module:
     """The model of a compressed-tensors folder with its integers and rounded inputs.
 
     Raises:
@@ -78,7 +78,8 @@ def open_compressed(folder: Path) -> PreTrainedModel:
         raise SqatError(f"the compressed-tensors folder breaks rule C22: {broken[0]}", "export it again", str(folder))
     config = read_config(folder / CONFIG)
     config.pop("quantization_config", None)
-    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in SIDE_FILES}
+    paths = [path for path in folder.rglob("*") if path.suffix in SIDE_FILES]
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
     model, _ = on_device(*assemble({**files, CONFIG: json.dumps(config).encode()}, str(folder)))
     tensors = read_tensors((folder / WEIGHTS).read_bytes(), folder / WEIGHTS)
     scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_scale")}

@@ -137,7 +137,7 @@ def write_directory(contents: Mapping[str, bytes], directory: Path) -> None:
         settle(directory, fresh, stale)
         fresh.mkdir()
         for name, content in contents.items():
-            (fresh / name).parent.mkdir(exist_ok=True)
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
             write_synced(fresh / name, content)
         for folder in {(fresh / name).parent for name in contents}:
             sync_directory(folder)
@@ -244,7 +244,7 @@ def read_verified(directory: Path, name: str, digest: str) -> bytes:
     """Read one file named by a manifest and compare its sha256."""
     path = directory / name
     parts = name.split("/")
-    if len(parts) > 2 or {"", ".", ".."} & set(parts):  # one folder deep: a runtime may want one of its own
+    if len(parts) > 3 or {"", ".", ".."} & set(parts):  # a runtime may want a folder, a sentence encoder one in it
         raise SqatError(
             f"the manifest names a file outside the checkpoint: {name!r}", REMAKE, str(directory / MANIFEST)
         )

@@ -16,19 +16,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets.table import InMemoryTable
 from torch import Tensor
 
 from sqat.errors import SqatError
 from sqat.readers import Placed, read_rows
-from sqat.recipe import Columns, RelevanceTask, SplitConfig, Task
-from sqat.records import Record, records_of
+from sqat.recipe import ClassificationTask, Columns, RelevanceTask, RetrievalTask, SplitConfig, Task
+from sqat.records import QUERY, Record, records_of
 
 Rows: TypeAlias = datasets.Dataset
 SplitName = Literal["train", "dev", "test"]
@@ -53,7 +54,7 @@ def load_rows(split: SplitConfig, name: SplitName, columns: Columns, task: Task,
     """
     shown = split.path or f"{split.hub}[{split.split or name}]"
     source = _hub_rows(split, name, shown) if split.path is None else read_rows(folder / split.path, shown)
-    table = _to_table(records_of(source, columns, task, split.limit))
+    table = _to_table(records_of(source, columns, task, split.limit, (folder / (split.path or "")).parent))
     if table.num_rows == 0:
         raise SqatError("no rows", "the split must hold at least one", shown)
     rows = Rows(InMemoryTable(table))
@@ -75,18 +76,29 @@ def _to_table(records: Iterator[Record]) -> pa.Table:
 
 def _check_labels(rows: Rows, name: SplitName, task: Task, shown: str) -> None:
     """Refuse a split that nothing can be learned from (train) or measured on (dev, test)."""
+    if task.name == "text-to-image":
+        return
     if isinstance(task, RelevanceTask):
         _check_grades(rows, name, task, shown)
-    elif name == "train" and len(set(rows["label"])) == 1:
-        what = "class" if task.name == "classification" else "score"
+    elif isinstance(task, RetrievalTask):
+        _check_search(rows, name, task, shown)
+    elif (name == "train" or task.name == "query-performance") and len(set(rows["label"])) == 1:
+        what = "class" if isinstance(task, ClassificationTask) else "score"
         problem = f'all {len(rows)} rows have the same {what} "{rows[0]["label"]}"'
-        hint = "train needs at least two; is data.columns.label right, is limit too low?"
+        hint = f"{name} needs at least two; is data.columns.label right, is limit too low?"
         raise SqatError(problem, hint, shown)
 
 
 def _check_grades(rows: Rows, name: SplitName, task: RelevanceTask, shown: str) -> None:
+    _check_repeats(rows, "text_pair")
     labels, groups = column(rows, "label"), column(rows, "group")
     lowest, highest = grade_range(labels, groups)
+    if len(labels) > 1 and labels.min() == labels.max():
+        problem = f"all {len(labels)} passages of {len(lowest)} queries have the grade {labels[0]:g}"
+        raise SqatError(problem, "there must be two grades; is data.columns.label right, is limit too low?", shown)
+    if name != "train" and highest.max() < task.relevant_from:
+        problem = f"no passage of {len(lowest)} queries has a grade of at least {task.relevant_from:g}"
+        raise SqatError(problem, f"the highest is {highest.max():g}: lower task.relevant_from", shown)
     if name != "train":
         usable = bool(((lowest < task.relevant_from) & (highest >= task.relevant_from)).any())
         need = f"a grade of at least {task.relevant_from:g} (task.relevant_from) and one below it"
@@ -97,6 +109,33 @@ def _check_grades(rows: Rows, name: SplitName, task: RelevanceTask, shown: str) 
     if not usable:
         problem = f"none of the {len(lowest)} queries has passages of {need}"
         raise SqatError(problem, "are data.columns.group and label right, is limit too low?", shown)
+
+
+def _check_search(rows: Rows, name: SplitName, task: RetrievalTask, shown: str) -> None:
+    """Refuse a split without a query that has a positive; train may hold texts alone, for distillation."""
+    _check_repeats(rows, "text")
+    labels = column(rows, "label")
+    queries, highest = int((labels == QUERY).sum()), float(labels.max())
+    if queries == 0 and name != "train":
+        raise SqatError("no row has a query", "is data.columns.query right?", shown)
+    if queries and highest < task.relevant_from:
+        problem = f"none of {queries} queries has a passage of grade {task.relevant_from:g} or more"
+        hint = f"the highest grade is {highest:g}: " if highest >= 0 else ""
+        raise SqatError(problem, f"{hint}is task.relevant_from or limit right?", shown)
+
+
+def _check_repeats(rows: Rows, passage: str) -> None:
+    """Refuse a passage that a query has twice with different grades; twice with the same one does no harm."""
+    keys = ["group", passage]
+    table = rows.data.table.filter(pc.greater_equal(rows.data.table["label"], 0))
+    found = table.group_by(keys).aggregate([("label", "min"), ("label", "max"), ("place", "list")])
+    clashes = found.filter(pc.less(found["label_min"], found["label_max"]))
+    if clashes.num_rows:
+        clash = clashes.slice(0, 1).to_pylist()[0]
+        first, *_, last = clash["place_list"]
+        grades = f"the grades {clash['label_min']:g} and {clash['label_max']:g}"
+        problem = f'a query has the passage "{clash[passage][:40]}" with {grades} (first at {first})'
+        raise SqatError(problem, "keep the row that is right", last)
 
 
 def grade_range(labels: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -130,8 +169,11 @@ def _from_hub(load: Callable[..., Any], split: SplitConfig, shown: str, part: di
         raise SqatError(problem, "check name, config, split and network, or give a path", shown) from error
 
 
-def digest(split: SplitConfig, folder: Path) -> str:
+def digest(split: SplitConfig, folder: Path, images: str | None = None) -> str:
     """Sha256 over what a split holds: the file's bytes (or the hub's fingerprint of it) and the limit.
+
+    Args:
+        images: the column that names image files, whose bytes count too.
 
     Raises:
         SqatError: the file is not there, or the hub cannot be reached.
@@ -149,6 +191,10 @@ def digest(split: SplitConfig, folder: Path) -> str:
     except OSError as error:
         hint = "paths are relative to the recipe"
         raise SqatError(f"cannot be read: {error.strerror}", hint, split.path) from None
+    if images is not None and not split.path.lower().endswith(".npz"):
+        for _, row in read_rows(folder / split.path, split.path):
+            path = (folder / split.path).parent / str(row.get(images))
+            state.update(path.read_bytes() if path.is_file() else b"")
     return state.hexdigest()
 
 
@@ -178,13 +224,42 @@ def tokenize(rows: Rows, tokenizer: Any, max_length: int) -> Rows:
     return Rows(InMemoryTable(table))
 
 
+class Processor(Protocol):
+    """Turns checked rows into what a model reads; its files lie beside the model in a checkpoint."""
+
+    def prepare(self, rows: Rows, max_length: int) -> Rows:
+        """Add the columns that `collate` reads, and ``length``, by which rows of like size share a batch."""
+
+    def collate(self, rows: Rows, indices: list[int]) -> Batch:
+        """One batch of prepared, encoded rows."""
+
+    def save(self, folder: Path) -> None:
+        """Write what rebuilds the processor."""
+
+
+@dataclass(frozen=True)
+class TextProcessor:
+    """A tokenizer: one or two texts a row."""
+
+    tokenizer: Any
+
+    def prepare(self, rows: Rows, max_length: int) -> Rows:
+        return tokenize(rows, self.tokenizer, max_length)
+
+    def collate(self, rows: Rows, indices: list[int]) -> Batch:
+        return collate(rows, indices, self.tokenizer)
+
+    def save(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one forward pass and its loss need.
 
     Attributes:
-        inputs: input_ids, attention_mask (and token_type_ids), int64 [B, T].
-        labels: [B], int64 for classes, float32 otherwise.
+        inputs: of the model by name; of texts input_ids, attention_mask (and token_type_ids), int64 [B, T].
+        labels: [B], int64 for classes, float32 otherwise; [B, ...] where a model puts out more than scores.
         groups: int64 [B], number of the query; -1 where there is none.
     """
 

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from sqat.artifacts import config_of, is_export, open_artifact
 from sqat.checkpoint import Checkpoint, load_checkpoint
-from sqat.data import SplitName
+from sqat.data import Processor, SplitName
 from sqat.errors import SqatError
 from sqat.insertion.quantized import quantized_
 from sqat.insertion.quantizers import Quantizers
+from sqat.insertion.sites import is_activation
 from sqat.job import Splits, logits_of, on_device, predict
 from sqat.layers import encoder_blocks
-from sqat.models import PreTrainedModel, build, check_head, load_tokenizer, use_taps
+from sqat.models import build, check_head, load_processor, use_taps
 from sqat.training import Figures
 
 LAST_BITS = 3e-7
@@ -36,33 +37,34 @@ def quantized_layers(checkpoint: Checkpoint) -> list[str]:
 
 
 @contextmanager
-def served_model(checkpoint: Checkpoint) -> Iterator[tuple[PreTrainedModel, Any]]:
-    """Model and tokenizer of a checkpoint; with fake quantization inside the block where it is calibrated."""
-    model, tokenizer = on_device(*build(checkpoint))
+def served_model(checkpoint: Checkpoint) -> Iterator[tuple[nn.Module, Processor]]:
+    """Model and processor of a checkpoint; with fake quantization inside the block where it is calibrated."""
+    model, processor = on_device(*build(checkpoint))
     if not checkpoint.amax:
-        yield model, tokenizer
+        yield model, processor
         return
     if checkpoint.manifest.profile != "linear":
         use_taps(model)
     blocks, layers = encoder_blocks(model), quantized_layers(checkpoint)
     with quantized_(model, checkpoint.masks, layers, quantizers_of(checkpoint), blocks):
-        yield model, tokenizer
+        yield model, processor
 
 
 @contextmanager
-def rounded_otherwise(model: nn.Module, size: float = LAST_BITS) -> Iterator[None]:
-    """While open, every norm's output is off by ``size`` (the last bits of a float), as in another runtime.
+def rounded_otherwise(model: nn.Module, size: float = LAST_BITS, seed: int = 0) -> Iterator[None]:
+    """While open, what every layer, norm and activation function puts out is off by ``size``, a float's last bits.
 
     A fake-quantized network turns such a difference into whole quantization steps where a value lies near a tie, and
     later layers multiply them: how far the logits move is the noise that no comparison of two runtimes gets below.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def shake(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         noise = torch.randn(output.shape, generator=generator).to(output.device)
         return output * (1 + size * noise)
 
-    handles = [module.register_forward_hook(shake) for module in model.modules() if "Norm" in type(module).__name__]
+    shaken = [module for module in model.modules() if computes(module)]
+    handles = [module.register_forward_hook(shake, prepend=True) for module in shaken]  # before its quantizer
     try:
         yield
     finally:
@@ -70,8 +72,13 @@ def rounded_otherwise(model: nn.Module, size: float = LAST_BITS) -> Iterator[Non
             handle.remove()
 
 
+def computes(module: nn.Module) -> bool:
+    """Whether a module's own sums are what runtimes round each in its own way."""
+    return isinstance(module, nn.Linear | nn.Conv2d) or "Norm" in type(module).__name__ or is_activation(module)
+
+
 def evaluate_artifact(artifact: Path, splits: Splits, split: SplitName) -> Figures:
-    """The task's metrics of a checkpoint folder, or of an exported file or folder (with its tokenizer beside it).
+    """The task's metrics of a checkpoint folder, or of an exported file or folder (with its processor beside it).
 
     Raises:
         SqatError: no such artifact, or a folder that holds only exported files.
@@ -80,17 +87,17 @@ def evaluate_artifact(artifact: Path, splits: Splits, split: SplitName) -> Figur
     if artifact.suffix == ".onnx" or is_export(artifact):
         if (config := config_of(artifact)).is_file():
             check_head(config.read_bytes(), task.outputs, task.config_fields, str(artifact))
-        forward, tokenizer = open_artifact(artifact), load_tokenizer(config.parent)
-        rows = splits.tokens(split, tokenizer)
-        return task.metrics(predict(forward, rows, tokenizer), rows)
+        forward, processor = open_artifact(artifact), load_processor(config.parent)
+        rows = splits.prepared(split, processor)
+        return task.metrics(predict(forward, rows, processor), rows)
     checkpoint = load_checkpoint(artifact)
     if not checkpoint.weights:
         files = ", ".join(sorted({name.partition("/")[0] for name in checkpoint.files if is_model(name)}))
         raise SqatError("the folder is an export without torch weights", f"name what is in it: {files}", str(artifact))
     check_head(checkpoint.files["config.json"], task.outputs, task.config_fields, str(artifact))
-    with served_model(checkpoint) as (model, tokenizer):
-        rows = splits.tokens(split, tokenizer)
-        return task.metrics(predict(lambda batch: logits_of(model.eval(), batch), rows, tokenizer), rows)
+    with served_model(checkpoint) as (model, processor):
+        rows = splits.prepared(split, processor)
+        return task.metrics(predict(lambda batch: logits_of(model.eval(), batch), rows, processor), rows)
 
 
 def is_model(name: str) -> bool:

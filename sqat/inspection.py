@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sqat.checkpoint import Checkpoint, LayerRecord, load_checkpoint
 from sqat.errors import SqatError
-from sqat.models import linear_names
+from sqat.models import layer_names
 from sqat.quantization.fake_quant import quantize_weight, sqnr_db
 from sqat.report_row import LayerReport
 from sqat.sparsity.masks import count_violations, parse_pattern
@@ -17,7 +17,7 @@ PATTERNS = ("1:4", "2:4", "4:8")
 
 
 def inspect_checkpoint(directory: Path) -> list[LayerReport]:
-    """A row per linear layer of a checkpoint, in the model's order.
+    """A row per linear layer and convolution of a checkpoint, in the model's order.
 
     Raises:
         SqatError: not a sound checkpoint, or one that holds only ONNX files.
@@ -26,7 +26,7 @@ def inspect_checkpoint(directory: Path) -> list[LayerReport]:
     if not checkpoint.weights:
         files = ", ".join(sorted(name for name in checkpoint.files if name.endswith(".onnx")))
         raise SqatError("the folder is an export without torch weights", f"inspect the file: {files}", str(directory))
-    return [report(checkpoint, name) for name in linear_names(checkpoint, str(directory))]
+    return [report(checkpoint, name) for name in layer_names(checkpoint, str(directory))]
 
 
 def report(checkpoint: Checkpoint, name: str) -> LayerReport:
@@ -38,7 +38,7 @@ def report(checkpoint: Checkpoint, name: str) -> LayerReport:
     if record.quantized:
         integers, scales = quantize_weight(weight)
         scale = (float(scales.min()), float(scales.max()))
-        sqnr = sqnr_db(weight, integers * scales[:, None])
+        sqnr = sqnr_db(weight, integers * scales.reshape(-1, *[1] * (integers.dim() - 1)))
     return LayerReport(
         name=name,
         shape=tuple(weight.shape),

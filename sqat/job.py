@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from sqat.checkpoint import Checkpoint, Manifest
-from sqat.data import Batch, Rows, SplitName, collate, column, load_rows, ordered_batches, plan_batches, tokenize
+from sqat.data import Batch, Processor, Rows, SplitName, column, load_rows, ordered_batches, plan_batches
 from sqat.display import Display
 from sqat.errors import SqatError
-from sqat.models import PreTrainedModel, build, check_head, load_pretrained, versions
-from sqat.recipe import FitConfig, Recipe, StageConfig
+from sqat.models import build, check_head, load_pretrained, versions
+from sqat.pixels import augmented
+from sqat.recipe import FitConfig, PruneConfig, QatConfig, Recipe, StageConfig
 from sqat.tasks import Task, build_task
 from sqat.training import Evaluation, Feed, Figures, Fitted, Loss, MidStage, fit, processes, total_steps
 
@@ -25,7 +26,7 @@ EVALUATION_BATCH = 64
 
 @dataclass
 class Splits:
-    """The rows of a recipe, read and tokenized once for all its stages."""
+    """The rows of a recipe, read and prepared once for all its stages."""
 
     recipe: Recipe
     folder: Path
@@ -46,11 +47,15 @@ class Splits:
         """The task, with the classes and grades of the train rows."""
         return build_task(self.recipe.task, self.rows("train"))
 
-    def tokens(self, name: SplitName, tokenizer: Any) -> Rows:
-        """Rows of a split with numeric labels and tokens; every stage of a recipe has the same tokenizer."""
+    def prepared(self, name: SplitName, processor: Processor) -> Rows:
+        """Rows of a split with numeric labels, as the model reads them; those of dev and test that are measured.
+
+        Every stage of a recipe has the same processor.
+        """
         if name not in self.encoded:
             rows = self.task.encode(self.rows(name))
-            self.encoded[name] = tokenize(rows, tokenizer, self.recipe.model.max_length)
+            rows = rows if name == "train" else self.task.judged(rows)
+            self.encoded[name] = processor.prepare(rows, self.recipe.model.max_length)
         return self.encoded[name]
 
 
@@ -78,8 +83,8 @@ class Job:
     def task(self) -> Task:
         return self.splits.task
 
-    def start(self, parent: Checkpoint | None) -> tuple[PreTrainedModel, Any]:
-        """Model and tokenizer to begin with: the parent's, or the pretrained model with a fresh head.
+    def start(self, parent: Checkpoint | None) -> tuple[nn.Module, Processor]:
+        """Model and processor to begin with: the parent's, or the recipe's model with a fresh head.
 
         Raises:
             SqatError: the parent holds no torch weights, or its head is not the task's.
@@ -92,17 +97,22 @@ class Job:
             check_head(parent.files["config.json"], task.outputs, task.config_fields, place)
             return on_device(*build(parent, place))
         head = {"num_labels": task.outputs, **task.config_fields}
-        return on_device(*load_pretrained(self.recipe.model, self.folder, head, self.recipe.seed))
+        return on_device(*load_pretrained(task.architecture, self.recipe.model, self.folder, head, self.recipe.seed))
 
-    def feed(self, config: FitConfig, tokenizer: Any) -> Feed:
+    def feed(self, config: FitConfig, processor: Processor) -> Feed:
         """Training batches: a function of (seed, epoch)."""
-        rows, task, seed = self.splits.tokens("train", tokenizer), self.task, self.recipe.seed
+        rows, task, seed = self.splits.prepared("train", processor), self.task, self.recipe.seed
         lengths = column(rows, "length").tolist()
 
         def plan(epoch: int) -> list[list[int]]:
-            return plan_batches(lengths, task.units(rows, seed, epoch), config.batch_size, seed, epoch)
+            units = task.units(rows, seed, epoch) if needs_labels(config) else [[row] for row in range(len(rows))]
+            return plan_batches(lengths, units, config.batch_size, seed, epoch)
 
-        return Feed(plan, partial(collate, rows, tokenizer=tokenizer))
+        def batch(indices: list[int]) -> Batch:
+            found, how = processor.collate(rows, indices), self.recipe.data.augment
+            return found if how is None else augmented(found, how.shift, how.flip)
+
+        return Feed(plan, batch)
 
     def steps(self, config: FitConfig, feed: Feed) -> int:
         """Optimizer steps of a fit, whose batches all processes share."""
@@ -111,14 +121,14 @@ class Job:
     def fit(
         self,
         model: nn.Module,
-        tokenizer: Any,
+        processor: Processor,
         loss: Loss,
         config: FitConfig,
         before_step: Callable[[int], None] | None = None,
         judge_from: int = 0,
     ) -> Fitted:
         """Train ``model`` on the train split with this stage's seed, watcher and mid-stage state."""
-        feed = self.feed(config, tokenizer)
+        feed = self.feed(config, processor)
         return fit(
             model,
             loss,
@@ -129,22 +139,22 @@ class Job:
             title=self.name,
             display=self.display,
             state=self.state,
-            evaluation=Evaluation(partial(self.measure, model, tokenizer, "dev"), self.task.metric),
+            evaluation=Evaluation(partial(self.measure, model, processor, "dev"), self.task.metric),
             before_step=before_step,
             judge_from=judge_from,
         )
 
-    def measure(self, model: nn.Module, tokenizer: Any, split: SplitName) -> Figures:
+    def measure(self, model: nn.Module, processor: Processor, split: SplitName) -> Figures:
         """The task's metrics of a torch model on a split."""
-        rows = self.splits.tokens(split, tokenizer)
-        return self.task.metrics(predict(partial(logits_of, model.eval()), rows, tokenizer), rows)
+        rows = self.splits.prepared(split, processor)
+        return self.task.metrics(predict(partial(logits_of, model.eval()), rows, processor), rows)
 
     def manifest(
         self, config: StageConfig, parent: Checkpoint | None, fitted: Fitted | None = None, **entries: Any
     ) -> Manifest:
         """Manifest of this stage's checkpoint; what the parent knows of layers and sites is handed on."""
         known: dict[str, Any] = {
-            "base_model": self.recipe.model.source,
+            "base_model": self.recipe.model.label,
             "seed": self.recipe.seed,
             "versions": versions(),
         }
@@ -157,21 +167,27 @@ class Job:
         )
 
 
-def on_device(model: PreTrainedModel, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
+def needs_labels(config: FitConfig) -> bool:
+    """Whether a stage learns from labels; one that only imitates its teacher takes every row, and each alone."""
+    distill = config.distill if isinstance(config, PruneConfig | QatConfig) else None
+    return distill is None or distill.task > 0
+
+
+def on_device(model: nn.Module, processor: Processor) -> tuple[nn.Module, Processor]:
     """Move a model to this process's device."""
     nn.Module.to(model, processes().device)
-    return model, tokenizer
+    return model, processor
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits [B,C] of a torch model, on its own device."""
+    """Logits [B, ...] of a torch model, on its own device."""
     device = next(model.parameters()).device
     logits: Tensor = model(**batch.to(device).inputs).logits
     return logits
 
 
-def predict(forward: Callable[[Batch], Tensor], rows: Rows, tokenizer: Any) -> Tensor:
-    """Logits [N,C] float32 on the CPU of every row, in the order of the rows.
+def predict(forward: Callable[[Batch], Tensor], rows: Rows, processor: Processor) -> Tensor:
+    """Logits [N, ...] float32 on the CPU of every row, in the order of the rows.
 
     Args:
         forward: logits of one batch, by torch or by any runtime.
@@ -179,6 +195,6 @@ def predict(forward: Callable[[Batch], Tensor], rows: Rows, tokenizer: Any) -> T
     batches = ordered_batches(column(rows, "length").tolist(), EVALUATION_BATCH)
     parts: list[Tensor] = []
     with torch.no_grad():
-        parts.extend(forward(collate(rows, indices, tokenizer)).float().cpu() for indices in batches)
+        parts.extend(forward(processor.collate(rows, indices)).float().cpu() for indices in batches)
     logits = torch.cat(parts)
     return torch.empty_like(logits).index_copy_(0, torch.tensor([i for batch in batches for i in batch]), logits)

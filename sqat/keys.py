@@ -17,8 +17,8 @@ import sqat
 from sqat.checkpoint import FORMAT, Manifest, load_manifest
 from sqat.data import digest
 from sqat.errors import SqatError
-from sqat.models import source_digest
 from sqat.recipe import LoadedRecipe, Recipe
+from sqat.sources import source_digest
 
 # Entries of a section that change how a stage runs, not what comes out of it.
 UNKEYED = {"parent", "save_every"}
@@ -65,6 +65,7 @@ class Keys:
     def common(self) -> dict[str, object]:
         """What every stage depends on."""
         recipe, folder = self.loaded.recipe, self.loaded.path.parent
+        images = recipe.data.columns.image if recipe.task.name == "image-classification" else None
         return {
             "format": FORMAT,
             "sqat": sqat.__version__,
@@ -72,7 +73,8 @@ class Keys:
             "source": source_digest(recipe.model, folder),
             "task": recipe.task.model_dump(mode="json"),
             "columns": recipe.data.columns.model_dump(mode="json"),
-            "data": [digest(recipe.data.train, folder), digest(recipe.data.dev, folder)],
+            "data": [digest(split, folder, images) for split in (recipe.data.train, recipe.data.dev)],
+            "augment": None if recipe.data.augment is None else recipe.data.augment.model_dump(mode="json"),
             "seed": recipe.seed,
         }
 

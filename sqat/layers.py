@@ -1,7 +1,8 @@
-"""Which linear layers of a model are treated, and which make the last block's q, k and v.
+"""Which linear layers and convolutions of a model are treated, and which make the last block's q, k and v.
 
 Found by rule from the module tree, not by a table per family: the encoder is the list of alike blocks that holds
-the most linear weights, and a block's q, k and v are told by the linears' own names.
+the most linear weights, and a block's q, k and v are told by the linears' own names. A model most of whose weights
+are convolutions has no such blocks: there every layer counts but the first, which reads the image, and the last.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TypeAlias
 
 from torch import nn
 
@@ -23,8 +25,36 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
+Layer: TypeAlias = nn.Linear | nn.Conv2d
+
+
+def weighted_layers(model: nn.Module) -> dict[str, Layer]:
+    """Every linear and 2-d convolution by name, in module order; a module reached twice counts once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+
+
+def is_convolutional(model: nn.Module) -> bool:
+    """Whether convolutions hold more weights than linears."""
+    linears = linear_weights(model)
+    return sum(layer.weight.numel() for layer in weighted_layers(model).values()) > 2 * linears
+
+
+def outside(model: nn.Module) -> dict[str, str]:
+    """Layers that are left alone unless the recipe names them, and why: the outermost two, or all but the encoder's."""
+    names = list(weighted_layers(model))
+    if is_convolutional(model):
+        return dict.fromkeys((names[0], names[-1]), "first or last layer of the network")
+    blocks = tuple(f"{block}." for block in encoder_blocks(model))
+    return {name: "outside the encoder blocks (rule B8)" for name in names if not name.startswith(blocks)}
+
+
 def encoder_blocks(model: nn.Module) -> list[str]:
-    """Names of the repeated blocks: the ModuleList of alike modules that holds the most linear weights."""
+    """Names of the repeated blocks: the ModuleList of alike modules that holds the most linear weights.
+
+    None in a convolutional model.
+    """
+    if is_convolutional(model):
+        return []
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     lists = [(name, module) for name, module in found if len({type(block) for block in module}) == 1]
     best = max(lists, key=lambda item: linear_weights(item[1]), default=None)
@@ -50,18 +80,19 @@ def choose_layers(model: nn.Module, layers: Layers, purpose: str, multiple: int 
     """Apply the recipe's globs and rule B8.
 
     Args:
-        purpose: ``prune`` (in % 16, out % 8, in % ``multiple``) or ``quantize`` (in and out >= 16).
+        purpose: ``prune`` (in % 16, out % 8, in % ``multiple``) or ``quantize`` (in and out >= 16); of a convolution,
+            its channels.
         multiple: M of the N:M pattern.
 
     Raises:
         SqatError: a glob that matches nothing, or nothing left to treat.
     """
-    found = linear_layers(model)
+    found = weighted_layers(model)
     check_globs((*(layers.include or ()), *layers.exclude), found)
-    blocks = tuple(f"{block}." for block in encoder_blocks(model))
+    outer = outside(model)
     chosen, left = [], {}
     for name, module in found.items():
-        if reason := why_left(name, module, layers, blocks, purpose, multiple):
+        if reason := why_left(name, module, layers, outer.get(name, ""), purpose, multiple):
             left[name] = reason
         else:
             chosen.append(name)
@@ -70,15 +101,17 @@ def choose_layers(model: nn.Module, layers: Layers, purpose: str, multiple: int 
     return Choice(chosen, left)
 
 
-def why_left(name: str, module: nn.Linear, layers: Layers, blocks: tuple[str, ...], purpose: str, multiple: int) -> str:
+def why_left(name: str, module: Layer, layers: Layers, outside: str, purpose: str, multiple: int) -> str:
     """Reason to leave a layer alone; empty to treat it."""
     if any(fnmatchcase(name, glob) for glob in layers.exclude):
         return "excluded by the recipe"
-    if layers.include is None and not name.startswith(blocks):
-        return "outside the encoder blocks (rule B8)"
+    if layers.include is None and outside:
+        return outside
     if layers.include is not None and not any(fnmatchcase(name, glob) for glob in layers.include):
         return "not included by the recipe"
-    outputs, inputs = module.weight.shape
+    if isinstance(module, nn.Conv2d) and module.groups > 1:
+        return f"grouped convolution ({module.groups} groups): no sparse kernel takes it"
+    outputs, inputs = module.weight.shape[:2]
     if purpose == "prune" and (outputs % SPARSE_OUTPUTS or inputs % SPARSE_INPUTS or inputs % multiple):
         return (
             f"[{outputs}, {inputs}] is not a multiple of [{SPARSE_OUTPUTS}, {max(SPARSE_INPUTS, multiple)}] (rule B8)"
@@ -88,13 +121,13 @@ def why_left(name: str, module: nn.Linear, layers: Layers, blocks: tuple[str, ..
     return ""
 
 
-def check_globs(globs: Iterable[str], found: Mapping[str, nn.Linear]) -> None:
+def check_globs(globs: Iterable[str], found: Mapping[str, Layer]) -> None:
     """A pattern that matches nothing is an error."""
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in found):
             some = ", ".join(list(found)[:3])
             raise SqatError(
-                f"layers: {glob!r} matches no linear layer",
+                f"layers: {glob!r} matches no layer",
                 f"the model has {some}, ... ({len(found)} in all)",
             )
 

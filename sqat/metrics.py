@@ -1,6 +1,6 @@
 """Metrics: what they mean exactly, and whose code counts them.
 
-Accuracy, F1, NDCG, Spearman and Pearson are scikit-learn's and SciPy's; the positive-negative ratio is ours,
+Accuracy, F1, NDCG, AUC and the correlations are scikit-learn's and SciPy's; the positive-negative ratio is ours,
 and so are the two lines of MRR and top-1 accuracy (the libraries loop over queries in Python). Ties never
 help the model: among passages of equal score the less relevant one comes first. Left out: Recall@k, MAP.
 """
@@ -113,6 +113,54 @@ def regression(labels: ArrayLike, predictions: ArrayLike) -> dict[str, float]:
         "spearman": float(spearmanr(true, predicted).statistic),
         "pearson": float(pearsonr(true, predicted).statistic),
     }
+
+
+def performance(labels: ArrayLike, predictions: ArrayLike) -> dict[str, float]:
+    """How well predictions order queries by how well a ranker does on them.
+
+    - ``ndcg``: all N queries as one ranking by prediction, no cut-off; a query's gain is its label itself, its discount
+      log2(rank + 1), and 1 is the order of the labels. Among equal predictions the lower label comes first.
+    - ``kendall`` (tau-b) and ``spearman``: rank correlation; 0 where the predictions are constant.
+
+    Args:
+        labels: [N], 0 or more, not all of them equal.
+        predictions: [N], higher is a query on which the ranker does better.
+
+    Raises:
+        SqatError: a prediction is not finite.
+        ValueError: the labels are constant.
+    """
+    from scipy.stats import kendalltau, spearmanr
+
+    true, predicted = np.asarray(labels, np.float64), finite(predictions)
+    if np.ptp(true) == 0:
+        raise ValueError(f"all {len(true)} labels are {true[0]:g}: there is no order to predict")
+    discount = 1 / np.log2(np.arange(len(true)) + 2)
+    reached = true[np.lexsort((true, -predicted))] @ discount
+    constant = np.ptp(predicted) == 0
+    return {
+        "ndcg": float(reached / (np.sort(true)[::-1] @ discount)),
+        "kendall": 0.0 if constant else float(kendalltau(true, predicted).statistic),
+        "spearman": 0.0 if constant else float(spearmanr(true, predicted).statistic),
+    }
+
+
+def pair_auc(relevant: ArrayLike, scores: ArrayLike) -> float:
+    """Area under the ROC curve over passages of all queries together: bool [N] against scores [N].
+
+    The chance that a relevant passage of any query scores above an irrelevant one of any query, a tie counting half:
+    unlike PNR it asks whether scores mean the same from query to query.
+
+    Raises:
+        SqatError: a score is not finite.
+        ValueError: all passages are relevant, or none.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    truth = np.asarray(relevant, bool)
+    if truth.all() or not truth.any():
+        raise ValueError(f"{int(truth.sum())} of {len(truth)} passages are relevant: there is nothing to tell apart")
+    return float(roc_auc_score(truth, finite(scores)))
 
 
 def finite(scores: ArrayLike) -> Floats:

@@ -1,4 +1,4 @@
-"""Rows out of files: JSONL, CSV and Parquet, one row at a time, each with the place it came from.
+"""Rows out of files: JSONL, CSV, Parquet and .npz, one row at a time, each with the place it came from.
 
 A row is a dict as the file has it, its place is ``file:line`` (``file:row N`` in Parquet, where lines do not
 exist), so that whatever is wrong with a row can be told where it stands. Lines are decoded one by one: a bad
@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from sqat.errors import SqatError
+from sqat.images import read_npz
 
 Row = dict[str, Any]
 Placed = tuple[str, Row]
 
-ENDINGS = ".jsonl, .jsonl.gz, .json, .json.gz, .csv, .csv.gz or .parquet"
+ENDINGS = ".jsonl, .jsonl.gz, .json, .json.gz, .csv, .csv.gz, .parquet or .npz"
 
 
 def read_rows(path: Path, shown: str) -> Iterator[Placed]:
@@ -45,6 +46,8 @@ def read_rows(path: Path, shown: str) -> Iterator[Placed]:
         return _read_jsonl(path, shown)
     if plain.endswith(".csv"):
         return _read_csv(path, shown)
+    if name.endswith(".npz"):
+        return read_npz(path, shown)
     raise SqatError("cannot tell the format from the ending", f"it must be {ENDINGS}", shown)
 
 

@@ -82,15 +82,35 @@ Sha256 = Annotated[
 
 
 class ModelConfig(BaseModel):
-    """Which pretrained encoder to start from."""
+    """Which model to start from: pretrained weights, or a configuration with random ones."""
 
     model_config = STRICT
 
-    source: str = Field(description="a folder, a hub name, or package:NAME/FOLDER inside an installed package")
+    source: str | None = Field(
+        default=None, description="a folder, a hub name, or package:NAME/FOLDER inside an installed package"
+    )
+    config: dict[str, Any] | None = Field(
+        default=None, description="the library's configuration of a model that starts from random weights"
+    )
+    text_encoder: str | None = Field(
+        default=None, description="what reads the captions of text to image; a source like model.source"
+    )
     revision: str | None = Field(default=None, description="hub revision; a commit makes the run repeatable")
     sha256: Sha256 | None = Field(default=None, description="digest the weights file must have")
     max_length: int = Field(default=128, ge=4, le=8192, description="tokens a text (or pair) is cut to")
     dropout: float | None = Field(default=None, ge=0, lt=1, description="replaces every dropout rate of the model")
+
+    @model_validator(mode="after")
+    def one_start(self) -> ModelConfig:
+        if (self.source is None) == (self.config is None):
+            raise ValueError("source and config exclude each other: give exactly one of them")
+        return self
+
+    @property
+    def label(self) -> str:
+        """What the model is called in a checkpoint: its source, or the type that its config names."""
+        named = self.config or {}
+        return self.source or str(named.get("model_type") or named.get("_class_name") or "config")
 
 
 class SplitConfig(BaseModel):
@@ -103,7 +123,9 @@ class SplitConfig(BaseModel):
     config: str | None = Field(default=None, description="hub configuration name")
     split: str | None = Field(default=None, description="hub split name; default: this split's own name")
     revision: str | None = Field(default=None, description="hub revision")
-    limit: int | None = Field(default=None, ge=1, description="keep the first N rows (queries, for relevance)")
+    limit: int | None = Field(
+        default=None, ge=1, description="keep the first N rows (queries, for relevance and retrieval)"
+    )
 
     @model_validator(mode="after")
     def one_source(self) -> SplitConfig:
@@ -125,11 +147,21 @@ class Columns(BaseModel):
 
     text: str = Field(default="text", description="text of classification and regression")
     text_pair: str | None = Field(default=None, description="second text of classification and regression")
+    image: str = Field(default="image", description="image: pixels in a .npz, else the path of an image file")
     label: str = Field(default="label", description="class, score or grade; in the row or in each candidate")
-    query: str = Field(default="query", description="query of relevance")
+    query: str = Field(default="query", description="query of relevance and retrieval")
     passage: str = Field(default="text", description="passage column, in the row or in each candidate")
     group: str | None = Field(default=None, description="query id that ties rows into a group; default: the query text")
     candidates: str | None = Field(default=None, description="list of candidates nested in a row of relevance data")
+
+
+class Augment(BaseModel):
+    """How images are varied while a model trains; evaluation sees them as they are."""
+
+    model_config = STRICT
+
+    shift: int = Field(default=0, ge=0, description="most pixels that an image is moved by, each way")
+    flip: bool = Field(default=False, description="mirror half of the images left to right")
 
 
 class DataConfig(BaseModel):
@@ -141,14 +173,17 @@ class DataConfig(BaseModel):
     dev: Split = Field(description="rows measured after every stage")
     test: Split | None = Field(default=None, description="rows measured once, at the end; default: dev serves")
     columns: Columns = Field(default=Columns(), description="names of the columns")
+    augment: Augment | None = Field(default=None, description="random changes of training images; default: none")
 
 
 class ClassificationTask(BaseModel):
-    """Text classification, one or two texts."""
+    """Classification of one or two texts, or of images."""
 
     model_config = STRICT
 
-    name: Literal["classification"] = Field(default="classification", description="kind of the task")
+    name: Literal["classification", "image-classification"] = Field(
+        default="classification", description="kind of the task"
+    )
     labels: tuple[str, ...] | None = Field(
         default=None, description="label names in order; default: sorted, from train"
     )
@@ -166,6 +201,20 @@ class RegressionTask(BaseModel):
     )
 
 
+class QueryPerformanceTask(BaseModel):
+    """Prediction of how well a ranker does on a query, from the query and its top passages; labels from 0 to 1."""
+
+    model_config = STRICT
+
+    name: Literal["query-performance"] = Field(default="query-performance", description="kind of the task")
+    loss: Literal["mse", "pairwise"] = Field(
+        default="mse", description="to the label itself, or over the order of a batch's queries"
+    )
+    metric: Literal["ndcg", "kendall", "spearman"] = Field(
+        default="ndcg", description="dev metric that picks the best step"
+    )
+
+
 class RelevanceTask(BaseModel):
     """Ranking of passages for a query by a cross-encoder; labels are grades, 0 = not relevant."""
 
@@ -177,12 +226,53 @@ class RelevanceTask(BaseModel):
     )
     relevant_from: float = Field(default=1.0, gt=0, description="lowest grade that counts as relevant")
     candidates: int | None = Field(default=None, ge=2, description="candidates of a query used per training epoch")
-    metric: Literal["ndcg@10", "pnr", "mrr", "accuracy"] = Field(
+    highest: float | None = Field(
+        default=None, gt=0, le=100, description="highest grade there can be; default: the highest of train"
+    )
+    metric: Literal["ndcg@10", "pnr", "mrr", "accuracy", "auc", "pair-accuracy"] = Field(
+        default="ndcg@10", description="dev metric that picks the best step"
+    )
+
+    @model_validator(mode="after")
+    def meaningful(self) -> RelevanceTask:
+        if self.metric == "pair-accuracy" and self.loss == "pairwise":
+            raise ValueError("metric pair-accuracy needs loss pointwise: a pairwise loss fixes no zero of the logit")
+        if self.highest is not None and self.relevant_from > self.highest:
+            raise ValueError("relevant_from is above highest, so nothing could be relevant")
+        return self
+
+
+class RetrievalTask(BaseModel):
+    """Search by a bi-encoder: queries and passages become vectors; labels are grades, 0 = not relevant."""
+
+    model_config = STRICT
+
+    name: Literal["retrieval"] = Field(default="retrieval", description="kind of the task")
+    relevant_from: float = Field(default=1.0, gt=0, description="lowest grade that makes a passage a positive")
+    negatives: int = Field(default=1, ge=0, description="hard negatives a query brings into its batch, anew each epoch")
+    temperature: float = Field(default=0.05, gt=0, le=10, description="what cosines are divided by in the loss")
+    pooling: Literal["mean", "cls", "max"] | None = Field(
+        default=None, description="how tokens become one vector; default: as the source has it, else mean"
+    )
+    metric: Literal["ndcg@10", "recall@1", "recall@10", "mrr@10", "rerank-ndcg@10", "pnr"] = Field(
         default="ndcg@10", description="dev metric that picks the best step"
     )
 
 
-Task = Annotated[ClassificationTask | RegressionTask | RelevanceTask, Field(discriminator="name"), Short("name")]
+class TextToImageTask(BaseModel):
+    """Drawing pictures from captions by rectified flow; data.columns.text is the caption."""
+
+    model_config = STRICT
+
+    name: Literal["text-to-image"] = Field(default="text-to-image", description="kind of the task")
+    metric: Literal["explained"] = Field(default="explained", description="dev metric that picks the best step")
+
+
+Task = Annotated[
+    ClassificationTask | RegressionTask | QueryPerformanceTask | RelevanceTask | RetrievalTask | TextToImageTask,
+    Field(discriminator="name"),
+    Short("name"),
+]
 
 
 class FitConfig(BaseModel):
@@ -227,7 +317,7 @@ class FitConfig(BaseModel):
 
 
 class Layers(BaseModel):
-    """Which linear layers a stage treats, by glob over module names."""
+    """Which linear layers and convolutions a stage treats, by glob over module names."""
 
     model_config = STRICT
 
@@ -260,6 +350,9 @@ class TrainConfig(FitConfig):
     """Dense fine-tuning."""
 
     stage: Literal["train"] = Field(default="train", description="kind of the stage; default: its name")
+    steps: int | None = Field(
+        default=None, ge=0, description="optimizer steps, 0 for the model as it is; give epochs or steps"
+    )
 
 
 class PruneConfig(FitConfig):
@@ -404,7 +497,7 @@ class Recipe(BaseModel):
     )
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="of everything random: order, dropout, new weights")
     output: str = Field(default="runs", description="folder of the runs, relative to the working directory")
-    model: ModelConfig = Field(description="the pretrained encoder")
+    model: ModelConfig = Field(description="what to start from")
     task: Task = Field(description="what the model learns; a bare text is its name")
     data: DataConfig = Field(description="files and columns")
     stages: Annotated[dict[StageName, AnyStage], BeforeValidator(named_stages)] = Field(

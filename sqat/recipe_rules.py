@@ -15,10 +15,12 @@ from sqat.recipe import (
     CalibrateConfig,
     DistillConfig,
     ExportConfig,
+    FitConfig,
     PruneConfig,
     QatConfig,
     Recipe,
     RelevanceTask,
+    RetrievalTask,
     TrainConfig,
 )
 from sqat.sparsity.masks import parse_pattern
@@ -44,7 +46,7 @@ def broken_rules(recipe: Recipe) -> list[Problem]:
     """Everything wrong between the parts of ``recipe``; broken parents hide what hangs on them."""
     parents = list(_parents(recipe))
     stages = [] if parents else [p for name in recipe.stages for p in _stage(recipe, name)]
-    return [*parents, *stages, *_results(recipe), *_columns(recipe)]
+    return [*parents, *stages, *_results(recipe), *_columns(recipe), *_batches(recipe)]
 
 
 def pick_stage(recipe: Recipe, kind: str, name: str | None) -> str:
@@ -173,15 +175,30 @@ def _results(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(path, f"stage {name!r} writes {len(targets)} files: say which", f"write {rows}")
 
 
+def _batches(recipe: Recipe) -> Iterator[Problem]:
+    if not isinstance(recipe.task, RetrievalTask):
+        return
+    texts = 2 + recipe.task.negatives
+    for name, stage in recipe.stages.items():
+        if isinstance(stage, FitConfig) and stage.batch_size < texts:
+            text = f"a query, its positive and its negatives are {texts} texts, and stage {name!r} has batches of "
+            hint = f"set it to {texts} or more, or lower task.negatives"
+            yield Problem(("stages", name, "batch_size"), f"{text}{stage.batch_size}", hint)
+
+
 def _columns(recipe: Recipe) -> Iterator[Problem]:
-    ranking = isinstance(recipe.task, RelevanceTask)
-    foreign = ("text", "text_pair") if ranking else ("query", "passage", "group", "candidates")
+    ranking = isinstance(recipe.task, RelevanceTask | RetrievalTask)
+    foreign: tuple[str, ...] = ("text", "text_pair") if ranking else ("query", "passage", "group", "candidates")
+    if pictures := recipe.task.name == "image-classification":
+        foreign = ("text", "text_pair", *foreign)
     for key in foreign:
         if key in recipe.data.columns.model_fields_set:
             text = f"the column {key!r} means nothing to the task {recipe.task.name}"
             hint = (
                 "its columns are query, passage, label, group, candidates"
                 if ranking
+                else "its columns are image, label"
+                if pictures
                 else "its columns are text, text_pair, label"
             )
             yield Problem(("data", "columns", key), text, hint)

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, BertTokenizerFast, PreTrainedModel
 
 from sqat.checkpoint import Checkpoint, LayerRecord, Manifest, SiteRecord
+from sqat.data import TextProcessor
 from sqat.layers import choose_layers
 from sqat.models import capture
 from sqat.recipe import Layers
 from sqat.sparsity.masks import apply_mask, nm_mask, parse_pattern
+from tests.traces import share, traced
 
 WORDS = ["red", "blue", *(f"w{i}" for i in range(58))]
 VOCABULARY = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
@@ -52,6 +57,40 @@ CONFIGS: dict[str, Callable[..., Any]] = {
 FAMILIES = ("bert", "roberta", "distilbert", "electra", "mpnet", "modernbert")
 
 MakeModel = Callable[..., PreTrainedModel]
+
+# How long an example takes is the machine's affair; whatever else is set (CI's own profile) stays.
+settings.register_profile("unhurried", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with whole stages first: handed to processes in this order, the short ones even out the end."""
+    long = {item.path for item in items if item.get_closest_marker("pipeline")}
+    items.sort(key=lambda item: item.path not in long)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """The suite's processes share the cores, and sums do not depend on how many these are."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """What a test draws without a generator of its own does not depend on the tests before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Stages and families trace each model once in a run: the processes of pytest-xdist share a folder of graphs."""
+    own = tmp_path_factory.getbasetemp()
+    share((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "traces")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sqat.stages.targets.export_float", traced)
+        yield
 
 
 @pytest.fixture(params=FAMILIES)
@@ -117,7 +156,7 @@ def make_checkpoint(make_model: MakeModel, tokenizer: Any) -> Callable[..., Chec
         masks = {name: nm_mask(linears[name].weight.detach().abs(), parse_pattern("2:4")) for name in choice.chosen}
         for name, mask in masks.items():
             linears[name].weight.data = apply_mask(linears[name].weight.detach(), mask)
-        files, weights = capture(model, tokenizer)
+        files, weights = capture(model, TextProcessor(tokenizer))
         first, *rest = choice.chosen
         layers = {name: LayerRecord(pattern="2:4", quantized=True) for name in rest}
         layers[first] = LayerRecord(pattern="2:4", float_because="excluded by the recipe")

@@ -168,6 +168,7 @@ CLASS = 'a.jsonl:1: "label" must be a class (a text or a whole number), got'
 NUMBER = 'a.jsonl:1: "label" must be a finite number, got'
 TRAIN = "train needs at least two; is data.columns.label right, is limit too low?"
 QUERIES = "are data.columns.group and label right, is limit too low?"
+LABEL = "is data.columns.label right, is limit too low?"
 NO_LIST = "for one passage a row leave data.columns.candidates out"
 Bad = tuple[str, bytes, Columns, Task, str]
 
@@ -316,7 +317,7 @@ BAD_ROWS: list[tuple[bytes, Columns, Task, str]] = [
         jsonl(query("q", 1, 1), query("r", 1)),
         NESTED,
         POINTWISE,
-        f"a.jsonl: none of the 2 queries has passages of two different grades; {QUERIES}",
+        f"a.jsonl: all 3 passages of 2 queries have the grade 1; there must be two grades; {LABEL}",
     ),
 ]
 BAD: list[Bad] = [(name, content, Columns(), CLASSES, line) for name, content, line in BAD_FILES]
@@ -367,6 +368,9 @@ def test_dev_needs_a_query_on_both_sides_of_relevant_from(tmp_path: Path) -> Non
     path = tmp_path / "dev.jsonl"
     path.write_bytes(jsonl(query("q", 1, 0), query("r", 0)))
     assert len(read(path, NESTED, GRADES, "dev")) == 3
+    with pytest.raises(SqatError, match=r"no passage of 2 queries has a grade of at least 2; the highest is 1"):
+        read(path, NESTED, RelevanceTask(relevant_from=2), "dev")
+    path.write_bytes(jsonl(query("q", 1, 0), query("r", 2)))
     with pytest.raises(SqatError, match=r"has passages of a grade of at least 2 \(task.relevant_from\)"):
         read(path, NESTED, RelevanceTask(relevant_from=2), "dev")
 

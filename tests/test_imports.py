@@ -30,6 +30,8 @@ LAYERS = [
         "layers",
         "tasks",
         "models",
+        "architectures",
+        "sources",
         "data",
         "training",
         "engine",
@@ -37,9 +39,13 @@ LAYERS = [
         "lint",
         "serving",
         "metrics",
+        "retrieval",
         "insertion",
         "readers",
         "records",
+        "images",
+        "pixels",
+        "sampling",
         "job",
     ],
     [*CORE],
@@ -98,7 +104,13 @@ def test_imports_go_one_way(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("library", "allowed"),
-    [("transformers", {"models"}), ("datasets", {"data"}), ("typer", {"cli"}), ("rich", {"console", "tables"})],
+    [
+        ("transformers", {"models", "architectures"}),
+        ("datasets", {"data"}),
+        ("diffusers", {"architectures"}),
+        ("typer", {"cli"}),
+        ("rich", {"console", "tables"}),
+    ],
 )
 def test_each_library_has_one_place(library: str, allowed: set[str]) -> None:
     users = {

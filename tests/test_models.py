@@ -16,11 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sqat.architectures.texts import load_tokenizer, set_dropout
 from sqat.checkpoint import Checkpoint, Manifest
+from sqat.data import TextProcessor
 from sqat.errors import SqatError
 from sqat.layers import choose_layers, encoder_blocks, find_qkv
-from sqat.models import build, capture, load_pretrained, load_tokenizer, resolve_source, set_dropout, use_taps
+from sqat.models import build, capture, load_pretrained, use_taps
 from sqat.recipe import Layers, ModelConfig
+from sqat.sources import resolve_source
 
 MakeModel = Callable[..., PreTrainedModel]
 MakeSource = Callable[..., Path]
@@ -56,7 +59,10 @@ def problem(call: Callable[..., Any], *arguments: Any) -> str:
 
 def load(source: Path | str, folder: Path, seed: int = 0, **config: Any) -> tuple[PreTrainedModel, Any]:
     known = {"source": str(source), "max_length": 16, **config}
-    return load_pretrained(ModelConfig(**known), folder, HEAD, seed)
+    model, processor = load_pretrained("texts", ModelConfig(**known), folder, HEAD, seed)
+    assert isinstance(model, PreTrainedModel)
+    assert isinstance(processor, TextProcessor)
+    return model, processor.tokenizer
 
 
 def edit_config(folder: Path, **entries: Any) -> None:
@@ -190,8 +196,7 @@ def test_a_glob_that_matches_nothing(field: str, make_model: MakeModel) -> None:
     layers = Layers(**{field: ("*.query", "*.queri")})
     start = "bert.encoder.layer.0.attention.self."
     assert problem(choose_layers, make_model("bert"), layers, "prune") == (
-        f"layers: '*.queri' matches no linear layer; "
-        f"the model has {start}query, {start}key, {start}value, ... (14 in all)"
+        f"layers: '*.queri' matches no layer; the model has {start}query, {start}key, {start}value, ... (14 in all)"
     )
 
 
@@ -210,7 +215,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_source: MakeSo
 
 
 def test_a_package_is_found_without_importing_it(package: Path, tmp_path: Path) -> None:
-    source = ModelConfig(source="package:tiny_package/models/tiny")
+    source = "package:tiny_package/models/tiny"
     assert resolve_source(source, tmp_path) == str(package / "models" / "tiny")
     assert "tiny_package" not in sys.modules
     load("package:tiny_package/models/tiny", tmp_path)
@@ -220,7 +225,7 @@ def test_a_package_is_found_without_importing_it(package: Path, tmp_path: Path) 
 @pytest.mark.parametrize("inner", ["/../..", "/models/../..", "/..", "/../../../..", "/models", "", "/nowhere"])
 def test_a_package_holds_its_model_inside(inner: str, package: Path, tmp_path: Path) -> None:
     source = f"package:tiny_package{inner}"
-    assert problem(resolve_source, ModelConfig(source=source), tmp_path) == (
+    assert problem(resolve_source, source, tmp_path) == (
         f"model.source is {source!r}, but that folder of the package holds no model; "
         f"looked at {(package / inner.removeprefix('/')).resolve()}"
     )
@@ -228,7 +233,7 @@ def test_a_package_holds_its_model_inside(inner: str, package: Path, tmp_path: P
 
 def test_a_link_out_of_a_package_is_not_followed(package: Path, tmp_path: Path, make_source: MakeSource) -> None:
     (package / "outside").symlink_to(make_source("bert"))
-    source = ModelConfig(source="package:tiny_package/outside")
+    source = "package:tiny_package/outside"
     assert problem(resolve_source, source, tmp_path).endswith(str((package / "outside").resolve()))
 
 
@@ -236,9 +241,9 @@ def test_a_link_out_of_a_package_is_not_followed(package: Path, tmp_path: Path, 
 def test_a_package_that_is_not_installed(name: str, tmp_path: Path) -> None:
     source = f"package:{name}/m"
     if name == "json":  # a package, but without a model
-        assert "holds no model" in problem(resolve_source, ModelConfig(source=source), tmp_path)
+        assert "holds no model" in problem(resolve_source, source, tmp_path)
         return
-    assert problem(resolve_source, ModelConfig(source=source), tmp_path) == (
+    assert problem(resolve_source, source, tmp_path) == (
         f"model.source is {source!r}, but no package {name!r} is installed; "
         f"pip install {name.replace('_', '-')}, or name a folder or a hub model"
     )
@@ -246,11 +251,11 @@ def test_a_package_that_is_not_installed(name: str, tmp_path: Path) -> None:
 
 def test_folders_are_relative_to_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
-    assert resolve_source(ModelConfig(source="m"), tmp_path) == str(tmp_path / "m")
-    assert resolve_source(ModelConfig(source="./m"), tmp_path) == str(tmp_path / "m")
-    assert resolve_source(ModelConfig(source="org/name"), tmp_path) == "org/name"
+    assert resolve_source("m", tmp_path) == str(tmp_path / "m")
+    assert resolve_source("./m", tmp_path) == str(tmp_path / "m")
+    assert resolve_source("org/name", tmp_path) == "org/name"
     for source in ("./n", "a/b/c", str(tmp_path / "n")):
-        assert problem(resolve_source, ModelConfig(source=source), tmp_path) == (
+        assert problem(resolve_source, source, tmp_path) == (
             f"model.source is {source!r}, but there is no such folder; looked at {tmp_path / source}"
         )
 
@@ -342,10 +347,11 @@ def test_a_folder_without_a_tokenizer(make_source: MakeSource, tmp_path: Path) -
     (source / "tokenizer_config.json").unlink()
     alone = f"{source}: no tokenizer lies beside the model; keep its files together"
     assert problem(load, source, tmp_path) == alone
-    assert problem(load_tokenizer, source) == alone
+    assert problem(load_tokenizer, source, str(source)) == alone
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert problem(load_tokenizer, empty) == f"{empty}: no tokenizer lies beside the model; keep its files together"
+    lost = f"{empty}: no tokenizer lies beside the model; keep its files together"
+    assert problem(load_tokenizer, empty, str(empty)) == lost
 
 
 @pytest.mark.parametrize(
@@ -389,20 +395,21 @@ def test_a_model_comes_back_from_its_checkpoint(
     family: str, make_model: MakeModel, tokenizer: Any, batch: dict[str, Tensor]
 ) -> None:
     model = make_model(family, num_labels=3)
-    files, weights = capture(model, tokenizer)
+    files, weights = capture(model, TextProcessor(tokenizer))
     again, words = build(Checkpoint(MANIFEST, files, weights))
     assert not again.training
     assert type(again) is type(model)
     assert {n: t.dtype for n, t in again.state_dict().items()} == {n: t.dtype for n, t in model.state_dict().items()}
     assert all(torch.equal(t, model.state_dict()[n]) for n, t in again.state_dict().items())
-    assert words("red blue w3")["input_ids"] == tokenizer("red blue w3")["input_ids"]
+    assert isinstance(words, TextProcessor)
+    assert words.tokenizer("red blue w3")["input_ids"] == tokenizer("red blue w3")["input_ids"]
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, model(**batch).logits)
 
 
 def test_captured_weights_are_copies(make_model: MakeModel, tokenizer: Any) -> None:
     model = make_model("bert")
-    _, weights = capture(model, tokenizer)
+    _, weights = capture(model, TextProcessor(tokenizer))
     before = weights["classifier.weight"].clone()
     with torch.no_grad():
         model.classifier.weight.zero_()
@@ -411,14 +418,14 @@ def test_captured_weights_are_copies(make_model: MakeModel, tokenizer: Any) -> N
 
 def test_the_tapped_attention_is_not_written_down(make_model: MakeModel, tokenizer: Any) -> None:
     model = make_model("bert")
-    files, _ = capture(model, tokenizer)
+    files, _ = capture(model, TextProcessor(tokenizer))
     assert use_taps(model)
-    assert capture(model, tokenizer)[0] == files
+    assert capture(model, TextProcessor(tokenizer))[0] == files
 
 
 def test_tied_weights_are_kept_once(make_model: MakeModel, tokenizer: Any) -> None:
     model = make_model("bart")
-    files, weights = capture(model, tokenizer)
+    files, weights = capture(model, TextProcessor(tokenizer))
     tied = {f"model.{part}embed_tokens.weight" for part in ("encoder.", "decoder.")}
     assert set(model.state_dict()) - set(weights) == tied
     again, _ = build(Checkpoint(MANIFEST, files, weights))
@@ -428,7 +435,7 @@ def test_tied_weights_are_kept_once(make_model: MakeModel, tokenizer: Any) -> No
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
 def test_weights_that_do_not_fit_the_config(change: str, make_model: MakeModel, tokenizer: Any) -> None:
-    files, weights = capture(make_model("bert"), tokenizer)
+    files, weights = capture(make_model("bert"), TextProcessor(tokenizer))
     name = "bert.pooler.dense.weight"
     said = "is missing" if change == "missing" else "does not fit the config"
     if change == "missing":
@@ -444,7 +451,7 @@ def test_weights_that_do_not_fit_the_config(change: str, make_model: MakeModel, 
 
 
 def test_a_checkpoint_without_config_cannot_be_built(make_model: MakeModel, tokenizer: Any) -> None:
-    files, weights = capture(make_model("bert"), tokenizer)
+    files, weights = capture(make_model("bert"), TextProcessor(tokenizer))
     whole = Checkpoint(MANIFEST, files, weights)
     no_config = replace(whole, files={n: c for n, c in files.items() if n != "config.json"})
     assert problem(build, no_config, "runs/x").startswith("runs/x: the checkpoint's model cannot be built: ")

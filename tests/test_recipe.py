@@ -130,7 +130,8 @@ BAD_RECIPES = [
      "r.yaml:9: the name 'Pruned_1' may only hold lower-case letters, digits and -, a letter or digit first"),
     ("task: classification", "task: clasification",
      "r.yaml:2: task: unknown name 'clasification'; did you mean 'classification'? "
-     "allowed: classification, regression, relevance"),
+     "allowed: classification, image-classification, query-performance, regression, relevance, retrieval, "
+     "text-to-image"),
     ("task: classification", "task: {name: classification, metric: f2}",
      "r.yaml:2: task.metric needs one of accuracy, f1, got 'f2'; did you mean 'f1'?"),
     ("task: classification\n", "",
@@ -266,7 +267,7 @@ def test_bad_files(tmp_path: Path) -> None:
 def test_the_first_of_several_problems_by_line_is_told(tmp_path: Path) -> None:
     text = GOOD.replace("source: tiny", "source: 3").replace("1e-5", "-1").replace("percentile", "mean")
     assert error_of(tmp_path, text) == (
-        "r.yaml:1: model.source needs a text, got 3 (and 2 more); quote it if it is a text"
+        "r.yaml:1: model.source needs a text or null, got 3 (and 2 more); quote it if it is a text"
     )
 
 

@@ -8,15 +8,35 @@ from sqat.checkpoint import Manifest
 
 ONNX_USE = """```python
 import onnxruntime
-from transformers import AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(".")
+{inputs}
 session = onnxruntime.InferenceSession("{file}")
-inputs = tokenizer(["first text"], ["second text"], padding=True, return_tensors="np")
 names = [entry.name for entry in session.get_inputs()]
-logits = session.run(["logits"], {{name: inputs[name] for name in names}})[0]
+(output,) = session.run(None, {{name: inputs[name] for name in names}})  # {output}
 ```
 """
+TEXTS = """from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+inputs = tokenizer(["first text"], {second}padding=True, return_tensors="np")"""
+IMAGES = """import numpy as np
+from PIL import Image
+from transformers import AutoImageProcessor
+
+images = AutoImageProcessor.from_pretrained(".")
+inputs = images(Image.open("image.png"), return_tensors="np")"""
+NOISE = """
+inputs = ...  # by name: a noisy picture, its time and the caption's embedding, as sqat.sampling prepares them"""
+INPUTS = {
+    "texts": TEXTS.format(second='["second text"], '),
+    "sentences": TEXTS.format(second=""),
+    "images": IMAGES,
+    "diffusion": NOISE,
+}
+CLASSES = {
+    "texts": "AutoModelForSequenceClassification",
+    "sentences": "AutoModel",
+    "images": "AutoModelForImageClassification",
+}
 SATURATION = """On x86 processors without VNNI, set the session option `session.x64quantprecision` to `1`: ONNX
 Runtime's default int8 kernel saturates there. So do OpenVINO's, and they have no such option.
 """
@@ -26,13 +46,13 @@ enabled and the optimization profile of the recipe; `sqat engine {file}` also te
 PACKED_USE = """```python
 from sqat.serving.load import load_model
 
-model, tokenizer = load_model("{file}")  # sparse kernels on an Ampere GPU or later, a reference elsewhere
+model, processor = load_model("{file}")  # sparse kernels on an Ampere GPU or later, a reference elsewhere
 ```
 """
 COMPRESSED_USE = """```python
-from transformers import AutoModelForSequenceClassification  # with compressed-tensors installed
+from transformers import {loader}  # with compressed-tensors installed
 
-model = AutoModelForSequenceClassification.from_pretrained("{file}")
+model = {loader}.from_pretrained("{file}")
 ```
 """
 USES = {
@@ -45,11 +65,13 @@ USES = {
 }
 
 
-def model_card(manifest: Manifest, artifacts: Mapping[str, tuple[str, int]]) -> str:
+def model_card(manifest: Manifest, artifacts: Mapping[str, tuple[str, int]], kind: str, output: str) -> str:
     """Markdown: what was written with sizes, dev metrics, what was pruned and quantized, how to run it.
 
     Args:
         artifacts: target -> (file or folder, its bytes).
+        kind: of the architecture.
+        output: what an ONNX file's output is called.
     """
     pruned = [name for name, record in manifest.layers.items() if record.pattern]
     quantized = [name for name, record in manifest.layers.items() if record.quantized]
@@ -60,9 +82,13 @@ def model_card(manifest: Manifest, artifacts: Mapping[str, tuple[str, int]]) -> 
     for target, (name, size) in artifacts.items():
         metrics = ", ".join(f"{metric} {value:.4f}" for metric, value in manifest.metrics[f"dev {target}"].items())
         lines.append(f"| {target} | {name} | {size / 1e6:.1f} | {metrics} |")
-    lines += ["", f"{len(pruned)} of {len(manifest.layers)} linear layers are pruned, {len(quantized)} are int8; "
-              "embeddings and the other layers are float.", ""]  # fmt: skip
+    lines += ["", f"{len(pruned)} of {len(manifest.layers)} linear layers and convolutions are pruned, "
+              f"{len(quantized)} are int8; embeddings and the other layers are float.", ""]  # fmt: skip
     lines += [*(f"- {note}" for note in manifest.notes), "", "## Use", ""]
     for target, (name, _) in artifacts.items():
-        lines += [f"### {target}", "", USES[target].format(file=name)]
+        lines += [
+            f"### {target}",
+            "",
+            USES[target].format(file=name, inputs=INPUTS[kind], output=output, loader=CLASSES.get(kind, "")),
+        ]
     return "\n".join(lines)

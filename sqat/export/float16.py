@@ -5,8 +5,9 @@ and constants with it. Float32 stays, behind Casts:
   * what integers alone decide (masks, positions, rotary angles, relative buckets): half holds integers up to 2048
     only, so a position or an angle would be wrong; the result is cast once for all its readers. A mask's -3.4e38
     becomes -32768: half's lowest, -65504, plus a score below -16 is -inf, and a row of nothing else is NaN.
-  * LayerNormalization, sums and powers: squares pass 65504 at 256. An engine may say that it sums in float32 anyway
+  * norms, sums and powers: squares pass 65504 at 256. An engine may say that it sums in float32 anyway
     (``stash_type``), not all do; a quantizer behind it reads the float32, the rest one Cast.
+  * what leads to a sine or cosine from a float input (times of a diffusion model), by the same reason.
   * an operation with a number that half cannot hold (an epsilon), and a quantized product one of whose scales is
     below half's smallest normal number: product and bias in float32, so that nothing comes between DQ and product.
 Q has the type of its input, DQ that of its reader. Inputs keep their types, float outputs are float32.
@@ -31,7 +32,8 @@ STORED: dict[ir.DataType | None, np.dtype[Any]] = {FLOAT: np.dtype(np.float32), 
 LARGEST, SMALLEST_NORMAL, SMALLEST_SCALE = 65504.0, 2.0**-14, 6.2e-5
 MASKED, MASK = 1e38, 32768.0
 PRODUCTS = ("MatMul", "Gemm", "Conv")
-IN_FLOAT = ("LayerNormalization", "Pow", "Sqrt", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2")
+NORMS = ("LayerNormalization", "InstanceNormalization", "GroupNormalization")
+IN_FLOAT = (*NORMS, "Pow", "Sqrt", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2")
 NO_FLOATS = ("QuantizeLinear", "Shape", "Size")
 
 
@@ -61,7 +63,7 @@ class Halving:
         self.rewriting = rewriting
         self.active = {value for value in rewriting.graph.inputs if value.dtype == FLOAT}
         self.made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
-        self.in_float = {node for node in rewriting.graph if stays_float(node)}
+        self.in_float = {node for node in rewriting.graph if stays_float(node)} | angles(rewriting.graph)
         self.in_float |= {bias for node in self.in_float if node.op_type in PRODUCTS for bias in biases(node)}
 
     def visit(self, node: ir.Node) -> None:
@@ -71,7 +73,7 @@ class Halving:
             return
         wanted = self.wanted(node)
         for index, value in enumerate(node.inputs):
-            if value is not None and node.op_type not in ("Shape", "Size"):
+            if value is not None and node.op_type not in ("Shape", "Size") and (node.op_type != "Resize" or index == 0):
                 node.replace_input_with(index, self.operand(value, wanted))
         if node.op_type == "QuantizeLinear" and wanted == FLOAT:
             self.match_scale(node)
@@ -182,6 +184,19 @@ def stays_float(node: ir.Node) -> bool:
         return False
     numbers = [array for value in node.inputs if (array := stored(value)) is not None and array.size == 1]
     return node.op_type in IN_FLOAT or any(0 < abs(float(number.reshape(()))) < SMALLEST_NORMAL for number in numbers)
+
+
+def angles(graph: ir.Graph) -> set[ir.Node]:
+    """Sines and cosines, and what leads to them, back to the nearest products."""
+    found: set[ir.Node] = set()
+    waiting = [node for node in graph if node.op_type in ("Sin", "Cos")]
+    while waiting:
+        node = waiting.pop()
+        if node in found or node.op_type in PRODUCTS:
+            continue
+        found.add(node)
+        waiting += [made for value in node.inputs if value is not None and (made := value.producer()) is not None]
+    return found
 
 
 def looks_up(node: ir.Node) -> bool:

@@ -42,16 +42,17 @@ class Logits(nn.Module):
         return logits
 
 
-def export_float(model: nn.Module, inputs: Mapping[str, Tensor]) -> ModelProto:
+def export_float(model: nn.Module, inputs: Mapping[str, Tensor], output: str = "logits") -> ModelProto:
     """Export an encoder in float32, weights as they are.
 
     Args:
         model: transformers encoder, in eval mode, eager attention, no parametrizations; returns ``.logits``.
         inputs: an example batch by input name: integers [batch, sequence >= 2], or floats [batch, ...] (images), of
             which the batch alone varies; only names, types and widths matter.
+        output: what the model's ``.logits`` is called in the graph.
 
     Returns:
-        ModelProto of opset 20; inputs in the given order, output ``logits`` [batch, labels]. It may hold more than
+        ModelProto of opset 20; inputs in the given order, one output [batch, ...]. It may hold more than
         2 GB: see `sqat.export.files`.
 
     Raises:
@@ -69,7 +70,7 @@ def export_float(model: nn.Module, inputs: Mapping[str, Tensor]) -> ModelProto:
             dynamo=True,
             opset_version=OPSET,
             input_names=list(inputs),
-            output_names=["logits"],
+            output_names=[output],
             dynamic_shapes=(axes,),
             verbose=False,
         )

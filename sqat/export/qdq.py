@@ -1,7 +1,7 @@
 """The Q/DQ writer: a float graph and the checkpoint's scales in, an int8 graph by rules B1-B15 out.
 
-What: each quantized linear gets its weight as an int8 initializer behind a DequantizeLinear (``dq``) or as
-float32 behind a QuantizeLinear and a DequantizeLinear (``qdq``), and every site of the checkpoint a pair of the
+What: each quantized linear or convolution gets its weight as an int8 initializer behind a DequantizeLinear (``dq``)
+or as float32 behind a QuantizeLinear and a DequantizeLinear (``qdq``), and every site of the checkpoint a pair of the
 two on the edge it names. Each edge has its own pair even where three layers read one tensor: a shared pair leaves
 half of the products in float in ONNX Runtime (B10).
 
@@ -9,7 +9,8 @@ Why ours and not a quantizer's: the scales are known, symmetric and final, so no
 put them where the torch model had them. Where two sites of equal scale meet on an edge one pair is written.
 Why two forms of weights (B4): ``dq`` is a file of a quarter of the size; TensorRT 8 reads only ``qdq``, and so
 does Polygraphy's search for 2:4. There the float32 is the int8 times its scale, so that Q gives the int8 back.
-Left out: float16 (`sqat.export.float16`) and Conv (`sqat.export.conv1x1`), which rewrite what is written here.
+Left out: float16 (`sqat.export.float16`) and linears as convolutions (`sqat.export.conv1x1`), which rewrite what is
+written here. Padding needs nothing: the zero-point is 0.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Quantization:
     """What the checkpoint knows: int8 weights and activation bounds.
 
     Attributes:
-        weights: layer -> (int8 [out, in] in [-127, 127], float32 scale [out]).
+        weights: layer -> (int8 [out, in], of a convolution [out, in, h, w], in [-127, 127], float32 scale [out]).
         amax: site -> symmetric bound of the activation, > 0.
     """
 
@@ -134,12 +135,12 @@ class Writer:
 
     def weight(self, node: NodeProto, layer: str, weight_OI: Tensor, scale_O: Tensor) -> str:  # noqa: N803
         """Put a weight behind its DequantizeLinear in the layout its op reads (B5)."""
-        transposed = attribute(node, "transB") == 1
-        stored = weight_OI if transposed else weight_OI.t()
+        outputs_first = node.op_type == "Conv" or attribute(node, "transB") == 1
+        stored = weight_OI if outputs_first else weight_OI.t()
         expected = tuple(self.tensors[node.input[1]].dims)
         if tuple(stored.shape) != expected or tuple(scale_O.shape) != (weight_OI.shape[0],):
             raise ValueError(f"layer {layer}: weight {tuple(stored.shape)} in a graph that has {expected}")
-        axis = 0 if transposed else 1
+        axis = 0 if outputs_first else 1
         integers = stored.contiguous().numpy()
         scale = scale_O.float().numpy()
         scales = [
@@ -149,7 +150,7 @@ class Writer:
         if self.form == "dq":
             quantized = self.constant(f"{layer}.weight_int8", integers)
         else:
-            floats = integers * (scale[:, None] if transposed else scale)
+            floats = integers * (scale.reshape(-1, *[1] * (integers.ndim - 1)) if outputs_first else scale)
             quantized = self.add(
                 "QuantizeLinear", [self.constant(f"{layer}.weight_float", floats), *scales], f"{layer}:weight", axis
             )

@@ -69,7 +69,7 @@ def first_line(error: Exception) -> str:
 def run_batches(session: onnxruntime.InferenceSession, batches: Iterable[Mapping[str, Array]]) -> NDArray[np.float32]:
     """Logits [N, labels] of all batches, in their order; inputs the model does not take are left out."""
     names = [entry.name for entry in session.get_inputs()]
-    outputs = [session.run(["logits"], {name: batch[name] for name in names})[0] for batch in batches]
+    outputs = [session.run(None, {name: batch[name] for name in names})[0] for batch in batches]
     return np.concatenate(outputs).astype(np.float32, copy=False)
 
 

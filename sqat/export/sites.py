@@ -1,6 +1,6 @@
 """Where a layer or an activation site of the checkpoint lies in an exported graph.
 
-What: `Anatomy` lists the linears, attention products and residual adds of a graph by module name, and
+What: `Anatomy` lists the linears and convolutions, attention products and residual adds of a graph by module name, and
 `Anatomy.edges` turns a site name into the (node, operand) edges that carry its tensor.
 
 Why from node names alone: `sqat.export.graph` put the module name there, so nothing has to be guessed from
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from onnx import GraphProto, NodeProto
 
-from sqat.export.graph import module_of
+from sqat.export.graph import WEIGHTED, module_of
 
 PRODUCT_ROLES = {"query": (0, 0), "key": (0, 1), "softmax": (1, 0), "value": (1, 1)}
 ADD_ROLE = re.compile(r"add([0-9]+)\.(left|right)")
@@ -31,7 +31,7 @@ class Edge(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """One run of a linear layer: its MatMul or Gemm, and the tensor that leaves it after the bias."""
+    """One run of a linear or convolution: its MatMul, Gemm or Conv, and the tensor that leaves it after the bias."""
 
     node: int
     output: str
@@ -56,7 +56,7 @@ class Anatomy:
 
     def _place(self, index: int, node: NodeProto) -> None:
         module = module_of(node)
-        if node.op_type in ("MatMul", "Gemm") and node.input[1] in self.constants:
+        if node.op_type in WEIGHTED and node.input[1] in self.constants:
             self.linears[module].append(Linear(index, self._after_bias(module, node)))
         elif node.op_type == "MatMul" and not self.constants & set(node.input):
             self.products[module].append(index)

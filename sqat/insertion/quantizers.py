@@ -47,6 +47,8 @@ class Quantizers(nn.Module):
             return last[1]
         quantize = fake_quantize_learned if self.learned else fake_quantize
         y = quantize(x, within_reach(leader, self.bounds[self.index[leader]]))
+        if self.learned and x.dim() == 4 and role(site) == "output":
+            y = y.clone()  # its gradient needs y, and residual adds of convolutional nets write into what they read
         self._remember(leader, x, y, self.sharers[leader])
         return y
 

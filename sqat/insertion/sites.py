@@ -4,18 +4,24 @@ Found by running one small batch with a tap on every candidate: sites that see o
 a block's input and its skip connection) share one quantizer, so they are quantized once and stay equal.
 
 Profiles:
-    linear    inputs of the quantized linears.
+    linear    inputs of the quantized linears; inputs and outputs of the quantized convolutions.
     tensorrt  also the attention products, residual adds and linear outputs (int8 in, int8 out: rule T16).
               An output that an attention product or a residual add reads is quantized once, there or here; one
               that feeds an activation function stays float (rule B8), its result is quantized at the next input.
     tensorrt-full
               also what feeds an activation function, so that every linear is int8 in and out.
+
+A convolution's output is a site in all of them, also before an activation function: ONNX Runtime has int8 convolutions
+with int8 outputs only. Where nothing but a rectifier reads it, what the rectifier cuts off needs no range: the bound is
+that of the rectified values, so that nothing is lost by quantizing before instead of behind it. Left out: residual adds
+of convolutional networks, which stay float.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,8 +30,12 @@ from torch.overrides import TorchFunctionMode
 
 from sqat.insertion.taps import tap_adds, tap_attention, tap_linears
 
-Key = tuple[int, int, int]
-ACTIVATIONS = frozenset({"gelu", "relu", "relu_", "silu", "tanh", "sigmoid", "leaky_relu", "elu", "quick_gelu", "mish"})
+Version = tuple[int, int]
+Key = tuple[Version, int, int]
+RECTIFIERS = {"relu": math.inf, "relu_": math.inf, "relu6": 6.0}
+ACTIVATIONS = frozenset(
+    {"gelu", "silu", "tanh", "sigmoid", "leaky_relu", "elu", "quick_gelu", "mish", "hardtanh", *RECTIFIERS}
+)
 
 
 @dataclass(frozen=True)
@@ -37,11 +47,13 @@ class Sites:
         tied: groups of leaders that share one bound, the largest: q, k, v of one attention, be it where the
             products read them or, in families without taps there, at the linears' outputs.
         left: site -> why it stays float.
+        rectified: outputs that only a rectifier reads -> the largest value that it passes.
     """
 
     leaders: dict[str, str]
     tied: list[tuple[str, ...]]
     left: dict[str, str]
+    rectified: Mapping[str, float] = field(default_factory=dict)
 
 
 def discover_sites(
@@ -55,21 +67,24 @@ def discover_sites(
 
     Args:
         inputs: keyword arguments of the model's forward, a small batch.
-        linears: names of the linears to quantize.
+        linears: names of the linears and convolutions to quantize.
         blocks: names of the encoder blocks, for residual adds.
         profile: ``linear``, ``tensorrt`` or ``tensorrt-full``.
     """
-    seen: dict[str, Tensor] = {}  # holds every tensor, so that no storage is used twice during the run
+    keys: dict[str, Key] = {}
     watch = WatchActivations()
     handles = [m.register_forward_pre_hook(watch.enter) for m in model.modules() if is_activation(m)]
 
     def record(site: str, x: Tensor) -> Tensor:
-        seen.setdefault(site, x)  # DeBERTa runs q and k again, on the relative positions
+        if site not in keys:  # DeBERTa runs q and k again, on the relative positions
+            keys[site] = key_of(x)
+            watch.note(x)
         return x
 
-    taps = tap_linears(model, record, inputs=linears)
+    convolutions = [name for name in linears if isinstance(model.get_submodule(name), nn.Conv2d)]
+    taps = tap_linears(model, record, inputs=linears, outputs=convolutions)
     if profile != "linear":
-        tap_linears(model, record, outputs=linears, taps=taps)
+        tap_linears(model, record, outputs=[name for name in linears if name not in convolutions], taps=taps)
         tap_attention(model, record, inner_modules(model, blocks), taps=taps)
         tap_adds(model, record, blocks, taps=taps)
     training = model.training
@@ -81,11 +96,14 @@ def discover_sites(
         taps.remove()
         for handle in handles:
             handle.remove()
-    kept_float = () if profile == "tensorrt-full" else watch.seen
-    return choose_sites({site: key_of(x) for site, x in seen.items()}, {key_of(x)[0] for x in kept_float})
+    outputs = {f"{name}:output": keys[f"{name}:output"] for name in convolutions if f"{name}:output" in keys}
+    kept_float = set() if profile == "tensorrt-full" else watch.seen - {key[0] for key in outputs.values()}
+    limits = {site: watch.passed(key[0]) for site, key in outputs.items()}
+    rectified = {site: limit for site, limit in limits.items() if limit is not None}
+    return replace(choose_sites(keys, kept_float), rectified=rectified)
 
 
-def choose_sites(keys: Mapping[str, Key], activations: set[int]) -> Sites:
+def choose_sites(keys: Mapping[str, Key], activations: Set[Version]) -> Sites:
     """Drop what is covered elsewhere, and group what sees one tensor.
 
     Args:
@@ -151,8 +169,13 @@ def role(site: str) -> str:
 
 
 def key_of(x: Tensor) -> Key:
-    """Equal for views of all of one tensor."""
-    return (x.untyped_storage().data_ptr(), int(x.storage_offset()), x.numel())
+    """Equal for views of all of one tensor, until something writes into it."""
+    return (version_of(x), int(x.storage_offset()), x.numel())
+
+
+def version_of(x: Tensor) -> Version:
+    """A tensor's storage, and how often it was written into: a residual add may be done in place."""
+    return (x.untyped_storage().data_ptr(), x._version)
 
 
 def inner_modules(model: nn.Module, blocks: Sequence[str]) -> list[str]:
@@ -172,32 +195,72 @@ def is_activation(module: nn.Module) -> bool:
 
 
 class WatchActivations(TorchFunctionMode):
-    """Keeps the tensors that enter an activation function, called by name or as a module."""
+    """Sees what enters an activation function, called by name or as a module, and what reads a tensor at all.
+
+    Attributes:
+        seen: tensors that an activation function reads.
+        readers: noted tensor -> what each function that makes another tensor of it passes, as `limit_of` says.
+        held: tensors of both, so that no storage is used twice during the run.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[Tensor] = []
+        self.seen: set[Version] = set()
+        self.readers: dict[Version, list[float | None]] = {}
+        self.held: list[Tensor] = []
+
+    def note(self, x: Tensor) -> None:
+        """Watch who reads a tensor from now on."""
+        self.readers.setdefault(version_of(x), [])
+        self.held.append(x)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.seen.extend(x for x in args if isinstance(x, Tensor))
+        for x in args:
+            if isinstance(x, Tensor):
+                self.activates(x)
+
+    def activates(self, x: Tensor) -> None:
+        self.seen.add(version_of(x))
+        self.held.append(x)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if args and isinstance(args[0], Tensor) and getattr(function, "__name__", "") in ACTIVATIONS:
-            self.seen.append(args[0])
-        return function(*args, **(kwargs or {}))
+        name = getattr(function, "__name__", "")
+        if args and isinstance(args[0], Tensor) and name in ACTIVATIONS:
+            self.activates(args[0])
+        read = [version_of(x) for x in args if isinstance(x, Tensor)]
+        result = function(*args, **(kwargs or {}))
+        for version in read if isinstance(result, Tensor) else ():
+            if version in self.readers:
+                self.readers[version].append(limit_of(name, kwargs or {}))
+        return result
+
+    def passed(self, tensor: Version) -> float | None:
+        """The largest value that a tensor's readers pass, if each of them is a rectifier; else None."""
+        limits = self.readers.get(tensor, [])
+        known = [limit for limit in limits if limit is not None]
+        return max(known) if known and len(known) == len(limits) else None
 
 
-def observed_rows(site: str, x: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+def limit_of(name: str, keywords: Mapping[str, Any]) -> float | None:
+    """The largest value that a function passes if it is a rectifier (0 below 0, the value itself above), else None."""
+    if name == "hardtanh" and keywords.get("min_val") == 0:  # torch's ReLU6 calls it
+        return float(keywords["max_val"])
+    return RECTIFIERS.get(name)
+
+
+def observed_rows(site: str, x: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Bring a site's tensor and the real positions into one shape, so that padding is left out.
 
     Args:
         x: [B,T,H], or [B,h,T,d] at attention operands, or [B,h,T,S] at softmax.
-        attention_mask: [B,T], 1 = real.
+        attention_mask: [B,T], 1 = real; None where nothing is padded (images).
 
     Returns:
         The tensor with positions leading and a bool mask of the leading dimensions. A tensor that has no tokens
         (what a pooler reads, relative positions) counts whole.
     """
+    if attention_mask is None:
+        return x, x.new_ones(x.shape[:-1], dtype=torch.bool)
     real = attention_mask.bool()
     if x.dim() < 4 and x.shape[:-1] != real.shape:
         return x, real.new_ones(x.shape[:-1])

@@ -3,7 +3,7 @@
 One mechanism serves discovery (record which sites see the same tensor), calibration (observe) and
 quantization-aware training (fake-quantize). Sites are named as the exporter names them:
 
-    {linear}:input  {linear}:output            inputs and outputs (after bias) of linear layers
+    {layer}:input  {layer}:output              inputs and outputs (after bias) of linears and convolutions
     {attention}:query|key|softmax|value        operands of the two attention products
     {module}:add{j}.left|right                 operands of the j-th residual add run directly in that module
 
@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
+
+from sqat.insertion.batch_norm import folded_norms
 
 Tap = Callable[[str, Tensor], Tensor]
 ATTENTION_TAP = "sqat_attention_tap"
@@ -51,14 +53,15 @@ def tap_linears(
     outputs: Iterable[str] = (),
     taps: Taps | None = None,
 ) -> Taps:
-    """Tap inputs and outputs of the named linear layers."""
+    """Tap inputs and outputs of the named linears and convolutions; a folded norm's number belongs to the output."""
     taps = taps or Taps()
+    norms = folded_norms(model)
     for name in inputs:
         before = partial(tap_input, tap, f"{name}:input")
         taps.handles.append(model.get_submodule(name).register_forward_pre_hook(before))
     for name in outputs:
         after = partial(tap_output, tap, f"{name}:output")
-        taps.handles.append(model.get_submodule(name).register_forward_hook(after))
+        taps.handles.append(model.get_submodule(norms.get(name, name)).register_forward_hook(after))
     return taps
 
 

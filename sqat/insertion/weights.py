@@ -19,7 +19,7 @@ from sqat.sparsity.masks import apply_mask
 
 
 class WeightTransform(nn.Module):
-    """Parametrization of a weight [out,in]: mask, then per-channel fake quantization."""
+    """Parametrization of a weight [out,in] or [out,in,h,w]: mask, then per-channel fake quantization."""
 
     mask: Tensor | None
 
@@ -34,6 +34,14 @@ class WeightTransform(nn.Module):
         return weight if self.mask is None else apply_mask(weight, self.mask)
 
 
+def layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
+    """The linear layer or convolution of a name."""
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear | nn.Conv2d):
+        raise TypeError(f"{name} is a {type(module).__name__}, neither a Linear nor a Conv2d")
+    return module
+
+
 def linear(model: nn.Module, name: str) -> nn.Linear:
     """The linear layer of a name."""
     module = model.get_submodule(name)
@@ -42,7 +50,7 @@ def linear(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def original_weight(module: nn.Linear) -> Tensor:
+def original_weight(module: nn.Module) -> Tensor:
     """The trained weight under the parametrization."""
     parametrizations: Any = module.parametrizations
     original: Tensor = parametrizations.weight.original
@@ -56,7 +64,7 @@ def insert_weights_(
     quantized = set(quantized)
     transforms = {}
     for name in dict.fromkeys((*masks, *sorted(quantized))):
-        module = linear(model, name)
+        module = layer(model, name)
         mask = masks.get(name)
         mask = None if mask is None else mask.to(module.weight.device)
         transforms[name] = WeightTransform(mask, name in quantized)
@@ -68,7 +76,7 @@ def remove_weights_(model: nn.Module, transforms: Mapping[str, WeightTransform])
     """Take the parametrizations off, leaving plain masked weights; returns the masks."""
     masks = {}
     for name, transform in transforms.items():
-        module = linear(model, name)
+        module = layer(model, name)
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
         if transform.mask is not None:
             masks[name] = transform.mask

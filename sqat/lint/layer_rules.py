@@ -129,7 +129,7 @@ def both_operands(wiring: Wiring) -> Iterator[Problem]:
         weight = weights.get(id(node))
         sides = [wiring.producer(name, DEQUANTIZE) is not None for name in node.input[:2]]
         sides[1] |= weight is not None and weight.dequantizer is not None  # what stands between is for B5
-        if any(sides) == all(sides):
+        if any(sides) == all(sides) or (sides[0] and leaves_convolution(wiring, node.input[0])):
             continue
         missing = node.input[1 if sides[0] else 0]
         if weight is None and between_pair(wiring, missing) is not None:
@@ -140,6 +140,23 @@ def both_operands(wiring: Wiring) -> Iterator[Problem]:
             yield Problem(label(node), f"{between.op_type} between DequantizeLinear and the {which[1]} input")
         else:
             yield Problem(label(node), f"only the {which[0]} input is quantized")
+
+
+def leaves_convolution(wiring: Wiring, name: str) -> bool:
+    """Whether a tensor is the int8 output of a quantized convolution, which is no one else's int8 input."""
+    quantizer = wiring.pair_before(name)
+    return quantizer is not None and any(
+        weight.node.output[0] == quantizer.input[0] for weight in quantized(wiring) if operator(weight.node) == "Conv"
+    )
+
+
+def int8_convolutions(wiring: Wiring) -> Iterator[Problem]:
+    """A quantized convolution's output goes to a Q right behind it: ONNX Runtime has no int8 one with float outputs."""
+    for weight in quantized(wiring):
+        name = weight.node.output[0]
+        readers = [operator(reader) for reader in wiring.readers.get(name, ())]
+        if operator(weight.node) == "Conv" and (set(readers) != {QUANTIZE} or name in wiring.outputs):
+            yield Problem(label(weight.node), "its output is not quantized, so ONNX Runtime computes it in float")
 
 
 def layout_before(wiring: Wiring, name: str) -> NodeProto | None:

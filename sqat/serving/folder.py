@@ -134,7 +134,8 @@ def read_folder(folder: Path) -> Packed:
 
 def read_named(folder: Path, name: str) -> bytes:
     """One file of the folder, which may not lie elsewhere."""
-    if Path(name).name != name:
+    parts = name.split("/")
+    if len(parts) > 2 or {"", ".", ".."} & set(parts):  # one folder deep, as a sentence encoder's are
         raise SqatError(f"{MANIFEST} names a file outside the folder: {name!r}", REMAKE, str(folder))
     try:
         return (folder / name).read_bytes()

@@ -15,16 +15,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from sqat.data import Processor
 from sqat.errors import SqatError
 from sqat.insertion.quantizers import Insertion, Quantizers, insert_quantizers_, remove_quantizers_
 from sqat.insertion.sites import PRODUCT_ROLES, role
 from sqat.layers import encoder_blocks
-from sqat.models import PreTrainedModel, assemble, load_weights, use_taps
+from sqat.models import assemble, attention_in_use, load_weights, use_attention, use_taps
 from sqat.serving.backends import AUTO, Backend, Choice
 from sqat.serving.folder import TYPES, Packed, read_folder
 from sqat.serving.linear import SparseLinear, insert_sparse_, remove_sparse_
@@ -61,8 +62,8 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     backend: str = AUTO,
     sites: Kept = "all",
-) -> tuple[PreTrainedModel, Any]:
-    """Model (eval mode) and tokenizer of a folder.
+) -> tuple[nn.Module, Processor]:
+    """Model (eval mode) and processor of a folder.
 
     Args:
         device: where it will run; None takes a GPU where torch sees one.
@@ -73,13 +74,13 @@ def load_model(
         SqatError: as `load_sparse_`.
     """
     packed = read_folder(Path(folder))
-    model, tokenizer = assemble(packed.files, str(folder))
+    model, processor = assemble(packed.files, str(folder))
     nn.Module.to(model, device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
     insert_packed_(model, packed, backend, sites)
-    return model, tokenizer
+    return model, processor
 
 
-def load_sparse_(model: PreTrainedModel, folder: Path | str, backend: str = AUTO, sites: Kept = "all") -> Loaded:
+def load_sparse_(model: nn.Module, folder: Path | str, backend: str = AUTO, sites: Kept = "all") -> Loaded:
     """Fill a model from the folder of the target torch-semi-structured, its pruned linears becoming sparse ones.
 
     Args:
@@ -98,10 +99,10 @@ def load_sparse_(model: PreTrainedModel, folder: Path | str, backend: str = AUTO
     return insert_packed_(model, read_folder(Path(folder)), backend, sites)
 
 
-def insert_packed_(model: PreTrainedModel, packed: Packed, backend: str = AUTO, sites: Kept = "all") -> Loaded:
+def insert_packed_(model: nn.Module, packed: Packed, backend: str = AUTO, sites: Kept = "all") -> Loaded:
     """Do as `load_sparse_` with a folder that is in memory."""
     plain = {name: plain_linear(model, name, layer.shape, packed.place) for name, layer in packed.layers.items()}
-    choice = Choice(backend, model.device)
+    choice = Choice(backend, next(model.parameters()).device)
     backends = {name: choice.of(name, layer.shape, TYPES[layer.type]) for name, layer in packed.manifest.layers.items()}
     blocks = encoder_blocks(model)
     kept = {site: leader for site, leader in packed.manifest.sites.items() if sites == "all" or role(site) == "input"}
@@ -112,13 +113,13 @@ def insert_packed_(model: PreTrainedModel, packed: Packed, backend: str = AUTO, 
     return Loaded(backends, packed.manifest.dense, choice.unusable, insertion, attention)
 
 
-def densify_(model: PreTrainedModel, loaded: Loaded) -> None:
+def densify_(model: nn.Module, loaded: Loaded) -> None:
     """Take sparse linears and fake quantizers out: a plain model with the weights as they were served."""
     if loaded.insertion is not None:
         remove_quantizers_(model, loaded.insertion)
     remove_sparse_(model, loaded.backends)
     if loaded.attention is not None:
-        model.set_attn_implementation(loaded.attention)
+        use_attention(model, loaded.attention)
 
 
 def plain_linear(model: nn.Module, name: str, shape: tuple[int, int], place: str) -> nn.Linear:
@@ -142,11 +143,11 @@ def sparse_linear(packed: Packed, name: str, plain: nn.Linear, backend: Backend)
     return SparseLinear(packed.layers[name], backend, packed.scales.get(name), bias).to(plain.weight.device)
 
 
-def switch_attention_(model: PreTrainedModel, sites: Mapping[str, str]) -> str | None:
+def switch_attention_(model: nn.Module, sites: Mapping[str, str]) -> str | None:
     """Make attention products reachable where sites are there; returns the implementation that was in use."""
     if not any(role(site) in PRODUCT_ROLES for site in sites):
         return None
-    before = str(model.config._attn_implementation)
+    before = attention_in_use(model)
     return before if use_taps(model) else None
 
 

@@ -4,34 +4,39 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sqat.checkpoint import Checkpoint, LayerRecord, SiteRecord
-from sqat.data import Batch, collate, column, plan_batches
+from sqat.data import Batch, Processor, column, plan_batches
+from sqat.errors import SqatError
+from sqat.insertion.batch_norm import fold_batch_norms_
+from sqat.insertion.bias import snap_biases_
 from sqat.insertion.quantized import quantized_
 from sqat.insertion.quantizers import Quantizers, tap_sites
 from sqat.insertion.sites import Sites, discover_sites, observed_rows
-from sqat.job import Job
+from sqat.job import Job, logits_of
 from sqat.layers import choose_layers, encoder_blocks
 from sqat.models import capture, use_taps
 from sqat.quantization.histogram import Histogram
 from sqat.recipe import CalibrateConfig
 from sqat.training import processes
 
+FOLDED_SLACK = 1e-3
+
 
 def run(config: CalibrateConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
-    """Observe ``samples`` rows in eval mode and set every site's bound; the weights stay as they are."""
-    model, tokenizer = job.start(parent)
+    """Observe ``samples`` rows in eval mode and set every site's bound; of the weights only batch norms move."""
+    model, processor = job.start(parent)
     choice = choose_layers(model, config.layers, "quantize")
     blocks = encoder_blocks(model)
     tapped = config.profile == "linear" or use_taps(model)
     notes = [] if parent is None else list(parent.manifest.notes)
     if not tapped:
         notes.append(f"{type(model).__name__} has no attention interface: its attention products stay float")
-    batches = sample_batches(config, job, tokenizer)
+    batches = sample_batches(config, job, processor)
+    fold_(model, batches[0])
     sites = discover_sites(model, batches[0].inputs, choice.chosen, blocks, config.profile)
     histograms = observe(model, sites, blocks, batches, job)
     bounds = {site: config.method(histogram) for site, histogram in histograms.items()}
@@ -39,34 +44,57 @@ def run(config: CalibrateConfig, parent: Checkpoint | None, job: Job) -> Checkpo
     records = {site: SiteRecord(leader=leader, saturated=histograms[sites.leaders[site]].share_beyond(amax[leader]))
                for site, leader in leaders.items()}  # fmt: skip
     tensors = {site: torch.tensor(bound, dtype=torch.float32) for site, bound in amax.items()}
+    snap_biases_(model, choice.chosen, tensors, leaders)
     masks = {} if parent is None else parent.masks
     with quantized_(model, masks, choice.chosen, Quantizers(tensors, leaders), blocks):
-        metrics = {"dev": job.measure(model, tokenizer, "dev")}
+        metrics = {"dev": job.measure(model, processor, "dev")}
     layers = record_layers(parent, choice.chosen, choice.left)
-    files, weights = capture(model, tokenizer) if parent is None else (parent.files, parent.weights)
+    files, weights = capture(model, processor)
     manifest = job.manifest(config, parent, metrics=metrics, layers=layers, sites=records, left=sites.left,
                             profile=config.profile, notes=notes)  # fmt: skip
     return Checkpoint(manifest, files, weights, masks, tensors)
 
 
-def sample_batches(config: CalibrateConfig, job: Job, tokenizer: Any) -> list[Batch]:
+def sample_batches(config: CalibrateConfig, job: Job, processor: Processor) -> list[Batch]:
     """The first ``samples`` rows of a seeded shuffle, length-bucketed."""
-    rows = job.splits.tokens(config.split, tokenizer)
+    rows = job.splits.prepared(config.split, processor)
     generator = torch.Generator().manual_seed(job.recipe.seed)
     chosen = torch.randperm(len(rows), generator=generator)[: config.samples].tolist()
     lengths = column(rows, "length").tolist()
     batches = plan_batches(lengths, [[index] for index in chosen], config.batch_size, job.recipe.seed, 0)
-    return [collate(rows, batch, tokenizer).to(processes().device) for batch in batches]
+    return [processor.collate(rows, batch).to(processes().device) for batch in batches]
+
+
+def fold_(model: nn.Module, batch: Batch) -> None:
+    """Fold the batch norms, if there are any, and see that the model computes what it did.
+
+    Raises:
+        SqatError: it does not: a norm lies behind another convolution than the one before it in its module.
+    """
+    before = evaluated(model, batch)
+    norms = fold_batch_norms_(model)
+    difference = float((evaluated(model, batch) - before).abs().max()) if norms else 0.0
+    if difference > FOLDED_SLACK * float(before.abs().max()):
+        raise SqatError(f"batch norm {next(iter(norms))} cannot be folded into {next(iter(norms.values()))}, or one of "
+                        f"the other {len(norms) - 1} cannot: the logits move by {difference:.2g}",
+                        "this model's norms do not follow the convolutions that stand before them")  # fmt: skip
+
+
+def evaluated(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits of a batch in eval mode."""
+    with torch.no_grad():
+        return logits_of(model.eval(), batch)
 
 
 def observe(model: nn.Module, sites: Sites, blocks: list[str], batches: list[Batch], job: Job) -> dict[str, Histogram]:
     """Histogram of |x| at every leader over the real (unpadded) positions of all batches."""
     histograms = {leader: Histogram() for leader in dict.fromkeys(sites.leaders.values())}
-    mask: list[Tensor] = []
+    mask: list[Tensor | None] = []
 
     def tap(site: str, x: Tensor) -> Tensor:
         if site in histograms:
-            histograms[site].observe(*observed_rows(site, x, mask[0]))
+            passed = x.clamp(0, sites.rectified[site]) if site in sites.rectified else x
+            histograms[site].observe(*observed_rows(site, passed, mask[0]))
         return x
 
     taps = tap_sites(model, tap, histograms, blocks)
@@ -74,7 +102,7 @@ def observe(model: nn.Module, sites: Sites, blocks: list[str], batches: list[Bat
     try:
         with torch.no_grad():
             for step, batch in enumerate(batches, start=1):
-                mask[:] = [batch.inputs["attention_mask"]]
+                mask[:] = [batch.inputs.get("attention_mask")]
                 begun = time.monotonic()
                 model.eval()(**batch.inputs)
                 job.display.update(step, {}, len(batch) / (time.monotonic() - begun))

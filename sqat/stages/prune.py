@@ -13,7 +13,7 @@ from torch import nn
 
 from sqat.checkpoint import Checkpoint, LayerRecord
 from sqat.errors import SqatError
-from sqat.insertion.weights import WeightTransform, insert_weights_, linear, original_weight, remove_weights_
+from sqat.insertion.weights import WeightTransform, insert_weights_, layer, original_weight, remove_weights_
 from sqat.job import Job
 from sqat.layers import choose_layers
 from sqat.models import capture
@@ -27,24 +27,24 @@ def run(config: PruneConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
     if parent is not None and parent.amax:
         raise SqatError(f"stage {job.name} would undo the scales of {parent.manifest.stage}",
                         "prune before calibrating")  # fmt: skip
-    model, tokenizer = job.start(parent)
+    model, processor = job.start(parent)
     choice = choose_layers(model, config.layers, "prune", parse_pattern(config.pattern).m)
     old = {} if parent is None else parent.masks
-    masks = {name: old.get(name, torch.ones_like(linear(model, name).weight, dtype=torch.bool)).clone()
+    masks = {name: old.get(name, torch.ones_like(layer(model, name).weight, dtype=torch.bool)).clone()
              for name in choice.chosen}  # fmt: skip
     kept = {name: mask for name, mask in old.items() if name not in masks}
     transforms = insert_weights_(model, {**masks, **kept}, ())
-    moments = mask_steps(config, job.steps(config, job.feed(config, tokenizer)))
+    moments = mask_steps(config, job.steps(config, job.feed(config, processor)))
     before_step = masking(model, {name: transforms[name] for name in masks}, config, moments)
     with stage_loss(model, config.distill, job) as loss:
-        fitted = job.fit(model, tokenizer, loss, config, before_step, judge_from=max(moments))
+        fitted = job.fit(model, processor, loss, config, before_step, judge_from=max(moments))
     masks = {name: mask.cpu() for name, mask in remove_weights_(model, transforms).items()}
-    metrics = {"dev": job.measure(model, tokenizer, "dev")}
+    metrics = {"dev": job.measure(model, processor, "dev")}
     layers = {name: LayerRecord(pattern=config.pattern) for name in choice.chosen}
     layers |= {name: LayerRecord(dense_because=reason) for name, reason in choice.left.items()}
     if parent is not None:
         layers |= {name: parent.manifest.layers[name] for name in kept}
-    files, weights = capture(model, tokenizer)
+    files, weights = capture(model, processor)
     manifest = job.manifest(config, parent, fitted, metrics=metrics, layers=layers)
     return Checkpoint(manifest, files, weights, masks)
 
@@ -70,7 +70,7 @@ def masking(
             return
         done: dict[int, torch.Tensor] = {}
         for name, transform in transforms.items():
-            weight = original_weight(linear(model, name))
+            weight = original_weight(layer(model, name))
             if id(weight) not in done:
                 scores = config.criterion(weight.detach())
                 done[id(weight)] = config.schedule(scores, pattern, moments[step], transform.mask)

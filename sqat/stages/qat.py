@@ -5,6 +5,7 @@ from __future__ import annotations
 from sqat.checkpoint import Checkpoint
 from sqat.errors import SqatError
 from sqat.evaluation import quantized_layers, quantizers_of
+from sqat.insertion.bias import snap_biases_
 from sqat.insertion.quantized import quantized_
 from sqat.job import Job
 from sqat.layers import encoder_blocks
@@ -17,7 +18,7 @@ def run(config: QatConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
     """Train the calibrated parent with its masks and quantizers in place."""
     if parent is None or not parent.amax:
         raise SqatError(f"stage {job.name} needs activation scales", "put a calibrate stage before it")
-    model, tokenizer = job.start(parent)
+    model, processor = job.start(parent)
     if parent.manifest.profile != "linear":
         use_taps(model)
     quantizers = quantizers_of(parent, learned=config.activation_scales == "learned")
@@ -25,9 +26,10 @@ def run(config: QatConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
         quantized_(model, parent.masks, quantized_layers(parent), quantizers, encoder_blocks(model)),
         stage_loss(model, config.distill, job) as loss,
     ):
-        fitted = job.fit(model, tokenizer, loss, config)
-        metrics = {"dev": job.measure(model, tokenizer, "dev")}
-    files, weights = capture(model, tokenizer)
+        fitted = job.fit(model, processor, loss, config)
+        snap_biases_(model, quantized_layers(parent), quantizers.amax(), quantizers.leaders)
+        metrics = {"dev": job.measure(model, processor, "dev")}
+    files, weights = capture(model, processor)
     sites = parent.manifest.sites
     if config.activation_scales == "learned":  # what calibration clipped says nothing of bounds that moved
         sites = {site: record.model_copy(update={"saturated": None}) for site, record in sites.items()}

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from onnx import ModelProto
-from torch import Tensor
+from torch import Tensor, nn
 
 from sqat.checkpoint import Checkpoint
 from sqat.engine.recipe import build_files
@@ -32,7 +32,6 @@ from sqat.export.packed import write_packed
 from sqat.export.qdq import Quantization, insert_qdq
 from sqat.export.runtime import left_in_float, optimized_graph
 from sqat.lint.checks import verify
-from sqat.models import PreTrainedModel
 from sqat.quantization.fake_quant import quantize_weight
 from sqat.recipe import ExportConfig
 
@@ -48,18 +47,20 @@ class Source:
         model: built from it, in eval mode on the CPU, eager attention.
         inputs: an example batch by input name.
         sequence: smallest, usual and largest number of tokens.
+        output: name of the output of an ONNX file.
     """
 
     checkpoint: Checkpoint
-    model: PreTrainedModel
+    model: nn.Module
     inputs: dict[str, Tensor]
     config: ExportConfig
     sequence: tuple[int, int, int]
+    output: str = "logits"
 
     @cached_property
     def graph(self) -> ModelProto:
         """The float graph, traced once for all targets."""
-        return export_float(self.model, self.inputs)
+        return export_float(self.model, self.inputs, self.output)
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def write_compressed_tensors(source: Source, folder: Path) -> Written:
 def write_files(files: dict[str, bytes], folder: Path) -> None:
     """Write files of folders in a folder."""
     for name, content in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
 
 

@@ -15,11 +15,14 @@ def run(config: TrainConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
     if parent is not None and (parent.masks or parent.amax):
         raise SqatError(f"stage {job.name} would undo the masks or scales of {parent.manifest.stage}",
                         "start from a train stage, or from the pretrained model")  # fmt: skip
-    model, tokenizer = job.start(parent)
-    for remark in job.task.remarks(job.splits.tokens("train", tokenizer)):
+    model, processor = job.start(parent)
+    for remark in job.task.remarks(job.splits.prepared("train", processor)):
         job.display.say(remark)
-    fitted = job.fit(model, tokenizer, task_loss(job.task), config)
-    metrics = {"dev": job.measure(model, tokenizer, "dev")}
-    files, weights = capture(model, tokenizer)
+    rows, judged = len(job.splits.rows("dev")), len(job.splits.prepared("dev", processor))
+    if judged < rows:
+        job.display.say(f"{rows - judged} of {rows} dev rows are not measured: no metric depends on them")
+    fitted = job.fit(model, processor, task_loss(job.task), config)
+    metrics = {"dev": job.measure(model, processor, "dev")}
+    files, weights = capture(model, processor)
     manifest = job.manifest(config, parent, fitted, metrics=metrics)
     return Checkpoint(manifest, files, weights)

@@ -14,12 +14,19 @@ from torch import Tensor
 from sqat import recipe
 from sqat.data import Batch, Rows
 from sqat.tasks.classification import Classification
+from sqat.tasks.performance import QueryPerformance
 from sqat.tasks.regression import Regression
 from sqat.tasks.relevance import Relevance
+from sqat.tasks.retrieval import Retrieval
+from sqat.tasks.text_to_image import TextToImage
 
 
 class Task(Protocol):
     """What the stages ask of a task; N rows, B rows of a batch, C outputs."""
+
+    @property
+    def architecture(self) -> str:
+        """Kind of model that the task is for, a key of `sqat.architectures`."""
 
     @property
     def metric(self) -> str:
@@ -38,6 +45,12 @@ class Task(Protocol):
 
     def units(self, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
         """Rows of one epoch; those that must share a batch stand together."""
+
+    def judged(self, rows: Rows) -> Rows:
+        """Rows of dev or test that the metrics look at; the others are not even computed."""
+
+    def output_loss(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """How far the student's output [B, ...] is from the teacher's, a scalar."""
 
     def remarks(self, rows: Rows) -> list[str]:
         """What `units` leaves out of the train rows, a line each, for the user."""
@@ -62,4 +75,10 @@ def build_task(config: recipe.Task, train_rows: Rows) -> Task:
         return Classification.of(config, train_rows)
     if isinstance(config, recipe.RegressionTask):
         return Regression(metric=config.metric)
+    if isinstance(config, recipe.QueryPerformanceTask):
+        return QueryPerformance(config.loss, config.metric)
+    if isinstance(config, recipe.RetrievalTask):
+        return Retrieval.of(config)
+    if isinstance(config, recipe.TextToImageTask):
+        return TextToImage(config.metric)
     return Relevance.of(config, train_rows)

@@ -1,4 +1,4 @@
-"""Text classification, one or two texts: a softmax over the classes, cross-entropy.
+"""Classification of one or two texts, or of images: a softmax over the classes, cross-entropy.
 
 Classes are texts; a whole number in the data is its digits. Without a list in the recipe they are those of
 the train rows, in the order of their numbers if all are numbers, else of their letters. Left out: several
@@ -19,6 +19,7 @@ from sqat.data import Batch, Rows, column
 from sqat.errors import SqatError
 from sqat.readers import listed
 from sqat.recipe import ClassificationTask
+from sqat.tasks.outputs import logit_loss
 from sqat.tasks.slack import slack
 
 
@@ -28,6 +29,7 @@ class Classification:
 
     labels: tuple[str, ...]
     metric: Literal["accuracy", "f1"] = "accuracy"
+    architecture: str = "texts"
 
     @classmethod
     def of(cls, config: ClassificationTask, train_rows: Rows) -> Classification:
@@ -39,7 +41,7 @@ class Classification:
         labels = config.labels or _in_order(set(train_rows["label"]))
         if len(labels) < 2 or len(set(labels)) < len(labels):
             raise SqatError(f"task.labels is {listed(list(labels))}", "give at least two, each once")
-        return cls(labels, config.metric)
+        return cls(labels, config.metric, "images" if config.name == "image-classification" else "texts")
 
     @property
     def outputs(self) -> int:
@@ -71,11 +73,17 @@ class Classification:
     def units(self, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
         return [[row] for row in range(len(rows))]
 
+    def judged(self, rows: Rows) -> Rows:
+        return rows
+
     def remarks(self, rows: Rows) -> list[str]:
         return []
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         return torch.nn.functional.cross_entropy(logits.float(), batch.labels)
+
+    def output_loss(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        return logit_loss(student, teacher, temperature)
 
     def metrics(self, logits: Tensor, rows: Rows) -> dict[str, float]:
         metrics.finite(logits)

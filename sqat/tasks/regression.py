@@ -7,13 +7,14 @@ scores far outside -10 to 10 learn slowly.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from sqat import metrics
 from sqat.data import Batch, Rows, column
+from sqat.tasks.outputs import logit_loss
 from sqat.tasks.slack import slack
 
 
@@ -22,6 +23,8 @@ class Regression:
     """Predict a number."""
 
     metric: Literal["spearman", "pearson"] = "spearman"
+
+    architecture: ClassVar[str] = "texts"
 
     @property
     def outputs(self) -> int:
@@ -37,11 +40,17 @@ class Regression:
     def units(self, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
         return [[row] for row in range(len(rows))]
 
+    def judged(self, rows: Rows) -> Rows:
+        return rows
+
     def remarks(self, rows: Rows) -> list[str]:
         return []
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         return torch.nn.functional.mse_loss(logits.squeeze(1).float(), batch.labels)
+
+    def output_loss(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        return logit_loss(student, teacher, temperature)
 
     def metrics(self, logits: Tensor, rows: Rows) -> dict[str, float]:
         return metrics.regression(column(rows, "label"), logits.squeeze(1))

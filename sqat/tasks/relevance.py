@@ -3,15 +3,20 @@
 Two losses. ``pairwise``: RankNet (Burges et al. 2005), softplus(-(s_i - s_j)) for every two passages of a
 query of which i has the higher grade, mean over the pairs of a batch; only differences within a query count,
 so the logit has no natural zero. ``pointwise``: binary cross-entropy of each passage against grade / highest
-grade of train: the usual one for grades 0 and 1, and sigmoid(logit) is a share of the highest grade for more.
-The metrics, accuracy among them (share of queries whose top passage is relevant), look at the order only and
-mean the same for both. Left out: LambdaRank weights, in-batch negatives (a passage may suit two queries).
+grade: the usual one for grades 0 and 1, and sigmoid(logit) is a share of the highest grade for more.
+
+Four metrics look at the order within a query only and mean the same for both losses: ndcg@10, pnr, mrr and accuracy
+(share of queries whose top passage is relevant). ``auc`` compares passages of all queries. ``pair-accuracy`` is the
+accuracy of a classifier of (query, passage) pairs, right where grade and sigmoid(logit) are on the same side of half
+the highest grade; it is given for pointwise alone, and the share of the commoner side is reached without a model. All
+are over queries whose passages differ in grade: the others of dev and test are not computed.
+Left out: LambdaRank weights, in-batch negatives (a passage may suit two queries).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -21,6 +26,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 from sqat import metrics
 from sqat.data import Batch, Rows, column, grade_range
 from sqat.recipe import RelevanceTask
+from sqat.tasks.outputs import logit_loss
 from sqat.tasks.slack import slack
 
 
@@ -29,22 +35,24 @@ class Relevance:
     """Put the passages of each query in order.
 
     Attributes:
-        relevant_from: lowest grade that counts as relevant, in mrr and accuracy.
+        relevant_from: lowest grade that counts as relevant, in mrr, accuracy and auc.
         candidates: most passages of a query in one epoch; None takes all.
-        highest: highest grade of the train rows.
+        highest: highest grade there can be, by the recipe or the train rows.
     """
 
     loss_name: Literal["pointwise", "pairwise"] = "pairwise"
     relevant_from: float = 1.0
     candidates: int | None = None
-    metric: Literal["ndcg@10", "pnr", "mrr", "accuracy"] = "ndcg@10"
+    metric: Literal["ndcg@10", "pnr", "mrr", "accuracy", "auc", "pair-accuracy"] = "ndcg@10"
     highest: float = 1.0
 
     @classmethod
     def of(cls, config: RelevanceTask, train_rows: Rows) -> Relevance:
-        """Take the recipe's knobs, and the highest grade from the train rows."""
-        highest = float(column(train_rows, "label").max())
+        """Take the recipe's knobs, and where it does not say the highest grade that of the train rows."""
+        highest = config.highest or float(column(train_rows, "label").max())
         return cls(config.loss, config.relevant_from, config.candidates, config.metric, highest)
+
+    architecture: ClassVar[str] = "texts"
 
     @property
     def outputs(self) -> int:
@@ -76,6 +84,11 @@ class Relevance:
         queries = np.split(kept, starts + 1)
         return [query.tolist() for query, mixed in zip(queries, lowest < highest, strict=True) if mixed]
 
+    def judged(self, rows: Rows) -> Rows:
+        """Rows of the queries whose passages differ in grade; in a ranking of the others nothing can be wrong."""
+        mixed = _mixed(column(rows, "label"), column(rows, "group"))
+        return rows if mixed.all() else rows.select(np.flatnonzero(mixed))
+
     def remarks(self, rows: Rows) -> list[str]:
         if self.loss_name == "pointwise":
             return []
@@ -92,10 +105,18 @@ class Relevance:
         losses = softplus(scores[None, :] - scores[:, None])
         return (losses * pairs).sum() / pairs.sum().clamp(min=1)
 
+    def output_loss(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        return logit_loss(student, teacher, temperature)
+
     def metrics(self, logits: Tensor, rows: Rows) -> dict[str, float]:
-        grades, groups = column(rows, "label"), column(rows, "group")
-        figures = metrics.ranking(grades, logits.squeeze(1), groups, self.relevant_from)
-        return {name: figures[name] for name in ("ndcg@10", "pnr", "mrr", "accuracy")}  # without the query counts
+        grades, groups, scores = column(rows, "label"), column(rows, "group"), logits.squeeze(1)
+        ranked = metrics.ranking(grades, scores, groups, self.relevant_from)
+        figures = {name: ranked[name] for name in ("ndcg@10", "pnr", "mrr", "accuracy")}  # without the query counts
+        figures["auc"] = metrics.pair_auc(grades >= self.relevant_from, scores)
+        if self.loss_name == "pointwise":
+            right = (grades >= self.highest / 2) == (scores.numpy() >= 0)
+            figures["pair-accuracy"] = float(right.mean())
+        return figures
 
     def decisions(self, logits: Tensor, rows: Rows) -> Tensor:
         """Row of each query's top passage (the first of equals), int64 [queries]."""
@@ -107,6 +128,14 @@ class Relevance:
         """Bool [queries]: the same top passage, or one that the reference scores as high but for its `slack`."""
         scores = wanted.squeeze(1)
         return scores[self.decisions(wanted, rows)] - scores[self.decisions(got, rows)] <= slack(wanted)
+
+
+def _mixed(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Bool [N]: whether the passages of a row's query differ in grade."""
+    lowest, highest = grade_range(labels, groups)
+    _, query = np.unique(groups, return_inverse=True)
+    mixed: np.ndarray = (lowest < highest)[query]
+    return mixed
 
 
 def _sample(labels: np.ndarray, groups: np.ndarray, candidates: int, seed: int, epoch: int) -> np.ndarray:

@@ -23,8 +23,8 @@ from torch.overrides import TorchFunctionMode
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sqat.export.graph import export_float
 from sqat.export.qdq import Quantization
+from tests.traces import traced
 
 VOCABULARY = 90
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
@@ -221,7 +221,7 @@ def build_vit() -> ImageFamily:
         if parameter_name.endswith("bias"):
             nn.init.normal_(parameter, std=0.1)
     family = prepare("vit", model, ImageFamily)
-    family.graph = export_float(model, family.inputs(2))
+    family.graph = traced(model, family.inputs(2))
     return family
 
 
@@ -233,7 +233,7 @@ def build_family(name: str) -> Family:
         if parameter_name.endswith("bias"):
             nn.init.normal_(parameter, std=0.1)
     family = prepare(name, model)
-    family.graph = export_float(model, family.inputs(2, 8))
+    family.graph = traced(model, family.inputs(2, 8))
     return family
 
 

@@ -15,6 +15,7 @@ from graph_edits import ALL, LAYER, RESIDUAL, found, judged, parsed, put, said, 
 from onnx import ModelProto, helper
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from test_checks import BROKEN, FOR_TENSORRT
+from test_convolution_graphs import FLOATING, chain
 from test_lint_targets import TYPES
 
 from sqat.export.qdq import insert_qdq
@@ -349,6 +350,7 @@ def test_every_row_of_the_table_has_a_failing_example(bert: Family) -> None:
     broken.append((parsed(PLAIN, opset=12, w=one["w"].astype(np.float32)), "tensorrt"))
     narrow = {"w": sparse(40, 36), "ws": np.ones(36, np.float32), "wz": np.zeros(36, np.int8)}
     broken.append((parsed((RESIDUAL % "[36]").replace("64", "40", 1).replace("64", "36"), **narrow), "tensorrt"))
+    broken.append((chain(FLOATING), "onnx-int8"))
     seen = {(f.rule, f.asks) for model, target in broken for f in found(model, target)}
     assert {(rule.id, rule.title) for rule in RULES} - seen == {("B13", "int8 attention as TensorRT fuses it")}
     assert all(len(rule.grades) == len(TARGETS) and set(rule.grades) <= set("EW-") for rule in RULES)

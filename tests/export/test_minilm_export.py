@@ -22,10 +22,10 @@ from sqat.export.conv1x1 import to_conv1x1
 from sqat.export.embeddings import store_embeddings
 from sqat.export.float16 import to_float16
 from sqat.export.folding import fold_attention_scale
-from sqat.export.graph import export_float
 from sqat.export.qdq import insert_qdq
 from sqat.export.runtime import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
 from sqat.lint.checks import verify
+from tests.traces import traced
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,7 @@ def minilm() -> Family:
         package.get_model_path(), num_labels=1, attn_implementation="eager"
     )
     family = prepare("bert", model.eval())
-    family.graph = export_float(model, family.inputs(2, 8))
+    family.graph = traced(model, family.inputs(2, 8))
     return family
 
 

@@ -167,8 +167,8 @@ def test_tied_weights_stay_tied(quantize: bool) -> None:
     assert not bits(net[0].weight)[~mask].any()
 
 
-def test_only_linears_are_taken() -> None:
-    with pytest.raises(TypeError, match="1 is a GELU, not a Linear"):
+def test_only_linears_and_convolutions_are_taken() -> None:
+    with pytest.raises(TypeError, match="1 is a GELU, neither a Linear nor a Conv2d"):
         insert_weights_(make_net(), {}, ["1"])
     net = make_net()
     insert_weights_(net, {"0": torch.ones(3, 3, dtype=torch.bool)}, [])

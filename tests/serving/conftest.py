@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sqat.checkpoint import Checkpoint, LayerRecord, Manifest, SiteRecord
+from sqat.data import TextProcessor
 from sqat.export.packed import write_packed
 from sqat.insertion.quantizers import tap_sites
 from sqat.insertion.sites import discover_sites
@@ -61,7 +62,7 @@ def calibrate(model: Any, tokenizer: Any, profile: str) -> Checkpoint:
         model(**batch)
     taps.remove()
     leaders, amax = tie(sites, largest)
-    files, weights = capture(model, tokenizer)
+    files, weights = capture(model, TextProcessor(tokenizer))
     layers = {name: LayerRecord(pattern="2:4", quantized=True) for name in choice.chosen}
     layers |= {name: LayerRecord(dense_because=why, float_because=why) for name, why in choice.left.items()}
     records = {site: SiteRecord(leader=leader, saturated=0.0) for site, leader in leaders.items()}

@@ -28,8 +28,8 @@ from sqat.export.conv1x1 import to_conv1x1
 from sqat.export.embeddings import store_embeddings
 from sqat.export.float16 import to_float16
 from sqat.export.folding import fold_attention_scale
-from sqat.export.graph import export_float
 from sqat.export.qdq import Quantization, insert_qdq
+from tests.traces import traced
 
 ENCODERS = Path(__file__).parents[1] / "export" / "conftest.py"
 SIZES = ((1, 2), (2, 8), (3, 17), (5, 33), (8, 40))  # batch and sequence
@@ -90,7 +90,7 @@ def build_minilm() -> Family:
         package.get_model_path(), num_labels=1, attn_implementation="eager"
     )
     family = encoders.prepare("bert", model.eval())
-    family.graph = export_float(model, family.inputs(2, 8))
+    family.graph = traced(model, family.inputs(2, 8))
     return family
 
 

@@ -1,0 +1,132 @@
+"""Reading images: arrays out of a .npz, and image files through Pillow.
+
+A .npz is a table whose arrays are the columns, one row an image; it is never unpickled. In all other files the image
+column holds the path of an image file, relative to the file that names it. Either way a picture is [H,W,C], uint8 or
+float32 from 0 to 1, grey or RGB. Nothing is resized or cropped here. Left out: alpha (it is laid over white), moving
+pictures, and a .npz larger than memory.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sqat.errors import SqatError
+
+Array = NDArray[Any]
+CHANNELS = (1, 3)
+REPACK = "write it with numpy.savez_compressed(file, x=images, y=labels)"
+
+
+def read_npz(path: Path, shown: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, row) for every row of the arrays of a .npz: pictures as arrays, all else as Python's own values.
+
+    Raises:
+        SqatError: no .npz, cut short, arrays of objects (which are pickled and never opened), or of unequal length.
+    """
+    arrays = load_arrays(path, shown)
+    first = next(iter(arrays))
+    for name, array in arrays.items():
+        if array.ndim == 0 or len(array) != len(arrays[first]):
+            have = f'"{first}" has {len(arrays[first])} rows, "{name}" has {len(array) if array.ndim else "none"}'
+            raise SqatError(have, "all arrays of the file need one row an image", shown)
+    columns = {name: array if array.ndim > 1 else array.tolist() for name, array in arrays.items()}
+    for number in range(len(arrays[first])):
+        yield f"{shown}:row {number + 1}", {name: values[number] for name, values in columns.items()}
+
+
+def load_arrays(path: Path, shown: str) -> dict[str, Array]:
+    """The arrays of a .npz by name."""
+    try:
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise SqatError("it is a single array, not a .npz", REPACK, shown)
+        with file:
+            arrays = {name: file[name] for name in file.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        if "allow_pickle" in str(error) and zipfile.is_zipfile(path):
+            problem = "an array of it holds Python objects, which would have to be unpickled"
+            raise SqatError(problem, "store numbers and texts, not objects", shown) from None
+        raise SqatError("not a .npz file, or cut short", REPACK, shown) from None
+    if not arrays:
+        raise SqatError("it holds no arrays", REPACK, shown)
+    return arrays
+
+
+def same_size(picture: Array, first: Array, name: str, place: str) -> Array:
+    """The picture, if it is as large as the split's first and has as many channels.
+
+    Raises:
+        SqatError: it is not; models read batches of images of one size.
+    """
+    if picture.shape != first.shape or picture.dtype != first.dtype:
+        problem = f'"{name}" is {described(picture)}, the first row\'s is {described(first)}'
+        raise SqatError(problem, "bring all images to one size, depth and number of channels", place)
+    return picture
+
+
+def described(picture: Array) -> str:
+    """``32 x 32 with 3 channels``, and the type where it is not uint8."""
+    height, width, channels = picture.shape
+    depth = "" if picture.dtype == np.uint8 else f" of {picture.dtype}"
+    return f"{height} x {width} with {channels} channel{'s' if channels > 1 else ''}{depth}"
+
+
+def picture_of(value: Any, name: str, folder: Path, place: str) -> Array:
+    """The pixels [H,W,C] of a row's image, uint8 or float32 in 0..1, C 1 or 3.
+
+    Args:
+        value: an array [H,W] or [H,W,C], or the path of an image file.
+        name: what the column is called.
+        folder: what a relative path starts from.
+
+    Raises:
+        SqatError: neither of the two, another shape or type, NaN or numbers beyond the range.
+    """
+    if isinstance(value, str):
+        return opened(folder / value, value, place)
+    if not isinstance(value, np.ndarray):
+        raise SqatError(f'"{name}" must be an array or the path of an image file, got {type(value).__name__}',
+                        "set data.columns.image", place)  # fmt: skip
+    picture = value[..., None] if value.ndim == 2 else value
+    if picture.ndim != 3 or picture.shape[-1] not in CHANNELS or not picture.size:
+        raise SqatError(f'"{name}" has shape {value.shape}, an image is [height, width] or [height, width, 1 or 3]',
+                        "put the channels last, grey or RGB", place)  # fmt: skip
+    if picture.dtype == np.uint8:
+        return picture
+    if not np.issubdtype(picture.dtype, np.floating):
+        raise SqatError(f'"{name}" holds {picture.dtype}', "store uint8 0..255, or floats 0..1", place)
+    if not np.isfinite(picture).all():
+        raise SqatError(f'"{name}" has pixels that are no number', "mend the image or leave the row out", place)
+    if picture.min() < 0 or picture.max() > 1:
+        raise SqatError(f'"{name}" has pixels from {picture.min():.4g} to {picture.max():.4g}',
+                        "scale floats to 0..1, or store uint8 0..255", place)  # fmt: skip
+    return picture.astype(np.float32, copy=False)
+
+
+def opened(path: Path, shown: str, place: str) -> Array:
+    """The pixels [H,W,C] uint8 of an image file: grey stays one channel, all else becomes RGB."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise SqatError("image files need Pillow", "pip install 'sqat[images]', or store arrays in a .npz") from None
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if image.mode in ("1", "L"):
+                return np.asarray(image.convert("L"))[..., None]
+            if "A" in image.mode or "transparency" in image.info:
+                above = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
+            return np.asarray(image.convert("RGB"))
+    except FileNotFoundError:
+        raise SqatError(f'there is no image "{shown}"', f"looked at {path}", place) from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise SqatError(f'the image "{shown}" cannot be read: {text}', "is it an image, and whole?", place) from None

@@ -1,0 +1,182 @@
+"""Image classifiers from data to proven files: two convolutional nets and a ViT, every stage, every ONNX target."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from transformers import AutoModelForImageClassification
+
+from sqat.checkpoint import Checkpoint, load_checkpoint
+from sqat.cli import main
+from sqat.export.runtime import left_in_float, operator_counts, optimized_graph
+from sqat.models import build
+from sqat.pipeline import run
+from sqat.recipe_file import load_recipe
+from sqat.sparsity.masks import count_violations, parse_pattern
+
+from .conftest import Lines
+
+pytestmark = pytest.mark.pipeline
+ROOT = Path(__file__).parents[2]
+SIDE = 16
+NETS: dict[str, dict[str, Any]] = {
+    "resnet": {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic",
+               "downsample_in_first_stage": False},
+    "mobilenet_v1": {"depth_multiplier": 0.25, "tf_padding": False},
+    "vit": {"patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "intermediate_size": 64},
+}  # fmt: skip
+DISTILL = {"resnet": "{weight: 0, logits: 1}", "mobilenet_v1": "{weight: 0, logits: 1}", "vit": "{loss: minilm-v2}"}
+RECIPE = """model: {config: CONFIG}
+task: image-classification
+data: {train: train.npz, dev: dev.npz, test: test.npz, columns: {image: x, label: y}, augment: {shift: 1}}
+stages:
+  train: {steps: 30, learning_rate: 5.0e-3}
+  prune: {steps: 12, learning_rate: 2.0e-3, distill: DISTILL}
+  calibrate: {samples: 64}
+  qat: {steps: 4, learning_rate: 1.0e-4, distill: DISTILL}
+  export: {targets: [onnx-int8, onnx-fp32, onnx-fp16], max_disagreement: 0.05}
+results: {dense: train, sparse int8: export/onnx-int8}
+"""
+
+
+def write_images(path: Path, count: int, seed: int, side: int = SIDE, channels: int = 3) -> None:
+    """Noise with a bright bar: at the left (0), at the right (1) or across (2)."""
+    random = np.random.default_rng(seed)
+    labels = np.arange(count) % 3
+    images = random.integers(0, 120, (count, side, side, channels)).astype(np.uint8)
+    third = side // 3
+    images[labels == 0, :, :third] = 250
+    images[labels == 1, :, -third:] = 250
+    images[labels == 2, third : 2 * third] = 250
+    np.savez(path, x=images, y=labels)
+
+
+class Made:
+    """One net's finished run."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        for seed, (split, count) in enumerate((("train", 240), ("dev", 60), ("test", 60))):
+            write_images(folder / f"{split}.npz", count, seed)
+        config = json.dumps({"model_type": name, "image_size": SIDE, "num_channels": 3, **NETS[name]})
+        recipe = folder / "tiny.yaml"
+        recipe.write_text(RECIPE.replace("CONFIG", config).replace("DISTILL", DISTILL[name]))
+        self.rows = run(load_recipe(recipe, [f"output={folder / 'runs'}"]), Lines())
+        self.stages = {path.name[3:]: path for path in (folder / "runs/tiny").glob("??-*")}
+
+    def checkpoint(self, stage: str) -> Checkpoint:
+        return load_checkpoint(self.stages[stage])
+
+    @property
+    def int8(self) -> Path:
+        return self.stages["export"] / "model.int8.onnx"
+
+
+@pytest.fixture(scope="module", params=NETS)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The export stage has proven each file against the torch model before this returns."""
+    torch.set_num_threads(1)
+    return Made(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_the_task_is_learned_and_kept(made: Made) -> None:
+    if made.name != "mobilenet_v1":  # thirty steps are too few for its 27 layers
+        assert made.checkpoint("train").manifest.metrics["dev"]["accuracy"] > 0.5  # one in three by chance
+    metrics = made.checkpoint("export").manifest.metrics
+    assert set(metrics) >= {"dev onnx-int8", "dev onnx-fp32", "dev onnx-fp16"}
+
+
+def test_every_quantized_convolution_is_int8_in_onnx_runtime(made: Made) -> None:
+    graph = optimized_graph(made.int8)
+    layers = made.checkpoint("export").manifest.layers
+    quantized = [name for name, record in layers.items() if record.quantized]
+    assert left_in_float(graph) == []
+    if made.name == "vit":
+        assert len(quantized) == 12
+    else:
+        assert operator_counts(graph)["QLinearConv"] == len(quantized) > 3
+
+
+def test_int8_weights_are_sparse_along_the_input_channels(made: Made) -> None:
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(made.int8).graph.initializer}
+    layers = made.checkpoint("export").manifest.layers
+    pruned = [name for name, record in layers.items() if record.pattern]
+    assert pruned
+    for name in pruned:
+        weight = torch.from_numpy(stored[f"{name}.weight_int8"].copy()).float()
+        weight = weight if made.name != "vit" else weight.t()
+        assert not count_violations(weight, parse_pattern("2:4")), name
+
+
+STEMS = {
+    "resnet": ("resnet.embedder.embedder.convolution", "first or last layer of the network"),
+    "mobilenet_v1": ("mobilenet_v1.conv_stem.convolution", "first or last layer of the network"),
+    "vit": ("vit.embeddings.patch_embeddings.projection", "outside the encoder blocks"),
+}
+
+
+def test_what_is_left_alone_says_why(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    records = made.checkpoint("export").manifest.layers
+    reasons = {name: (record.dense_because, record.float_because) for name, record in records.items()}
+    stem, reason = STEMS[made.name]
+    assert all(text.startswith(reason) for text in reasons[stem])
+    grouped = [name for name, texts in reasons.items() if all(text.startswith("grouped conv") for text in texts)]
+    assert len(grouped) == (13 if made.name == "mobilenet_v1" else 0)
+    assert main(["inspect", str(made.stages["prune"])]) == 0
+    assert ("grouped convolution" in " ".join(capsys.readouterr().out.split())) == bool(grouped)
+
+
+@pytest.mark.parametrize("stage", ["prune", "qat"])
+def test_transformers_loads_the_checkpoint_and_computes_the_same(made: Made, stage: str) -> None:
+    theirs = AutoModelForImageClassification.from_pretrained(made.stages[stage]).eval()
+    ours, _ = build(made.checkpoint(stage))
+    x = torch.randn(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted, got = theirs(pixel_values=x).logits, ours(pixel_values=x).logits
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    names = {type(module).__name__ for module in ours.modules()}
+    assert ("FoldedNorm" in names) == (stage == "qat" and made.name != "vit")
+
+
+def test_inspect_says_how_the_file_runs(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    layers = made.checkpoint("export").manifest.layers.values()
+    assert main(["inspect", str(made.int8), "--target", "onnx-int8"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    count = sum(record.quantized for record in layers)
+    total = len(layers)
+    assert f"{count} of {total} layers will run in int8" in said
+
+
+@pytest.mark.parametrize("recipe", ["digits", "emoji-vit"])
+def test_shipped_image_recipes_run(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The recipe as shipped but for the data files and the length of its fits."""
+    torch.set_num_threads(1)
+    path = ROOT / "recipes" / f"{recipe}.yaml"
+    loaded = load_recipe(path).recipe
+    assert loaded.model.config is not None
+    overrides = [f"output={tmp_path / 'runs'}"]
+    for seed, split in enumerate(("train", "dev", "test")):
+        file = tmp_path / f"{split}.npz"
+        write_images(file, 48, seed, loaded.model.config["image_size"], loaded.model.config["num_channels"])
+        with np.load(file) as arrays:
+            names = {"x": arrays["x"].squeeze(), loaded.data.columns.label: arrays["y"]}
+        np.savez(file, **names)
+        overrides.append(f"data.{split}.path={file}")
+    for name, config in loaded.stages.items():
+        if config.stage in ("train", "prune", "qat"):
+            overrides += [f"stages.{name}.epochs=null", f"stages.{name}.steps=3"]
+        if config.stage == "export":
+            overrides.append(f"stages.{name}.max_disagreement=0.5")
+    arguments = [part for override in overrides for part in ("--set", override)]
+    assert main(["run", str(path), "--json", "--quiet", *arguments]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["label"] for row in rows] == list(loaded.results)
+    assert all(0 <= row["metrics"]["accuracy"] <= 1 and Path(row["path"]).exists() for row in rows)

@@ -1,0 +1,100 @@
+"""The recipe of query performance prediction on a tiny model, and what the recipes of relevance promise beside it."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import onnx.numpy_helper
+import pytest
+import torch
+
+from sqat.cli import main
+from sqat.recipe import FitConfig, PruneConfig, Recipe
+from sqat.recipe_file import load_recipe
+from sqat.sparsity.masks import parse_pattern
+
+from .conftest import BAD, FILLER, GOOD, write_model, write_rows
+
+pytestmark = pytest.mark.pipeline
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def predicted(count: int, seed: int) -> list[dict[str, Any]]:
+    """Queries that do as well as the share of good words among what was found for them."""
+    choose = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        good = choose.randrange(5)
+        found = choose.choices(GOOD, k=good) + choose.choices(BAD, k=4 - good)
+        rows.append({"query": " ".join(choose.sample(FILLER, 2)), "top": " | ".join(found), "label": good / 4})
+    return rows
+
+
+def test_the_query_performance_recipe_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.set_num_threads(1)
+    write_model(tmp_path / "model", "bert")
+    overrides = [
+        f"output={tmp_path / 'runs'}",
+        f"model.source={tmp_path / 'model'}",
+        "model.sha256=null",
+        "model.max_length=64",
+    ]
+    for seed, split in enumerate(("train", "dev", "test")):
+        write_rows(tmp_path / f"{split}.jsonl", predicted(24, seed))
+        overrides.append(f"data.{split}.path={tmp_path / f'{split}.jsonl'}")
+    recipe = load_recipe(RECIPES / "query-performance.yaml").recipe
+    for name, config in recipe.stages.items():
+        if isinstance(config, FitConfig):
+            overrides += [f"stages.{name}.epochs=null", f"stages.{name}.steps=3"]
+        else:  # after three steps all predictions are nearly the same, and rounding is a large part of their spread
+            overrides.append(f"stages.{name}.max_disagreement=1")
+    arguments = [part for override in overrides for part in ("--set", override)]
+    assert main(["run", str(RECIPES / "query-performance.yaml"), "--json", "--quiet", *arguments]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["label"] for row in rows] == list(recipe.results)
+    for row in rows:
+        assert set(row["metrics"]) >= {"ndcg", "kendall", "spearman"}
+        assert 0 < row["metrics"]["ndcg"] <= 1
+        assert -1 <= row["metrics"]["kendall"] <= 1
+        weights = [weight for weight in onnx.load(row["path"]).graph.initializer if set(weight.dims) <= {32, 64}]
+        matrices = [onnx.numpy_helper.to_array(weight) for weight in weights if len(weight.dims) == 2]
+        assert {matrix.dtype.itemsize for matrix in matrices} == {2 if "fp16" in row["label"] else 4}
+        half_zero = [bool(((matrix == 0).reshape(-1, 4, matrix.shape[1]).sum(1) == 2).all()) for matrix in matrices]
+        assert sum(half_zero) == (12 if row["label"].startswith("sparse") else 0)  # two layers of six linears
+
+
+def students(recipe: Recipe) -> list[list[FitConfig]]:
+    """The trained stages after the dense model of every sparse row of the closing table."""
+    chains = []
+    for label, row in recipe.results.items():
+        name, chain = recipe.parent_of(row.partition("/")[0]), []
+        while name is not None and name != "train":
+            stage = recipe.stages[name]
+            chain += [stage] if isinstance(stage, FitConfig) else []
+            name = recipe.parent_of(name)
+        chains += [chain] if label.startswith("sparse") else []
+    return chains
+
+
+@pytest.mark.parametrize("name", ["query-performance", "relevance-pnr", "relevance-accuracy"])
+def test_the_students_have_equal_budgets(name: str) -> None:
+    recipe = load_recipe(RECIPES / f"{name}.yaml").recipe
+    chains = students(recipe)
+    budgets = [[(s.stage, s.steps, s.batch_size, s.learning_rate) for s in chain] for chain in chains]  # type: ignore[attr-defined]
+    assert len(chains) == 3
+    assert budgets[0] == budgets[1] == budgets[2]
+    prunes = [stage for chain in chains for stage in chain if isinstance(stage, PruneConfig)]
+    assert [len(prune.schedule.sparsities(parse_pattern("2:4"))) > 1 for prune in prunes] == [False, True, True]
+    assert [prune.distill is not None for prune in prunes] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("query-performance", "fp16"), ("relevance-pnr", "int8"), ("relevance-accuracy", "int8")]
+)
+def test_the_rows_are_called_as_every_application_calls_them(name: str, kind: str) -> None:
+    ways = ("one-shot", "progressive", "progressive + distillation")
+    wanted = ["dense fp32", f"dense {kind}", *(f"sparse {kind} ({way})" for way in ways)]
+    assert list(load_recipe(RECIPES / f"{name}.yaml").recipe.results) == wanted

@@ -1,0 +1,96 @@
+"""A whole retrieval recipe on a tiny encoder, without labels but to measure: checkpoints, files and figures agree."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from sqat.checkpoint import load_checkpoint
+from sqat.errors import SqatError
+from sqat.evaluation import evaluate_artifact
+from sqat.export.runtime import session
+from sqat.job import Splits
+from sqat.pipeline import run
+from sqat.recipe_file import load_recipe
+
+from .conftest import Lines, relevance_rows, write_model, write_rows
+
+STEPS, BATCH = 5, 8
+RECIPE = f"""
+model: {{source: model, max_length: 16}}
+task: {{name: retrieval, negatives: 2}}
+data: {{train: train.jsonl, dev: dev.jsonl, test: dev.jsonl, columns: {{group: qid, candidates: candidates}}}}
+stages:
+  train: {{steps: 0}}
+  prune: {{steps: {STEPS}, batch_size: {BATCH}, learning_rate: 1.0e-3, distill: {{task: 0, logits: 10}}}}
+  calibrate: {{samples: 32}}
+  export: {{targets: [onnx-int8, onnx-fp32]}}
+"""
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a recipe that has run; train has texts without a query, dev a query without an answer."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("search")
+    write_model(folder / "model", "bert")
+    rows, dev = relevance_rows(6, 0), relevance_rows(20, 1)
+    dev[3]["candidates"] = [candidate | {"label": 0} for candidate in dev[3]["candidates"]]
+    loose = [{"text": f"film {word}"} for word in ("a", "of", "to", "in", "is", "it")]
+    write_rows(folder / "train.jsonl", [*rows, *loose])
+    write_rows(folder / "dev.jsonl", dev)
+    (folder / "search.yaml").write_text(RECIPE + f"output: {folder / 'runs'}\n")
+    run(load_recipe(folder / "search.yaml"), Lines())
+    return folder
+
+
+def stage(folder: Path, name: str) -> Path:
+    return next((folder / "runs" / "search").glob(f"??-{name}"))
+
+
+def test_the_model_as_it_is_teaches_and_every_text_is_a_batch_row(searched: Path) -> None:
+    dense, sparse = load_checkpoint(stage(searched, "train")), load_checkpoint(stage(searched, "prune"))
+    assert (dense.manifest.steps, sparse.manifest.steps) == (0, STEPS)
+    assert sparse.manifest.samples == 6 * (1 + 4) + 6  # one epoch: every text once
+    assert set(sparse.manifest.losses) == {"minilm", "logits"}
+    assert set(sparse.masks) == {name for name, record in sparse.manifest.layers.items() if record.pattern}
+
+
+def test_the_graph_pools_and_normalises(searched: Path) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    texts = ["good film", "a nice movie to the movie", "it"]
+    encoder = library.SentenceTransformer(str(stage(searched, "calibrate")), device="cpu")
+    inputs = encoder.tokenizer(texts, padding=True, return_tensors="np")
+    path = stage(searched, "export") / "model.fp32.onnx"
+    found = session(path).run(
+        ["sentence_embedding"], {entry.name: inputs[entry.name] for entry in session(path).get_inputs()}
+    )
+    assert np.asarray(found[0]) == pytest.approx(encoder.encode(texts), abs=1e-5)
+    graph = onnx.load(stage(searched, "export") / "model.int8.onnx").graph
+    assert [output.name for output in graph.output] == ["sentence_embedding"]
+
+
+def test_a_file_is_measured_as_the_export_did(searched: Path) -> None:
+    recipe = load_recipe(searched / "search.yaml").recipe
+    found = evaluate_artifact(stage(searched, "export") / "model.int8.onnx", Splits(recipe, searched), "dev")
+    assert found == load_checkpoint(stage(searched, "export")).manifest.metrics["dev onnx-int8"]
+    assert set(found) == {"recall@1", "recall@10", "mrr@10", "ndcg@10", "rerank-ndcg@10", "pnr"}
+
+
+def test_a_batch_smaller_than_a_query_with_its_passages_is_refused(searched: Path) -> None:
+    text = (searched / "search.yaml").read_text().replace(f"batch_size: {BATCH}", "batch_size: 3")
+    (searched / "small.yaml").write_text(text)
+    with pytest.raises(SqatError, match="are 4 texts, and stage 'prune' has batches of 3"):
+        load_recipe(searched / "small.yaml")
+
+
+def test_the_source_s_modules_are_in_every_checkpoint(searched: Path) -> None:
+    for name in ("train", "prune", "calibrate", "export"):
+        modules: Any = json.loads((stage(searched, name) / "modules.json").read_text())
+        assert [module["path"] for module in modules] == ["", "1_Pooling", "2_Normalize"]
