@@ -74,7 +74,7 @@ def main() -> None:
     drawn = {label: [drawing.pictures(opened(path), part) for part in parts] for label, path in artifacts.items()}
     first = next(iter(artifacts.values()))
     again = [Drawing(given.steps, given.guidance, given.seed + 1).pictures(opened(first), part) for part in parts]
-    figures = {}
+    figures: dict[str, float] = {}
     for index, part in enumerate(parts):
         rows = {label: pictures[index] for label, pictures in drawn.items()}
         figures |= {f"{part.name}: {name}": value for name, value in compare(judge, part, rows, again[index]).items()}

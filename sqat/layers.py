@@ -1,8 +1,8 @@
 """Which linear layers and convolutions of a model are treated, and which make the last block's q, k and v.
 
 Found by rule from the module tree, not by a table per family: the encoder is the list of alike blocks that holds
-the most linear weights, and a block's q, k and v are told by the linears' own names. A model most of whose weights
-are convolutions has no such blocks: there every layer counts but the first, which reads the image, and the last.
+the most linear weights, and a block's q, k and v are told by the linears' own names. A network of
+convolutions has no such blocks: there every layer counts but the first, which reads the image, and the last.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ def weighted_layers(model: nn.Module) -> dict[str, Layer]:
 
 
 def is_convolutional(model: nn.Module) -> bool:
-    """Whether convolutions hold more weights than linears."""
-    linears = linear_weights(model)
-    return sum(layer.weight.numel() for layer in weighted_layers(model).values()) > 2 * linears
+    """Whether the model is a network of convolutions: a transformer has one or two, which cut an image in patches."""
+    return sum(isinstance(layer, nn.Conv2d) for layer in weighted_layers(model).values()) > 2
 
 
 def outside(model: nn.Module) -> dict[str, str]:

@@ -31,6 +31,7 @@ from sqat.export.runtime import session  # noqa: E402
 from sqat.layers import choose_layers, is_convolutional  # noqa: E402
 from sqat.models import build, capture, load_pretrained  # noqa: E402
 from sqat.recipe import Columns, Layers, ModelConfig, SplitConfig, TextToImageTask  # noqa: E402
+from sqat.recipe_file import load_recipe  # noqa: E402
 from sqat.sampling import fixed_draws, on_path  # noqa: E402
 from sqat.tasks.text_to_image import TextToImage  # noqa: E402
 
@@ -276,6 +277,29 @@ def test_a_recipe_prunes_convolutions_along_their_input_channels(encoder: Path, 
     assert float((kernel == 0).float().mean()) == pytest.approx(0.5)
     assert records["conv_in"].dense_because == "first or last layer of the network"
     assert set(pruned.manifest.losses) == {"task", "logits"}
+
+
+@pytest.mark.pipeline
+def test_the_shipped_recipe_runs(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The recipe as shipped but for the widths of its models, the pictures and the length of its fits."""
+    path = Path(__file__).parents[1] / "recipes" / "text-to-image.yaml"
+    recipe = load_recipe(path).recipe
+    small = {"sample_size": 2, "block_out_channels": [16, 32], "norm_num_groups": 8, "attention_head_dim": 2}
+    small |= {"cross_attention_dim": WIDTH, "projection_class_embeddings_input_dim": WIDTH}
+    overrides = [f"model.config.{key}={value}" for key, value in small.items()]
+    overrides += [f"model.text_encoder={encoder}", "model.max_length=5", f"output={tmp_path / 'runs'}"]
+    for seed, split in enumerate(("train", "dev", "test")):
+        pictures = np.random.default_rng(seed).integers(0, 256, (8, SIDE, SIDE, 3), np.uint8)
+        np.savez(tmp_path / f"{split}.npz", x=pictures, names=np.array(["red", "blue", "large red", "square"] * 2))
+        overrides.append(f"data.{split}.path={tmp_path / f'{split}.npz'}")
+    for name, config in recipe.stages.items():
+        overrides += [f"stages.{name}.steps=2"] if config.stage in ("train", "prune") else []
+        overrides += [f"stages.{name}.evaluate_every=null"] if name == "train" else []
+    arguments = [part for override in overrides for part in ("--set", override)]
+    assert main(["run", str(path), "--json", "--quiet", *arguments]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["label"] for row in rows] == list(recipe.results)
+    assert all("explained" in row["metrics"] and Path(row["path"]).exists() for row in rows)
 
 
 @pytest.mark.slow
