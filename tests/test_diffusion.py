@@ -206,7 +206,7 @@ def test_it_learns_a_picture_from_its_caption(encoder: Path, rows: Dataset) -> N
 
     before = explained()
     torch.manual_seed(0)
-    for _ in range(40):
+    for _ in range(150):
         batch = processor.collate(prepared, [0, 1, 2, 3])
         task.loss(model(**batch.inputs).logits, batch).backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sqat.checkpoint import load_checkpoint
+from sqat.cli import main
 from sqat.errors import SqatError
 from sqat.evaluation import evaluate_artifact
 from sqat.export.runtime import session
@@ -21,6 +22,7 @@ from sqat.recipe_file import load_recipe
 
 from .conftest import Lines, relevance_rows, write_model, write_rows
 
+ROOT = Path(__file__).parents[2]
 STEPS, BATCH = 5, 8
 RECIPE = f"""
 model: {{source: model, max_length: 16}}
@@ -94,3 +96,23 @@ def test_the_source_s_modules_are_in_every_checkpoint(searched: Path) -> None:
     for name in ("train", "prune", "calibrate", "export"):
         modules: Any = json.loads((stage(searched, name) / "modules.json").read_text())
         assert [module["path"] for module in modules] == ["", "1_Pooling", "2_Normalize"]
+
+
+def test_the_shipped_recipe_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The recipe as shipped but for the model, the data files and the length of its fits."""
+    path = ROOT / "recipes" / "retrieval.yaml"
+    recipe = load_recipe(path).recipe
+    write_model(tmp_path / "model", "bert")
+    overrides = [f"output={tmp_path / 'runs'}", f"model.source={tmp_path / 'model'}", "model.sha256=null"]
+    overrides.append("model.max_length=16")
+    for seed, split in enumerate(("train", "dev", "test")):
+        write_rows(tmp_path / f"{split}.jsonl", relevance_rows(12, seed))
+        overrides.append(f"data.{split}.path={tmp_path / f'{split}.jsonl'}")
+    for name, config in recipe.stages.items():
+        if config.stage in ("train", "prune", "qat"):
+            overrides += [f"stages.{name}.epochs=null", f"stages.{name}.steps=2"]
+    arguments = [part for override in overrides for part in ("--set", override)]
+    assert main(["run", str(path), "--json", "--quiet", *arguments]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["label"] for row in rows] == list(recipe.results)
+    assert all(0 <= row["metrics"]["recall@10"] <= 1 and Path(row["path"]).exists() for row in rows)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from sqat.checkpoint import Checkpoint, manifest_digest
+from sqat.data import TextProcessor
 from sqat.errors import SqatError
 from sqat.evaluation import served_model
 from sqat.export.packed import write_packed
@@ -198,11 +199,13 @@ def test_transformers_reads_config_and_tokenizer_and_refuses_the_rest(packed_fol
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_call_gives_model_and_tokenizer(packed_folder: Path, dtype: torch.dtype) -> None:
-    model, tokenizer = load_model(packed_folder, dtype=dtype)
+def test_one_call_gives_model_and_processor(packed_folder: Path, dtype: torch.dtype) -> None:
+    model, processor = load_model(packed_folder, dtype=dtype)
+    assert isinstance(model, PreTrainedModel)
+    assert isinstance(processor, TextProcessor)
     filled = empty_model(packed_folder).to(dtype)
     load_sparse_(filled, packed_folder)
-    inputs = tokenizer(["red blue w1", "w2"], padding=True, return_tensors="pt")
+    inputs = processor.tokenizer(["red blue w1", "w2"], padding=True, return_tensors="pt")
     inputs.pop("token_type_ids", None)
     assert not model.training
     assert model.dtype == dtype

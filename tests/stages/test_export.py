@@ -76,5 +76,5 @@ def test_card_and_tokenizer_lie_beside_the_file(project: Project) -> None:
     names = {path.name for path in Path(made).iterdir()}
     assert {"model.int8.onnx", "README.md", "config.json", "tokenizer.json", "sqat.json", "recipe.yaml"} <= names
     card = (made / "README.md").read_text()
-    assert "12 of 14 linear layers are pruned, 12 are int8" in card
+    assert "12 of 14 linear layers and convolutions are pruned, 12 are int8" in card
     assert "decisions equal" in card

