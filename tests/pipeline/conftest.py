@@ -37,13 +37,15 @@ STAGES = """stages:
 """
 
 
-def write_model(folder: Path, family: str) -> None:
+def write_model(folder: Path, family: str, layers: int = 2) -> None:
     """Save a randomly initialised encoder of a family and a word tokenizer."""
     folder.mkdir(parents=True)
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY))
     transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)
-    transformers.AutoModel.from_config(FAMILIES[family]()).save_pretrained(folder)
+    settings = FAMILIES[family]()
+    settings.num_hidden_layers = layers
+    transformers.AutoModel.from_config(settings).save_pretrained(folder)
 
 
 def classification_rows(count: int, seed: int) -> list[dict[str, Any]]:

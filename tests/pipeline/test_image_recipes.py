@@ -157,12 +157,14 @@ def test_inspect_says_how_the_file_runs(made: Made, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("recipe", ["digits", "emoji-vit"])
 def test_shipped_image_recipes_run(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The recipe as shipped but for the data files and the length of its fits."""
+    """The recipe as shipped but for the data files, the depth of a transformer and the length of its fits."""
     torch.set_num_threads(1)
     path = ROOT / "recipes" / f"{recipe}.yaml"
     loaded = load_recipe(path).recipe
     assert loaded.model.config is not None
     overrides = [f"output={tmp_path / 'runs'}"]
+    if "num_hidden_layers" in loaded.model.config:
+        overrides.append("model.config.num_hidden_layers=1")
     for seed, split in enumerate(("train", "dev", "test")):
         file = tmp_path / f"{split}.npz"
         write_images(file, 48, seed, loaded.model.config["image_size"], loaded.model.config["num_channels"])

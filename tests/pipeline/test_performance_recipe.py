@@ -35,7 +35,7 @@ def predicted(count: int, seed: int) -> list[dict[str, Any]]:
 
 def test_the_query_performance_recipe_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.set_num_threads(1)
-    write_model(tmp_path / "model", "bert")
+    write_model(tmp_path / "model", "bert", layers=1)
     overrides = [
         f"output={tmp_path / 'runs'}",
         f"model.source={tmp_path / 'model'}",

@@ -14,7 +14,7 @@ import torch
 
 from sqat.cli import main
 
-from .conftest import Project, classification_rows, relevance_rows, write_rows
+from .conftest import Project, classification_rows, relevance_rows, write_model, write_rows
 
 pytestmark = pytest.mark.pipeline
 ROOT = Path(__file__).parents[2]
@@ -43,11 +43,12 @@ def test_every_relevance_recipe_runs(recipe: Path, tmp_path: Path, capsys: pytes
     from sqat.recipe_file import load_recipe
 
     torch.set_num_threads(1)
-    project = Project(tmp_path / "project")
-    overrides = [f"output={tmp_path / 'runs'}", f"model.source={project.folder / 'model'}", "model.sha256=null"]
+    write_model(tmp_path / "model", "bert", layers=1)
+    overrides = [f"output={tmp_path / 'runs'}", f"model.source={tmp_path / 'model'}", "model.sha256=null"]
+    overrides.append("model.max_length=32")
     for seed, split in enumerate(("train", "dev", "test")):
-        write_rows(project.folder / f"{split}.jsonl", relevance_rows(24, seed))
-        overrides.append(f"data.{split}.path={project.folder / f'{split}.jsonl'}")
+        write_rows(tmp_path / f"{split}.jsonl", relevance_rows(24, seed))
+        overrides.append(f"data.{split}.path={tmp_path / f'{split}.jsonl'}")
     for name, config in load_recipe(recipe).recipe.stages.items():
         if config.stage in ("train", "prune", "qat"):
             overrides += [f"stages.{name}.epochs=null", f"stages.{name}.steps=3"]

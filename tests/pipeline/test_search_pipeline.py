@@ -102,7 +102,7 @@ def test_the_shipped_recipe_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     """The recipe as shipped but for the model, the data files and the length of its fits."""
     path = ROOT / "recipes" / "retrieval.yaml"
     recipe = load_recipe(path).recipe
-    write_model(tmp_path / "model", "bert")
+    write_model(tmp_path / "model", "bert", layers=1)
     overrides = [f"output={tmp_path / 'runs'}", f"model.source={tmp_path / 'model'}", "model.sha256=null"]
     overrides.append("model.max_length=16")
     for seed, split in enumerate(("train", "dev", "test")):
