@@ -197,7 +197,9 @@ def build(source: Path, output: Path, settings: Settings) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--source", type=Path, required=True, help="folder with {train,dev,test}.jsonl.gz of WikiQA")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write the three splits to")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/query-performance"), help="folder to write the three splits to"
+    )
     parser.add_argument("--shown", type=int, default=Settings().shown, help="passages in the column top (default 3)")
     parser.add_argument("--words", type=int, default=Settings().words, help="words of each of them (default 32)")
     arguments = parser.parse_args()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -118,6 +119,10 @@ def _check_search(rows: Rows, name: SplitName, task: RetrievalTask, shown: str) 
     queries, highest = int((labels == QUERY).sum()), float(labels.max())
     if queries == 0 and name != "train":
         raise SqatError("no row has a query", "is data.columns.query right?", shown)
+    reranks = task.metric in ("rerank-ndcg@10", "pnr")
+    if name != "train" and reranks and not (queries and (labels[labels >= 0] < task.relevant_from).any()):
+        problem = f"task.metric {task.metric} compares a query's own passages, and all of them are relevant"
+        raise SqatError(problem, "add passages of grade 0, or take another metric", shown)
     if queries and highest < task.relevant_from:
         problem = f"none of {queries} queries has a passage of grade {task.relevant_from:g} or more"
         hint = f"the highest grade is {highest:g}: " if highest >= 0 else ""
@@ -193,8 +198,8 @@ def digest(split: SplitConfig, folder: Path, images: str | None = None) -> str:
         raise SqatError(f"cannot be read: {error.strerror}", hint, split.path) from None
     if images is not None and not split.path.lower().endswith(".npz"):
         for _, row in read_rows(folder / split.path, split.path):
-            path = (folder / split.path).parent / str(row.get(images))
-            state.update(path.read_bytes() if path.is_file() else b"")
+            with suppress(OSError, ValueError):  # a name that is none is told where the row is read
+                state.update(((folder / split.path).parent / str(row.get(images))).read_bytes())
     return state.hexdigest()
 
 

@@ -46,6 +46,9 @@ def teacher_name(recipe: Recipe, name: str) -> str | None:
     return ancestor
 
 
+PICTURES = ("image-classification", "text-to-image")
+
+
 @dataclass(frozen=True)
 class Keys:
     """Keys and folders of a recipe's stages; the files they depend on are read once."""
@@ -65,7 +68,7 @@ class Keys:
     def common(self) -> dict[str, object]:
         """What every stage depends on."""
         recipe, folder = self.loaded.recipe, self.loaded.path.parent
-        images = recipe.data.columns.image if recipe.task.name == "image-classification" else None
+        images = recipe.data.columns.image if recipe.task.name in PICTURES else None
         return {
             "format": FORMAT,
             "sqat": sqat.__version__,

@@ -152,7 +152,11 @@ def find_qkv(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str,
                 "give three linear layers or one fused",
             )
         return tuple(names)
-    last = f"{encoder_blocks(model)[-1]}."
+    blocks = encoder_blocks(model)
+    if not blocks:
+        raise SqatError("MiniLM distillation needs attention, and the model is a network of convolutions",
+                        "set distill.weight: 0 and distill.logits, or distill: null")  # fmt: skip
+    last = f"{blocks[-1]}."
     inside = [name for name in found if name.startswith(last)]
     roles: dict[str, list[str]] = {"q": [], "k": [], "v": []}
     for name in inside:

@@ -46,7 +46,7 @@ def broken_rules(recipe: Recipe) -> list[Problem]:
     """Everything wrong between the parts of ``recipe``; broken parents hide what hangs on them."""
     parents = list(_parents(recipe))
     stages = [] if parents else [p for name in recipe.stages for p in _stage(recipe, name)]
-    return [*parents, *stages, *_results(recipe), *_columns(recipe), *_batches(recipe)]
+    return [*parents, *stages, *_results(recipe), *_columns(recipe), *_batches(recipe), *_pictures(recipe)]
 
 
 def pick_stage(recipe: Recipe, kind: str, name: str | None) -> str:
@@ -184,6 +184,17 @@ def _batches(recipe: Recipe) -> Iterator[Problem]:
             text = f"a query, its positive and its negatives are {texts} texts, and stage {name!r} has batches of "
             hint = f"set it to {texts} or more, or lower task.negatives"
             yield Problem(("stages", name, "batch_size"), f"{text}{stage.batch_size}", hint)
+
+
+def _pictures(recipe: Recipe) -> Iterator[Problem]:
+    task, model = recipe.task.name, recipe.model
+    if model.config is not None and task not in ("image-classification", "text-to-image"):
+        text = f"the task {task} starts from pretrained weights and a tokenizer, which model.config has not"
+        yield Problem(("model", "config"), text, "give model.source")
+    if model.text_encoder is not None and task != "text-to-image":
+        yield Problem(("model", "text_encoder"), f"the task {task} has no captions", "leave it out")
+    if recipe.data.augment is not None and task != "image-classification":
+        yield Problem(("data", "augment"), f"the task {task} does not vary images", "leave it out")
 
 
 def _columns(recipe: Recipe) -> Iterator[Problem]:

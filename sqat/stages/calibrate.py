@@ -56,12 +56,13 @@ def run(config: CalibrateConfig, parent: Checkpoint | None, job: Job) -> Checkpo
 
 
 def sample_batches(config: CalibrateConfig, job: Job, processor: Processor) -> list[Batch]:
-    """The first ``samples`` rows of a seeded shuffle, length-bucketed."""
+    """The first ``samples`` rows of a seeded shuffle, length-bucketed; what a processor draws is seeded too."""
     rows = job.splits.prepared(config.split, processor)
     generator = torch.Generator().manual_seed(job.recipe.seed)
     chosen = torch.randperm(len(rows), generator=generator)[: config.samples].tolist()
     lengths = column(rows, "length").tolist()
     batches = plan_batches(lengths, [[index] for index in chosen], config.batch_size, job.recipe.seed, 0)
+    torch.manual_seed(job.recipe.seed)
     return [processor.collate(rows, batch).to(processes().device) for batch in batches]
 
 

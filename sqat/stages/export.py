@@ -118,6 +118,8 @@ def prove(artifact: Path, written: Written, dev: Rows, config: ExportConfig, job
         enough = (difference - slack(wanted) / 100) / NOISE_FACTOR
         noise = noise_of(model, some, processor, wanted, written.rounding, enough)
     equal = task.agreement(wanted, part, some)
+    if not len(equal):
+        raise SqatError(f"the first {len(some)} dev rows hold nothing to decide on", "raise parity_samples")
     found = Parity(len(equal), difference, noise, equal.float().mean().item())
     if noise < enough:
         raise GateError(
