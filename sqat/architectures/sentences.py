@@ -24,7 +24,7 @@ from transformers.utils.hub import cached_file
 
 from sqat.architectures.texts import check_length, check_vocabulary, load_tokenizer, set_dropout
 from sqat.checkpoint import SIDE_FILES
-from sqat.data import Batch, Rows, collate, tokenize
+from sqat.data import TextProcessor
 from sqat.errors import SqatError
 from sqat.recipe import ModelConfig
 from sqat.sources import LOADING, first_line
@@ -69,7 +69,7 @@ def largest_of_tokens(states: Tensor, mask: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SentenceProcessor:
+class SentenceProcessor(TextProcessor):
     """A tokenizer, and what else lies in a sentence-transformers folder.
 
     Attributes:
@@ -78,17 +78,10 @@ class SentenceProcessor:
         carried: other files of the source by name, as they were.
     """
 
-    tokenizer: Any
     pooling: Pooling
     width: int
     max_length: int
     carried: Mapping[str, bytes]
-
-    def prepare(self, rows: Rows, max_length: int) -> Rows:
-        return tokenize(rows, self.tokenizer, max_length)
-
-    def collate(self, rows: Rows, indices: list[int]) -> Batch:
-        return collate(rows, indices, self.tokenizer)
 
     def save(self, folder: Path) -> None:
         """Write a folder that `SentenceTransformer` loads, in the form that its old versions read too."""
