@@ -1,7 +1,8 @@
 """Whatever an export wrote, as a function from batches to logits, on this machine.
 
-What: an ONNX file runs in ONNX Runtime, a semi-structured folder through its sparse linears, a compressed-tensors
-folder as its config says: integers times scales, inputs of the quantized linears rounded.
+What: an ONNX file runs in ONNX Runtime (with the kernels of `sqat.runtime` where it asks for them), a
+semi-structured folder through its sparse linears, a compressed-tensors folder as its config says: integers times
+scales, inputs of the quantized linears rounded.
 
 Why not transformers for the last: it needs a package that not everyone has. Where it is there, a test shows that both
 compute the same.
@@ -23,7 +24,8 @@ from sqat.checkpoint import SIDE_FILES, WEIGHTS, read_tensors
 from sqat.data import Batch
 from sqat.errors import SqatError
 from sqat.export.compressed import check_compressed
-from sqat.export.runtime import run_batches, session
+from sqat.export.cpu_graph import needs_kernels
+from sqat.export.runtime import first_line, run_batches, session
 from sqat.insertion.quantizers import Quantizers, insert_quantizers_
 from sqat.job import logits_of, on_device
 from sqat.models import assemble, load_weights
@@ -55,11 +57,28 @@ def open_artifact(artifact: Path, device: str | None = None) -> Forward:
         SqatError: it cannot be read or run here.
     """
     if artifact.suffix == ".onnx":
-        return partial(onnx_logits, session(artifact))
+        return partial(onnx_logits, open_onnx(artifact))
     if (artifact / PACKED).is_file():
         model, _ = load_model(artifact, device)
         return partial(logits_of, model)
     return partial(logits_of, open_compressed(artifact))
+
+
+def open_onnx(path: Path) -> Any:
+    """An ONNX Runtime session of a file, with the compiled kernels where it has nodes of their domain.
+
+    Raises:
+        SqatError: it cannot be loaded, or the kernels are not there.
+    """
+    if not needs_kernels(path):
+        return session(path)
+    from sqat import runtime  # only such a file needs what is compiled
+
+    runtime.instruction_set()
+    try:
+        return runtime.session(path)
+    except Exception as error:  # onnxruntime's own classes are private and differ between versions
+        raise SqatError(f"ONNX Runtime cannot load the model: {first_line(error)}", place=str(path)) from error
 
 
 def onnx_logits(runtime: Any, batch: Batch) -> Tensor:

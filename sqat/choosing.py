@@ -33,7 +33,7 @@ class Facts:
     Attributes:
         pattern: N:M of its pruned layers, empty for a dense model.
         quantized: whether layers are int8.
-        profile: of the activation sites, ``linear`` or ``tensorrt``.
+        profile: of the activation sites: ``linear``, ``tensorrt``, ``tensorrt-full`` or ``cpu``.
     """
 
     pattern: str = ""
@@ -45,6 +45,17 @@ class Facts:
         """Whether the pattern is 2:4 or more zeros, the only one that tensor cores have a format for."""
         n, _, m = self.pattern.partition(":")
         return n == "1" or (n == "2" and int(m) % 4 == 0)
+
+    @property
+    def halved(self) -> bool:
+        """Whether the pattern leaves at most 4 of each 8 weights, as the kernels of target cpu-sparse want it."""
+        n, _, m = self.pattern.partition(":")
+        return bool(n) and 8 % int(m) == 0 and 2 * int(n) <= int(m)
+
+    @property
+    def float_outputs(self) -> bool:
+        """Whether the linears' outputs have no scales, which TensorRT's sparse kernels need."""
+        return self.profile in ("linear", "cpu")
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,7 @@ def choose_for_sparse_gpu(machine: Machine, gpu: Gpu, facts: Facts) -> tuple[str
     if facts.quantized:
         kernels = "sparse int8" if facts.sparse else "int8"
         reasons.append(f"{title(gpu)} has {kernels} tensor cores, and TensorRT uses them.")
-        if facts.profile == "linear":
+        if facts.float_outputs:
             reasons.append("Its sparse kernels write int8 too, and this checkpoint has no scales for the linears' "
                            "outputs: set stages.calibrate.profile to tensorrt to get target tensorrt.")  # fmt: skip
             return "onnx-int8", [*reasons, *tensorrt_reasons(machine, "onnx-int8")]
@@ -141,13 +152,25 @@ def choose_for_dense_gpu(gpu: Gpu, facts: Facts) -> tuple[str, list[str]]:
 
 def choose_for_processor(machine: Machine, facts: Facts) -> tuple[str, list[str]]:
     """CPU only: int8 where the model is quantized."""
+    if facts.quantized and facts.profile == "cpu" and machine.processor.is_x86:
+        return "cpu-sparse", kernel_reasons(facts)
     reasons = [] if facts.quantized else ["The model is not quantized, and CPUs compute in fp32."]
     if facts.pattern:
         reasons.append("ONNX Runtime and OpenVINO multiply zeros like other numbers: on a CPU pruning brings no speed.")
+        if facts.quantized and machine.processor.is_x86:
+            reasons.append("sqat's own kernels skip them: target cpu-sparse, for BERT-type encoders calibrated with "
+                           "profile cpu.")  # fmt: skip
     if not facts.quantized:
         return "onnx-fp32", [*reasons, "A calibrate stage would make onnx-int8 possible: a smaller file, more speed."]
     reasons.insert(0, "ONNX Runtime runs every quantized layer in int8 on the CPU.")
     return "onnx-int8", [*reasons, *int8_reasons(machine)]
+
+
+def kernel_reasons(facts: Facts) -> list[str]:
+    """Why the kernels of sqat itself."""
+    skipped = "skip the zeros and " if facts.halved else ""
+    return [f"The checkpoint was calibrated for sqat's own kernels, which {skipped}keep attention in int8.",
+            "ONNX Runtime runs the file with sqat.runtime registered; any other runtime needs onnx-int8."]  # fmt: skip
 
 
 def int8_reasons(machine: Machine) -> list[str]:
@@ -181,6 +204,8 @@ def title(gpu: Gpu) -> str:
 def not_int8(machine: Machine, facts: Facts) -> str:
     if not facts.quantized:
         return "the model is not quantized."
+    if facts.profile == "cpu":
+        return "multiplies the zeros too, and attention in float."
     if machine.gpu is not None and machine.gpu.capability >= SPARSE:
         return "for CPUs; target tensorrt is the same model shaped for TensorRT's fusions."
     return "the GPU has no int8 tensor cores."
@@ -201,9 +226,15 @@ def not_tensorrt(machine: Machine, facts: Facts) -> str:
         return "needs an NVIDIA GPU of compute capability 8.0 or later, and there is none."
     if machine.gpu.capability < SPARSE:
         return "its sparse kernels need compute capability 8.0 or later."
-    if facts.profile == "linear":
+    if facts.float_outputs:
         return "needs the scales of the linears' outputs: calibrate with profile tensorrt."
     return "needs int8 scales: put a calibrate stage before the export."
+
+
+def not_cpu_sparse(machine: Machine, facts: Facts) -> str:
+    if not facts.quantized or facts.profile != "cpu":
+        return "for x86 CPUs; needs a BERT-type encoder calibrated with profile cpu."
+    return "its kernels are for x86 CPUs."
 
 
 def not_semi_structured(machine: Machine, facts: Facts) -> str:
@@ -255,6 +286,7 @@ def wrap(label: str, text: str) -> list[str]:
 
 OTHERWISE: dict[str, Callable[[Machine, Facts], str]] = {
     "tensorrt": not_tensorrt,
+    "cpu-sparse": not_cpu_sparse,
     "onnx-int8": not_int8,
     "onnx-fp16": not_fp16,
     "onnx-fp32": not_fp32,

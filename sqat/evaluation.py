@@ -28,7 +28,7 @@ LAST_BITS = 3e-7
 def quantizers_of(checkpoint: Checkpoint, learned: bool = False) -> Quantizers:
     """Activation quantizers of a calibrated checkpoint."""
     leaders = {site: record.leader for site, record in checkpoint.manifest.sites.items()}
-    return Quantizers(checkpoint.amax, leaders, learned)
+    return Quantizers(checkpoint.amax, leaders, learned, kernels=checkpoint.manifest.profile == "cpu")
 
 
 def quantized_layers(checkpoint: Checkpoint) -> list[str]:
@@ -44,7 +44,7 @@ def served_model(checkpoint: Checkpoint) -> Iterator[tuple[nn.Module, Processor]
         yield model, processor
         return
     if checkpoint.manifest.profile != "linear":
-        use_taps(model)
+        use_taps(model, checkpoint.manifest.profile)
     blocks, layers = encoder_blocks(model), quantized_layers(checkpoint)
     with quantized_(model, checkpoint.masks, layers, quantizers_of(checkpoint), blocks):
         yield model, processor

@@ -23,16 +23,18 @@ from sqat.architectures import ARCHITECTURES, Architecture
 from sqat.checkpoint import WEIGHTS, Checkpoint
 from sqat.data import Processor
 from sqat.errors import SqatError
-from sqat.insertion.attention import tapped_attention
+from sqat.insertion.attention import byte_attention, tapped_attention
 from sqat.insertion.batch_norm import fold_batch_norms_
 from sqat.layers import weighted_layers
 from sqat.recipe import ModelConfig
 from sqat.sources import LOADING, check_digest, first_line, resolve_source
 
-TAPPED = "sqat_tapped"
+TAPPED, BYTES = "sqat_tapped", "sqat_bytes"
 DIFFUSERS_INDEX = "diffusion_pytorch_model.safetensors.index.json"  # tells diffusers in which file the weights are
 ALL_ATTENTION_FUNCTIONS.register(TAPPED, tapped_attention)
+ALL_ATTENTION_FUNCTIONS.register(BYTES, byte_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(TAPPED, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+ALL_MASK_ATTENTION_FUNCTIONS.register(BYTES, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -168,11 +170,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], place: str) ->
         raise SqatError(f"the weight {missing[0]} is missing", "the files do not belong together", place)
 
 
-def use_taps(model: nn.Module) -> bool:
-    """Switch to the tapped attention; False where the family does not go through the attention interface."""
+def use_taps(model: nn.Module, profile: str = "tensorrt") -> bool:
+    """Switch to a profile's tapped attention; False where the family does not go through the attention interface."""
     if not isinstance(model, PreTrainedModel) or not model._can_set_attn_implementation():
         return False
-    model.set_attn_implementation(TAPPED)
+    model.set_attn_implementation(BYTES if profile == "cpu" else TAPPED)
     return True
 
 

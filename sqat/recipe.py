@@ -376,7 +376,7 @@ class PruneConfig(FitConfig):
     )
 
 
-Profile = Literal["linear", "tensorrt", "tensorrt-full"]
+Profile = Literal["linear", "tensorrt", "tensorrt-full", "cpu"]
 
 
 class CalibrateConfig(BaseModel):
@@ -396,7 +396,7 @@ class CalibrateConfig(BaseModel):
     profile: Profile = Field(
         default="linear",
         description="which sites are quantized: inputs of linears; tensorrt: outputs, attention and residual adds "
-        "too; tensorrt-full: also what an activation function reads",
+        "too; tensorrt-full: also what an activation function reads; cpu: what the target cpu-sparse serves",
     )
     split: Literal["train", "dev"] = Field(default="train", description="which rows are observed")
     samples: int = Field(default=512, ge=1, description="rows to observe")
@@ -418,7 +418,9 @@ class QatConfig(FitConfig):
 
 
 Range = Annotated[tuple[int, int, int], AfterValidator(ascending)]
-Target = Literal["onnx-int8", "onnx-fp32", "onnx-fp16", "tensorrt", "torch-semi-structured", "compressed-tensors"]
+Target = Literal[
+    "onnx-int8", "onnx-fp32", "onnx-fp16", "tensorrt", "cpu-sparse", "torch-semi-structured", "compressed-tensors"
+]
 
 
 class TensorRTConfig(BaseModel):

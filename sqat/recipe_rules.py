@@ -117,15 +117,21 @@ def _targets(recipe: Recipe, name: str, stage: ExportConfig, line: list[str]) ->
         if target in INT8_TARGETS and profile is None and not any(isinstance(other, QatConfig) for other in before):
             text = f"{target} needs a calibrate or qat stage among those {name!r} starts from, {_chain(line)}"
             yield Problem(path, text, "export onnx-fp32, or add a calibrate stage before it")
-        elif target == "tensorrt" and profile == "linear":
-            text = "tensorrt needs the outputs of linears quantized too, and the calibrate stage has profile linear"
+        elif target == "tensorrt" and profile in ("linear", "cpu"):
+            text = f"tensorrt needs the outputs of linears quantized too, and the calibrate stage has profile {profile}"
             yield Problem(path, text, "set its profile: tensorrt, or export onnx-int8")
+        elif target == "cpu-sparse" and profile not in ("cpu", None):
+            text = f"cpu-sparse needs the scales of profile cpu, and the calibrate stage has profile {profile}"
+            yield Problem(path, text, "set its profile: cpu, or export onnx-int8")
+        elif target == "cpu-sparse" and stage.embeddings == "fp16":
+            text = "cpu-sparse stores the word embeddings as fp32 or int8, not as fp16"
+            yield Problem(("stages", name, "embeddings"), text, "set it to int8")
         elif target == "torch-semi-structured" and not any(isinstance(other, PruneConfig) for other in before):
             text = f"{target} needs a prune stage among those {name!r} starts from, {_chain(line)}"
             yield Problem(path, text, "add a prune stage before it")
 
 
-INT8_TARGETS = ("onnx-int8", "tensorrt", "compressed-tensors")
+INT8_TARGETS = ("onnx-int8", "tensorrt", "cpu-sparse", "compressed-tensors")
 
 
 def _schedule(path: tuple[str, ...], stage: PruneConfig) -> Iterator[Problem]:

@@ -24,6 +24,7 @@ TORCH = {"torch": "2.13.0", "onnxruntime": "1.32.0"}
 TRT, TRT8, RTX = {"tensorrt": "10.13.0"}, {"tensorrt": "8.6.1"}, {"tensorrt_rtx": "1.7.1"}
 SPARSE8 = Facts("2:4", quantized=True, profile="tensorrt")
 LINEAR8 = Facts("2:4", quantized=True, profile="linear")
+CPU8 = Facts("2:4", quantized=True, profile="cpu")
 DENSE8 = Facts("", quantized=True, profile="tensorrt")
 SPARSE, DENSE, WIDE = Facts("2:4"), Facts(), Facts("4:8", quantized=True, profile="tensorrt")
 
@@ -56,6 +57,12 @@ CASES: list[tuple[Machine, Facts, str, tuple[str, ...]]] = [
     (Machine(Processor("", "AMD64", 4)), SPARSE8, "onnx-int8", ("does not tell whether the CPU has VNNI",)),
     (Machine(ARM), SPARSE8, "onnx-int8", ("(dotprod)",)),
     (Machine(ARM_OLD), DENSE8, "onnx-int8", ("ONNX Runtime runs every quantized layer",)),
+    (Machine(AVX2), CPU8, "cpu-sparse", ("sqat's own kernels, which skip the zeros", "sqat.runtime registered")),
+    (Machine(VNNI), Facts("", quantized=True, profile="cpu"), "cpu-sparse", ("own kernels, which keep attention",)),
+    (Machine(VNNI, (P4,), TRT), CPU8, "cpu-sparse", ("P4 (compute capability 6.1) has no tensor",)),
+    (Machine(ARM), CPU8, "onnx-int8", ("ONNX Runtime runs every quantized layer",)),
+    (Machine(VNNI, (A10,), TRT), CPU8, "onnx-int8", ("set stages.calibrate.profile to tensorrt",)),
+    (Machine(AVX2), LINEAR8, "onnx-int8", ("target cpu-sparse, for BERT-type encoders calibrated with profile cpu",)),
     (Machine(AVX2), SPARSE, "onnx-fp32", ("not quantized", "pruning brings no speed", "calibrate stage")),
     (Machine(), DENSE, "onnx-fp32", ("not quantized",)),
 ]  # fmt: skip
@@ -86,7 +93,9 @@ MACHINES = st.builds(
     cusparselt=st.booleans(),
     unknown=st.sampled_from([(), ("torch: ImportError " + "long " * 40,)]),
 )
-FACTS = st.builds(Facts, st.sampled_from(["", "1:4", "2:4", "4:8"]), st.booleans(), st.sampled_from(["", "linear"]))
+FACTS = st.builds(
+    Facts, st.sampled_from(["", "1:4", "2:4", "4:8"]), st.booleans(), st.sampled_from(["", "linear", "cpu"])
+)
 
 
 @given(MACHINES, FACTS)
@@ -113,6 +122,12 @@ def test_a_pattern_is_sparse_for_tensor_cores_if_every_mask_of_it_is_2_of_4(patt
         for stretch in stretches
     )
     assert Facts(pattern).sparse == (worst <= 2)
+
+
+def test_a_pattern_is_halved_if_it_leaves_at_most_4_of_each_8() -> None:
+    halved = [pattern for pattern in ("1:2", "1:4", "2:4", "3:4", "1:8", "4:8", "5:8", "8:16", "1:3", "")
+              if Facts(pattern).halved]  # fmt: skip
+    assert halved == ["1:2", "1:4", "2:4", "1:8", "4:8"], "8:16 may leave 8 of 8"
 
 
 def test_facts_of_a_manifest() -> None:

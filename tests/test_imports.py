@@ -38,6 +38,7 @@ LAYERS = [
         "export",
         "lint",
         "serving",
+        "runtime",
         "metrics",
         "retrieval",
         "insertion",

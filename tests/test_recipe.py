@@ -18,7 +18,7 @@ from sqat.recipe_schema import recipe_schema
 from sqat.sparsity.schedule import GroupFraction
 from sqat.yaml_tree import Place, compose, resolve_scalar
 
-TARGETS = "onnx-int8, onnx-fp32, onnx-fp16, tensorrt, torch-semi-structured, compressed-tensors"
+TARGETS = "onnx-int8, onnx-fp32, onnx-fp16, tensorrt, cpu-sparse, torch-semi-structured, compressed-tensors"
 GOOD = """\
 model: {source: tiny}
 task: classification

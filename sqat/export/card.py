@@ -37,6 +37,14 @@ CLASSES = {
     "sentences": "AutoModel",
     "images": "AutoModelForImageClassification",
 }
+KERNEL_USE = """```python
+import sqat.runtime
+{inputs}
+session = sqat.runtime.session("{file}")  # an onnxruntime.InferenceSession with sqat's kernels
+names = [entry.name for entry in session.get_inputs()]
+(output,) = session.run(None, {{name: inputs[name] for name in names}})  # {output}
+```
+"""
 SATURATION = """On x86 processors without VNNI, set the session option `session.x64quantprecision` to `1`: ONNX
 Runtime's default int8 kernel saturates there. So do OpenVINO's, and they have no such option.
 """
@@ -60,6 +68,7 @@ USES = {
     "onnx-fp32": ONNX_USE,
     "onnx-fp16": ONNX_USE,
     "tensorrt": TENSORRT_USE,
+    "cpu-sparse": KERNEL_USE,
     "torch-semi-structured": PACKED_USE,
     "compressed-tensors": COMPRESSED_USE,
 }

@@ -24,6 +24,7 @@ from onnx import GraphProto, ModelProto, NodeProto
 from torch import Tensor, nn
 
 OPSET = 20
+KERNELS = "sqat"  # domain of the operators in `sqat.runtime`
 SCOPES = "pkg.torch.onnx.name_scopes"
 ROOT = "model"
 WEIGHTED = ("MatMul", "Gemm", "Conv")

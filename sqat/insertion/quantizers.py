@@ -13,9 +13,17 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sqat.insertion.activation import tap_activations
 from sqat.insertion.sites import role
 from sqat.insertion.taps import Tap, Taps, tap_adds, tap_attention, tap_linears
-from sqat.quantization.fake_quant import SMALLEST_AMAX, check_amax, fake_quantize, fake_quantize_learned
+from sqat.quantization.fake_quant import (
+    ACTIVATION_LOW,
+    HIGH,
+    SMALLEST_AMAX,
+    check_amax,
+    fake_quantize,
+    fake_quantize_learned,
+)
 
 QUANTIZERS = "sqat_quantizers"
 
@@ -27,11 +35,15 @@ class Quantizers(nn.Module):
         amax: leader site -> positive 0-d bound.
         leaders: site -> leader site.
         learned: bounds are parameters with the LSQ gradient instead of constants.
+        kernels: compute as those of target cpu-sparse do: integers from -127, their own GELU.
     """
 
-    def __init__(self, amax: Mapping[str, Tensor], leaders: Mapping[str, str], learned: bool = False) -> None:
+    def __init__(
+        self, amax: Mapping[str, Tensor], leaders: Mapping[str, str], learned: bool = False, kernels: bool = False
+    ) -> None:
         super().__init__()
-        self.leaders, self.learned = dict(leaders), learned
+        self.leaders, self.learned, self.kernels = dict(leaders), learned, kernels
+        self.low = -HIGH if kernels else ACTIVATION_LOW
         self.index = {name: i for i, name in enumerate(amax)}
         for name, bound in amax.items():
             check_amax(bound, name)
@@ -46,7 +58,7 @@ class Quantizers(nn.Module):
             self._remember(leader, *last)
             return last[1]
         quantize = fake_quantize_learned if self.learned else fake_quantize
-        y = quantize(x, within_reach(leader, self.bounds[self.index[leader]]))
+        y = quantize(x, within_reach(leader, self.bounds[self.index[leader]]), self.low)
         if self.learned and x.dim() == 4 and role(site) == "output":
             y = y.clone()  # its gradient needs y, and residual adds of convolutional nets write into what they read
         self._remember(leader, x, y, self.sharers[leader])
@@ -84,8 +96,10 @@ class Insertion:
 def insert_quantizers_(model: nn.Module, quantizers: Quantizers, blocks: list[str]) -> Insertion:
     """Tap every site of the quantizers; learned bounds become parameters of the model."""
     model.add_module(QUANTIZERS, quantizers.to(next(model.parameters()).device))
-    return Insertion(quantizers, tap_sites(model, quantizers, list(quantizers.leaders), blocks),
-                     model.register_forward_hook(quantizers.forget, always_call=True))  # fmt: skip
+    taps = tap_sites(model, quantizers, list(quantizers.leaders), blocks)
+    if quantizers.kernels:
+        tap_activations(model, blocks, taps)
+    return Insertion(quantizers, taps, model.register_forward_hook(quantizers.forget, always_call=True))
 
 
 def tap_sites(model: nn.Module, tap: Tap, sites: Iterable[str], blocks: list[str]) -> Taps:

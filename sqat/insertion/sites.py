@@ -10,6 +10,8 @@ Profiles:
               that feeds an activation function stays float (rule B8), its result is quantized at the next input.
     tensorrt-full
               also what feeds an activation function, so that every linear is int8 in and out.
+    cpu       inputs of the quantized linears, and q, k and v where the attention products read them; the weights of
+              the keys are bytes without a scale (`sqat.insertion.attention`).
 
 A convolution's output is a site in all of them, also before an activation function: ONNX Runtime has int8 convolutions
 with int8 outputs only. Where nothing but a rectifier reads it, what the rectifier cuts off needs no range: the bound is
@@ -69,7 +71,7 @@ def discover_sites(
         inputs: keyword arguments of the model's forward, a small batch.
         linears: names of the linears and convolutions to quantize.
         blocks: names of the encoder blocks, for residual adds.
-        profile: ``linear``, ``tensorrt`` or ``tensorrt-full``.
+        profile: ``linear``, ``tensorrt``, ``tensorrt-full`` or ``cpu``.
     """
     keys: dict[str, Key] = {}
     watch = WatchActivations()
@@ -84,8 +86,9 @@ def discover_sites(
     convolutions = [name for name in linears if isinstance(model.get_submodule(name), nn.Conv2d)]
     taps = tap_linears(model, record, inputs=linears, outputs=convolutions)
     if profile != "linear":
-        tap_linears(model, record, outputs=[name for name in linears if name not in convolutions], taps=taps)
         tap_attention(model, record, inner_modules(model, blocks), taps=taps)
+    if profile.startswith("tensorrt"):
+        tap_linears(model, record, outputs=[name for name in linears if name not in convolutions], taps=taps)
         tap_adds(model, record, blocks, taps=taps)
     training = model.training
     try:
@@ -100,7 +103,8 @@ def discover_sites(
     kept_float = set() if profile == "tensorrt-full" else watch.seen - {key[0] for key in outputs.values()}
     limits = {site: watch.passed(key[0]) for site, key in outputs.items()}
     rectified = {site: limit for site, limit in limits.items() if limit is not None}
-    return replace(choose_sites(keys, kept_float), rectified=rectified)
+    found = replace(choose_sites(keys, kept_float), rectified=rectified)
+    return replace(found, tied=[]) if profile == "cpu" else found  # its fused q, k, v linear has a scale per channel
 
 
 def choose_sites(keys: Mapping[str, Key], activations: Set[Version]) -> Sites:

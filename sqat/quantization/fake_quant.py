@@ -1,12 +1,12 @@
 """Fake quantization to int8: values on the integer grid, gradients straight through.
 
-Q(x) = clamp(round_half_even(x / s), lo, hi) * s with s = amax / 127; activations per tensor in [-128, 127],
-weights per output channel in [-127, 127]. As in torch's ops, x is multiplied by 1 / s, and the
-straight-through gradient is 1 where the *rounded* value lies in the range, that is up to half a step beyond
-its ends (a value within a few ulp of that half step may fall on the other side than in torch). Written on
-plain torch ops rather than torch's fused one: that branches on each element and stores a mask, which costs
-several times more on a CPU; here the forward is four passes, three of them in place, the backward is one, and
-only x is kept for it. Everything is computed in float32 (float64 for float64) and returned in the type that
+Q(x) = clamp(round_half_even(x / s), lo, hi) * s with s = amax / 127; activations per tensor in [-128, 127] (or
+narrow, from -127, for kernels that multiply magnitudes), weights per output channel in [-127, 127]. As in torch's
+ops, x is multiplied by 1 / s, and the straight-through gradient is 1 where the *rounded* value lies in the range, that
+is up to half a step beyond its ends (a value within a few ulp of that half step may fall on the other side than in
+torch). Written on plain torch ops rather than torch's fused one: that branches on each element and stores a mask,
+which costs several times more on a CPU; here the forward is four passes, three of them in place, the backward is one,
+and only x is kept for it. Everything is computed in float32 (float64 for float64) and returned in the type that
 came in. Left out: zero points (all ranges are symmetric) and other bit widths.
 """
 
@@ -38,34 +38,36 @@ def _step_through(grad: Tensor, x: Tensor, scale: Tensor, low: float, high: floa
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, amax: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, amax: Tensor, low: int) -> Tensor:
         ctx.save_for_backward(x, amax)
-        return _to_grid(x, amax / HIGH)
+        ctx.low = low
+        return _to_grid(x, amax / HIGH, low)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         x, amax = ctx.saved_tensors
-        inside = _step_through(grads[0], x, amax / HIGH, ACTIVATION_LOW - 0.5, HIGH + 0.5)
-        return inside.to(x.dtype), None
+        inside = _step_through(grads[0], x, amax / HIGH, ctx.low - 0.5, HIGH + 0.5)
+        return inside.to(x.dtype), None, None
 
 
-def _to_grid(x: Tensor, scale: Tensor) -> Tensor:
+def _to_grid(x: Tensor, scale: Tensor, low: int) -> Tensor:
     y = _computed(x) * (1 / scale)
-    return y.round_().clamp_(ACTIVATION_LOW, HIGH).mul_(scale).to(x.dtype)
+    return y.round_().clamp_(low, HIGH).mul_(scale).to(x.dtype)
 
 
-def fake_quantize(x: Tensor, amax: Tensor) -> Tensor:
+def fake_quantize(x: Tensor, amax: Tensor, low: int = ACTIVATION_LOW) -> Tensor:
     """Round activations to the int8 grid of one scale, with a straight-through gradient.
 
     Args:
         x: floats of any shape.
         amax: float32, 0-d, positive and finite, on the device of ``x``. Not checked here, which would wait for
             the device at every call: use `check_amax` where a quantizer is made.
+        low: lowest integer, -128 or -127.
 
     Returns:
         Tensor of the shape and type of ``x``. NaN stays NaN; small negative values become -0.0.
     """
-    y: Tensor = _FakeQuantize.apply(x, amax)  # type: ignore[no-untyped-call]
+    y: Tensor = _FakeQuantize.apply(x, amax, low)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -79,28 +81,29 @@ def check_amax(amax: Tensor, place: str = "amax") -> None:
 
 class _FakeQuantizeLearned(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, amax: Tensor) -> Tensor:
-        y = _to_grid(x, amax.clamp(min=SMALLEST_AMAX) / HIGH)
+    def forward(ctx: Any, x: Tensor, amax: Tensor, low: int) -> Tensor:
+        y = _to_grid(x, amax.clamp(min=SMALLEST_AMAX) / HIGH, low)
         ctx.save_for_backward(x, y, amax)  # the layer that reads y keeps it anyway
+        ctx.low = low
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, y, amax = ctx.saved_tensors
         scale = amax.clamp(min=SMALLEST_AMAX) / HIGH
         grad = _computed(grads[0])
-        inside = _step_through(grad, x, scale, ACTIVATION_LOW, HIGH)
+        inside = _step_through(grad, x, scale, ctx.low, HIGH)
         # sum of grad * (round(v) - v) inside and of grad * bound outside, where v = x / scale, times scale
         moved = _dot(grad, _computed(y)) - _dot(inside, _computed(x))
         share = 1 / math.sqrt(x[0].numel() * HIGH)
-        return inside.to(x.dtype), (moved / scale * (share / HIGH)).to(amax.dtype)
+        return inside.to(x.dtype), (moved / scale * (share / HIGH)).to(amax.dtype), None
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
-def fake_quantize_learned(x: Tensor, amax: Tensor) -> Tensor:
+def fake_quantize_learned(x: Tensor, amax: Tensor, low: int = ACTIVATION_LOW) -> Tensor:
     """Round activations to the int8 grid of a learned scale (LSQ, arXiv:1902.08153).
 
     The gradients are the paper's: with v = x / s, x gets the gradient where -128 < v < 127; s gets
@@ -110,8 +113,25 @@ def fake_quantize_learned(x: Tensor, amax: Tensor) -> Tensor:
     Args:
         x: floats [samples, ...].
         amax: float, 0-d, learned; below 2**-40 it acts as 2**-40.
+        low: lowest integer, -128 or -127 (which then stands for -128 above).
     """
-    y: Tensor = _FakeQuantizeLearned.apply(x, amax)  # type: ignore[no-untyped-call]
+    y: Tensor = _FakeQuantizeLearned.apply(x, amax, low)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _RoundThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+def round_through(x: Tensor) -> Tensor:
+    """Round half to even; the gradient passes as if nothing had been rounded."""
+    y: Tensor = _RoundThrough.apply(x)  # type: ignore[no-untyped-call]
     return y
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sqat.checkpoint import Checkpoint, LayerRecord, SiteRecord
 from sqat.data import Batch, Processor, column, plan_batches
 from sqat.errors import SqatError
+from sqat.export.cpu_encoder import check_encoder
 from sqat.insertion.batch_norm import fold_batch_norms_
 from sqat.insertion.bias import snap_biases_
 from sqat.insertion.quantized import quantized_
@@ -31,7 +32,9 @@ def run(config: CalibrateConfig, parent: Checkpoint | None, job: Job) -> Checkpo
     model, processor = job.start(parent)
     choice = choose_layers(model, config.layers, "quantize")
     blocks = encoder_blocks(model)
-    tapped = config.profile == "linear" or use_taps(model)
+    if config.profile == "cpu":
+        check_encoder(model)
+    tapped = config.profile == "linear" or use_taps(model, config.profile)
     notes = [] if parent is None else list(parent.manifest.notes)
     if not tapped:
         notes.append(f"{type(model).__name__} has no attention interface: its attention products stay float")
@@ -46,7 +49,8 @@ def run(config: CalibrateConfig, parent: Checkpoint | None, job: Job) -> Checkpo
     tensors = {site: torch.tensor(bound, dtype=torch.float32) for site, bound in amax.items()}
     snap_biases_(model, choice.chosen, tensors, leaders)
     masks = {} if parent is None else parent.masks
-    with quantized_(model, masks, choice.chosen, Quantizers(tensors, leaders), blocks):
+    quantizers = Quantizers(tensors, leaders, kernels=config.profile == "cpu")
+    with quantized_(model, masks, choice.chosen, quantizers, blocks):
         metrics = {"dev": job.measure(model, processor, "dev")}
     layers = record_layers(parent, choice.chosen, choice.left)
     files, weights = capture(model, processor)

@@ -20,7 +20,7 @@ def run(config: QatConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
         raise SqatError(f"stage {job.name} needs activation scales", "put a calibrate stage before it")
     model, processor = job.start(parent)
     if parent.manifest.profile != "linear":
-        use_taps(model)
+        use_taps(model, parent.manifest.profile)
     quantizers = quantizers_of(parent, learned=config.activation_scales == "learned")
     with (
         quantized_(model, parent.masks, quantized_layers(parent), quantizers, encoder_blocks(model)),

@@ -20,10 +20,12 @@ from sqat.checkpoint import Checkpoint
 from sqat.engine.recipe import build_files
 from sqat.errors import GateError, SqatError
 from sqat.evaluation import LAST_BITS, quantized_layers
-from sqat.export.compressed import check_contents, write_compressed
+from sqat.export.compressed import check_contents, check_pattern, write_compressed
 from sqat.export.conv1x1 import to_conv1x1
+from sqat.export.cpu_encoder import Encoder, check_encoder, read_encoder
+from sqat.export.cpu_graph import to_cpu_sparse
 from sqat.export.embeddings import Widened, store_embeddings, stored_tables
-from sqat.export.files import write_onnx
+from sqat.export.files import check_file, write_onnx
 from sqat.export.float16 import to_float16
 from sqat.export.folding import fold_attention_scale
 from sqat.export.graph import export_float
@@ -36,6 +38,7 @@ from sqat.quantization.fake_quant import quantize_weight
 from sqat.recipe import ExportConfig
 
 HALF_BITS = 2.0**-11
+KERNEL_BITS = 1e-6  # error of the kernels' exp, the coarsest of what they do and the torch model does in its own way
 
 
 @dataclass(frozen=True)
@@ -97,17 +100,18 @@ def write_fp16(source: Source, folder: Path) -> Written:
 
 def write_int8(source: Source, folder: Path) -> Written:
     """Q/DQ pairs at every site and int8 weights."""
-    graph = with_embeddings(source, insert_qdq(source.graph, quantization_of(source.checkpoint, "onnx-int8")))
-    return write_graph(source, "onnx-int8", graph, folder, source.checkpoint)
+    checkpoint = for_any_runtime(source.checkpoint)
+    graph = with_embeddings(source, insert_qdq(source.graph, quantization_of(checkpoint, "onnx-int8")))
+    return write_graph(source, "onnx-int8", graph, folder, checkpoint)
 
 
 def write_tensorrt(source: Source, folder: Path) -> Written:
     """Int8 in and out of every linear, in the flavour asked for, and what builds an engine of it."""
     options, config = source.config.tensorrt, source.config
-    if source.checkpoint.manifest.profile == "linear":
+    if (profile := source.checkpoint.manifest.profile) in ("linear", "cpu"):
         raise SqatError(
             "target tensorrt needs the scales of the linears' outputs, and the checkpoint was calibrated with "
-            "profile linear",
+            f"profile {profile}",
             "set stages.calibrate.profile: tensorrt",
         )
     quantization = quantization_of(source.checkpoint, "tensorrt")
@@ -126,6 +130,37 @@ def write_tensorrt(source: Source, folder: Path) -> Written:
                        precision=options.precision, layers=options.layers, weights=options.weights)  # fmt: skip
     write_files(made, folder)
     return written
+
+
+def write_cpu_sparse(source: Source, folder: Path) -> Written:
+    """Packed 2:4 weights and int8 attention for the kernels of `sqat.runtime`, which ordinary CPUs run."""
+    checkpoint, path = source.checkpoint, folder / file_name("cpu-sparse")
+    form = source.config.embeddings
+    if form == "fp16":
+        raise SqatError("target cpu-sparse stores word embeddings as fp32 or int8, not fp16", "set embeddings: int8")
+    encoder = encoder_of(checkpoint, source.model)
+    write_onnx(to_cpu_sparse(source.graph, encoder, form == "int8"), path)
+    if faults := list(check_file(path)):
+        raise GateError(f"{path.name} is no valid ONNX: {faults[0]}", "please report it with the recipe")
+    word = f"{encoder.base}embeddings.word_embeddings.weight"
+    tables = {word: stored_tables(source.graph, "int8")[word]} if form == "int8" else {}
+    return Written(replace(checkpoint, weights={**checkpoint.weights, **tables}), KERNEL_BITS)
+
+
+def encoder_of(checkpoint: Checkpoint, model: nn.Module) -> Encoder:
+    """The encoder of a checkpoint that was calibrated for the CPU's kernels."""
+    manifest = checkpoint.manifest
+    check_encoder(model)
+    if manifest.profile != "cpu":
+        made = f"was calibrated with profile {manifest.profile}" if manifest.profile else "is not calibrated"
+        raise SqatError(f"target cpu-sparse needs the scales of profile cpu, and the checkpoint {made}",
+                        "set stages.calibrate.profile: cpu, or export onnx-int8")  # fmt: skip
+    for name, record in manifest.layers.items():
+        weight = quantize_weight(checkpoint.weights[f"{name}.weight"])[0] if record.pattern else None
+        if broken := next(check_pattern(name, weight, record.pattern), None) if record.pattern else None:
+            raise GateError(f"the exported integers break rule B6: {broken}", "nothing was written")
+    bounds = {site: float(checkpoint.amax[record.leader]) for site, record in manifest.sites.items()}
+    return read_encoder(model, quantized_layers(checkpoint), bounds)
 
 
 def write_graph(
@@ -156,10 +191,10 @@ def write_graph(
 
 def write_semi_structured(source: Source, folder: Path) -> Written:
     """Packed 2:4 weights; what a runtime for linears alone leaves out keeps its fake quantizers in the loader."""
-    write_files(write_packed(source.checkpoint), folder)
-    layers = source.checkpoint.manifest.layers.values()
-    half = any(record.pattern and not record.quantized for record in layers)
-    return Written(source.checkpoint, HALF_BITS if half else LAST_BITS)
+    checkpoint = for_any_runtime(source.checkpoint)
+    write_files(write_packed(checkpoint), folder)
+    half = any(record.pattern and not record.quantized for record in checkpoint.manifest.layers.values())
+    return Written(checkpoint, HALF_BITS if half else LAST_BITS)
 
 
 def write_compressed_tensors(source: Source, folder: Path) -> Written:
@@ -170,10 +205,20 @@ def write_compressed_tensors(source: Source, folder: Path) -> Written:
     if broken := check_contents({name.partition("/")[2]: content for name, content in files.items()}, pruned):
         raise GateError(f"the compressed-tensors folder breaks rule C22: {broken[0]}", "nothing was written")
     write_files(files, folder)
-    sites = {site: record for site, record in manifest.sites.items() if site.endswith(":input")}
-    known = manifest.model_copy(update={"sites": sites})
-    amax = {record.leader: source.checkpoint.amax[record.leader] for record in sites.values()}
-    return Written(replace(source.checkpoint, manifest=known, amax=amax), LAST_BITS, tuple(notes))
+    return Written(with_linear_sites(source.checkpoint), LAST_BITS, tuple(notes))
+
+
+def for_any_runtime(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint without what only the kernels of target cpu-sparse compute: attention products in their bytes."""
+    return with_linear_sites(checkpoint) if checkpoint.manifest.profile == "cpu" else checkpoint
+
+
+def with_linear_sites(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint as profile ``linear`` has it: only the inputs of linears are quantized."""
+    sites = {site: record for site, record in checkpoint.manifest.sites.items() if site.endswith(":input")}
+    known = checkpoint.manifest.model_copy(update={"sites": sites, "profile": "linear"})
+    amax = {record.leader: checkpoint.amax[record.leader] for record in sites.values()}
+    return replace(checkpoint, manifest=known, amax=amax)
 
 
 def write_files(files: dict[str, bytes], folder: Path) -> None:
@@ -208,6 +253,7 @@ TARGETS: dict[str, Callable[[Source, Path], Written]] = {
     "onnx-fp32": write_fp32,
     "onnx-fp16": write_fp16,
     "tensorrt": write_tensorrt,
+    "cpu-sparse": write_cpu_sparse,
     "torch-semi-structured": write_semi_structured,
     "compressed-tensors": write_compressed_tensors,
 }

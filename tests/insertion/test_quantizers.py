@@ -164,7 +164,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Every tensor that is quantized."""
     seen: list[Tensor] = []
     quantize = module.fake_quantize
-    monkeypatch.setattr(module, "fake_quantize", lambda x, amax: seen.append(x) or quantize(x, amax))
+    monkeypatch.setattr(module, "fake_quantize", lambda x, *bounds: seen.append(x) or quantize(x, *bounds))
     return seen
 
 

@@ -49,6 +49,19 @@ def test_activations_are_torch_s_bit_for_bit(bound, seed):
     assert torch.equal(gradient[no_tie], expected[no_tie])
 
 
+@given(st.floats(2.0**-20, 2.0**20, width=32), st.integers(0, 9))
+def test_the_narrow_range_is_torch_s_too(bound, seed):
+    amax, x = torch.tensor(bound), drawn(500, seed=seed).mul(bound * 0.7)
+
+    def narrow(x: Tensor, amax: Tensor) -> Tensor:
+        return torch.fake_quantize_per_tensor_affine(x, amax / 127, ZERO_POINT, -127, 127)
+
+    assert torch.equal(fake_quantize(x, amax, -127), narrow(x, amax))
+    no_tie = ((x.double() * 127 / bound).abs() - 127.5).abs() > 1e-3
+    ours = gradient_of(lambda x, amax: fake_quantize(x, amax, -127), x, amax)
+    assert torch.equal(ours[no_tie], gradient_of(narrow, x, amax)[no_tie])
+
+
 def test_gradient_ends_half_a_step_beyond_the_range_as_in_torch():
     amax = torch.tensor(127.0)
     x = torch.tensor([-129.0, -128.6, -128.4, -128.0, 0.0, 126.5, 127.0, 127.4, 127.6, 1e30, -1e30])

@@ -48,7 +48,7 @@ def calibrate(model: Any, tokenizer: Any, profile: str) -> Checkpoint:
         masks[name] = nm_mask(linear.weight.detach().abs(), parse_pattern("2:4"))
         linear.weight.data = apply_mask(linear.weight.detach(), masks[name])
     if profile != "linear":
-        use_taps(model)
+        use_taps(model, profile)
     blocks, batch = encoder_blocks(model), texts(3, 12)
     sites = discover_sites(model, batch, choice.chosen, blocks, profile)
     largest: dict[str, float] = {}

@@ -1,0 +1,151 @@
+"""Files of target cpu-sparse: each family against torch's fake-quantized model, by an interpreter and the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import transformers
+
+from sqat.architectures.sentences import Pooling, SentenceProcessor, pooled
+from sqat.checkpoint import Checkpoint
+from sqat.data import TextProcessor
+from sqat.export.files import check_file
+from sqat.export.runtime import operator_counts
+from sqat.recipe import Layers
+from tests.conftest import BASE
+from tests.export.cpu_models import ENGINES, Inputs, by_torch, calibrated, close, exported, texts, with_states
+from tests.export.cpu_oracle import unpack
+
+pytestmark = pytest.mark.pipeline
+LENGTHS = (12, 9, 5, 12, 7, 3, 2, 11)
+LAYER = ["Linear", "Attention", "Linear", "Linear", "Linear"]
+FAMILIES: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "roberta": {"num_hidden_layers": 1, "hidden_act": "gelu_new"},
+    "distilbert": {"n_layers": 1, "activation": "relu"},
+    "electra": {"num_hidden_layers": 1},
+}
+# what is left dense, and which linears outside the layers are quantized too
+DENSE = {"bert": ("layer.1.attention.self.key", "layer.0.output.dense"), "electra": ("embeddings_project",)}
+LAYERS = {"roberta": Layers(exclude=("*.out_proj",), include=("*",)), "electra": Layers(include=("*",))}
+Making = Callable[[str], "Made"]
+
+
+class Made(NamedTuple):
+    """A checkpoint, the inputs it was calibrated with, and its file."""
+
+    checkpoint: Checkpoint
+    inputs: Inputs
+    file: Path
+    int8_words: Path
+
+
+@pytest.fixture(scope="module")
+def made(make_model: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Making:
+    """`made(family)`: its calibrated checkpoint and file, once."""
+    known: dict[str, Made] = {}
+
+    def make(family: str) -> Made:
+        if family not in known:
+            inputs = texts(LENGTHS, typed=family == "bert")
+            model = make_model(family, **FAMILIES[family])
+            checkpoint = calibrated(model, TextProcessor(tokenizer), inputs, DENSE.get(family, ()), LAYERS.get(family))
+            known[family] = Made(
+                checkpoint, inputs, *exported(checkpoint, model, inputs, tmp_path_factory.mktemp(family))
+            )
+        return known[family]
+
+    return make
+
+
+def nodes(file: Path) -> list[onnx.NodeProto]:
+    return list(onnx.load(file).graph.node)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_file_computes_what_was_trained(family: str, engine: str, made: Making) -> None:
+    checkpoint, inputs, file, *_ = made(family)
+    wanted = by_torch(checkpoint, inputs)
+    (got,) = ENGINES[engine](file, inputs)
+    assert close(wanted, got)
+    longer = texts((16, 1, 4), typed=family == "bert", seed=7)
+    assert close(by_torch(checkpoint, longer), ENGINES[engine](file, longer)[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_graph_is_valid_and_holds_the_ops(family: str, made: Making) -> None:
+    file = made(family).file
+    assert list(check_file(file)) == []
+    ours = [node.op_type for node in nodes(file) if node.domain == "sqat"]
+    outside = {"roberta": 1, "electra": 2}.get(family, 0)  # head.dense, and ELECTRA's projection of the embeddings
+    layers = 2 if family == "bert" else 1
+    assert ours.count("Attention") == layers
+    assert sorted(ours) == sorted(["Embed", *LAYER * layers, *["Linear"] * outside])
+    assert operator_counts(onnx.load(file).graph)["Softmax"] == 0
+    initializers = [tensor.name for tensor in onnx.load(file).graph.initializer]
+    assert len(initializers) == len(set(initializers))
+
+
+def test_weights_are_stored_packed_and_dense_ones_dense(made: Making) -> None:
+    checkpoint, _, file, *_ = made("bert")
+    graph = onnx.load(file).graph
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    linears = [node for node in graph.node if node.op_type == "Linear"]
+    assert sum(not node.input[2] for node in linears) == 2, "an FFN output, and q, k, v with a dense key"
+    for node in linears:
+        if not node.name.endswith("intermediate/dense/Linear"):
+            continue
+        layer = node.name.strip("/").removesuffix("/Linear").replace("/", ".")
+        weight = checkpoint.weights[f"{layer}.weight"].numpy()
+        scale = np.abs(weight).max(1, keepdims=True) / 127
+        got = unpack(stored[node.input[1]], stored[node.input[2]], *weight.shape)
+        assert np.array_equal(got, np.rint(weight / scale))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_neither_padding_nor_the_other_texts_change_a_bit(family: str, engine: str, made: Making) -> None:
+    file = with_states(made(family).file)
+    inputs = texts(LENGTHS, typed=family == "bert", seed=3)
+    _, together = ENGINES[engine](file, inputs)
+    for row, length in enumerate(LENGTHS):
+        alone = {name: tensor[row : row + 1, :length] for name, tensor in inputs.items()}
+        _, states = ENGINES[engine](file, alone)
+        assert np.array_equal(states[0], together[row, :length])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", ["bert", "electra"])
+def test_int8_words(family: str, engine: str, made: Making) -> None:
+    checkpoint, inputs, file, small = made(family)
+    name = f"{family}.embeddings.word_embeddings.weight"
+    table = checkpoint.weights[name]
+    scale = table.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+    rounded = replace(checkpoint, weights={**checkpoint.weights, name: (table / scale).round() * scale})
+    wanted = by_torch(rounded, inputs)
+    assert close(wanted, ENGINES[engine](small, inputs)[0])
+    assert not close(by_torch(checkpoint, inputs), wanted), "rounding the words does something"
+    assert operator_counts(onnx.load(small).graph)["EmbedInt8"] == 1
+    assert small.stat().st_size < file.stat().st_size
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_pooled_embeddings(engine: str, tokenizer: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**{**BASE, "num_hidden_layers": 1})
+    model = pooled(transformers.AutoModel.from_config(config).eval(), Pooling())
+    inputs = texts(LENGTHS)
+    checkpoint = calibrated(model, SentenceProcessor(tokenizer, Pooling(), 32, 16, {}), inputs)
+    file, _ = exported(checkpoint, model, inputs, tmp_path)
+    (got,) = ENGINES[engine](file, inputs)
+    assert close(by_torch(checkpoint, inputs), got)
+    assert np.linalg.norm(got, axis=1) == pytest.approx(1)
+    assert not [node for node in nodes(file) if "pooler" in node.name], "nothing reads BERT's own pooler"

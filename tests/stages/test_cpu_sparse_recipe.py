@@ -1,0 +1,199 @@
+"""Target cpu-sparse through the command line: a whole recipe, what it is measured at, and what it is refused for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sqat import runtime
+from sqat.artifacts import open_onnx
+from sqat.checkpoint import LayerRecord, load_checkpoint
+from sqat.cli import main
+from sqat.errors import SqatError
+from sqat.export import cpu_graph
+from sqat.export.cpu_encoder import check_encoder, read_encoder
+from sqat.models import build
+from sqat.pipeline import evaluate, run_stage
+from sqat.recipe_file import load_recipe
+from sqat.stages import targets
+from tests.export.cpu_oracle import interpret
+from tests.pipeline.conftest import Lines, Project
+
+pytestmark = pytest.mark.pipeline
+QUICK = ["stages.prune.epochs=0.5", "stages.qat.epochs=0.2", "stages.export.targets=[cpu-sparse]"]
+
+
+class Interpreted:
+    """What the code uses of an InferenceSession, by the numpy interpreter."""
+
+    def __init__(self, path: Path) -> None:
+        from sqat.export.files import read_onnx
+
+        self.model = read_onnx(path)
+
+    def get_inputs(self) -> Any:
+        return self.model.graph.input
+
+    def run(self, names: None, inputs: Any) -> Any:
+        return interpret(self.model, inputs)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels() -> Any:
+    """The compiled kernels; the interpreter where there are none."""
+    try:
+        runtime.library()
+        yield
+    except SqatError:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runtime, "instruction_set", lambda: "none")
+            patch.setattr(runtime, "session", Interpreted)
+            yield
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A tiny project that has run to its end by the command line."""
+    torch.set_num_threads(1)
+    made = Project(tmp_path_factory.mktemp("cpu") / "project", profile="cpu")
+    chosen = [part for override in QUICK for part in ("--set", override)]
+    assert main(["run", str(made.recipe), *chosen, "-q"]) == 0
+    return made
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "sqat.json").read_text())
+    return found
+
+
+def exported(project: Project, *overrides: str, output: Path | None = None) -> Path:
+    loaded = load_recipe(project.recipe, [*QUICK, *overrides])
+    return Path(run_stage(loaded, "export", Lines(), output=output))
+
+
+def test_the_served_metric_is_the_trained_one(project: Project) -> None:
+    folder = project.stage("export")
+    served, trained = manifest(folder), manifest(project.stage("qat"))
+    assert trained["profile"] == "cpu"
+    assert served["metrics"]["dev cpu-sparse"] == trained["metrics"]["dev"]
+    assert any(note.startswith("cpu-sparse: 100.00% of 80 decisions equal") for note in served["notes"])
+    assert 0.9 < served["metrics"]["dev"]["accuracy"] <= 1
+    card = (folder / "README.md").read_text()
+    assert "| cpu-sparse | model.cpu-sparse.onnx |" in card
+    assert 'sqat.runtime.session("model.cpu-sparse.onnx")' in card
+
+
+def test_the_file_is_evaluated_as_it_is_served(project: Project) -> None:
+    folder = project.stage("export")
+    found = evaluate(load_recipe(project.recipe, QUICK), folder / "model.cpu-sparse.onnx", "dev", Lines())
+    assert found == pytest.approx(manifest(folder)["metrics"]["dev cpu-sparse"], abs=1e-6)
+
+
+def test_other_targets_of_the_same_checkpoint_and_int8_words(project: Project, tmp_path: Path) -> None:
+    others = "[onnx-fp32, onnx-int8, cpu-sparse, torch-semi-structured, compressed-tensors]"
+    made = exported(
+        project, f"stages.export.targets={others}", "stages.export.embeddings=int8", output=tmp_path / "out"
+    )
+    sizes = {path.name: path.stat().st_size for path in made.glob("*.onnx")}
+    assert sizes["model.cpu-sparse.onnx"] < sizes["model.int8.onnx"] < sizes["model.fp32.onnx"]
+    notes = manifest(made)["notes"]
+    assert sum("100.00% of 80 decisions equal" in note for note in notes) == 5
+    assert any("attention product operands) stay float" in note for note in notes), notes
+
+
+def test_auto_chooses_it_on_x86(project: Project, capfd: pytest.CaptureFixture[str]) -> None:
+    chosen = [part for override in QUICK for part in ("--set", override)]
+    output = project.folder / "auto"
+    assert main(["export", str(project.recipe), *chosen, "--target", "auto", "-o", str(output), "-q"]) == 0
+    assert "target" in capfd.readouterr().out
+    assert list(output.glob("model.*.onnx"))
+
+
+@pytest.mark.parametrize(("overrides", "line"), [
+    (["stages.calibrate.profile=linear"],
+     r"cpu-sparse needs the scales of profile cpu, and the calibrate stage has profile linear; set its profile: cpu"),
+    (["stages.export.embeddings=fp16"], r"cpu-sparse stores the word embeddings as fp32 or int8, not as fp16"),
+    (["stages.export.targets=[tensorrt]"],
+     r"tensorrt needs the outputs of linears quantized too, and the calibrate stage has profile cpu"),
+])  # fmt: skip
+def test_a_recipe_that_cannot_be_served_is_told_at_once(project: Project, overrides: list[str], line: str) -> None:
+    with pytest.raises(SqatError, match=line):
+        load_recipe(project.recipe, [*QUICK, *overrides])
+
+
+def test_a_checkpoint_of_another_profile_is_one_line(project: Project) -> None:
+    checkpoint = load_checkpoint(project.stage("qat"))
+    model, _ = build(checkpoint)
+    other = targets.with_linear_sites(checkpoint)
+    with pytest.raises(
+        SqatError, match=r"and the checkpoint was calibrated with profile linear; set stages\.calibrate"
+    ):
+        targets.encoder_of(other, model)
+    dense = load_checkpoint(project.stage("train"))
+    with pytest.raises(SqatError, match="and the checkpoint is not calibrated"):
+        targets.encoder_of(dense, model)
+
+
+def test_a_float_layer_and_a_false_claim_are_told(project: Project) -> None:
+    checkpoint = load_checkpoint(project.stage("qat"))
+    model, _ = build(checkpoint)
+    layer = "bert.encoder.layer.1.output.dense"
+    with pytest.raises(SqatError, match=rf"every linear of the layers in int8, and {layer} is float; calibrate with"):
+        read_encoder(model, [name for name in checkpoint.manifest.layers if name != layer], {})
+    claimed = dict(checkpoint.manifest.layers) | {layer: LayerRecord(pattern="1:4", quantized=True)}
+    known = checkpoint.manifest.model_copy(update={"layers": claimed})
+    with pytest.raises(SqatError, match=rf"break rule B6: {layer}.weight is said to be 1:4"):
+        targets.encoder_of(targets.replace(checkpoint, manifest=known), model)
+
+
+@pytest.mark.parametrize(("family", "settings", "part"), [
+    ("modernbert", {}, "this model is of type modernbert"),
+    ("mpnet", {}, "this model is of type mpnet"),
+    ("deberta-v2", {}, "this model is of type deberta-v2"),
+    ("bert", {"hidden_act": "silu"}, "this model's is silu"),
+    ("bert", {"is_decoder": True}, r"this model's is causal \(is_decoder\)"),
+])  # fmt: skip
+def test_a_model_that_the_kernels_do_not_compute_is_one_line(
+    family: str, settings: dict[str, Any], part: str, make_model: Callable[..., Any]
+) -> None:
+    with pytest.raises(SqatError, match=part) as caught:
+        check_encoder(make_model(family, **settings))
+    assert str(caught.value).endswith("onnx-int8, which takes any encoder")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_plain_modules_is_one_line() -> None:
+    with pytest.raises(SqatError, match="this model is of type Sequential"):
+        check_encoder(nn.Sequential(nn.Linear(16, 16)))
+
+
+def test_calibrate_refuses_a_model_that_could_not_be_served(project: Project, tmp_path: Path) -> None:
+    other = Project(tmp_path / "modern", "modernbert", profile="cpu")
+    head = other.recipe.read_text().partition("stages:")[0]
+    other.recipe.write_text(f"{head}stages:\n  calibrate: {{profile: cpu, samples: 16}}\n")
+    with pytest.raises(SqatError, match="this model is of type modernbert"):
+        run_stage(load_recipe(other.recipe), "calibrate", Lines())
+
+
+def test_inspect_tells_where_to_look(project: Project, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = project.stage("export")
+    for more in ([], ["--target", "onnx-int8"]):
+        assert main(["inspect", str(folder / "model.cpu-sparse.onnx"), *more]) == 2
+        assert "is of target cpu-sparse" in " ".join(capfd.readouterr().err.split())
+    assert main(["inspect", str(project.stage("qat"))]) == 0
+    assert "2:4" in capfd.readouterr().out
+
+
+def test_a_damaged_file_is_one_line(project: Project, tmp_path: Path) -> None:
+    path = tmp_path / "model.cpu-sparse.onnx"
+    content = (project.stage("export") / path.name).read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert not cpu_graph.needs_kernels(path)
+    with pytest.raises(SqatError, match="ONNX Runtime cannot load the model"):
+        open_onnx(path)
