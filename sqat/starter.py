@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from sqat.errors import SqatError
 from sqat.readers import Row, read_rows
 from sqat.yaml_tree import Place, resolve_scalar
 
-TASKS = ("classification", "regression", "relevance")
+RANKED = ("relevance", "retrieval")  # which read the same rows; relevance is what is guessed
+TASKS = ("classification", "regression", *RANKED)
 ROWS_READ = 500
 # Names that speak for themselves, the surest first.
 LABELS = (
@@ -94,8 +95,10 @@ def write_starter(
 
 def guess_task(rows: Sequence[Row], task: str | None, place: str) -> Guess:
     """Task and columns by the names and values of the first rows; ``task`` is the user's word, if given."""
+    if task in RANKED:
+        return replace(_guess_ranked(rows, place), task=task)
     nested = next((key for key, value in rows[0].items() if _is_candidates(value)), None)
-    if nested is not None and task in (None, "relevance"):
+    if nested is not None and task is None:
         return _guess_nested(rows, nested, place)
     label = _label_column(rows, list(rows[0]), place)
     values = [row.get(label) for row in rows]
@@ -104,7 +107,7 @@ def guess_task(rows: Sequence[Row], task: str | None, place: str) -> Guess:
         raise SqatError("no column of texts", f"its columns: {', '.join(rows[0])}", place)
     query = _first(QUERIES, texts)
     repeated = query is not None and len({str(row.get(query)) for row in rows}) < 0.7 * len(rows)
-    if task == "relevance" or (task is None and repeated and len(texts) > 1 and _are_numbers(values)):
+    if task is None and repeated and len(texts) > 1 and _are_numbers(values):
         return _guess_flat(rows, query or texts[0], texts, label, place)
     columns = _pair(texts) | {"label": label}
     lengths = [sum(len(str(row.get(key, ""))) for key in columns.values()) for row in rows]
@@ -113,6 +116,18 @@ def guess_task(rows: Sequence[Row], task: str | None, place: str) -> Guess:
         return Guess("regression", columns, reason, _tokens(lengths))
     reason = f"{label!r} has {len(set(map(str, values)))} different values in the first {len(rows)} rows"
     return Guess("classification", columns, reason, _tokens(lengths))
+
+
+def _guess_ranked(rows: Sequence[Row], place: str) -> Guess:
+    """Columns of queries and passages, in lists of candidates or a row each."""
+    nested = next((key for key, value in rows[0].items() if _is_candidates(value)), None)
+    if nested is not None:
+        return _guess_nested(rows, nested, place)
+    label = _label_column(rows, list(rows[0]), place)
+    texts = _text_columns(rows, exclude=label)
+    if not texts:
+        raise SqatError("no column of texts", f"its columns: {', '.join(rows[0])}", place)
+    return _guess_flat(rows, _first(QUERIES, texts) or texts[0], texts, label, place)
 
 
 def _guess_nested(rows: Sequence[Row], nested: str, place: str) -> Guess:
@@ -138,9 +153,7 @@ def _guess_nested(rows: Sequence[Row], nested: str, place: str) -> Guess:
 def _guess_flat(rows: Sequence[Row], query: str, texts: list[str], label: str, place: str) -> Guess:
     passages = [key for key in texts if key != query]
     if not passages:
-        raise SqatError(
-            "relevance needs a column of passages beside the query", f"its columns: {', '.join(rows[0])}", place
-        )
+        raise SqatError("no column of passages beside the query", f"its columns: {', '.join(rows[0])}", place)
     passage = _first(PASSAGES, passages) or passages[0]
     group = _first(GROUPS, list(rows[0]))
     columns = {"query": query, "passage": passage, "label": label, **({"group": group} if group else {})}
@@ -249,7 +262,9 @@ def compose_recipe(guess: Guess, splits: dict[str, Path | None], model: str, fol
     dev = f"  dev: {paths['dev']}" if "dev" in paths else DEV_IS_TRAIN.format(train=paths["train"])
     test = f"  test: {paths['test']}" if "test" in paths else "  # test: measured once, at the end"
     columns = "\n".join(f"    {key}: {scalar(name)}" for key, name in guess.columns.items())
+    distill = "{logits: 10, task: 0}" if guess.task == "retrieval" else "{}"  # embeddings teach more than labels
     parts = {"task": guess.task, "reason": guess.reason, "model": scalar(model), "max_length": guess.max_length}
+    parts["distill"] = distill
     return TEMPLATE.format(**parts, train=paths["train"], dev=dev, test=test, columns=columns)
 
 
@@ -280,13 +295,14 @@ stages:
     pattern: 2:4
     schedule: per-group
     epochs: 2
-    distill: {{}}  # learn from the dense stage; remove it to learn from the labels alone
+    distill: {distill}  # learn from the dense stage; null: from the labels alone
   calibrate:  # scales of the activations
     method: percentile
     samples: 512
   qat:  # masks, fake quantization and distillation together
     epochs: 1
     learning_rate: 2e-5
+    distill: {distill}
   export:  # int8 ONNX, checked in ONNX Runtime
     targets: [onnx-int8]
 

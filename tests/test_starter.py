@@ -176,3 +176,17 @@ def test_scalars_are_quoted_only_where_needed() -> None:
 
 def test_the_default_model_is_a_name_or_a_package() -> None:
     assert default_model() == "sentence-transformers/all-MiniLM-L6-v2" or default_model().startswith("package:")
+
+
+@pytest.mark.parametrize("shape", ["nested candidates", "flat relevance"])
+def test_the_rows_of_relevance_serve_retrieval_where_it_is_asked_for(shape: str, tmp_path: Path) -> None:
+    rows, _, columns = SHAPES[shape]
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_starter(data, tmp_path / "recipe.yaml", task="retrieval")
+    recipe = load_recipe(tmp_path / "recipe.yaml").recipe
+    assert recipe.task.name == "retrieval"
+    assert {name: getattr(recipe.data.columns, name) for name in columns} == columns
+    for stage in ("prune", "qat"):
+        assert recipe.stages[stage].distill.logits == 10
+        assert recipe.stages[stage].distill.task == 0

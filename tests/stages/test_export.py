@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sqat.errors import GateError
 from sqat.evaluation import rounded_otherwise
@@ -15,6 +15,7 @@ from sqat.export.qdq import Quantization
 from sqat.pipeline import run, run_stage
 from sqat.recipe_file import load_recipe
 from sqat.stages import targets
+from sqat.tasks.classification import Classification
 from tests.pipeline.conftest import Lines, Project
 
 pytestmark = pytest.mark.pipeline
@@ -78,3 +79,29 @@ def test_card_and_tokenizer_lie_beside_the_file(project: Project) -> None:
     card = (made / "README.md").read_text()
     assert "12 of 14 linear layers and convolutions are pruned, 12 are int8" in card
     assert "decisions equal" in card
+
+
+def export_deciding(project: Project, monkeypatch: pytest.MonkeyPatch, shaken: bool) -> None:
+    """Export where the file takes row 0 otherwise than torch does, and torch rounded otherwise as ``shaken`` says."""
+    answers = [False]  # of the file, which is asked first
+
+    def agreement(task: Classification, wanted: Tensor, got: Tensor, rows: Any) -> Tensor:
+        equal = torch.ones(len(rows), dtype=torch.bool)
+        equal[0] = answers.pop() if answers else shaken
+        return equal
+
+    monkeypatch.setattr(Classification, "agreement", agreement)
+    run_stage(load_recipe(project.recipe, ["stages.qat.epochs=0.2"]), "export", Lines(), force=True)
+
+
+def test_a_decision_that_torch_rounded_otherwise_changes_too_is_no_fault(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_deciding(project, monkeypatch, shaken=False)
+    folder = next((project.folder / "runs" / "tiny").glob("*export*"))
+    assert "(1 more differ where torch, rounded otherwise, differs too)" in (folder / "sqat.json").read_text()
+
+
+def test_a_decision_that_torch_never_takes_is_a_fault(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(GateError, match=r"^model.int8.onnx decides otherwise than the torch model in .*nothing was "):
+        export_deciding(project, monkeypatch, shaken=True)
