@@ -1,0 +1,116 @@
+// What an instruction set brings: two ways of multiplying (2:4 and dense weights) and the float work around them.
+//
+// Layouts. Weights lie in tiles of 16 output channels. 2:4: per 8 consecutive inputs 64 bytes, byte lane*4 + j the j-th
+// kept weight of channel `lane`; their positions (0..7) in the low nibbles of 64 bytes for an even group of 8 and in
+// the high nibbles for the odd one after it. Dense: per 4 consecutive inputs 64 bytes, byte lane*4 + j. Inputs are
+// padded to a multiple of 16 with zero weights. Activations are u8 = q + 128 with q in -127..127; a byte 0 is read
+// as 1.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace sqat {
+
+constexpr size_t kTile = 16;       // channels in a tile of weights
+constexpr size_t kInputStep = 16;  // inputs are padded to a multiple
+constexpr size_t kTileBytes = 64;  // of one step of one tile
+
+constexpr size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
+
+// One or more neighbouring tiles of weights; `positions` is null where they are dense.
+struct Weights {
+  const int8_t* values;
+  const uint8_t* positions;
+  size_t padded;  // inputs
+
+  size_t value_stride() const { return padded / (positions ? 8 : 4) * kTileBytes; }
+  size_t position_stride() const { return padded / 16 * kTileBytes; }
+  Weights from(size_t tile) const {
+    return {values + tile * value_stride(), positions ? positions + tile * position_stride() : nullptr, padded};
+  }
+};
+
+// Exact int32 products of rows of activations with tiles of weights.
+struct Gemm {
+  size_t max_rows;     // of one call of `multiply`
+  size_t max_tiles;    // of one call of `multiply`
+  size_t row_bytes;    // of a prepared row, per padded input
+  size_t panel_bytes;  // of a prepared tile, per padded input; 0: weights are used in place
+  bool needs_offsets;  // whether `multiply` starts from -zero * (sum of weights) per channel
+
+  // Writes rows [count, padded * row_bytes]; zero is 128 (activations) or 0 (attention's P, dense only).
+  void (*prepare_rows)(const uint8_t* x, size_t stride, size_t count, size_t inputs, size_t padded, int zero,
+                       uint8_t* rows);
+  // Unpacks one tile into `panel`, for use by many rows.
+  void (*prepare_panel)(const Weights& weights, uint8_t* panel);
+  // out[row * out_stride + channel] for count rows and tiles * 16 channels; panel is null where weights are used in
+  // place.
+  void (*multiply)(const uint8_t* rows, size_t row_stride, size_t count, const Weights& weights, const uint8_t* panel,
+                   size_t tiles, const int32_t* offsets, int32_t* out, size_t out_stride);
+};
+
+enum class Activation { kNone, kGelu, kGeluTanh, kRelu };
+
+// What happens to 16 channels of some rows after their product; y or q may be null.
+struct Dequantize {
+  const float* scale;  // 16 of each
+  const float* bias;
+  Activation activation;
+  float inverse;    // 1 / y_scale
+  size_t channels;  // of the 16 that exist
+  float* y;
+  size_t y_stride;
+  uint8_t* q;
+  size_t q_stride;
+};
+
+// What happens to a whole row; residual, gamma (with beta), y and q may be null.
+struct FinishRow {
+  size_t channels;
+  const float* residual;
+  const float* gamma;
+  const float* beta;
+  float epsilon;
+  float inverse;
+  float* y;
+  uint8_t* q;
+};
+
+// One row of each table of embeddings; words are f32 or int8 with a scale, type may be null.
+struct EmbedRow {
+  const float* word;
+  const int8_t* word_int8;
+  float word_scale;
+  const float* position;
+  const float* type;
+};
+
+// Float work, the same bits in every instruction set: elementwise IEEE operations, and sums in a fixed order.
+struct Epilogues {
+  void (*dequantize)(const int32_t* product, size_t product_stride, size_t rows, const Dequantize& how);
+  void (*finish_row)(float* row, const FinishRow& how);  // row is overwritten
+  void (*embed_row)(const EmbedRow& from, size_t channels, float* row);
+  // P = round(255 exp(s - max s)) with s = score * scale, for `keys` scores and 0 up to `padded`; returns the sum of P.
+  int32_t (*softmax)(const int32_t* scores, size_t keys, size_t padded, float scale, uint8_t* p);
+  // u8 of product / sum * scale, 16 channels of which `channels` exist.
+  void (*context)(const int32_t* product, int32_t sum, float scale, size_t channels, uint8_t* q);
+};
+
+struct Engine {
+  const char* name;
+  const Gemm* sparse;
+  const Gemm* dense;
+  const Epilogues* epilogues;
+
+  const Gemm& gemm(const Weights& weights) const { return weights.positions ? *sparse : *dense; }
+};
+
+extern const Gemm kSparseScalar, kDenseScalar;
+extern const Epilogues kEpiloguesScalar;
+#if defined(__x86_64__)
+extern const Gemm kSparseAvx2, kDenseAvx2, kSparseVnni, kDenseVnni;
+extern const Epilogues kEpiloguesAvx2, kEpiloguesAvx512;
+#endif
+
+}  // namespace sqat

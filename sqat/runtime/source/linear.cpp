@@ -1,0 +1,248 @@
+// sqat.Linear: an exact int8 product and all that follows it up to the next product.
+//
+// y = acc * scale + bias, activation, then optionally + residual and LayerNorm; out as f32 (Y), as u8 (Q) or both.
+// Work is shared as blocks of rows times runs of channel tiles. A block keeps its rows, prepared once, in the
+// second-level cache; where one task has all channels of its rows it also finishes them, else a second round over the
+// rows does.
+#include <algorithm>
+#include <cstring>
+
+#include "blocks.h"
+#include "dispatch.h"
+#include "operators.h"
+
+namespace sqat {
+namespace {
+
+constexpr size_t kBlockBytes = 192 * 1024;  // of prepared rows in a task, so that they stay in the second-level cache
+constexpr size_t kFewestRows = 60;          // of a task, unless there are no more: unpacking a tile is worth that many
+constexpr size_t kWantedTasks = 8;          // several for each thread, so that they finish together
+constexpr size_t kFewestTiles = 6;          // of a task: it prepares its rows
+constexpr size_t kMostInputs = 65536;       // 255 * 127 * 65536 fits in 31 bits
+
+Activation activation_of(const Node& node) {
+  std::string name = node.word("activation", "none");
+  if (name == "none") return Activation::kNone;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "relu") return Activation::kRelu;
+  refuse(kInvalidGraph, node.place("activation"), "is '" + name + "', expected none, gelu, gelu_tanh or relu");
+}
+
+Tensor required(const Node& node, size_t index, const char* name, ElementType type) {
+  Tensor tensor = node.constant(index, name, type);
+  if (!tensor) refuse(kInvalidGraph, node.place(name), "is missing or computed, expected an initializer");
+  return tensor;
+}
+
+std::vector<float> padded_copy(const Tensor& tensor, size_t channels) {
+  std::vector<float> copy(channels, 0.0f);
+  std::copy(tensor.as<float>(), tensor.as<float>() + tensor.size(), copy.begin());
+  return copy;
+}
+
+struct Split {
+  size_t blocks, block_rows, runs, run_tiles;
+
+  Split(size_t rows, size_t padded, size_t tiles, const Gemm& gemm) {
+    const size_t most = std::max(kFewestRows, kBlockBytes / (padded * gemm.row_bytes));
+    const size_t about = std::min(most, std::max(kFewestRows, rows / kWantedTasks));
+    blocks = std::max<size_t>(1, (rows + about / 2) / about);
+    block_rows = round_up((rows + blocks - 1) / blocks, gemm.max_rows);
+    blocks = (rows + block_rows - 1) / block_rows;
+    size_t wanted = blocks >= kWantedTasks ? 1 : (kWantedTasks + blocks - 1) / blocks;
+    run_tiles = round_up(std::max(kFewestTiles, (tiles + wanted - 1) / wanted), gemm.max_tiles);
+    runs = (tiles + run_tiles - 1) / run_tiles;
+  }
+};
+
+class Linear : public Kernel {
+ public:
+  Linear(const Engine& engine, const Node& node);
+  void compute(KernelContext* context) override;
+
+ private:
+  struct Buffers {
+    const uint8_t* x;
+    size_t rows, inputs;
+    const float* residual;
+    float* rows_f32;  // where products of whole rows wait for their end, or Y
+    float* y;
+    uint8_t* q;
+  };
+
+  void read_weights(const Node& node);
+  void expand();
+  void sum_weights();
+  void multiply_block(const Buffers& buffers, const Split& split, size_t block, size_t run) const;
+  void finish_rows(const Buffers& buffers, size_t first, size_t end) const;
+
+  const Engine& engine_;
+  Weights weights_{};
+  std::vector<int8_t> expanded_;
+  size_t channels_ = 0;
+  std::vector<float> scale_, bias_;
+  std::vector<int32_t> offsets_;
+  Activation activation_;
+  float inverse_, epsilon_;
+  Tensor gamma_, beta_;
+};
+
+Linear::Linear(const Engine& engine, const Node& node)
+    : engine_(engine),
+      activation_(activation_of(node)),
+      inverse_(inverse_of(node.number("y_scale", 1.0f), node.place("y_scale"))),
+      epsilon_(node.number("epsilon", 1e-12f)),
+      gamma_(node.constant(6, "gamma", kFloat)),
+      beta_(node.constant(7, "beta", kFloat)) {
+  Tensor scale = required(node, 3, "scale", kFloat), bias = required(node, 4, "bias", kFloat);
+  if (scale.shape.size() != 1 || scale.size() == 0) {
+    refuse(kInvalidGraph, scale.name, "has shape " + text(scale.shape) + ", expected one scale per channel");
+  }
+  channels_ = scale.size();
+  require_shape(bias, scale.shape, kInvalidGraph);
+  if (static_cast<bool>(gamma_) != static_cast<bool>(beta_)) {
+    refuse(kInvalidGraph, node.place(gamma_ ? "beta" : "gamma"), "is missing, LayerNorm needs gamma and beta");
+  }
+  if (gamma_) require_shape(gamma_, scale.shape, kInvalidGraph);
+  if (beta_) require_shape(beta_, scale.shape, kInvalidGraph);
+  if (!(epsilon_ >= 0.0f) || !std::isfinite(epsilon_))
+    refuse(kInvalidGraph, node.place("epsilon"), "is no small number");
+  scale_ = padded_copy(scale, round_up(channels_, kTile));
+  bias_ = padded_copy(bias, round_up(channels_, kTile));
+  read_weights(node);
+  if (weights_.positions && !keep_sparse(engine)) expand();
+  if (engine_.gemm(weights_).needs_offsets) sum_weights();
+}
+
+void Linear::read_weights(const Node& node) {
+  Tensor values = required(node, 1, "values", kInt8), positions = node.constant(2, "positions", kUint8);
+  const int64_t tiles = static_cast<int64_t>(round_up(channels_, kTile) / kTile);
+  if (values.shape.size() != 3 || values.shape[0] != tiles || values.shape[2] != static_cast<int64_t>(kTileBytes)) {
+    refuse(kInvalidGraph, values.name,
+           "has shape " + text(values.shape) + ", expected [" + std::to_string(tiles) + ",inputs/" +
+               (positions ? "8" : "4") + ",64] for " + std::to_string(channels_) + " channels");
+  }
+  const size_t padded = static_cast<size_t>(values.shape[1]) * (positions ? 8 : 4);
+  if (padded % kInputStep != 0 || padded == 0 || padded > kMostInputs) {
+    refuse(
+        kInvalidGraph, values.name,
+        "is for " + std::to_string(padded) + " inputs, expected a multiple of 16 up to " + std::to_string(kMostInputs));
+  }
+  if (positions) {
+    require_shape(positions, {tiles, static_cast<int64_t>(padded / 16), static_cast<int64_t>(kTileBytes)},
+                  kInvalidGraph);
+    uint8_t all = 0;
+    for (size_t i = 0; i < positions.size(); ++i) all |= positions.as<uint8_t>()[i];
+    if (all & 0x88) refuse(kInvalidGraph, positions.name, "has a position above 7");
+  }
+  weights_ = {values.as<int8_t>(), positions ? positions.as<uint8_t>() : nullptr, padded};
+}
+
+void Linear::expand() {
+  const size_t tiles = scale_.size() / kTile, step_bytes = weights_.padded / 4 * kTileBytes;
+  expanded_.assign(tiles * step_bytes, 0);
+  for (size_t tile = 0; tile < tiles; ++tile) {
+    const Weights from = weights_.from(tile);
+    int8_t* to = expanded_.data() + tile * step_bytes;
+    for (size_t group = 0; group < from.padded / 8; ++group) {
+      for (size_t i = 0; i < kTileBytes; ++i) {
+        const size_t at = (from.positions[group / 2 * kTileBytes + i] >> (group % 2 * 4)) & 7;
+        int8_t& weight = to[(group * 2 + at / 4) * kTileBytes + i / 4 * 4 + at % 4];
+        const int sum = weight + from.values[group * kTileBytes + i];
+        if (sum != static_cast<int8_t>(sum)) refuse(kInvalidGraph, "Linear: positions", "repeat within a group");
+        weight = static_cast<int8_t>(sum);
+      }
+    }
+  }
+  weights_ = {expanded_.data(), nullptr, weights_.padded};
+}
+
+void Linear::sum_weights() {
+  offsets_.assign(scale_.size(), 0);
+  const size_t stride = weights_.value_stride();
+  for (size_t i = 0; i < scale_.size() / kTile * stride; ++i) {
+    offsets_[i / stride * kTile + i % kTileBytes / 4] -= 128 * weights_.values[i];
+  }
+}
+
+void Linear::multiply_block(const Buffers& buffers, const Split& split, size_t block, size_t run) const {
+  static thread_local Scratch prepared;
+  const Gemm& gemm = engine_.gemm(weights_);
+  const size_t first = block * split.block_rows, rows = std::min(split.block_rows, buffers.rows - first);
+  auto* x = prepared.take<uint8_t>(rows * weights_.padded * gemm.row_bytes);
+  gemm.prepare_rows(buffers.x + first * buffers.inputs, buffers.inputs, rows, buffers.inputs, weights_.padded, 128, x);
+
+  const size_t end = std::min((run + 1) * split.run_tiles, scale_.size() / kTile);
+  const int32_t* offsets = offsets_.empty() ? nullptr : offsets_.data();
+  auto then = [&](size_t tile, size_t tiles, const int32_t* products) {
+    for (size_t i = 0; i < tiles; ++i) {
+      const size_t channel = (tile + i) * kTile, at = first * channels_ + channel;
+      engine_.epilogues->dequantize(
+          products + i * kTile, tiles * kTile, rows,
+          {scale_.data() + channel, bias_.data() + channel, activation_, inverse_, std::min(kTile, channels_ - channel),
+           buffers.rows_f32 ? buffers.rows_f32 + at : nullptr, channels_, buffers.q ? buffers.q + at : nullptr,
+           channels_});
+    }
+  };
+  multiply_tiles(gemm, weights_, offsets, x, rows, run * split.run_tiles, end, then);
+}
+
+void Linear::finish_rows(const Buffers& buffers, size_t first, size_t end) const {
+  for (size_t row = first; row < end; ++row) {
+    const size_t at = row * channels_;
+    engine_.epilogues->finish_row(
+        buffers.rows_f32 + at,
+        {channels_, buffers.residual ? buffers.residual + at : nullptr, gamma_.as<float>(), beta_.as<float>(), epsilon_,
+         inverse_, buffers.y ? buffers.y + at : nullptr, buffers.q ? buffers.q + at : nullptr});
+  }
+}
+
+void Linear::compute(KernelContext* context) {
+  Call call(context, "Linear");
+  Tensor x = call.input(0, "X"), residual = call.input(5, "residual");
+  const size_t inputs = x.shape.empty() ? 0 : static_cast<size_t>(x.shape.back());
+  if (round_up(inputs, kInputStep) != weights_.padded) {
+    refuse(kInvalidArgument, x.name,
+           "has shape " + text(x.shape) + ", but the weights are for up to " + std::to_string(weights_.padded) +
+               " inputs in its last dimension");
+  }
+  Shape shape = x.shape;
+  shape.back() = static_cast<int64_t>(channels_);
+  if (residual) require_shape(residual, shape, kInvalidArgument);
+  Tensor y = call.output(0, shape), q = call.output(1, shape);
+  const size_t rows = product(shape) / channels_;
+  if (rows == 0 || (!y && !q)) return;
+
+  const bool whole_rows = residual || gamma_;
+  std::unique_ptr<float[]> waiting;
+  if (whole_rows && !y) waiting.reset(new float[rows * channels_]);
+  Buffers buffers{x.as<uint8_t>(),
+                  rows,
+                  inputs,
+                  residual.as<float>(),
+                  waiting ? waiting.get() : static_cast<float*>(y.data),
+                  static_cast<float*>(y.data),
+                  static_cast<uint8_t*>(q.data)};
+  const Split split(rows, weights_.padded, scale_.size() / kTile, engine_.gemm(weights_));
+  Buffers first_round = buffers;
+  if (whole_rows) first_round.q = nullptr;
+  call.parallel(split.blocks * split.runs, [&](size_t task) {
+    const size_t block = task / split.runs;
+    multiply_block(first_round, split, block, task % split.runs);
+    if (!whole_rows || split.runs > 1) return;
+    finish_rows(buffers, block * split.block_rows, std::min(rows, (block + 1) * split.block_rows));
+  });
+  if (!whole_rows || split.runs == 1) return;
+  const size_t some = (rows + kWantedTasks - 1) / kWantedTasks;
+  call.parallel((rows + some - 1) / some,
+                [&](size_t part) { finish_rows(buffers, part * some, std::min(rows, (part + 1) * some)); });
+}
+
+}  // namespace
+
+std::unique_ptr<Kernel> make_linear(const Engine& engine, const KernelInfo* info) {
+  return std::make_unique<Linear>(engine, Node(info, "Linear"));
+}
+
+}  // namespace sqat

@@ -1,0 +1,93 @@
+"""Random nodes, many of them malformed: an answer or ONNX Runtime's error, never a crash.
+
+    python -m tests.runtime.fuzz LIBRARY --rounds 300
+
+Run with a library built with sanitizers (see test_runtime_builds): what they find ends the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.runtime.nodes import Node, available, random_linear
+from tests.runtime.test_runtime_attention import node as attention_node
+from tests.runtime.test_runtime_attention import random_text
+from tests.runtime.test_runtime_embedding import inputs as embedding_inputs
+from tests.runtime.test_runtime_embedding import node as embedding_node
+
+
+def random_node(rng: np.random.Generator) -> Node:
+    kind = rng.integers(0, 3)
+    if kind == 0:
+        shape = tuple(int(n) for n in rng.integers(0 if rng.random() < 0.1 else 1, 40, rng.integers(1, 4)))
+        channels = int(rng.integers(1, 70))
+        activation = str(rng.choice(["none", "gelu", "gelu_tanh", "relu", "swish"]))
+        inputs = (*shape[:-1], max(1, shape[-1]))
+        seed = int(rng.integers(2**31))
+        linear = random_linear(seed, inputs, channels, rng.random() < 0.7, rng.random() < 0.5, activation=activation)
+        return linear.node(str(rng.choice(["Y", "Q", "YQ"])))
+    if kind == 1:
+        texts, tokens, heads, width = (int(n) for n in rng.integers(1, 30, 4))
+        qkv, mask = random_text(int(rng.integers(2**31)), texts % 4, tokens, heads % 4 + 1, width, float(rng.random()))
+        return attention_node(qkv, mask, heads % 4 + 1)
+    width = int(rng.integers(1, 50))
+    return embedding_node(*embedding_inputs(rng.random() < 0.5, rng.random() < 0.5, rng.random() < 0.5, width))
+
+
+def damaged(rng: np.random.Generator, array: Any) -> Any:
+    """Another shape, type or content."""
+    how = rng.integers(0, 6)
+    if how == 0:
+        return None
+    if how == 1:
+        return array[..., : array.shape[-1] - 1].copy()
+    if how == 2:
+        return array[None].copy()
+    if how == 3:
+        return np.resize(array, (*array.shape[:-1], array.shape[-1] + 16))
+    if how == 4:
+        return array.reshape(-1).copy()
+    return rng.integers(0, 256, array.nbytes).astype(np.uint8).view(array.dtype)[: array.size].reshape(array.shape)
+
+
+def damage(rng: np.random.Generator, node: Node) -> Node:
+    """A node with one part of it wrong, as often as not."""
+    if rng.random() < 0.4:
+        return node
+    if rng.random() < 0.2:
+        wrong = {"y_scale": 0.0, "heads": int(rng.integers(-2, 50)), "epsilon": -1.0, "score_scale": float("nan")}
+        return replace(node, attributes={**node.attributes, **wrong})
+    parts = [name for group in (node.fed, node.constants) for name, value in group.items() if value is not None]
+    name = str(rng.choice(parts))
+    if name in node.fed:
+        return replace(node, fed={**node.fed, name: damaged(rng, node.fed[name])})
+    return replace(node, constants={**node.constants, name: damaged(rng, node.constants[name])})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("library", type=Path)
+    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    counts: Counter[str] = Counter()
+    for round_ in range(arguments.rounds):
+        rng = np.random.default_rng((arguments.seed, round_))
+        node = damage(rng, random_node(rng))
+        isa, sparse = str(rng.choice(available())), str(rng.choice(["", "0", "1"]))
+        try:
+            node.run(isa, int(rng.integers(1, 3)), sparse, arguments.library)
+            counts["answers"] += 1
+        except Exception as error:  # whatever ONNX Runtime raises is an answer here
+            counts[type(error).__name__] += 1
+    print(f"{arguments.rounds} rounds: {dict(counts)}")
+
+
+if __name__ == "__main__":
+    main()
