@@ -17,6 +17,7 @@ SOURCE = Path("sqat/runtime/source")
 FLAGS = [
     "-std=c++17",
     "-O2",
+    "-fno-fast-math",  # whatever CXXFLAGS says: reassociated sums are other sums
     "-ffp-contract=off",  # a fused multiply-add rounds once where the others round twice
     "-fno-math-errno",
     "-fvisibility=hidden",
@@ -49,7 +50,7 @@ LIBRARY = Extension(
     depends=sorted(str(path) for path in SOURCE.glob("*.h")),
     language="c++",
     extra_compile_args=FLAGS,
-    extra_link_args=[f"-Wl,--version-script={SOURCE / 'exports.map'}", "-Wl,-z,defs"],
+    extra_link_args=[f"-Wl,--version-script={SOURCE / 'exports.map'}", "-Wl,-z,defs", "-Wl,-z,nodelete"],
     optional=True,
 )
 

@@ -4,7 +4,8 @@
 
 The files are what targets onnx-fp32, onnx-int8 and cpu-sparse write of one checkpoint. Rows of the JSON file: threads,
 batch, sequence, width, engine, median_ms, p95_ms. One process for each number of threads; in it every engine has a turn
-in each round. Idle sessions of other runtimes spin: a turn begins with 50 ms of rest and one call that is not timed.
+in each round, in an order that rotates. Idle sessions of other runtimes spin: a turn begins with 50 ms of rest and one
+call that is not timed.
 
 Engines: `sqat-sparse` and `sqat-dense` run the same file, the second with 2:4 weights expanded: their ratio is what
 sparsity gives, and the ratio of `sqat-dense` to the others what the fused int8 graph gives. `onnxruntime-dynamic` is
@@ -116,6 +117,12 @@ def time_turn(run: Run, feeds: dict[str, Any], seconds: float) -> list[float]:
     return times
 
 
+def turns(names: list[str], number: int) -> list[str]:
+    """Engines in the order of a round: each comes first in its turn."""
+    first = number % len(names)
+    return [*names[first:], *names[:first]]
+
+
 def measure(files: Files, threads: int, shapes: list[tuple[int, int]], rounds: int, seconds: float) -> list[Row]:
     made = engines(files, threads)
     width = hidden_size(files.sparse)
@@ -123,9 +130,9 @@ def measure(files: Files, threads: int, shapes: list[tuple[int, int]], rounds: i
     for batch, sequence in shapes:
         feeds = random_feeds(batch, sequence)
         times: dict[str, list[float]] = {name: [] for name in made}
-        for _ in range(rounds):
-            for name, run in made.items():
-                times[name] += time_turn(run, feeds, seconds)
+        for number in range(rounds):
+            for name in turns(list(made), number):
+                times[name] += time_turn(made[name], feeds, seconds)
         for name, each in times.items():
             median, p95 = (round(float(np.percentile(each, q)), 3) for q in (50, 95))
             rows.append(Row(threads, batch, sequence, width, name, median, p95))

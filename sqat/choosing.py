@@ -152,12 +152,12 @@ def choose_for_dense_gpu(gpu: Gpu, facts: Facts) -> tuple[str, list[str]]:
 
 def choose_for_processor(machine: Machine, facts: Facts) -> tuple[str, list[str]]:
     """CPU only: int8 where the model is quantized."""
-    if facts.quantized and facts.profile == "cpu" and machine.processor.is_x86:
+    if facts.quantized and facts.profile == "cpu" and machine.processor.is_x86 and machine.kernels:
         return "cpu-sparse", kernel_reasons(facts)
     reasons = [] if facts.quantized else ["The model is not quantized, and CPUs compute in fp32."]
     if facts.pattern:
         reasons.append("ONNX Runtime and OpenVINO multiply zeros like other numbers: on a CPU pruning brings no speed.")
-        if facts.quantized and machine.processor.is_x86:
+        if facts.quantized and facts.profile != "cpu" and machine.processor.is_x86:
             reasons.append("sqat's own kernels skip them: target cpu-sparse, for BERT-type encoders calibrated with "
                            "profile cpu.")  # fmt: skip
     if not facts.quantized:
@@ -234,6 +234,8 @@ def not_tensorrt(machine: Machine, facts: Facts) -> str:
 def not_cpu_sparse(machine: Machine, facts: Facts) -> str:
     if not facts.quantized or facts.profile != "cpu":
         return "for x86 CPUs; needs a BERT-type encoder calibrated with profile cpu."
+    if machine.processor.is_x86 and not machine.kernels:
+        return "its kernels are not compiled in this installation; sqat.runtime.library() says how to get them."
     return "its kernels are for x86 CPUs."
 
 

@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sqat import runtime
+
 Answer = TypeVar("Answer")
 
 
@@ -72,6 +74,7 @@ class Machine:
         providers: of ONNX Runtime.
         trtexec: whether TensorRT's command is on the PATH.
         cusparselt: whether torch can use cuSPARSELt here.
+        kernels: whether this installation of sqat has the compiled kernels of target cpu-sparse.
         unknown: probes that failed, each with the reason.
     """
 
@@ -81,6 +84,7 @@ class Machine:
     providers: tuple[str, ...] = ()
     trtexec: bool = False
     cusparselt: bool = False
+    kernels: bool = False
     unknown: tuple[str, ...] = ()
 
     @property
@@ -118,6 +122,7 @@ def describe_machine() -> Machine:
         providers=ask("onnxruntime", execution_providers, ()) if "onnxruntime" in versions else (),
         trtexec=shutil.which("trtexec") is not None,
         cusparselt=asks_torch and ask("torch", torch_has_cusparselt, False),
+        kernels=runtime.LIBRARY.is_file(),
         unknown=tuple(unknown),
     )
 

@@ -26,6 +26,7 @@ SPARSE8 = Facts("2:4", quantized=True, profile="tensorrt")
 LINEAR8 = Facts("2:4", quantized=True, profile="linear")
 CPU8 = Facts("2:4", quantized=True, profile="cpu")
 DENSE8 = Facts("", quantized=True, profile="tensorrt")
+DENSE_CPU8 = Facts("", quantized=True, profile="cpu")
 SPARSE, DENSE, WIDE = Facts("2:4"), Facts(), Facts("4:8", quantized=True, profile="tensorrt")
 
 CASES: list[tuple[Machine, Facts, str, tuple[str, ...]]] = [
@@ -57,10 +58,12 @@ CASES: list[tuple[Machine, Facts, str, tuple[str, ...]]] = [
     (Machine(Processor("", "AMD64", 4)), SPARSE8, "onnx-int8", ("does not tell whether the CPU has VNNI",)),
     (Machine(ARM), SPARSE8, "onnx-int8", ("(dotprod)",)),
     (Machine(ARM_OLD), DENSE8, "onnx-int8", ("ONNX Runtime runs every quantized layer",)),
-    (Machine(AVX2), CPU8, "cpu-sparse", ("sqat's own kernels, which skip the zeros", "sqat.runtime registered")),
-    (Machine(VNNI), Facts("", quantized=True, profile="cpu"), "cpu-sparse", ("own kernels, which keep attention",)),
-    (Machine(VNNI, (P4,), TRT), CPU8, "cpu-sparse", ("P4 (compute capability 6.1) has no tensor",)),
-    (Machine(ARM), CPU8, "onnx-int8", ("ONNX Runtime runs every quantized layer",)),
+    (Machine(AVX2, kernels=True), CPU8, "cpu-sparse", ("sqat's own kernels, which skip the zeros",
+                                                        "sqat.runtime registered")),
+    (Machine(VNNI, kernels=True), DENSE_CPU8, "cpu-sparse", ("own kernels, which keep attention",)),
+    (Machine(VNNI, (P4,), TRT, kernels=True), CPU8, "cpu-sparse", ("P4 (compute capability 6.1) has no tensor",)),
+    (Machine(AVX2), CPU8, "onnx-int8", ("ONNX Runtime runs every quantized layer",)),
+    (Machine(ARM, kernels=True), CPU8, "onnx-int8", ("ONNX Runtime runs every quantized layer",)),
     (Machine(VNNI, (A10,), TRT), CPU8, "onnx-int8", ("set stages.calibrate.profile to tensorrt",)),
     (Machine(AVX2), LINEAR8, "onnx-int8", ("target cpu-sparse, for BERT-type encoders calibrated with profile cpu",)),
     (Machine(AVX2), SPARSE, "onnx-fp32", ("not quantized", "pruning brings no speed", "calibrate stage")),
@@ -84,6 +87,16 @@ def test_what_does_not_hold_is_not_said() -> None:
     assert "profile" not in " ".join(choose_target(Machine(VNNI, (A10,), TRT), SPARSE8).reasons)
 
 
+def test_why_not_the_kernels_of_sqat() -> None:
+    def why(machine: Machine, facts: Facts) -> str:
+        return choose_target(machine, facts).others["cpu-sparse"]
+
+    assert why(Machine(AVX2), CPU8).startswith("its kernels are not compiled in this installation; sqat.runtime.")
+    assert why(Machine(ARM), CPU8) == "its kernels are for x86 CPUs."
+    assert why(Machine(AVX2), LINEAR8) == "for x86 CPUs; needs a BERT-type encoder calibrated with profile cpu."
+    assert "cpu-sparse" not in " ".join(choose_target(Machine(AVX2), CPU8).reasons), "it is calibrated for it already"
+
+
 MACHINES = st.builds(
     Machine,
     processor=st.sampled_from([VNNI, AVX2, ARM, ARM_OLD, Processor()]),
@@ -91,6 +104,7 @@ MACHINES = st.builds(
     versions=st.sampled_from([{}, TORCH, TRT, TRT8, RTX, {"tensorrt": ""}]),
     trtexec=st.booleans(),
     cusparselt=st.booleans(),
+    kernels=st.booleans(),
     unknown=st.sampled_from([(), ("torch: ImportError " + "long " * 40,)]),
 )
 FACTS = st.builds(
@@ -107,6 +121,7 @@ def test_every_machine_gets_a_target_it_can_have_in_80_columns(machine: Machine,
     assert facts.quantized or choice.target in ("onnx-fp16", "onnx-fp32", "torch-semi-structured")
     capability = max((gpu.capability for gpu in machine.gpus), default=(0, 0))
     assert capability >= (8, 0) or choice.target not in ("tensorrt", "torch-semi-structured")
+    assert machine.kernels or choice.target != "cpu-sparse"
     lines = explain(machine, facts, choice)
     assert max(map(len, lines)) <= 80
     assert [line for line in lines if line.split() == ["target", choice.target]]

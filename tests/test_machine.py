@@ -7,11 +7,12 @@ import importlib.metadata
 import platform
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sqat import machine
+from sqat import machine, runtime
 from sqat.machine import Gpu, Processor, describe_machine, parse_processor, parse_smi, query_driver
 
 EPYC = """processor\t: 0
@@ -119,6 +120,13 @@ def test_packages_are_those_of_this_environment() -> None:
     assert "CPUExecutionProvider" in found.providers
     assert found.processor.machine == platform.machine()
     assert found.processor.cores >= 1
+
+
+def test_kernels_are_those_of_this_installation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(runtime, "LIBRARY", tmp_path / "libsqat_runtime.so")
+    assert not describe_machine().kernels
+    runtime.LIBRARY.touch()
+    assert describe_machine().kernels
 
 
 def failing(*_: Any) -> Any:

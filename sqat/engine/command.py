@@ -14,6 +14,7 @@ from sqat.engine.recipe import Range, Shapes, parse_range, profile_shapes, writt
 from sqat.engine.report import EngineReport, make_report
 from sqat.errors import SqatError
 from sqat.export.files import read_onnx
+from sqat.export.graph import KERNELS
 from sqat.machine import find_gpus
 
 BATCH: Range = (1, 8, 32)
@@ -45,8 +46,8 @@ def build_report(
     target = output or path.with_suffix(".engine")
     if target.resolve() == path.resolve():
         raise SqatError("the engine would be written over the model", place="--output")
+    model = read_model(path)
     chosen = choose_backend(backend)
-    model = read_onnx(path)
     shapes = profile_shapes(free_inputs(model), **{"batch": BATCH, "sequence": SEQUENCE, **written, **sizes})
     say(f"building with {chosen} for {show_shapes(shapes)}")
     half = written_half(path)
@@ -64,7 +65,20 @@ def read_report(path: Path, log: Path | None, layers: Path | None) -> EngineRepo
     Raises:
         SqatError: a file that is missing, cut short, without the details, or of another model.
     """
-    return replace(make_report(path, read_onnx(path), read_build(log, layers)), log=log)
+    return replace(make_report(path, read_model(path), read_build(log, layers)), log=log)
+
+
+def read_model(path: Path) -> ModelProto:
+    """The model of a file that TensorRT may know.
+
+    Raises:
+        SqatError: no ONNX file that can be read, or one of the target cpu-sparse.
+    """
+    model = read_onnx(path)
+    if any(entry.domain == KERNELS for entry in model.opset_import):
+        raise SqatError("is of target cpu-sparse: its layers are operators of sqat's own, which TensorRT lacks",
+                        "export the target tensorrt", str(path))  # fmt: skip
+    return model
 
 
 def read_build(log: Path | None, layers: Path | None) -> BuildLog:

@@ -22,6 +22,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import ModelProto
 
+from sqat.errors import GateError
 from sqat.export.cpu_encoder import Encoder, Norm, Product
 from sqat.export.embeddings import quantize_rows
 from sqat.export.graph import KERNELS, node_name
@@ -200,11 +201,13 @@ def replace_outer_linear(rewriting: Rewriting, encoder: Encoder, name: str) -> N
 
 def quantize(rewriting: Rewriting, x: ir.Value, step: float, name: str) -> ir.Value:
     """Floats as bytes 1..255."""
-    scale = np.float32(step)
-    largest = scale * np.float32(HIGH)
-    ends = constants(rewriting, name, {"lowest": -largest, "largest": largest})
-    clipped = rewriting.node("Clip", [x, *ends], name, dtype=FLOAT, shape=x.shape)
-    steps = constants(rewriting, name, {"step": scale, "zero_point": np.uint8(ZERO_POINT)})
+    inverse = np.float32(1) / np.float32(step)  # as the kernels and the fake quantizers have it: a quotient may differ
+    factor, *ends = constants(
+        rewriting, name, {"inverse": inverse, "lowest": np.float32(-HIGH), "largest": np.float32(HIGH)}
+    )
+    scaled = rewriting.node("Mul", [x, factor], name, dtype=FLOAT, shape=x.shape)
+    clipped = rewriting.node("Clip", [scaled, *ends], name, dtype=FLOAT, shape=x.shape)
+    steps = constants(rewriting, name, {"step": np.float32(1), "zero_point": np.uint8(ZERO_POINT)})
     return rewriting.node("QuantizeLinear", [clipped, *steps], name, dtype=UINT8, shape=x.shape)
 
 
@@ -262,8 +265,12 @@ def add_node(
 
 
 def made(rewriting: Rewriting, name: str, op: str) -> ir.Node:
-    """The first node of an operator that a module runs in the traced graph."""
-    return next(node for node in rewriting.graph if module(node) == name and node.op_type == op)
+    """The first node of an operator that a module runs in the traced graph; GateError where it runs none."""
+    found = next((node for node in rewriting.graph if module(node) == name and node.op_type == op), None)
+    if found is None:
+        raise GateError(f"the traced graph has no {op} of {name}, which target cpu-sparse looks for",
+                        "this is a fault of the exporter: please report it with the recipe")  # fmt: skip
+    return found
 
 
 def graph_input(rewriting: Rewriting, name: str) -> ir.Value | None:

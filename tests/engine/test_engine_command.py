@@ -112,6 +112,23 @@ def test_ranges_that_are_none_are_told_in_a_line(model: Path, capsys, option: st
     assert err.startswith(f"error: {message}")
 
 
+@pytest.mark.parametrize("packages", [(), ("tensorrt_rtx",)])
+def test_a_file_for_kernels_of_our_own_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys, packages: tuple[str, ...]
+) -> None:
+    machine(monkeypatch, *packages)
+    path = tmp_path / "model.cpu-sparse.onnx"
+    proto = encoder()
+    proto.opset_import.add(domain="sqat", version=1)
+    path.write_bytes(proto.SerializeToString())
+    for more in ([], [f"--log={LOGS / 'trtexec-10.log'}"]):
+        assert main(["engine", str(path), *more]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert err.startswith(f"error: {path}: is of target cpu-sparse")
+    assert not list(tmp_path.glob("*.engine"))
+
+
 def test_a_model_and_logs_that_are_none(model: Path, tmp_path: Path, capsys) -> None:
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"# no model\n")

@@ -16,10 +16,14 @@ import transformers
 from sqat.architectures.sentences import Pooling, SentenceProcessor, pooled
 from sqat.checkpoint import Checkpoint
 from sqat.data import TextProcessor
+from sqat.errors import GateError
+from sqat.export.cpu_graph import made as first_node
 from sqat.export.files import check_file
+from sqat.export.rewriting import Rewriting
 from sqat.export.runtime import operator_counts
 from sqat.recipe import Layers
 from tests.conftest import BASE
+from tests.engine.encoder import encoder
 from tests.export.cpu_models import ENGINES, Inputs, by_torch, calibrated, close, exported, texts, with_states
 from tests.export.cpu_oracle import unpack
 
@@ -149,3 +153,8 @@ def test_pooled_embeddings(engine: str, tokenizer: Any, tmp_path: Path) -> None:
     assert close(by_torch(checkpoint, inputs), got)
     assert np.linalg.norm(got, axis=1) == pytest.approx(1)
     assert not [node for node in nodes(file) if "pooler" in node.name], "nothing reads BERT's own pooler"
+
+
+def test_a_module_that_was_not_traced_is_one_line() -> None:
+    with pytest.raises(GateError, match=r"has no MatMul of encoder\.gone, .*; .* please report it with the recipe"):
+        first_node(Rewriting(encoder()), "encoder.gone", "MatMul")

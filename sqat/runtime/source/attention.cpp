@@ -207,8 +207,8 @@ void Attention::attend_queries(const Head& head, size_t first, size_t count, Wor
 void Attention::compute(KernelContext* context) {
   Call call(context, "Attention");
   Tensor qkv = call.input(0, "QKV"), mask = call.input(1, "mask");
-  const int64_t step = 3 * static_cast<int64_t>(heads_);
-  if (qkv.shape.size() != 3 || qkv.shape[2] % step != 0 || qkv.shape[2] == 0) {
+  const int64_t columns = qkv.shape.size() == 3 ? qkv.shape[2] : 0;
+  if (columns == 0 || columns % 3 != 0 || columns / 3 % static_cast<int64_t>(heads_) != 0) {
     refuse(kInvalidArgument, qkv.name,
            "has shape " + text(qkv.shape) +
                ", expected [texts,tokens,3*width] with width a "
@@ -217,7 +217,11 @@ void Attention::compute(KernelContext* context) {
   }
   require_shape(mask, {qkv.shape[0], qkv.shape[1]}, kInvalidArgument);
   const auto texts = static_cast<size_t>(qkv.shape[0]), tokens = static_cast<size_t>(qkv.shape[1]);
-  const size_t all = static_cast<size_t>(qkv.shape[2]) / 3, width = all / heads_;
+  const size_t all = static_cast<size_t>(columns) / 3, width = all / heads_;
+  if (tokens > kMostInputs || width > kMostInputs) {
+    refuse(kInvalidArgument, qkv.name,
+           "has shape " + text(qkv.shape) + ", expected up to " + std::to_string(kMostInputs) + " tokens and columns a head");
+  }
   Tensor out = call.output(0, {qkv.shape[0], qkv.shape[1], static_cast<int64_t>(all)});
   if (texts * tokens == 0 || !out) return;
 

@@ -4,8 +4,12 @@
 // kept weight of channel `lane`; their positions (0..7) in the low nibbles of 64 bytes for an even group of 8 and in
 // the high nibbles for the odd one after it. Dense: per 4 consecutive inputs 64 bytes, byte lane*4 + j. Inputs are
 // padded to a multiple of 16 with zero weights. Activations are u8 = q + 128 with q in -127..127; a byte 0 is read
-// as 1.
+// as 1 where rows are prepared (a linear's input, queries) and as -128 in keys and values.
 #pragma once
+
+#if defined(__FAST_MATH__)
+#error "sqat's float work must give the same bits everywhere: compile without -ffast-math"
+#endif
 
 #include <cstddef>
 #include <cstdint>
@@ -15,6 +19,7 @@ namespace sqat {
 constexpr size_t kTile = 16;       // channels in a tile of weights
 constexpr size_t kInputStep = 16;  // inputs are padded to a multiple
 constexpr size_t kTileBytes = 64;  // of one step of one tile
+constexpr size_t kMostInputs = 65536;  // of one sum: 255 * 127 * 65536 fits in 31 bits
 
 constexpr size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
 

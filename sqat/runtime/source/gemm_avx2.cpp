@@ -6,6 +6,7 @@
 // for 32 products, against five with vpsignb and six with 16-bit products (measured: 361, 255 and 256 GOPS on Zen 3).
 // Dense: 16-bit products, vpmaddwd; as many multiplying instructions as vpmaddubsw with signs (161 and 150 GOPS).
 // Tiles of rows are templates with every loop unrolled: else gcc keeps the sums in memory.
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include "engine.h"
@@ -158,3 +159,4 @@ const Gemm kSparseAvx2{5, 1, 2, 16, false, prepare_sparse_rows, prepare_sparse_p
 const Gemm kDenseAvx2{6, 1, 2, 32, false, prepare_dense_rows, prepare_dense_panel, multiply_dense};
 
 }  // namespace sqat
+#endif

@@ -2,6 +2,7 @@
 // -128 * (sum of its weights). 2:4: broadcast 8 activations to every quadword, pick 4 for each channel with vpshufb
 // (which ignores bits 4-6 of a position, and for which bit 3 picks the same byte again), multiply and add with
 // vpdpbusd. Up to 12 rows by 32 channels: 24 of 32 registers hold sums.
+#if defined(__x86_64__)
 #include "engine.h"
 #include "vnni.h"
 
@@ -127,3 +128,4 @@ const Gemm kSparseVnni{kRows, kTiles, 1, 0, true, prepare_rows, nullptr, multipl
 const Gemm kDenseVnni{kRows, kTiles, 1, 0, true, prepare_rows, nullptr, multiply_dense};
 
 }  // namespace sqat
+#endif

@@ -18,7 +18,6 @@ constexpr size_t kBlockBytes = 192 * 1024;  // of prepared rows in a task, so th
 constexpr size_t kFewestRows = 60;          // of a task, unless there are no more: unpacking a tile is worth that many
 constexpr size_t kWantedTasks = 8;          // several for each thread, so that they finish together
 constexpr size_t kFewestTiles = 6;          // of a task: it prepares its rows
-constexpr size_t kMostInputs = 65536;       // 255 * 127 * 65536 fits in 31 bits
 
 Activation activation_of(const Node& node) {
   std::string name = node.word("activation", "none");
@@ -39,6 +38,27 @@ std::vector<float> padded_copy(const Tensor& tensor, size_t channels) {
   std::vector<float> copy(channels, 0.0f);
   std::copy(tensor.as<float>(), tensor.as<float>() + tensor.size(), copy.begin());
   return copy;
+}
+
+// Every kept weight that is not 0 has a place of its own: else the tiles of 2:4 and dense weights would differ.
+void check_positions(const Tensor& values, const Tensor& positions, size_t padded) {
+  const size_t groups = padded / 8;
+  const auto* packed = positions.as<uint8_t>();
+  for (size_t step = 0; step < values.size() / kTileBytes; ++step) {
+    const size_t tile = step / groups, group = step % groups;
+    const uint8_t* places = packed + (tile * (groups / 2) + group / 2) * kTileBytes;
+    const int8_t* kept = values.as<int8_t>() + step * kTileBytes;
+    for (size_t lane = 0; lane < kTileBytes; lane += 4) {
+      uint32_t taken = 0;
+      for (size_t j = lane; j < lane + 4; ++j) {
+        const uint32_t place = places[j] >> (group % 2 * 4) & 15;
+        if (place > 7) refuse(kInvalidGraph, positions.name, "has a position above 7");
+        if (kept[j] == 0) continue;
+        if (taken >> place & 1) refuse(kInvalidGraph, positions.name, "has a position twice in a group");
+        taken |= 1u << place;
+      }
+    }
+  }
 }
 
 struct Split {
@@ -132,9 +152,7 @@ void Linear::read_weights(const Node& node) {
   if (positions) {
     require_shape(positions, {tiles, static_cast<int64_t>(padded / 16), static_cast<int64_t>(kTileBytes)},
                   kInvalidGraph);
-    uint8_t all = 0;
-    for (size_t i = 0; i < positions.size(); ++i) all |= positions.as<uint8_t>()[i];
-    if (all & 0x88) refuse(kInvalidGraph, positions.name, "has a position above 7");
+    check_positions(values, positions, padded);
   }
   weights_ = {values.as<int8_t>(), positions ? positions.as<uint8_t>() : nullptr, padded};
 }
@@ -148,10 +166,7 @@ void Linear::expand() {
     for (size_t group = 0; group < from.padded / 8; ++group) {
       for (size_t i = 0; i < kTileBytes; ++i) {
         const size_t at = (from.positions[group / 2 * kTileBytes + i] >> (group % 2 * 4)) & 7;
-        int8_t& weight = to[(group * 2 + at / 4) * kTileBytes + i / 4 * 4 + at % 4];
-        const int sum = weight + from.values[group * kTileBytes + i];
-        if (sum != static_cast<int8_t>(sum)) refuse(kInvalidGraph, "Linear: positions", "repeat within a group");
-        weight = static_cast<int8_t>(sum);
+        to[(group * 2 + at / 4) * kTileBytes + i / 4 * 4 + at % 4] |= from.values[group * kTileBytes + i];
       }
     }
   }

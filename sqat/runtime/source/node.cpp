@@ -5,8 +5,9 @@ namespace sqat {
 
 const Api* api = nullptr;
 
-Status* make_status(ErrorCode code, const std::string& message) {
-  return call(kCreateStatus, static_cast<int>(code), message.c_str());
+Status* make_status(const Api* table, ErrorCode code, const char* message) noexcept {
+  using Function = Status* (*)(int, const char*);
+  return reinterpret_cast<Function>(const_cast<void*>(table[kCreateStatus]))(code, message);
 }
 
 std::string take_message(Status* status) {
@@ -42,8 +43,8 @@ void require_shape(const Tensor& tensor, const Shape& expected, ErrorCode code) 
 }
 
 float inverse_of(float scale, const std::string& where) {
-  if (!(scale > 0.0f) || !std::isfinite(scale)) {
-    refuse(kInvalidGraph, where, "is " + std::to_string(scale) + ", expected a positive finite number");
+  if (!(scale > 0.0f) || !std::isfinite(scale) || !std::isfinite(1.0f / scale)) {
+    refuse(kInvalidGraph, where, "is " + std::to_string(scale) + ", expected a positive finite number with a finite inverse");
   }
   return 1.0f / scale;
 }

@@ -92,7 +92,7 @@ struct Failure {
   std::string message;
 };
 
-// The table, set once when the library is registered; the same for every session of a process.
+// The table, set once by the first registration that is not refused; the same for every session of a process.
 extern const Api* api;
 
 template <typename... Arguments>
@@ -107,7 +107,7 @@ void release(ApiIndex index, Arguments... arguments) {
   reinterpret_cast<Function>(const_cast<void*>(api[index]))(arguments...);
 }
 
-Status* make_status(ErrorCode code, const std::string& message);
+Status* make_status(const Api* table, ErrorCode code, const char* message) noexcept;
 std::string take_message(Status* status);  // releases the status
 void check(Status* status);                // throws what the status says
 

@@ -1,4 +1,5 @@
-// The entry point: ops of the domain `sqat`, one set for each instruction set, alive as long as the process.
+// The entry point: ops of the domain `sqat`, one set for each instruction set, alive as long as the process (which the
+// library is linked to stay in: sessions hold pointers into it).
 #include <climits>
 #include <exception>
 #include <mutex>
@@ -15,7 +16,9 @@ constexpr Slot f32{kFloat, kRequired}, u8{kUint8, kRequired}, i8{kInt8, kRequire
 
 constexpr Slot optional(Slot slot) { return {slot.type, kOptional}; }
 
-const Operator kOperators[] = {
+// Never taken down either.
+const std::vector<Operator>& operators() {
+  static const auto* all = new std::vector<Operator>{
     // X, values, positions, scale, bias, residual, gamma, beta -> Y, Q
     {"Linear",
      {u8, i8, optional(u8), f32, f32, optional(f32), optional(f32), optional(f32)},
@@ -33,8 +36,9 @@ const Operator kOperators[] = {
      {i64, optional(i64), optional(i64), i8, f32, f32, optional(f32), f32, f32},
      {optional(f32), optional(u8)},
      make_embed_int8},
-};
-constexpr size_t kOperatorCount = sizeof kOperators / sizeof kOperators[0];
+  };
+  return *all;
+}
 
 // What ONNX Runtime gets a pointer to, with what our functions need behind it.
 struct Definition {
@@ -46,14 +50,18 @@ struct Definition {
 const Operator& what(const CustomOp* op) { return *reinterpret_cast<const Definition*>(op)->what; }
 
 template <typename Body>
-Status* guarded(const Body& body) {
+Status* guarded(const Body& body) noexcept {
   try {
     body();
     return nullptr;
   } catch (const Failure& failure) {
-    return make_status(failure.code, failure.message);
+    return make_status(api, failure.code, failure.message.c_str());
+  } catch (const std::bad_alloc&) {
+    return make_status(api, kFail, "sqat: out of memory");
   } catch (const std::exception& failure) {
-    return make_status(kFail, std::string("sqat: ") + failure.what());
+    return make_status(api, kFail, failure.what());
+  } catch (...) {
+    return make_status(api, kFail, "sqat: unknown failure");
   }
 }
 
@@ -104,12 +112,20 @@ Domain& domain_of(size_t engine) {
   Domain& domain = domains[engine];
   if (domain.handle != nullptr) return domain;
   domain.definitions.clear();
-  for (const Operator& op : kOperators) domain.definitions.push_back(define(op, engine_at(engine)));
+  for (const Operator& op : operators()) domain.definitions.push_back(define(op, engine_at(engine)));
   CustomOpDomain* handle = nullptr;
   check(call(kCreateCustomOpDomain, "sqat", &handle));
   for (const Definition& definition : domain.definitions) check(call(kCustomOpDomainAdd, handle, &definition.op));
   domain.handle = handle;
   return domain;
+}
+
+// Takes a table as the one of this process, which running kernels read: false where there is another one already.
+bool adopt(const Api* table) {
+  static std::mutex mutex;
+  std::lock_guard<std::mutex> lock(mutex);
+  if (api == nullptr) api = table;
+  return api == table;
 }
 
 }  // namespace
@@ -122,20 +138,24 @@ SQAT_EXPORT sqat::Status* RegisterCustomOps(sqat::SessionOptions* options, const
   if (table == nullptr) {
     const Api* first = base->get_api(1);  // old enough for every version, to have something that makes a status
     if (first == nullptr) return nullptr;
-    api = first;
-    return make_status(kFail, std::string("sqat needs ONNX Runtime 1.17 or later, this is ") + base->get_version());
+    const std::string problem = std::string("sqat needs ONNX Runtime 1.17 or later, this is ") + base->get_version();
+    return make_status(first, kFail, problem.c_str());
   }
-  api = table;
+  if (!adopt(table)) {
+    return make_status(table, kFail, "sqat's library serves another ONNX Runtime of this process: load a copy of it");
+  }
   return guarded([&] { check(call(kAddCustomOpDomain, options, domain_of(choose_engine()).handle)); });
 }
 
 // The instruction set a session made now would use; what is wrong with SQAT_RUNTIME_ISA starts with "error: ".
-SQAT_EXPORT const char* SqatInstructionSet() {
+SQAT_EXPORT const char* SqatInstructionSet() noexcept {
   static thread_local std::string answer;
   try {
     return sqat::engine_at(sqat::choose_engine()).name;
   } catch (const sqat::Failure& failure) {
     answer = "error: " + failure.message;
     return answer.c_str();
+  } catch (...) {
+    return "error: out of memory";
   }
 }

@@ -13,7 +13,11 @@ class Scratch {
   Scratch() = default;
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(memory_); }
+  ~Scratch() {
+    std::free(memory_);
+    memory_ = nullptr;  // a session may run after this thread's destructors, from a static one
+    size_ = 0;
+  }
 
   // Room for `count` of T at a cache line's border; what was in it before is gone.
   template <typename T>

@@ -1,4 +1,5 @@
 // The float epilogues in vectors of 8 lanes; see vector_math.h.
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include <type_traits>
@@ -10,3 +11,4 @@
 #define SQAT_LANES 8
 #define SQAT_EPILOGUES kEpiloguesAvx2
 #include "vector_math.h"
+#endif

@@ -1,4 +1,5 @@
 // The float epilogues in vectors of 16 lanes; see vector_math.h.
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include <type_traits>
@@ -12,3 +13,4 @@
 #define SQAT_LANES 16
 #define SQAT_EPILOGUES kEpiloguesAvx512
 #include "vector_math.h"
+#endif
