@@ -1,6 +1,7 @@
 """Latency of one encoder served by sqat's runtime, ONNX Runtime and OpenVINO, interleaved in one process.
 
     scripts/bench_runtime --float fp32.onnx --int8 int8.onnx --sparse cpu-sparse.onnx --json rows.json
+    scripts/bench_runtime --table rows.json   # rows of an earlier run as the README shows them
 
 The files are what targets onnx-fp32, onnx-int8 and cpu-sparse write of one checkpoint. Rows of the JSON file: threads,
 batch, sequence, width, engine, median_ms, p95_ms. One process for each number of threads; in it every engine has a turn
@@ -18,20 +19,26 @@ import argparse
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
+from results_page.schema import write_text
+
+from sqat import runtime
+from sqat.errors import SqatError
 
 Run = Callable[[dict[str, Any]], object]
 SHAPES = "1x16,1x128,8x128,32x64,8x384"
 REST = 0.05
+POSITIONS = {"Embed": 4, "EmbedInt8": 5}  # which input of an operator has the table of positions
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,6 @@ def onnxruntime_engine(path: Path, threads: int) -> Run:
 
 
 def sqat_engine(path: Path, threads: int, sparse: bool) -> Run:
-    from sqat import runtime
-
     with patch.dict(os.environ, {"SQAT_RUNTIME_SPARSE": str(int(sparse))}):
         return feeding(runtime.session(path, threads=threads))
 
@@ -100,8 +105,8 @@ def engines(files: Files, threads: int) -> dict[str, Run]:
     return made
 
 
-def random_feeds(batch: int, sequence: int) -> dict[str, Any]:
-    ids = np.random.default_rng(0).integers(1000, 20000, (batch, sequence))
+def random_feeds(batch: int, sequence: int, vocabulary: int) -> dict[str, Any]:
+    ids = np.random.default_rng(0).integers(0, vocabulary, (batch, sequence))
     return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
 
 
@@ -125,17 +130,17 @@ def turns(names: list[str], number: int) -> list[str]:
 
 def measure(files: Files, threads: int, shapes: list[tuple[int, int]], rounds: int, seconds: float) -> list[Row]:
     made = engines(files, threads)
-    width = hidden_size(files.sparse)
+    size = size_of(files.sparse)
     rows = []
     for batch, sequence in shapes:
-        feeds = random_feeds(batch, sequence)
+        feeds = random_feeds(batch, sequence, size.vocabulary)
         times: dict[str, list[float]] = {name: [] for name in made}
         for number in range(rounds):
             for name in turns(list(made), number):
                 times[name] += time_turn(made[name], feeds, seconds)
         for name, each in times.items():
             median, p95 = (round(float(np.percentile(each, q)), 3) for q in (50, 95))
-            rows.append(Row(threads, batch, sequence, width, name, median, p95))
+            rows.append(Row(threads, batch, sequence, size.width, name, median, p95))
         print(line(rows[-len(made) :]), flush=True)
     return rows
 
@@ -150,14 +155,63 @@ def line(rows: list[Row]) -> str:
     return f"{size}: sqat-sparse {median['sqat-sparse']:.2f} ms; {ratios}"
 
 
-def hidden_size(path: Path) -> int:
-    """The width of an encoder: the channels of its first LayerNorm."""
-    import onnx
+def table(rows: list[Row]) -> str:
+    """Medians as a Markdown table, a line for each size, with the two factors."""
+    engines = list(dict.fromkeys(row.engine for row in rows if not row.engine.startswith("sqat-")))
+    heads = [
+        "threads",
+        "batch x tokens",
+        *engines,
+        "sqat-dense",
+        "sqat-sparse",
+        "against the best other",
+        "against sqat-dense",
+    ]
+    lines = [heads, ["---"] * len(heads)]
+    for threads, batch, sequence in dict.fromkeys((row.threads, row.batch, row.sequence) for row in rows):
+        median = {
+            row.engine: row.median_ms
+            for row in rows
+            if (row.threads, row.batch, row.sequence) == (threads, batch, sequence)
+        }
+        sparse, dense, others = median["sqat-sparse"], median["sqat-dense"], [median[name] for name in engines]
+        factors = [f"{min(others, default=dense) / sparse:.2f}x", f"{dense / sparse:.2f}x"]
+        lines.append([str(threads), f"{batch} x {sequence}", *map(milliseconds, (*others, dense, sparse)), *factors])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
-    graph = onnx.load(path).graph
-    sizes = {each.name: each.dims for each in graph.initializer}
-    embed = next(node for node in graph.node if node.op_type.startswith("Embed"))
-    return int(sizes[embed.input[-1]][0])
+
+def milliseconds(value: float) -> str:
+    """Three digits."""
+    return f"{value:.{max(0, 2 - int(np.log10(max(value, 1.0))))}f}"
+
+
+class Size(NamedTuple):
+    """What bounds the inputs of an encoder, and its width."""
+
+    vocabulary: int
+    tokens: int
+    width: int
+
+
+def size_of(path: Path) -> Size:
+    """The sizes of an encoder's embedding tables.
+
+    Raises:
+        SqatError: the file is not of target cpu-sparse.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        graph = onnx.load(path, format="protobuf").graph
+    except (OSError, DecodeError) as error:
+        raise SqatError("cannot be read as ONNX", "name a file of target cpu-sparse", str(path)) from error
+    dims = {each.name: each.dims for each in graph.initializer}
+    for node in graph.node:
+        if node.op_type in POSITIONS:
+            word, position = dims[node.input[3]], dims[node.input[POSITIONS[node.op_type]]]
+            return Size(word[0], position[0], word[1])
+    raise SqatError("has no embeddings of sqat's", "name a file of target cpu-sparse", str(path))
 
 
 def quantize_dynamically(path: Path, folder: Path) -> Path:
@@ -168,35 +222,79 @@ def quantize_dynamically(path: Path, folder: Path) -> Path:
     return made
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sparse", type=Path, required=True, help="of target cpu-sparse")
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "scripts/bench_runtime", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--sparse", type=Path, help="of target cpu-sparse")
+    what.add_argument("--table", type=Path, metavar="JSON", help="show rows of an earlier run instead")
     parser.add_argument("--float", type=Path, dest="float32", help="of target onnx-fp32")
     parser.add_argument("--int8", type=Path, help="of target onnx-int8")
     parser.add_argument("--dynamic", action="store_true", help="also ONNX Runtime's dynamic quantization of --float")
-    parser.add_argument("--threads", default="1,2", help="numbers of threads, each in a process of its own")
-    parser.add_argument("--shapes", default=SHAPES, help="batch x sequence, separated by commas")
+    parser.add_argument("--threads", type=numbers, default=[1, 2], help="numbers of threads, each in its own process")
+    parser.add_argument("--shapes", type=shapes, default=shapes(SHAPES), help="batch x sequence, separated by commas")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.3, help="of a turn, at least")
     parser.add_argument("--json", type=Path, help="where the rows go")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
-def main() -> None:
-    arguments = parse()
-    shapes = [(int(batch), int(sequence)) for batch, sequence in (s.split("x") for s in arguments.shapes.split(","))]
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def shapes(text: str) -> list[tuple[int, int]]:
+    return [(int(batch), int(sequence)) for batch, _, sequence in (part.partition("x") for part in text.split(","))]
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Measure, or show what was measured; returns the exit code."""
+    arguments = parse(words)
+    try:
+        if arguments.table:
+            print(table(read_rows(arguments.table)))
+        else:
+            run(arguments)
+    except SqatError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a JSON file.
+
+    Raises:
+        SqatError: it has others or cannot be read.
+    """
+    try:
+        return [Row(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError) as error:
+        raise SqatError("holds no rows of this benchmark", "name what --json wrote", str(path)) from error
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure with each number of threads."""
+    for path in (arguments.float32, arguments.int8):
+        if path is not None and not path.is_file():
+            raise SqatError("there is no such file", place=str(path))
+    runtime.instruction_set()
+    size, longest = size_of(arguments.sparse), max(sequence for _, sequence in arguments.shapes)
+    if longest > size.tokens:
+        problem = f"--shapes asks for {longest} tokens, and the model has positions for {size.tokens}"
+        raise SqatError(problem, "leave the longer ones out", str(arguments.sparse))
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         wanted = arguments.dynamic and arguments.float32
         dynamic = quantize_dynamically(arguments.float32, Path(folder)) if wanted else None
         files = Files(arguments.float32, arguments.int8, dynamic, arguments.sparse)
-        for threads in map(int, arguments.threads.split(",")):
+        for threads in arguments.threads:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                rows += pool.apply(measure, (files, threads, shapes, arguments.rounds, arguments.seconds))
+                rows += pool.apply(measure, (files, threads, arguments.shapes, arguments.rounds, arguments.seconds))
     if arguments.json:
-        content: list[Mapping[str, Any]] = [asdict(row) for row in rows]
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", arguments.json)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

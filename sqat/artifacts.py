@@ -24,7 +24,7 @@ from sqat.checkpoint import SIDE_FILES, WEIGHTS, read_tensors
 from sqat.data import Batch
 from sqat.errors import SqatError
 from sqat.export.compressed import check_compressed
-from sqat.export.cpu_graph import needs_kernels
+from sqat.export.cpu_graph import file_needs_kernels
 from sqat.export.runtime import first_line, run_batches, session
 from sqat.insertion.quantizers import Quantizers, insert_quantizers_
 from sqat.job import logits_of, on_device
@@ -70,7 +70,7 @@ def open_onnx(path: Path) -> Any:
     Raises:
         SqatError: it cannot be loaded, or the kernels are not there.
     """
-    if not needs_kernels(path):
+    if not file_needs_kernels(path):
         return session(path)
     from sqat import runtime  # only such a file needs what is compiled
 

@@ -377,6 +377,7 @@ class PruneConfig(FitConfig):
 
 
 Profile = Literal["linear", "tensorrt", "tensorrt-full", "cpu"]
+FLOAT_OUTPUTS: tuple[Profile, ...] = ("linear", "cpu")  # without scales of what linears put out
 
 
 class CalibrateConfig(BaseModel):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from sqat.errors import SqatError
 from sqat.recipe import (
+    FLOAT_OUTPUTS,
     CalibrateConfig,
     DistillConfig,
     ExportConfig,
@@ -117,7 +118,7 @@ def _targets(recipe: Recipe, name: str, stage: ExportConfig, line: list[str]) ->
         if target in INT8_TARGETS and profile is None and not any(isinstance(other, QatConfig) for other in before):
             text = f"{target} needs a calibrate or qat stage among those {name!r} starts from, {_chain(line)}"
             yield Problem(path, text, "export onnx-fp32, or add a calibrate stage before it")
-        elif target == "tensorrt" and profile in ("linear", "cpu"):
+        elif target == "tensorrt" and profile in FLOAT_OUTPUTS:
             text = f"tensorrt needs the outputs of linears quantized too, and the calibrate stage has profile {profile}"
             yield Problem(path, text, "set its profile: tensorrt, or export onnx-int8")
         elif target == "cpu-sparse" and profile not in ("cpu", None):

@@ -262,9 +262,13 @@ def compose_recipe(guess: Guess, splits: dict[str, Path | None], model: str, fol
     dev = f"  dev: {paths['dev']}" if "dev" in paths else DEV_IS_TRAIN.format(train=paths["train"])
     test = f"  test: {paths['test']}" if "test" in paths else "  # test: measured once, at the end"
     columns = "\n".join(f"    {key}: {scalar(name)}" for key, name in guess.columns.items())
-    distill = "{logits: 10, task: 0}" if guess.task == "retrieval" else "{}"  # embeddings teach more than labels
-    parts = {"task": guess.task, "reason": guess.reason, "model": scalar(model), "max_length": guess.max_length}
-    parts["distill"] = distill
+    parts = {
+        "task": guess.task,
+        "reason": guess.reason,
+        "model": scalar(model),
+        "max_length": guess.max_length,
+        "distill": "{logits: 10, task: 0}" if guess.task == "retrieval" else "{}",  # embeddings need no labels
+    }
     return TEMPLATE.format(**parts, train=paths["train"], dev=dev, test=test, columns=columns)
 
 

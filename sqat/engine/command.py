@@ -14,7 +14,7 @@ from sqat.engine.recipe import Range, Shapes, parse_range, profile_shapes, writt
 from sqat.engine.report import EngineReport, make_report
 from sqat.errors import SqatError
 from sqat.export.files import read_onnx
-from sqat.export.graph import KERNELS
+from sqat.export.graph import needs_kernels
 from sqat.machine import find_gpus
 
 BATCH: Range = (1, 8, 32)
@@ -75,7 +75,7 @@ def read_model(path: Path) -> ModelProto:
         SqatError: no ONNX file that can be read, or one of the target cpu-sparse.
     """
     model = read_onnx(path)
-    if any(entry.domain == KERNELS for entry in model.opset_import):
+    if needs_kernels(model):
         raise SqatError("is of target cpu-sparse: its layers are operators of sqat's own, which TensorRT lacks",
                         "export the target tensorrt", str(path))  # fmt: skip
     return model

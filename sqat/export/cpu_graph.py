@@ -25,7 +25,7 @@ from onnx import ModelProto
 from sqat.errors import GateError
 from sqat.export.cpu_encoder import Encoder, Norm, Product
 from sqat.export.embeddings import quantize_rows
-from sqat.export.graph import KERNELS, node_name
+from sqat.export.graph import KERNELS, needs_kernels, node_name
 from sqat.export.rewriting import Array, Rewriting, module
 from sqat.quantization.fake_quant import HIGH
 
@@ -36,13 +36,13 @@ Attributes = Mapping[str, int | float | str]
 Size = int | ir.SymbolicDim
 
 
-def needs_kernels(path: Path) -> bool:
+def file_needs_kernels(path: Path) -> bool:
     """Whether an ONNX file has nodes of the domain `sqat`; False for what is no ONNX file at all."""
     try:
         model = onnx.load(path, format="protobuf", load_external_data=False)
     except (OSError, DecodeError):
         return False
-    return any(entry.domain == KERNELS for entry in model.opset_import)
+    return needs_kernels(model)
 
 
 class Stream(NamedTuple):

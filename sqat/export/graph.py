@@ -170,3 +170,8 @@ def strip_metadata_(model: ModelProto) -> None:
     ):
         del holder.metadata_props[:]
         holder.doc_string = ""
+
+
+def needs_kernels(model: ModelProto) -> bool:
+    """Whether a graph is of target cpu-sparse: it has nodes that only `sqat.runtime` computes."""
+    return any(entry.domain == KERNELS for entry in model.opset_import)

@@ -41,7 +41,7 @@ def tap_activations(model: nn.Module, blocks: Iterable[str], taps: Taps) -> None
     """Replace what the activation functions inside the blocks put out in eval mode."""
     for block in blocks:
         for module in model.get_submodule(block).modules():
-            if is_activation(module) and (polynomial := KERNELS.get(type(module).__name__)):
+            if is_activation(module) and (polynomial := POLYNOMIALS.get(type(module).__name__)):
                 taps.handles.append(module.register_forward_hook(partial(replaced, polynomial)))
 
 
@@ -56,7 +56,7 @@ ERF = Polynomial((0.398711711, -0.0659830123, 0.00958418939, -0.00103729276, 8.1
 TANH = Polynomial((0.398851544, -0.0665272027, 0.00993551128, -0.00113463902, 9.60572506e-05, -5.74656497e-06,
                    2.26307421e-07, -5.20880272e-09, 5.27343239e-11), 4.3)
 # fmt: on
-KERNELS = {
+POLYNOMIALS = {
     "GELUActivation": ERF,
     "NewGELUActivation": TANH,
     "FastGELUActivation": TANH,

@@ -17,7 +17,7 @@ from onnx import ModelProto
 
 from sqat.errors import SqatError
 from sqat.export.files import read_onnx
-from sqat.export.graph import KERNELS, module_of
+from sqat.export.graph import module_of, needs_kernels
 from sqat.lint.checks import find, find_in
 from sqat.lint.findings import Finding
 from sqat.lint.rules import Target
@@ -96,7 +96,7 @@ def lint(model: ModelProto, target: Target, place: str = "") -> Lint:
 
 def rows(wiring: Wiring, findings: Sequence[Finding], target: Target, place: str) -> list[LayerReport]:
     """A row per layer."""
-    if any(entry.domain == KERNELS for entry in wiring.model.opset_import):
+    if needs_kernels(wiring.model):
         raise SqatError(
             "is of target cpu-sparse: its layers are operators of sqat's own, of which these rules know nothing",
             "name the checkpoint that it was exported from",

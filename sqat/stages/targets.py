@@ -35,7 +35,7 @@ from sqat.export.qdq import Quantization, insert_qdq
 from sqat.export.runtime import left_in_float, optimized_graph
 from sqat.lint.checks import verify
 from sqat.quantization.fake_quant import quantize_weight
-from sqat.recipe import ExportConfig
+from sqat.recipe import FLOAT_OUTPUTS, ExportConfig
 
 HALF_BITS = 2.0**-11
 KERNEL_BITS = 1e-6  # error of the kernels' exp, the coarsest of what they do and the torch model does in its own way
@@ -108,7 +108,7 @@ def write_int8(source: Source, folder: Path) -> Written:
 def write_tensorrt(source: Source, folder: Path) -> Written:
     """Int8 in and out of every linear, in the flavour asked for, and what builds an engine of it."""
     options, config = source.config.tensorrt, source.config
-    if (profile := source.checkpoint.manifest.profile) in ("linear", "cpu"):
+    if (profile := source.checkpoint.manifest.profile) in FLOAT_OUTPUTS:
         raise SqatError(
             "target tensorrt needs the scales of the linears' outputs, and the checkpoint was calibrated with "
             f"profile {profile}",
@@ -155,9 +155,9 @@ def encoder_of(checkpoint: Checkpoint, model: nn.Module) -> Encoder:
         made = f"was calibrated with profile {manifest.profile}" if manifest.profile else "is not calibrated"
         raise SqatError(f"target cpu-sparse needs the scales of profile cpu, and the checkpoint {made}",
                         "set stages.calibrate.profile: cpu, or export onnx-int8")  # fmt: skip
-    for name, record in manifest.layers.items():
-        weight = quantize_weight(checkpoint.weights[f"{name}.weight"])[0] if record.pattern else None
-        if broken := next(check_pattern(name, weight, record.pattern), None) if record.pattern else None:
+    for name, pattern in ((name, record.pattern) for name, record in manifest.layers.items() if record.pattern):
+        weight, _ = quantize_weight(checkpoint.weights[f"{name}.weight"])
+        if broken := next(check_pattern(name, weight, pattern), None):
             raise GateError(f"the exported integers break rule B6: {broken}", "nothing was written")
     bounds = {site: float(checkpoint.amax[record.leader]) for site, record in manifest.sites.items()}
     return read_encoder(model, quantized_layers(checkpoint), bounds)

@@ -194,6 +194,6 @@ def test_a_damaged_file_is_one_line(project: Project, tmp_path: Path) -> None:
     path = tmp_path / "model.cpu-sparse.onnx"
     content = (project.stage("export") / path.name).read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    assert not cpu_graph.needs_kernels(path)
+    assert not cpu_graph.file_needs_kernels(path)
     with pytest.raises(SqatError, match="ONNX Runtime cannot load the model"):
         open_onnx(path)
