@@ -4,9 +4,10 @@ What: `check_encoder` refuses a model that the kernels do not compute and names 
 one: integers and scales of its linears, its norms, and the steps of its activations.
 
 Why a table of names: a kernel does the work of several modules (q, k and v; a linear with the residual add and the
-norm behind it), and which belong together only the family's own code says. Scales fold: a linear's output is
-``sum * scale + bias`` with scale = input step * weight step, both divided by the output's step where int8 alone is
-read. Left out: layers of which a linear stays float, relative and rotary positions, decoders.
+norm behind it), and which belong together only the family's own code says. A linear's output is ``sum * scale + bias``
+with scale = input step * weight step, as `sqat.insertion.kernels` has it: nothing is folded that would round in another
+place than the trained model does. Left out: layers of which a linear stays float, relative and rotary positions,
+decoders.
 """
 
 from __future__ import annotations
@@ -116,21 +117,14 @@ class Encoder:
         """Scale of a site as float32 has it."""
         return float(np.float32(self.bounds[site]) / np.float32(HIGH))
 
-    def product(self, names: Sequence[str], outputs: Sequence[str] = ()) -> Product:
-        """Linears that read one tensor, as one.
-
-        Args:
-            names: of the linears.
-            outputs: sites of what they put out, where int8 alone is read.
-        """
-        steps = [self.step(site) for site in outputs] or [1.0] * len(names)
+    def product(self, *names: str) -> Product:
+        """Linears that read one tensor, as one."""
         linears = [linear(self.model, name) for name in names]
         parts = [quantize_weight(layer.weight) for layer in linears]
-        scales = [scale.double().numpy() * self.step(f"{name}:input") / step
-                  for name, (_, scale), step in zip(names, parts, steps, strict=True)]  # fmt: skip
-        biases = [bias_of(layer) / step for layer, step in zip(linears, steps, strict=True)]
+        scales = [scale.numpy() * np.float32(self.step(f"{name}:input"))
+                  for name, (_, scale) in zip(names, parts, strict=True)]  # fmt: skip
         weight = pack(np.concatenate([integers.numpy() for integers, _ in parts]))
-        return Product(weight, np.concatenate(scales).astype(np.float32), np.concatenate(biases).astype(np.float32))
+        return Product(weight, np.concatenate(scales), np.concatenate([bias_of(layer) for layer in linears]))
 
     def norm(self, name: str) -> Norm:
         """The layer norm of a name."""
@@ -143,9 +137,9 @@ class Encoder:
         return array(found.weight)
 
 
-def bias_of(layer: nn.Linear) -> NDArray[np.float64]:
+def bias_of(layer: nn.Linear) -> Floats:
     """A linear's bias, zeros where it has none."""
-    return np.zeros(layer.out_features) if layer.bias is None else layer.bias.detach().double().numpy()
+    return np.zeros(layer.out_features, np.float32) if layer.bias is None else array(layer.bias)
 
 
 def array(tensor: Tensor) -> Floats:

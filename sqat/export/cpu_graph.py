@@ -93,8 +93,6 @@ def embed(rewriting: Rewriting, encoder: Encoder, int8_words: bool, step: float 
     ids, types = graph_input(rewriting, "input_ids"), graph_input(rewriting, "token_type_ids")
     word, position = encoder.table(f"{name}.word_embeddings"), encoder.table(f"{name}.position_embeddings")
     type_ = encoder.table(f"{name}.token_type_embeddings") if family.typed else None
-    if types is None and type_ is not None:  # all tokens are of the first type
-        position, type_ = position + type_[0], None
     places = made(rewriting, f"{name}.position_embeddings", "Gather").inputs[1] if family.counted else None
     tables = {"word": word, "position": position, "type": type_}
     if int8_words:
@@ -106,7 +104,7 @@ def embed(rewriting: Rewriting, encoder: Encoder, int8_words: bool, step: float 
         rewriting,
         "EmbedInt8" if int8_words else "Embed",
         name,
-        [ids, types if type_ is not None else None, places, *stored],
+        [ids, types if type_ is not None else None, places, *stored],  # without types, all tokens are of the first
         {"epsilon": norm.epsilon},
         shape=[*shape_of(ids), word.shape[1]],
         floats=True,
@@ -121,12 +119,12 @@ def add_layer(rewriting: Rewriting, encoder: Encoder, number: int, stream: Strea
     project, widen, narrow = (f"{layer}.{part}" for part in (family.project, family.widen, family.narrow))
     context = attend(rewriting, encoder, layer, stream, encoder.step(f"{project}:input"))
     norms = [encoder.norm(f"{layer}.{norm}") for norm in (family.first_norm, family.second_norm)]
-    added = add_linear(rewriting, encoder.product([project]), project, context, stream.floats,
+    added = add_linear(rewriting, encoder.product(project), project, context, stream.floats,
                        norm=norms[0], step=encoder.step(f"{widen}:input"))  # fmt: skip
-    wide = add_linear(rewriting, encoder.product([widen]), widen, added.bytes, floats=False,
+    wide = add_linear(rewriting, encoder.product(widen), widen, added.bytes, floats=False,
                       activation=encoder.activation, step=encoder.step(f"{narrow}:input"))  # fmt: skip
     steps = [encoder.step(f"{name}.{family.query}:input") for name in following]
-    return add_linear(rewriting, encoder.product([narrow]), narrow, wide.bytes, added.floats,
+    return add_linear(rewriting, encoder.product(narrow), narrow, wide.bytes, added.floats,
                       norm=norms[1], step=next(iter(steps), None))  # fmt: skip
 
 
@@ -135,15 +133,17 @@ def attend(rewriting: Rewriting, encoder: Encoder, layer: str, stream: Stream, s
     family, name = encoder.family, f"{layer}.{encoder.family.attention}"
     parts = [f"{layer}.{part}" for part in (family.query, family.key, family.value)]
     sites = [f"{name}:{role}" for role in ("query", "key", "value")]
-    fused = encoder.product(parts, sites)
-    qkv = add_linear(rewriting, fused, f"{name}.qkv", stream.bytes, floats=False, step=1.0).bytes
-    assert qkv is not None
+    query, key, value = steps = [encoder.step(site) for site in sites]
+    fused = encoder.product(*parts)
     width = len(fused.scale) // 3
-    query, key, value = (encoder.step(site) for site in sites)
+    qkv = add_linear(rewriting, fused, f"{name}.qkv", stream.bytes, floats=False,
+                     step=np.repeat(np.array(steps, np.float32), width)).bytes  # fmt: skip
+    assert qkv is not None
     attributes = {
         "heads": encoder.heads,
         "score_scale": query * key * (width // encoder.heads) ** -0.5,
-        "out_scale": value / step,
+        "value_scale": value,
+        "y_scale": step,
     }
     mask = graph_input(rewriting, "attention_mask")
     shape = [*shape_of(qkv)[:-1], width]
@@ -160,25 +160,32 @@ def add_linear(
     norm: Norm | None = None,
     activation: str = "none",
     floats: bool = True,
-    step: float | None = None,
+    step: float | Array | None = None,
 ) -> Stream:
     """A `Linear` node with what follows it.
 
     Args:
         name: of the module, which its node and weights are named after.
         floats: whether the residual stream goes on from here.
-        step: of the bytes it puts out; None for none.
+        step: of the bytes it puts out, or the steps of all channels; None for no bytes.
     """
     weight, scale, bias = product
     parts = {"values": weight.values, "positions": weight.positions, "scale": scale, "bias": bias}
     attributes: dict[str, int | float | str] = {"activation": activation}
+    steps = {"steps": None if step is None or isinstance(step, float) else step}
     if norm is not None:
         attributes["epsilon"] = norm.epsilon
     return add_stream(
         rewriting,
         "Linear",
         name,
-        [x, *constants(rewriting, name, parts), residual, *norm_constants(rewriting, f"{name}.norm", norm)],
+        [
+            x,
+            *constants(rewriting, name, parts),
+            residual,
+            *norm_constants(rewriting, f"{name}.norm", norm),
+            *constants(rewriting, name, steps),
+        ],
         attributes,
         [*shape_of(x)[:-1], len(scale)],
         floats=floats,
@@ -194,7 +201,7 @@ def replace_outer_linear(rewriting: Rewriting, encoder: Encoder, name: str) -> N
         followers = [use.node for use in output.uses() if use.node.op_type == "Add" and module(use.node) == name]
         output = followers[0].outputs[0] if followers else output
         bytes_ = quantize(rewriting, x, encoder.step(f"{name}:input"), name)
-        floats = add_linear(rewriting, encoder.product([name]), name, bytes_).floats
+        floats = add_linear(rewriting, encoder.product(name), name, bytes_).floats
         assert floats is not None
         output.replace_all_uses_with(floats, replace_graph_outputs=True)
 
@@ -233,10 +240,10 @@ def add_stream(
     shape: Sequence[Size],
     *,
     floats: bool,
-    step: float | None,
+    step: float | Array | None,
 ) -> Stream:
     """A node that puts out floats, bytes of a step, or both."""
-    steps = {} if step is None else {"y_scale": step}
+    steps = {"y_scale": step} if isinstance(step, float) else {}
     wanted = {FLOAT: floats, UINT8: step is not None}
     made_floats, made_bytes = add_node(rewriting, op, name, inputs, {**attributes, **steps}, shape, wanted)
     return Stream(made_floats if floats else None, made_bytes if step is not None else None)

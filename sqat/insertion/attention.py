@@ -4,7 +4,8 @@ The arithmetic is that of eager attention; transformers calls it through its att
 in `sqat.models`), so no model code is copied. A module without a tap runs it unchanged.
 
 `byte_attention` is that of profile `cpu`, whose kernels keep the weight of a key as a byte: round(255 exp(s - max)),
-0 where masked. The products' sum is divided by that of the bytes, so these need neither a scale nor a tap.
+0 where masked. The products' sum is divided by that of the bytes, so these need neither a scale nor a tap. In eval mode
+it is the kernels' own, bit for bit (`sqat.insertion.kernels`).
 
 Shapes: B batch, h heads, T queries, S keys, d head width.
 """
@@ -16,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sqat.insertion.kernels import ATTENTION_STEP, LARGEST_BYTE, attend_as_served
 from sqat.insertion.taps import ATTENTION_TAP
 from sqat.quantization.fake_quant import round_through
-
-LARGEST_BYTE = 255
 
 
 def tapped_attention(
@@ -59,6 +59,9 @@ def byte_attention(
 ) -> tuple[Tensor, Tensor]:
     """Do as `tapped_attention` with softmax in bytes; a query without any key gets zeros."""
     query, key, value = operands(getattr(module, ATTENTION_TAP, None), query, key, value)
+    step = getattr(module, ATTENTION_STEP, None)
+    if step is not None and not module.training:
+        return attend_as_served(query, key, value, attention_mask, scaling_of(query, scaling), step)
     bytes_ = byte_weights(scores_of(query, key, attention_mask, scaling), attention_mask)
     total = bytes_.sum(-1, keepdim=True).clamp(min=1)
     dropped = nn.functional.dropout(bytes_, p=dropout, training=module.training).to(value.dtype)
@@ -76,8 +79,13 @@ def operands(tap: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tenso
 
 def scores_of(query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float | None) -> Tensor:
     """Scores [B,h,T,S], those of masked keys far below all others."""
-    scores = torch.matmul(query, key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling_of(query, scaling)
     return scores if attention_mask is None else scores + attention_mask
+
+
+def scaling_of(query: Tensor, scaling: float | None) -> float:
+    """What scores are multiplied by; 1 / sqrt(d) unless the model says otherwise."""
+    return float(query.shape[-1] ** -0.5) if scaling is None else scaling
 
 
 def byte_weights(scores: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sqat.insertion.activation import tap_activations
+from sqat.insertion.kernels import serve_as_kernels
 from sqat.insertion.sites import role
 from sqat.insertion.taps import Tap, Taps, tap_adds, tap_attention, tap_linears
 from sqat.quantization.fake_quant import (
@@ -35,7 +36,7 @@ class Quantizers(nn.Module):
         amax: leader site -> positive 0-d bound.
         leaders: site -> leader site.
         learned: bounds are parameters with the LSQ gradient instead of constants.
-        kernels: compute as those of target cpu-sparse do: integers from -127, their own GELU.
+        kernels: compute as those of target cpu-sparse do: integers from -127, and in eval mode the same bits.
     """
 
     def __init__(
@@ -73,6 +74,11 @@ class Quantizers(nn.Module):
         """Drop the remembered tensors; runs after every forward pass of the model."""
         self.last.clear()
 
+    def step(self, site: str) -> Tensor:
+        """The distance of a site's quantized values, 0-d."""
+        leader = self.leaders[site]
+        return within_reach(leader, self.bounds[self.index[leader]].detach().clamp(min=SMALLEST_AMAX)) / HIGH
+
     def amax(self) -> dict[str, Tensor]:
         """Current bound of every leader, on the CPU."""
         bounds = zip(self.index, self.bounds, strict=True)
@@ -99,6 +105,7 @@ def insert_quantizers_(model: nn.Module, quantizers: Quantizers, blocks: list[st
     taps = tap_sites(model, quantizers, list(quantizers.leaders), blocks)
     if quantizers.kernels:
         tap_activations(model, blocks, taps)
+        serve_as_kernels(model, quantizers.leaders, quantizers.step, blocks, taps)
     return Insertion(quantizers, taps, model.register_forward_hook(quantizers.forget, always_call=True))
 
 

@@ -36,14 +36,19 @@ class Taps:
 
     def __init__(self) -> None:
         self.handles: list[RemovableHandle] = []
-        self.attention: list[nn.Module] = []
+        self.attributes: list[tuple[nn.Module, str]] = []
+
+    def put(self, module: nn.Module, name: str, value: Any) -> None:
+        """Give a module an attribute until the taps are removed."""
+        setattr(module, name, value)
+        self.attributes.append((module, name))
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
-        for module in self.attention:
-            delattr(module, ATTENTION_TAP)
-        self.handles, self.attention = [], []
+        for module, name in self.attributes:
+            delattr(module, name)
+        self.handles, self.attributes = [], []
 
 
 def tap_linears(
@@ -78,8 +83,7 @@ def tap_attention(model: nn.Module, tap: Tap, modules: Iterable[str], taps: Taps
     taps = taps or Taps()
     for name in modules:
         module = model.get_submodule(name)
-        setattr(module, ATTENTION_TAP, partial(tap_operand, tap, name))
-        taps.attention.append(module)
+        taps.put(module, ATTENTION_TAP, partial(tap_operand, tap, name))
     return taps
 
 

@@ -38,7 +38,6 @@ from sqat.quantization.fake_quant import quantize_weight
 from sqat.recipe import FLOAT_OUTPUTS, ExportConfig
 
 HALF_BITS = 2.0**-11
-KERNEL_BITS = 1e-6  # error of the kernels' exp, the coarsest of what they do and the torch model does in its own way
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def write_cpu_sparse(source: Source, folder: Path) -> Written:
         raise GateError(f"{path.name} is no valid ONNX: {faults[0]}", "please report it with the recipe")
     word = f"{encoder.base}embeddings.word_embeddings.weight"
     tables = {word: stored_tables(source.graph, "int8")[word]} if form == "int8" else {}
-    return Written(replace(checkpoint, weights={**checkpoint.weights, **tables}), KERNEL_BITS)
+    return Written(replace(checkpoint, weights={**checkpoint.weights, **tables}))
 
 
 def encoder_of(checkpoint: Checkpoint, model: nn.Module) -> Encoder:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from sqat import runtime
 from sqat.checkpoint import Checkpoint, LayerRecord, Manifest, SiteRecord
@@ -97,6 +98,14 @@ def by_torch(checkpoint: Checkpoint, inputs: Inputs) -> Array:
     with served_model(checkpoint) as (model, _), torch.no_grad():
         logits: Array = model.eval()(**inputs).logits.numpy()
     return logits
+
+
+def states_by_torch(checkpoint: Checkpoint, inputs: Inputs) -> Array:
+    """What the last layer of the fake-quantized model puts out."""
+    with served_model(checkpoint) as (model, _), torch.no_grad():
+        assert isinstance(model, PreTrainedModel)
+        states: Array = model.eval().base_model(**inputs).last_hidden_state.numpy()
+    return states
 
 
 def by_oracle(file: Path, inputs: Inputs) -> list[Array]:

@@ -43,7 +43,7 @@ def unpack(values: Array, positions: Array | None, outputs: int, inputs: int) ->
     return weight[:outputs, :inputs]
 
 
-def to_bytes(y: Array, scale: float) -> Array:
+def to_bytes(y: Array, scale: float | Array) -> Array:
     """Floats as bytes around 128, never 0."""
     return (np.clip(np.rint(y.astype(F32) * (F32(1) / F32(scale))), -127, 127) + 128).astype(np.uint8)
 
@@ -90,6 +90,7 @@ class Linear(OpRun):
 
     def _run(self, x: Array, values: Array, positions: Array | None, scale: Array, bias: Array,
              residual: Array | None = None, gamma: Array | None = None, beta: Array | None = None,
+             steps: Array | None = None,
              activation: str = "none", y_scale: float = 1.0, epsilon: float = 1e-12) -> tuple[Array, ...]:  # fmt: skip
         assert x.dtype == np.uint8
         assert x.min(initial=1) >= 1
@@ -98,14 +99,14 @@ class Linear(OpRun):
         y = activated(total.astype(F32) * scale + bias, activation)
         y = y if residual is None else y + residual
         y = y if gamma is None else normed(y, gamma, beta, epsilon)
-        return (y, to_bytes(y, y_scale))[: len(self.onnx_node.output)]
+        return (y, to_bytes(y, y_scale if steps is None else steps))[: len(self.onnx_node.output)]
 
 
 class Attention(OpRun):
     op_domain = "sqat"
 
     def _run(
-        self, qkv: Array, mask: Array, heads: int, score_scale: float, out_scale: float, **_: Any
+        self, qkv: Array, mask: Array, heads: int, score_scale: float, value_scale: float, y_scale: float, **_: Any
     ) -> tuple[Array]:  # the evaluator adds the attributes of ONNX's own Attention
         batch, length, width = qkv.shape
         parts = (qkv.astype(np.int64) - 128).reshape(batch, length, 3, heads, width // 3 // heads)
@@ -118,7 +119,7 @@ class Attention(OpRun):
             scores = (query @ key.T).astype(F32) * F32(score_scale)
             weights = np.rint(255 * np.exp(scores - scores.max(-1, keepdims=True), dtype=F32)).astype(np.int64)
             out[row, :, head] = (weights @ value) / weights.sum(-1, keepdims=True)
-        return (to_bytes(out * out_scale, 1.0).reshape(batch, length, -1),)
+        return (to_bytes(out * value_scale, y_scale).reshape(batch, length, -1),)
 
 
 class Embed(OpRun):
@@ -127,7 +128,7 @@ class Embed(OpRun):
     def _run(self, ids: Array, types: Array | None, places: Array | None, word: Array, position: Array,
              type_: Array | None, gamma: Array, beta: Array, y_scale: float = 1.0,
              epsilon: float = 1e-12) -> tuple[Array, ...]:  # fmt: skip
-        return embedded(self, word[ids], types, places, position, type_, gamma, beta, y_scale, epsilon)
+        return embedded(self, word[ids], ids, types, places, position, type_, gamma, beta, y_scale, epsilon)
 
 
 class EmbedInt8(OpRun):
@@ -138,13 +139,14 @@ class EmbedInt8(OpRun):
              epsilon: float = 1e-12) -> tuple[Array, ...]:  # fmt: skip
         assert word.dtype == np.int8
         words = word[ids].astype(F32) * word_scale[ids][..., None]
-        return embedded(self, words, types, places, position, type_, gamma, beta, y_scale, epsilon)
+        return embedded(self, words, ids, types, places, position, type_, gamma, beta, y_scale, epsilon)
 
 
-def embedded(op: OpRun, words: Array, types: Array | None, places: Array | None, position: Array, type_: Array | None,
-             gamma: Array, beta: Array, y_scale: float, epsilon: float) -> tuple[Array, ...]:  # fmt: skip
+def embedded(op: OpRun, words: Array, ids: Array, types: Array | None, places: Array | None, position: Array,
+             type_: Array | None, gamma: Array, beta: Array, y_scale: float,
+             epsilon: float) -> tuple[Array, ...]:  # fmt: skip
     x = words + (position[: words.shape[1]] if places is None else position[places])
-    x = x if type_ is None else x + type_[types]
+    x = x if type_ is None else x + type_[np.zeros_like(ids) if types is None else types]
     y = normed(x, gamma, beta, epsilon)
     return (y, to_bytes(y, y_scale))[: len(op.onnx_node.output)]
 

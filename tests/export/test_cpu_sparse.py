@@ -24,7 +24,18 @@ from sqat.export.runtime import operator_counts
 from sqat.recipe import Layers
 from tests.conftest import BASE
 from tests.engine.encoder import encoder
-from tests.export.cpu_models import ENGINES, Inputs, by_torch, calibrated, close, exported, texts, with_states
+from tests.export.cpu_models import (
+    ENGINES,
+    Inputs,
+    by_kernels,
+    by_torch,
+    calibrated,
+    close,
+    exported,
+    states_by_torch,
+    texts,
+    with_states,
+)
 from tests.export.cpu_oracle import unpack
 
 pytestmark = pytest.mark.pipeline
@@ -82,6 +93,16 @@ def test_the_file_computes_what_was_trained(family: str, engine: str, made: Maki
     assert close(wanted, got)
     longer = texts((16, 1, 4), typed=family == "bert", seed=7)
     assert close(by_torch(checkpoint, longer), ENGINES[engine](file, longer)[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_kernels_compute_the_bits_of_the_trained_model(family: str, made: Making) -> None:
+    checkpoint, _, file, *_ = made(family)
+    for seed, lengths in ((3, LENGTHS), (4, (16,)), (5, (1, 16, 2))):
+        inputs = texts(lengths, typed=family == "bert", seed=seed)
+        _, states = by_kernels(with_states(file), inputs)
+        real = inputs["attention_mask"].bool().numpy()
+        assert np.array_equal(states[real], states_by_torch(checkpoint, inputs)[real])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -31,10 +31,13 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "activation": ("swish", "", "gelu" * 1000, 3),
     "y_scale": SCALES,
     "score_scale": SCALES,
-    "out_scale": SCALES,
+    "value_scale": SCALES,
     "epsilon": SCALES,
 }
-ATTRIBUTES = {"Linear": ("activation", "y_scale", "epsilon"), "Attention": ("heads", "score_scale", "out_scale")}
+ATTRIBUTES = {
+    "Linear": ("activation", "y_scale", "epsilon"),
+    "Attention": ("heads", "score_scale", "value_scale", "y_scale"),
+}
 OF_EMBEDDINGS = ("y_scale", "epsilon")
 
 
@@ -46,7 +49,10 @@ def random_node(rng: np.random.Generator) -> Node:
         activation = str(rng.choice(["none", "gelu", "gelu_tanh", "relu"]))
         inputs = (*shape[:-1], max(1, shape[-1]))
         seed = int(rng.integers(2**31))
-        linear = random_linear(seed, inputs, channels, rng.random() < 0.7, rng.random() < 0.5, activation=activation)
+        norm = rng.random() < 0.5
+        linear = random_linear(seed, inputs, channels, rng.random() < 0.7, norm, activation=activation)
+        if not norm and rng.random() < 0.5:
+            linear = replace(linear, steps=rng.random(channels).astype(np.float32) + np.float32(0.01))
         return linear.node(str(rng.choice(["Y", "Q", "YQ"])))
     if kind == 1:
         texts, tokens, heads, width = (int(n) for n in rng.integers((0, 0, 1, 1), 30))

@@ -137,7 +137,7 @@ def sparse_weight(rng: np.random.Generator, channels: int, inputs: int) -> NDArr
     return weight
 
 
-LINEAR = ("X", "values", "positions", "scale", "bias", "residual", "gamma", "beta")
+LINEAR = ("X", "values", "positions", "scale", "bias", "residual", "gamma", "beta", "steps")
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,7 @@ class Linear:
     residual: NDArray[np.float32] | None = None
     gamma: NDArray[np.float32] | None = None
     beta: NDArray[np.float32] | None = None
+    steps: NDArray[np.float32] | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -163,7 +164,7 @@ class Linear:
     def node(self, outputs: str = "YQ") -> Node:
         values, positions = pack_sparse(self.weight) if self.sparse else (pack_dense(self.weight), None)
         constants = {"values": values, "positions": positions, "scale": self.scale, "bias": self.bias}
-        constants |= {"gamma": self.gamma, "beta": self.beta}
+        constants |= {"gamma": self.gamma, "beta": self.beta, "steps": self.steps}
         names = {"Y" if "Y" in outputs else "": TensorProto.FLOAT}
         if "Q" in outputs:
             names["Q"] = TensorProto.UINT8
@@ -186,18 +187,22 @@ def random_linear(
     vectors = [rng.normal(size=channels).astype(np.float32) for _ in range(3)]
     residual = rng.normal(size=(*shape[:-1], channels)).astype(np.float32) if norm else None
     gamma, beta = (vectors[1] + 1, vectors[2]) if norm else (None, None)
-    return Linear(x, weight, scale, vectors[0], sparse, residual, gamma, beta, attributes)
+    return Linear(x, weight, scale, vectors[0], sparse, residual, gamma, beta, attributes=attributes)
 
 
-def quantize(y: NDArray[Any], scale: float = 1.0) -> NDArray[np.uint8]:
+def quantize(y: NDArray[Any], scale: float | NDArray[np.float32] = 1.0) -> NDArray[np.uint8]:
     inverse = np.float32(1) / np.float32(scale)
     return (np.rint(np.clip(y.astype(np.float32) * inverse, -127, 127)) + 128).astype(np.uint8)
 
 
 def attention(
-    qkv: NDArray[np.uint8], mask: NDArray[np.int64], heads: int, score_scale: float, out_scale: float
+    qkv: NDArray[np.uint8], mask: NDArray[np.int64], heads: int, score_scale: float, scale: float
 ) -> NDArray[np.float64]:
-    """Attention in float64 from the same integers, before it is quantized: the error of P's rounding is in it."""
+    """Attention in float64 from the same integers, before it is quantized: the error of P's rounding is in it.
+
+    Args:
+        scale: step of the values over that of what comes out.
+    """
     texts, tokens, three = qkv.shape
     width = three // 3 // heads
     q, k, v = (qkv.astype(np.float64) - 128).reshape(texts, tokens, 3, heads, width).transpose(2, 0, 3, 1, 4)
@@ -207,5 +212,5 @@ def attention(
     out = np.zeros((texts, heads, tokens, width))
     powers = np.exp(scores[kept] - scores[kept].max(-1, keepdims=True))
     p = np.rint(255 * powers)
-    out[kept] = p @ v[kept] / p.sum(-1, keepdims=True) * out_scale
+    out[kept] = p @ v[kept] / p.sum(-1, keepdims=True) * scale
     return out.transpose(0, 2, 1, 3).reshape(texts, tokens, three // 3)

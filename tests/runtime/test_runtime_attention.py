@@ -15,11 +15,12 @@ from tests.runtime.nodes import Node, attention, available, needs_library
 
 pytestmark = needs_library
 SETS = available()
-SCORE, OUT = 2.5e-4, 0.8
+SCORE, VALUE, STEP = 2.5e-4, 0.02, 0.025
+OUT = VALUE / STEP
 
 
 def node(qkv: NDArray[np.uint8], mask: NDArray[np.int64], heads: int, **attributes: Any) -> Node:
-    given = {"heads": heads, "score_scale": SCORE, "out_scale": OUT, **attributes}
+    given = {"heads": heads, "score_scale": SCORE, "value_scale": VALUE, "y_scale": STEP, **attributes}
     return Node("Attention", {"QKV": qkv, "mask": mask}, {}, ("QKV", "mask"), {"out": TensorProto.UINT8}, given)
 
 
@@ -85,7 +86,7 @@ def test_a_text_without_keys_is_zero(isa: str) -> None:
 def test_one_key_is_its_value(isa: str) -> None:
     qkv, mask = random_text(3, 1, 9, 1, 16, 0.0)
     mask[0, 4] = 7  # anything but 0 keeps a key
-    out = node(qkv, mask, 1, out_scale=1.0).run(isa)[0]
+    out = node(qkv, mask, 1, y_scale=VALUE).run(isa)[0]
     np.testing.assert_array_equal(out[0], np.broadcast_to(qkv[0, 4, 32:], (9, 16)))
 
 
@@ -94,7 +95,7 @@ def test_equal_scores_give_the_mean(isa: str) -> None:
     qkv, mask = random_text(4, 1, 40, 1, 32, 1.0)
     qkv[:, :, :32] = 128
     mean = (qkv[0, :, 64:].astype(float) - 128).mean(0)
-    out = node(qkv, mask, 1, out_scale=1.0).run(isa)[0]
+    out = node(qkv, mask, 1, y_scale=VALUE).run(isa)[0]
     np.testing.assert_array_equal(out[0], np.broadcast_to(np.rint(mean) + 128, (40, 32)))
 
 

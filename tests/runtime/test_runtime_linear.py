@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -31,6 +33,16 @@ def test_products_are_exact(
     y, q = linear.node().run(isa, threads)
     np.testing.assert_array_equal(y, linear.y)
     np.testing.assert_array_equal(q, quantize(linear.y, 0.05))
+
+
+@pytest.mark.parametrize("channels", [5, 40])
+@pytest.mark.parametrize("isa", SETS)
+def test_a_step_for_each_channel(isa: str, channels: int) -> None:
+    steps = np.linspace(0.01, 0.4, channels, dtype=np.float32)
+    linear = replace(random_linear(7, (70, 48), channels, activation="relu"), steps=steps)
+    y, q = linear.node().run(isa)
+    np.testing.assert_array_equal(q, quantize(y, steps))
+    assert len(np.unique(q.max(0))) > 3, "channels differ"
 
 
 @pytest.mark.parametrize("isa", SETS)

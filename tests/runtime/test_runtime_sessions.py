@@ -219,6 +219,7 @@ def test_another_onnx_runtime_is_refused_and_sessions_go_on(newest: int, problem
 
 
 LINEAR = random_linear(5, (4, 40), 24, norm=True, y_scale=0.1)
+STEPPED = replace(random_linear(5, (4, 40), 24), steps=np.full(24, 0.1, np.float32))
 
 
 @needs_library
@@ -241,6 +242,9 @@ LINEAR = random_linear(5, (4, 40), 24, norm=True, y_scale=0.1)
         ({"gamma": None}, "gamma is missing, LayerNorm needs gamma and beta"),
         ({"beta": None}, "beta is missing, LayerNorm needs gamma and beta"),
         ({"gamma": np.zeros(25, np.float32)}, r"gamma has shape \[25\], expected \[24\]"),
+        ({"steps": np.ones(24, np.float32)}, "steps are given beside a LayerNorm"),
+        ({"steps": np.ones(25, np.float32), "gamma": None, "beta": None}, r"steps has shape \[25\], expected \[24\]"),
+        ({"steps": np.zeros(24, np.float32), "gamma": None, "beta": None}, "steps is 0.0+, expected a positive"),
     ],
 )
 def test_malformed_weights(change: dict[str, Any], problem: str) -> None:
@@ -284,13 +288,32 @@ def test_inputs_that_do_not_fit(change: dict[str, Any], problem: str) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("where", ["values", "scale", "gamma"])
-def test_weights_that_are_fed(where: str) -> None:
-    node = LINEAR.node()
-    constants = {name: value for name, value in node.constants.items() if name != where}
-    model = replace(node, constants=constants, fed={**node.fed, where: node.constants[where]})
-    with pytest.raises(Exception, match="is missing"):
+@pytest.mark.parametrize(
+    ("fed", "problem"),
+    [
+        (("values",), "is missing"),
+        (("scale",), "is missing"),
+        (("gamma",), "is missing"),
+        (("gamma", "beta"), "gamma is computed, expected an initializer"),
+        (("steps",), "steps is computed, expected an initializer"),
+        (("positions",), "values is for 24 inputs, expected a multiple of 16"),
+    ],
+)
+def test_weights_that_are_fed(fed: tuple[str, ...], problem: str) -> None:
+    linear = LINEAR if fed != ("steps",) else STEPPED
+    node = linear.node()
+    constants = {name: value for name, value in node.constants.items() if name not in fed}
+    model = replace(node, constants=constants, fed={**node.fed, **{name: node.constants[name] for name in fed}})
+    with pytest.raises(Exception, match=problem):
         model.run()
+
+
+@needs_library
+def test_a_residual_beside_steps_of_each_channel() -> None:
+    node = STEPPED.node()
+    residual = np.zeros((4, 24), np.float32)
+    with pytest.raises(Exception, match="residual is given beside steps of each channel"):
+        replace(node, fed={**node.fed, "residual": residual}).run()
 
 
 @needs_library
@@ -299,7 +322,8 @@ def test_weights_that_are_fed(where: str) -> None:
     [
         ({"heads": 0}, (1, 4, 48), (1, 4), "heads is 0, expected 1 or more"),
         ({"score_scale": 0.0}, (1, 4, 48), (1, 4), "score_scale is 0.0+, expected a positive"),
-        ({"out_scale": float("inf")}, (1, 4, 48), (1, 4), "out_scale is inf, expected"),
+        ({"value_scale": float("inf")}, (1, 4, 48), (1, 4), "value_scale is inf, expected"),
+        ({"y_scale": 0.0}, (1, 4, 48), (1, 4), "y_scale is 0.0+, expected"),
         ({"heads": 5}, (1, 4, 48), (1, 4), r"QKV has shape \[1,4,48\], expected .* 5 heads"),
         ({"heads": 6148914691236517205}, (1, 4, 48), (1, 4), r"QKV has shape \[1,4,48\], expected"),
         ({}, (1, 65537, 6), (1, 65537), r"QKV has shape \[1,65537,6\], expected up to 65536 tokens"),

@@ -152,7 +152,7 @@ class Attention : public Kernel {
 
   const Engine& engine_;
   size_t heads_;
-  float score_scale_, out_scale_;
+  float score_scale_, value_scale_, inverse_;
 };
 
 Attention::Attention(const Engine& engine, const Node& node) : engine_(engine) {
@@ -160,9 +160,10 @@ Attention::Attention(const Engine& engine, const Node& node) : engine_(engine) {
   if (heads < 1) refuse(kInvalidGraph, node.place("heads"), "is " + std::to_string(heads) + ", expected 1 or more");
   heads_ = static_cast<size_t>(heads);
   score_scale_ = node.number("score_scale", 0.0f);
-  out_scale_ = node.number("out_scale", 0.0f);
+  value_scale_ = node.number("value_scale", 0.0f);
   inverse_of(score_scale_, node.place("score_scale"));
-  inverse_of(out_scale_, node.place("out_scale"));
+  inverse_of(value_scale_, node.place("value_scale"));
+  inverse_ = inverse_of(node.number("y_scale", 1.0f), node.place("y_scale"));
 }
 
 void Attention::attend(const Head& head, Workspace& work) const {
@@ -198,7 +199,7 @@ void Attention::attend_queries(const Head& head, size_t first, size_t count, Wor
   for (size_t row = 0; row < count; ++row) {
     uint8_t* out = head.out + (first + row) * head.out_stride;
     for (size_t column = 0; column < head.width; column += kTile) {
-      engine_.epilogues->context(products + row * padded + column, sums[row], out_scale_,
+      engine_.epilogues->context(products + row * padded + column, sums[row], value_scale_, inverse_,
                                  std::min(kTile, head.width - column), out + column);
     }
   }

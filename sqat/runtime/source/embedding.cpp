@@ -1,4 +1,4 @@
-// sqat.Embed and sqat.EmbedInt8: word + position (+ type) embeddings and their LayerNorm, out as f32 and u8.
+// sqat.Embed and sqat.EmbedInt8: word (+ type) + position embeddings and their LayerNorm, out as f32 and u8.
 //
 // Words are f32 or int8 with a scale for each row. Numbers of words, places and types are checked before anything is
 // read: they come from the caller.

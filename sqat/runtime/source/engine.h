@@ -61,8 +61,8 @@ enum class Activation { kNone, kGelu, kGeluTanh, kRelu };
 struct Dequantize {
   const float* scale;  // 16 of each
   const float* bias;
+  const float* inverse;  // 1 / step of q
   Activation activation;
-  float inverse;    // 1 / y_scale
   size_t channels;  // of the 16 that exist
   float* y;
   size_t y_stride;
@@ -98,8 +98,8 @@ struct Epilogues {
   void (*embed_row)(const EmbedRow& from, size_t channels, float* row);
   // P = round(255 exp(s - max s)) with s = score * scale, for `keys` scores and 0 up to `padded`; returns the sum of P.
   int32_t (*softmax)(const int32_t* scores, size_t keys, size_t padded, float scale, uint8_t* p);
-  // u8 of product / sum * scale, 16 channels of which `channels` exist.
-  void (*context)(const int32_t* product, int32_t sum, float scale, size_t channels, uint8_t* q);
+  // u8 of product / sum * scale * inverse, 16 channels of which `channels` exist.
+  void (*context)(const int32_t* product, int32_t sum, float scale, float inverse, size_t channels, uint8_t* q);
 };
 
 struct Engine {

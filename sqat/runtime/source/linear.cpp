@@ -1,11 +1,13 @@
 // sqat.Linear: an exact int8 product and all that follows it up to the next product.
 //
-// y = acc * scale + bias, activation, then optionally + residual and LayerNorm; out as f32 (Y), as u8 (Q) or both.
+// y = acc * scale + bias, activation, then optionally + residual and LayerNorm; out as f32 (Y), as u8 (Q) or both. The
+// step of Q is one of all channels (y_scale) or, where no whole row is needed, one of each (steps).
 // Work is shared as blocks of rows times runs of channel tiles. A block keeps its rows, prepared once, in the
 // second-level cache; where one task has all channels of its rows it also finishes them, else a second round over the
 // rows does.
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "blocks.h"
 #include "dispatch.h"
@@ -91,19 +93,22 @@ class Linear : public Kernel {
     uint8_t* q;
   };
 
+  void read_steps(const Node& node);
   void read_weights(const Node& node);
   void expand();
   void sum_weights();
   void multiply_block(const Buffers& buffers, const Split& split, size_t block, size_t run) const;
   void finish_rows(const Buffers& buffers, size_t first, size_t end) const;
+  void refuse_computed(const Call& call) const;
 
   const Engine& engine_;
   Weights weights_{};
   std::vector<int8_t> expanded_;
   size_t channels_ = 0;
-  std::vector<float> scale_, bias_;
+  std::vector<float> scale_, bias_, inverses_;
   std::vector<int32_t> offsets_;
   Activation activation_;
+  bool sparse_ = false, each_its_own_ = false;  // positions, steps of each channel are given
   float inverse_, epsilon_;
   Tensor gamma_, beta_;
 };
@@ -130,9 +135,20 @@ Linear::Linear(const Engine& engine, const Node& node)
     refuse(kInvalidGraph, node.place("epsilon"), "is no small number");
   scale_ = padded_copy(scale, round_up(channels_, kTile));
   bias_ = padded_copy(bias, round_up(channels_, kTile));
+  read_steps(node);
   read_weights(node);
   if (weights_.positions && !keep_sparse(engine)) expand();
   if (engine_.gemm(weights_).needs_offsets) sum_weights();
+}
+
+void Linear::read_steps(const Node& node) {
+  inverses_.assign(scale_.size(), inverse_);
+  Tensor steps = node.constant(8, "steps", kFloat);
+  if (!steps) return;
+  require_shape(steps, {static_cast<int64_t>(channels_)}, kInvalidGraph);
+  if (gamma_) refuse(kInvalidGraph, steps.name, "are given beside a LayerNorm, whose rows have one step: y_scale");
+  for (size_t i = 0; i < channels_; ++i) inverses_[i] = inverse_of(steps.as<float>()[i], steps.name);
+  each_its_own_ = true;
 }
 
 void Linear::read_weights(const Node& node) {
@@ -154,6 +170,7 @@ void Linear::read_weights(const Node& node) {
                   kInvalidGraph);
     check_positions(values, positions, padded);
   }
+  sparse_ = static_cast<bool>(positions);
   weights_ = {values.as<int8_t>(), positions ? positions.as<uint8_t>() : nullptr, padded};
 }
 
@@ -195,8 +212,8 @@ void Linear::multiply_block(const Buffers& buffers, const Split& split, size_t b
       const size_t channel = (tile + i) * kTile, at = first * channels_ + channel;
       engine_.epilogues->dequantize(
           products + i * kTile, tiles * kTile, rows,
-          {scale_.data() + channel, bias_.data() + channel, activation_, inverse_, std::min(kTile, channels_ - channel),
-           buffers.rows_f32 ? buffers.rows_f32 + at : nullptr, channels_, buffers.q ? buffers.q + at : nullptr,
+          {scale_.data() + channel, bias_.data() + channel, inverses_.data() + channel, activation_,
+           std::min(kTile, channels_ - channel), buffers.rows_f32 ? buffers.rows_f32 + at : nullptr, channels_, buffers.q ? buffers.q + at : nullptr,
            channels_});
     }
   };
@@ -213,6 +230,15 @@ void Linear::finish_rows(const Buffers& buffers, size_t first, size_t end) const
   }
 }
 
+// What is read once, when the kernel is made, must have been there: a computed one would be ignored.
+void Linear::refuse_computed(const Call& call) const {
+  const std::pair<size_t, bool> optional[] = {{2, sparse_}, {6, static_cast<bool>(gamma_)}, {8, each_its_own_}};
+  for (const auto& [index, known] : optional) {
+    Tensor given = call.input(index, index == 2 ? "positions" : index == 6 ? "gamma" : "steps");
+    if (given && !known) refuse(kInvalidGraph, given.name, "is computed, expected an initializer");
+  }
+}
+
 void Linear::compute(KernelContext* context) {
   Call call(context, "Linear");
   Tensor x = call.input(0, "X"), residual = call.input(5, "residual");
@@ -225,6 +251,8 @@ void Linear::compute(KernelContext* context) {
   Shape shape = x.shape;
   shape.back() = static_cast<int64_t>(channels_);
   if (residual) require_shape(residual, shape, kInvalidArgument);
+  if (residual && each_its_own_) refuse(kInvalidArgument, residual.name, "is given beside steps of each channel");
+  refuse_computed(call);
   Tensor y = call.output(0, shape), q = call.output(1, shape);
   const size_t rows = product(shape) / channels_;
   if (rows == 0 || (!y && !q)) return;

@@ -13,7 +13,8 @@ namespace {
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
 
 // Steps to the low byte of each lane: q + 128.
-SQAT_INLINE Integers quantize(const Floats& x, float inverse) {
+template <typename Inverse>  // one, or one for every lane
+SQAT_INLINE Integers quantize(const Floats& x, const Inverse& inverse) {
   return bits(clamp(x * inverse, -127.0f, 127.0f) + (kRound + 128.0f));
 }
 
@@ -43,11 +44,11 @@ SQAT_INLINE Floats activate(const Floats& x) {
 template <Activation kActivation, typename Count>
 SQAT_INLINE void dequantize_rows(const int32_t* product, size_t stride, size_t rows, const Dequantize& how,
                                  Count count) {
-  const Floats scale = load(how.scale), bias = load(how.bias);
+  const Floats scale = load(how.scale), bias = load(how.bias), inverse = load(how.inverse);
   for (size_t row = 0; row < rows; ++row) {
     Floats y = activate<kActivation>(to_floats(load(product + row * stride)) * scale + bias);
     if (how.y) store(how.y + row * how.y_stride, y, count);
-    if (how.q) store_bytes(how.q + row * how.q_stride, quantize(y, how.inverse), count);
+    if (how.q) store_bytes(how.q + row * how.q_stride, quantize(y, inverse), count);
   }
 }
 
@@ -130,8 +131,8 @@ SQAT_INLINE Floats widen(const int8_t* from, size_t count) {
 void embed_row(const EmbedRow& from, size_t channels, float* row) {
   for_steps(channels, [&](size_t at, auto count) SQAT_ALWAYS {
     Floats x = from.word ? load(from.word + at, count) : widen(from.word_int8 + at, count) * from.word_scale;
-    x = x + load(from.position + at, count);
     if (from.type) x = x + load(from.type + at, count);
+    x = x + load(from.position + at, count);
     store(row + at, x, count);
   });
 }
@@ -181,9 +182,9 @@ int32_t softmax(const int32_t* scores, size_t keys, size_t padded, float scale, 
   return sum(sums);
 }
 
-void context(const int32_t* product, int32_t sum, float scale, size_t channels, uint8_t* q) {
+void context(const int32_t* product, int32_t sum, float scale, float inverse, size_t channels, uint8_t* q) {
   Floats out = to_floats(load(product)) / static_cast<float>(sum) * scale;
-  store_bytes(q, quantize(out, 1.0f), channels);
+  store_bytes(q, quantize(out, inverse), channels);
 }
 
 }  // namespace
