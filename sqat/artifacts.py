@@ -64,19 +64,22 @@ def open_artifact(artifact: Path, device: str | None = None) -> Forward:
     return partial(logits_of, open_compressed(artifact))
 
 
-def open_onnx(path: Path) -> Any:
+def open_onnx(path: Path, threads: int = 0) -> Any:
     """An ONNX Runtime session of a file, with the compiled kernels where it has nodes of their domain.
+
+    Args:
+        threads: of one operator; 0 = one per core.
 
     Raises:
         SqatError: it cannot be loaded, or the kernels are not there.
     """
     if not file_needs_kernels(path):
-        return session(path)
+        return session(path, threads=threads)
     from sqat import runtime  # only such a file needs what is compiled
 
     runtime.instruction_set()
     try:
-        return runtime.session(path)
+        return runtime.session(path, threads=threads)
     except Exception as error:  # onnxruntime's own classes are private and differ between versions
         raise SqatError(f"ONNX Runtime cannot load the model: {first_line(error)}", place=str(path)) from error
 

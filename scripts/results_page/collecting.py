@@ -121,7 +121,7 @@ def sections(loaded: LoadedRecipe | None, name: str) -> dict[str, Any]:
 def packed_bytes(keys: Keys, stage: str, artifact: Path) -> int | None:
     """Bytes of an int8 or fp16 file if its 2:4 weights were packed as sparse tensor cores read them.
 
-    None where nothing is packed: float32 has no such form.
+    None where nothing is packed: float32 has no such form, and a file of target cpu-sparse is packed as it is.
     """
     manifest, parent = keys.manifest(stage), keys.loaded.recipe.parent_of(stage)
     if manifest is None or parent is None or artifact.suffix != ".onnx":

@@ -146,6 +146,7 @@ def latency_note(latency: Latency) -> str:
     rounds = " and ".join(str(setting.rounds) for setting in latency.settings)
     left = "".join(f" Not timed: {label} ({reason})." for label, reason in latency.left_out.items())
     note = NO_SPARSE_KERNEL if any(DENSE in setting.rows for setting in latency.settings) else ""
+    note = SPARSE_KERNELS.format(rows=", ".join(latency.skipping)) if latency.skipping else note
     return (
         f"Time of one call, seed {latency.seed}: {rounds} rounds over all files in turn, {latency.threads} thread, "
         f"ONNX Runtime {latency.versions.get('onnxruntime', '')}, {latency.cpu}, load {latency.load:.1f}. {note}{left}"
@@ -256,5 +257,9 @@ NO_SPARSE_KERNEL = (
     "ONNX Runtime has no sparse kernel for CPUs: a sparse file takes as long as the dense one of its precision, so "
     "these columns show what int8 (or fp16, which a CPU computes in fp32) does here, not what 2:4 does on sparse "
     "tensor cores."
+)
+SPARSE_KERNELS = (
+    "{rows}: by the custom operators of `sqat.runtime`, which skip the zeros and keep attention in int8; all else by "
+    "ONNX Runtime's own."
 )
 LOG = "Figures on dev, from `tried.jsonl`; what did not help is here as well."

@@ -115,6 +115,7 @@ class Latency(BaseModel):
         load: of the machine in the minute before, in processes.
         made_from: row -> digest of the manifest of the stage that wrote its file.
         left_out: rows that were not timed, with the reason.
+        skipping: rows that sqat's own kernels computed, which skip zeros.
     """
 
     model_config = STRICT
@@ -127,6 +128,7 @@ class Latency(BaseModel):
     settings: list[Setting]
     made_from: dict[str, str]
     left_out: dict[str, str] = {}
+    skipping: list[str] = []
 
 
 class DataFile(BaseModel):

@@ -26,8 +26,9 @@ from results_page.collecting import LATENCY, Run, collect_seed, digests
 from results_page.running import versions
 from results_page.schema import Latency, Setting, Timing, write
 from results_page.spread import median_ratio
+from sqat.artifacts import open_onnx
 from sqat.errors import SqatError
-from sqat.export.runtime import session
+from sqat.export.cpu_graph import file_needs_kernels
 from sqat.keys import Keys
 from sqat.machine import describe_processor
 from sqat.recipe import LoadedRecipe
@@ -51,11 +52,12 @@ def measure(run: Run, rounds: int) -> str:
     before = digests(loaded, files)
     cpu, load = describe_processor().name, os.getloadavg()[0]
     with pinned():
-        sessions = {label: session(file, threads=1) for label, file in files.items()}
+        sessions = {label: open_onnx(file, threads=1) for label, file in files.items()}
         sizes = display_of(run.recipe.stem).sizes
         settings = [time_setting(sessions, files, batch, tokens, rounds) for batch, tokens in sizes]
     latency = Latency(seed=run.seed, cpu=cpu, threads=1, load=round(load, 2), versions=versions(), settings=settings,
-                      made_from=before, left_out=left_out)  # fmt: skip
+                      made_from=before, left_out=left_out,
+                      skipping=[label for label, file in files.items() if file_needs_kernels(file)])  # fmt: skip
     write(latency, loaded.run_directory / LATENCY)
     return "; ".join(f"{label} {timing.cpu_ms:.1f} ms" for label, timing in settings[0].rows.items())
 
