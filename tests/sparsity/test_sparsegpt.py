@@ -86,7 +86,7 @@ def test_outputs_are_nearer_than_by_magnitude_or_wanda(pattern: Pattern) -> None
     by_wanda = weight * nm_mask(Wanda()(weight, seen.square().sum(0)), pattern)
     by_magnitude = weight * nm_mask(Magnitude()(weight), pattern)
     errors = [output_error(unseen, weight, pruned) for pruned in (swept, by_wanda, by_magnitude)]
-    assert errors[0] < 0.8 * errors[1]
+    assert errors[0] < 0.95 * errors[1]
     assert errors[1] < errors[2]
 
 
