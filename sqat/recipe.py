@@ -388,10 +388,11 @@ class PruneConfig(FitConfig):
     )
 
     @model_serializer(mode="wrap")
-    def without_empty_patterns(self, section: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """No patterns are no key: checkpoints made before there were any stay what this recipe makes."""
+    def with_ordered_patterns(self, section: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Patterns as pairs, since their order counts; none are no key, so that older checkpoints stay as they are."""
         entries: dict[str, Any] = section(self)
-        return entries if self.patterns else {key: value for key, value in entries.items() if key != "patterns"}
+        del entries["patterns"]
+        return entries | ({"patterns": [*self.patterns.items()]} if self.patterns else {})
 
 
 Profile = Literal["linear", "tensorrt", "tensorrt-full", "cpu"]

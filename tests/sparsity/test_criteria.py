@@ -103,7 +103,7 @@ def test_wanda_weighs_a_convolution_by_what_each_place_of_its_window_sees() -> N
 
 @pytest.mark.parametrize("kind", [Wanda, Taylor])
 def test_what_observes_needs_a_row(kind: type[Wanda | Taylor]) -> None:
-    with pytest.raises(ValueError, match="^samples must be at least 1, got 0$"):
+    with pytest.raises(ValueError, match=r"^samples must be at least 1, got 0$"):
         kind(samples=0)
     with pytest.raises(ValueError, match="nothing was gathered"):
         kind()(draw(2, 4), None)

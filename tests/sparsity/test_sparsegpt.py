@@ -1,4 +1,4 @@
-"""SparseGPT against a loop that inverts what is left of the Hessian at every column, and against what it should beat."""
+"""SparseGPT against a loop that inverts what is left of the Hessian at every column, and against what it beats."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ def loop(weight: Tensor, gram: Tensor, damping: float, m: int, kept: list[list[i
     for row in range(weight.shape[0]):
         for i in range(weight.shape[1]):
             if i % m == 0:
-                costs = {j: float(result[row, j] ** 2 / torch.linalg.inv(hessian[j:, j:])[0, 0]) for j in range(i, i + m)}
-                ranked = sorted(costs, key=lambda j: (-costs[j], j))
+                group = range(i, i + m)
+                costs = {j: float(result[row, j] ** 2 / torch.linalg.inv(hessian[j:, j:])[0, 0]) for j in group}
+                ranked = sorted(group, key=lambda j: (-costs[j], j))
                 mask[row, ranked[: kept[row][i // m]]] = True
             if mask[row, i]:
                 continue
@@ -68,7 +69,7 @@ def test_the_factor_holds_the_inverses_of_what_is_left() -> None:
         torch.testing.assert_close(factor[j, j:] * factor[j, j], torch.linalg.inv(hessian[j:, j:])[0])
 
 
-def prune(weight: Tensor, x: Tensor, pattern: Pattern = Pattern(2, 4), **knobs: float) -> tuple[Tensor, Tensor]:
+def prune(weight: Tensor, x: Tensor, pattern: Pattern = PATTERNS[0], **knobs: float) -> tuple[Tensor, Tensor]:
     rule = partial(PerGroup(steps=1), pattern=pattern, sparsity=pattern.sparsity, previous=None)
     return SparseGPT(**knobs).prune(weight, x.T @ x, pattern.m, rule)
 

@@ -52,7 +52,7 @@ def test_a_pruned_weight_that_grows_comes_back() -> None:
             loss = (net(x) - target).square().mean() + schedule.penalty(weight, mask)
             loss.backward()
             optimizer.step()
-        losses[straight] = float(loss)
+        losses[straight] = float(loss.detach())
     assert losses[True] < 1 < 4 < losses[False], "2 * 0.5^2 is what the best two leave, 2 * 2^2 the others"
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -180,5 +179,7 @@ def test_a_layer_that_nothing_reaches_is_told(masked: nn.Module) -> None:
 def test_figures_that_are_not_finite_are_told(masked: nn.Module) -> None:
     with torch.no_grad():
         masked.bert.embeddings.word_embeddings.weight.fill_(torch.nan)
-    with pytest.raises(SqatError, match=f"criterion wanda saw figures that are not finite at {QUERY}; look at the data"):
+    with pytest.raises(
+        SqatError, match=f"criterion wanda saw figures that are not finite at {QUERY}; look at the data"
+    ):
         gather(Wanda(), masked, LEADERS, loss, make_feed(), 0)
