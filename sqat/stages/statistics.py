@@ -22,7 +22,7 @@ from sqat.data import Batch
 from sqat.errors import SqatError
 from sqat.insertion.sites import observed_rows
 from sqat.insertion.taps import tap_linears
-from sqat.insertion.weights import layer
+from sqat.insertion.weights import layer, original_weight
 from sqat.sparsity.criteria import Criterion, Magnitude
 from sqat.sparsity.features import input_windows
 from sqat.training import Feed, Loss, processes, random_states, set_random_states
@@ -52,8 +52,8 @@ def gather(
             sums = gather_inputs(model, leaders, batches, criterion.needs == "gram")
         else:
             sums = gather_gradients(model, leaders, loss, batches, criterion.needs == "gradient-squares")
-        sums = {name: reduce(found) for name, found in sums.items()}
-    check_sums(criterion.name, leaders, sums)
+        sums = {name: reduce(found, "sum") for name, found in sums.items()}  # in the same order in every process
+    check_sums(criterion.name, sums)
     return sums
 
 
@@ -89,14 +89,13 @@ def gather_inputs(
     model: nn.Module, leaders: Mapping[str, str], batches: Iterator[Batch], products: bool
 ) -> dict[str, Tensor]:
     """Sum X'X, or its diagonal, of the inputs of the layers; padding is left out."""
-    sums: dict[str, Tensor] = {}
+    sums = {leader: zeros_for(layer(model, leader), products) for leader in leaders.values()}
     real: list[Tensor | None] = []
 
     def tap(site: str, x: Tensor) -> Tensor:
         name = site.rpartition(":")[0]
         inputs = input_rows(layer(model, name), site, x, real[0]).float()
-        found = inputs.T @ inputs if products else inputs.square().sum(0)
-        sums[leaders[name]] = sums.get(leaders[name], torch.zeros_like(found)) + found
+        sums[leaders[name]] += inputs.T @ inputs if products else inputs.square().sum(0)
         return x
 
     taps = tap_linears(model, tap, inputs=leaders)
@@ -108,6 +107,12 @@ def gather_inputs(
     finally:
         taps.remove()
     return sums
+
+
+def zeros_for(module: nn.Linear | nn.Conv2d, products: bool) -> Tensor:
+    """Sums to begin with, [C,C] or [C]."""
+    columns = module.weight[0].numel()
+    return torch.zeros((columns, columns) if products else (columns,), device=module.weight.device)
 
 
 def input_rows(module: nn.Linear | nn.Conv2d, site: str, x: Tensor, real: Tensor | None) -> Tensor:
@@ -122,29 +127,27 @@ def gather_gradients(
     model: nn.Module, leaders: Mapping[str, str], loss: Loss, batches: Iterator[Batch], squared: bool
 ) -> dict[str, Tensor]:
     """Sum the gradients (or their squares) of the loss by the layers' masked weights, pruned ones included."""
-    sums: dict[str, Tensor] = {}
+    sums = {leader: torch.zeros_like(original_weight(layer(model, leader))) for leader in leaders.values()}
     for batch in batches:
         with parametrize.cached():  # the weight asked for here is the very tensor that the model multiplies
             weights = {name: layer(model, name).weight for name in leaders}
-            total = torch.stack([*loss(model, batch).values()]).sum()
-            found = torch.autograd.grad(total, [*weights.values()], allow_unused=True)
-        gradients: dict[str, Tensor] = {}
+            whole = torch.stack([*loss(model, batch).values()]).sum()
+            found = torch.autograd.grad(whole, [*weights.values()], allow_unused=True)
+        gradients = {leader: torch.zeros_like(total) for leader, total in sums.items()}
         for name, gradient in zip(weights, found, strict=True):
             if gradient is not None:
-                leader = leaders[name]
-                gradients[leader] = gradients.get(leader, torch.zeros_like(gradient)) + gradient
+                gradients[leaders[name]] += gradient
         for leader, gradient in gradients.items():
-            addend = gradient.square() if squared else gradient
-            sums[leader] = sums.get(leader, torch.zeros_like(addend)) + addend
+            sums[leader] += gradient.square() if squared else gradient
     return sums
 
 
-def check_sums(criterion: str, leaders: Mapping[str, str], sums: Mapping[str, Tensor]) -> None:
-    """Every layer must have been reached, and what was seen must be numbers."""
-    for name in dict.fromkeys(leaders.values()):
-        if name not in sums:
+def check_sums(criterion: str, sums: Mapping[str, Tensor]) -> None:
+    """Something must have reached every layer, and it must be numbers."""
+    for name, found in sums.items():
+        if not bool(found.any()):
             raise SqatError(f"criterion {criterion} cannot judge {name}: no row (or gradient of the loss) reaches it",
                             "take it out with layers.exclude, or choose criterion magnitude")  # fmt: skip
-        if not bool(sums[name].isfinite().all()):
+        if not bool(found.isfinite().all()):
             raise SqatError(f"criterion {criterion} saw figures that are not finite at {name}",
                             "look at the data, or choose criterion magnitude")  # fmt: skip

@@ -127,7 +127,7 @@ def test_samples_bound_the_batches(masked: nn.Module) -> None:
 @pytest.mark.parametrize("criterion", [Wanda(), SparseGPT(), Taylor(), Taylor(average="mean")])
 def test_shares_of_processes_add_up(masked: nn.Module, criterion: Criterion, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = gather(criterion, masked, LEADERS, loss, make_feed(), 0)
-    monkeypatch.setattr(statistics, "reduce", lambda tensor: tensor)
+    monkeypatch.setattr(statistics, "reduce", lambda tensor, how: {"sum": tensor}[how])
     shares = []
     for rank in range(2):
         state = SimpleNamespace(num_processes=2, process_index=rank, device=torch.device("cpu"))
@@ -136,6 +136,18 @@ def test_shares_of_processes_add_up(masked: nn.Module, criterion: Criterion, mon
     for name in LEADERS:
         torch.testing.assert_close(shares[0][name] + shares[1][name], alone[name])
         assert not torch.equal(shares[0][name], alone[name])
+
+
+@pytest.mark.parametrize("criterion", [Wanda(), SparseGPT(), Taylor()])
+def test_a_process_without_a_batch_adds_nothing(masked: nn.Module, criterion: Criterion) -> None:
+    """It must give as many figures of the same shapes as the others, or these would wait for it for ever."""
+    alone = gather(criterion, masked, LEADERS, loss, make_feed(), 0)
+    if criterion.needs == "gradient-squares":
+        idle = statistics.gather_gradients(masked, LEADERS, loss, iter(()), True)
+    else:
+        idle = statistics.gather_inputs(masked, LEADERS, iter(()), criterion.needs == "gram")
+    assert list(idle) == list(alone)
+    assert all(torch.equal(idle[name], torch.zeros_like(alone[name])) for name in alone)
 
 
 def test_layers_that_share_a_weight_are_summed(masked: nn.Module) -> None:
