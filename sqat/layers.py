@@ -75,23 +75,27 @@ class Choice:
     left: dict[str, str]
 
 
-def choose_layers(model: nn.Module, layers: Layers, purpose: str, multiple: int = 4) -> Choice:
+def choose_layers(
+    model: nn.Module, layers: Layers, purpose: str, multiple: int = 4, multiples: Mapping[str, int] | None = None
+) -> Choice:
     """Apply the recipe's globs and rule B8.
 
     Args:
         purpose: ``prune`` (in % 16, out % 8, in % ``multiple``) or ``quantize`` (in and out >= 16); of a convolution,
             its channels.
         multiple: M of the N:M pattern.
+        multiples: of layers whose pattern has another.
 
     Raises:
         SqatError: a glob that matches nothing, or nothing left to treat.
     """
     found = weighted_layers(model)
     check_globs((*(layers.include or ()), *layers.exclude), found)
-    outer = outside(model)
+    outer, multiples = outside(model), multiples or {}
     chosen, left = [], {}
     for name, module in found.items():
-        if reason := why_left(name, module, layers, outer.get(name, ""), purpose, multiple):
+        wanted = multiples.get(name, multiple)
+        if reason := why_left(name, module, layers, outer.get(name, ""), purpose, wanted):
             left[name] = reason
         else:
             chosen.append(name)

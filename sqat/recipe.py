@@ -20,6 +20,8 @@ from pydantic import (
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
+    SerializerFunctionWrapHandler,
+    model_serializer,
     model_validator,
 )
 from pydantic import GetJsonSchemaHandler as JsonHandler
@@ -66,6 +68,11 @@ def pattern_text(value: str) -> str:
     """Check ``N:M`` by parsing it."""
     parse_pattern(value)
     return value
+
+
+def pattern_or_dense(value: str) -> str:
+    """Check ``N:M`` or ``dense``."""
+    return value if value == "dense" else pattern_text(value)
 
 
 def ascending(value: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -360,7 +367,12 @@ class PruneConfig(FitConfig):
 
     stage: Literal["prune"] = Field(default="prune", description="kind of the stage; default: its name")
     pattern: Annotated[str, AfterValidator(pattern_text)] = Field(default="2:4", description="N:M, keep N of each M")
-    criterion: Annotated[Criterion, Short("name")] = Field(default=Magnitude(), description="which weights matter")
+    patterns: dict[str, Annotated[str, AfterValidator(pattern_or_dense)]] = Field(
+        default={}, description="glob over layer names -> N:M or dense, where it is not pattern; the first glob counts"
+    )
+    criterion: Annotated[Criterion, Field(discriminator="name"), Short("name")] = Field(
+        default=Magnitude(), description="which weights matter"
+    )
     schedule: Annotated[Schedule, Field(discriminator="name"), Short("name")] = Field(
         default=PerGroup(), description="how the sparsity grows to its target"
     )
@@ -374,6 +386,13 @@ class PruneConfig(FitConfig):
     distill: DistillConfig | None = Field(
         default=None, description="learn from the dense ancestor; {} for the defaults"
     )
+
+    @model_serializer(mode="wrap")
+    def with_ordered_patterns(self, section: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Patterns as pairs, since their order counts; none are no key, so that older checkpoints stay as they are."""
+        entries: dict[str, Any] = section(self)
+        del entries["patterns"]
+        return entries | ({"patterns": [*self.patterns.items()]} if self.patterns else {})
 
 
 Profile = Literal["linear", "tensorrt", "tensorrt-full", "cpu"]

@@ -25,6 +25,7 @@ from sqat.recipe import (
     TrainConfig,
 )
 from sqat.sparsity.masks import parse_pattern
+from sqat.sparsity.schedule import Schedule, SrSte
 
 
 class Problem(NamedTuple):
@@ -136,10 +137,27 @@ INT8_TARGETS = ("onnx-int8", "tensorrt", "cpu-sparse", "compressed-tensors")
 
 
 def _schedule(path: tuple[str, ...], stage: PruneConfig) -> Iterator[Problem]:
+    where = ".".join(path)
+    for pattern in sorted({stage.pattern, *stage.patterns.values()} - {"dense"}):
+        if problem := misfit(stage.schedule, pattern):
+            yield Problem((*path, "schedule", "steps"), f"{where}.schedule: {problem}")
+    if not isinstance(stage.schedule, SrSte):
+        return
+    if stage.criterion.needs != "nothing":
+        text = f"{where}: schedule sr-ste chooses masks before every step, so {stage.criterion.name} would observe anew"
+        yield Problem((*path, "criterion"), f"{text} each time", "sr-ste takes the criterion magnitude")
+    if "recover" in stage.model_fields_set:
+        text = f"{where}: recover means nothing to schedule sr-ste"
+        yield Problem((*path, "recover"), text, "schedule.until is the share of the steps in which masks change")
+
+
+def misfit(schedule: Schedule, pattern: str) -> str:
+    """Why a schedule cannot end at a pattern; empty if it can."""
     try:
-        stage.schedule.sparsities(parse_pattern(stage.pattern))
+        schedule.sparsities(parse_pattern(pattern))
     except ValueError as error:
-        yield Problem((*path, "schedule", "steps"), f"{'.'.join(path)}.schedule: {error}")
+        return str(error)
+    return ""
 
 
 def _distill(recipe: Recipe, name: str, distill: DistillConfig, line: list[str]) -> Iterator[Problem]:

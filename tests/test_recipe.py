@@ -101,9 +101,9 @@ BAD_RECIPES = [
     ("2:4", "[2, 4]", "r.yaml:10: stages.prune.pattern needs a text, got a list"),
     ("group-fraction", "group-fractions",
      "r.yaml:11: stages.prune.schedule.name: unknown name 'group-fractions'; did you mean 'group-fraction'? "
-     "allowed: group-fraction, per-group"),
+     "allowed: group-fraction, per-group, sr-ste"),
     ("name: group-fraction, ", "",
-     "r.yaml:11: stages.prune.schedule needs the key 'name'; allowed: group-fraction, per-group"),
+     "r.yaml:11: stages.prune.schedule needs the key 'name'; allowed: group-fraction, per-group, sr-ste"),
     ("[0.2, 0.5]", "[0.2, x]", "r.yaml:11: stages.prune.schedule.steps.1 needs a number, got 'x'"),
     ("[0.2, 0.5]", "many",
      "r.yaml:11: stages.prune.schedule.steps needs a whole number or a list of numbers, got 'many'"),
@@ -448,6 +448,7 @@ def test_distill_flags_are_overrides(tmp_path: Path, kind: str, distill: bool | 
 def test_the_json_schema_describes_every_key() -> None:
     schema = recipe_schema()
     components = {"Magnitude", "Percentile", "Maximum", "MeanSquaredError", "Entropy", "PerGroup", "GroupFraction"}
+    components |= {"Wanda", "Taylor", "SparseGPT", "SrSte"}
     own = {name for name in schema["$defs"] if name not in components and not name.startswith("MiniLM")}
     undescribed = {
         (name, key)

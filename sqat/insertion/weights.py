@@ -7,7 +7,7 @@ does both (first the mask, then the quantizer), which costs one pass less than t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,19 +19,22 @@ from sqat.sparsity.masks import apply_mask
 
 
 class WeightTransform(nn.Module):
-    """Parametrization of a weight [out,in] or [out,in,h,w]: mask, then per-channel fake quantization."""
+    """Parametrization of a weight [out,in] or [out,in,h,w]: mask, then per-channel fake quantization.
+
+    With ``straight`` (and no quantization) pruned weights get a gradient too, that of the zero in their place.
+    """
 
     mask: Tensor | None
 
-    def __init__(self, mask: Tensor | None, quantize: bool) -> None:
+    def __init__(self, mask: Tensor | None, quantize: bool, straight: bool = False) -> None:
         super().__init__()
         self.register_buffer("mask", mask)
-        self.quantize = quantize
+        self.quantize, self.straight = quantize, straight
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.quantize:
             return fake_quantize_weight(weight, self.mask)
-        return weight if self.mask is None else apply_mask(weight, self.mask)
+        return weight if self.mask is None else apply_mask(weight, self.mask, self.straight)
 
 
 def layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
@@ -58,16 +61,16 @@ def original_weight(module: nn.Module) -> Tensor:
 
 
 def insert_weights_(
-    model: nn.Module, masks: Mapping[str, Tensor], quantized: Iterable[str]
+    model: nn.Module, masks: Mapping[str, Tensor], quantized: Iterable[str], straight: Collection[str] = ()
 ) -> dict[str, WeightTransform]:
-    """Put mask and fake quantizer on the named layers' weights."""
+    """Put mask and fake quantizer on the named layers' weights; those in ``straight`` get all gradients."""
     quantized = set(quantized)
     transforms = {}
     for name in dict.fromkeys((*masks, *sorted(quantized))):
         module = layer(model, name)
         mask = masks.get(name)
         mask = None if mask is None else mask.to(module.weight.device)
-        transforms[name] = WeightTransform(mask, name in quantized)
+        transforms[name] = WeightTransform(mask, name in quantized, name in straight)
         parametrize.register_parametrization(module, "weight", transforms[name], unsafe=True)
     return transforms
 

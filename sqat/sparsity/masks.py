@@ -135,16 +135,24 @@ class _ApplyMask(torch.autograd.Function):
         return mask.view(torch.uint8).to(grads[0].dtype).mul_(grads[0]), None
 
 
-def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
+class _ApplyMaskStraight(_ApplyMask):
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def apply_mask(weight: Tensor, mask: Tensor, straight: bool = False) -> Tensor:
     """Set the pruned weights to +0.0; they get no gradient.
 
     Args:
         weight: finite floats (a product, so 0 * inf would be NaN).
         mask: bool, shape of ``weight``, True where kept.
+        straight: pruned weights get the gradient of what is in their place (straight-through).
     """
     if mask.shape != weight.shape or mask.dtype != torch.bool:
         raise ValueError(
             f"mask {mask.dtype} {tuple(mask.shape)} must be bool of the weight's shape {tuple(weight.shape)}"
         )
-    masked: Tensor = _ApplyMask.apply(weight, mask)  # type: ignore[no-untyped-call]
+    function = _ApplyMaskStraight if straight else _ApplyMask
+    masked: Tensor = function.apply(weight, mask)  # type: ignore[no-untyped-call]
     return masked

@@ -4,8 +4,9 @@ Two ways to hold a fraction that no N:M pattern has: `per-group` takes equally m
 group (0:4 -> 1:4 -> 2:4), `group-fraction` makes a growing share of groups N:M at once. Both take any
 number of steps, choose first the groups that lose least (ties: the lower index), and prune among the
 surviving weights: unless ``regrow`` is set, what is pruned stays pruned. The last step is exactly N:M, and
-one-shot pruning is the schedule with one step. Left out: schedules that know about time; when to move to
-the next fraction is the training stage's business.
+one-shot pruning is the schedule with one step. `sr-ste` goes another way: N:M from the first step on, but chosen
+anew at each from weights that all keep learning. Left out: schedules that know about time; when to move to the
+next fraction is the training stage's business.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sqat.sparsity.masks import Pattern, group_ranks, split_groups
+from sqat.sparsity.masks import Pattern, apply_mask, group_ranks, nm_mask, split_groups
 
 Steps = int | tuple[float, ...]
 
@@ -136,4 +137,42 @@ class GroupFraction:
         return mask if previous is None or self.regrow else mask & previous
 
 
-Schedule = PerGroup | GroupFraction
+@dataclass(frozen=True)
+class SrSte:
+    """N:M chosen anew before every step; pruned weights learn too, and decay (SR-STE, arXiv:2102.04010).
+
+    The gradient of the masked weight goes straight through to all weights, and pruned ones get ``decay`` times
+    themselves on top, so that masks settle. After the share ``until`` of
+    the steps the mask stays.
+    """
+
+    name: Literal["sr-ste"] = "sr-ste"
+    decay: float = 2e-4
+    until: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.decay >= 0 and math.isfinite(self.decay)):
+            raise ValueError(f"decay must be a number of at least 0, got {self.decay:g}")
+        if not 0 < self.until <= 1:
+            raise ValueError(f"until must lie in (0, 1], got {self.until:g}")
+
+    def sparsities(self, pattern: Pattern) -> tuple[float, ...]:
+        """The one sparsity of all steps."""
+        return (pattern.sparsity,)
+
+    def __call__(
+        self, scores: Tensor, pattern: Pattern, sparsity: float, previous: Tensor | None, dim: int = 1
+    ) -> Tensor:
+        """Return the N:M mask of the scores, whatever was pruned before.
+
+        Arguments and errors as in `PerGroup`.
+        """
+        _check_call(scores, pattern, sparsity, previous)
+        return nm_mask(scores, pattern, dim)
+
+    def penalty(self, weight: Tensor, mask: Tensor) -> Tensor:
+        """The loss [] whose gradient is ``decay`` times each pruned weight."""
+        return self.decay / 2 * apply_mask(weight, ~mask).square().sum()
+
+
+Schedule = PerGroup | GroupFraction | SrSte

@@ -1,0 +1,41 @@
+"""A weight as a matrix [O,C], and what its inputs are in the same order of columns.
+
+O counts outputs, C what one output sums over: the inputs of a linear, and of a convolution [out,in,h,w] the unfolded
+window in the order (h, w, in), so that a group of M neighbours along the input channels is M neighbouring columns.
+Left out: convolutions in groups, whose outputs do not all see the same inputs; no mask is put on them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def to_columns(weight: Tensor) -> Tensor:
+    """Bring a tensor of a weight's shape, [out,in] or [out,in,h,w], to [O,C]."""
+    return weight if weight.dim() == 2 else weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def from_columns(columns: Tensor, shape: torch.Size) -> Tensor:
+    """Undo `to_columns`: a tensor of the weight's shape from one [O,C]."""
+    if len(shape) == 2:
+        return columns
+    outputs, inputs, height, width = shape
+    return columns.reshape(outputs, height, width, inputs).permute(0, 3, 1, 2).contiguous()
+
+
+def input_windows(module: nn.Conv2d, x: Tensor) -> Tensor:
+    """What a convolution multiplies with its weight: one row [C] for each place it is applied at, [N,C].
+
+    Args:
+        module: without groups.
+        x: [B,in,h,w].
+    """
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padded = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    size = (module.kernel_size[0], module.kernel_size[1])
+    windows = functional.unfold(padded, size, dilation=module.dilation, stride=module.stride)
+    split = windows.unflatten(1, (x.shape[1], size[0] * size[1]))
+    rows: Tensor = split.permute(0, 3, 2, 1).flatten(0, 1).flatten(1)
+    return rows

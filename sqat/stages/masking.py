@@ -1,0 +1,118 @@
+"""Sets the masks of a prune stage at the moments of its schedule: gather, score, choose, and correct by some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sqat.data import Batch
+from sqat.errors import SqatError
+from sqat.insertion.weights import WeightTransform, layer, original_weight
+from sqat.recipe import PruneConfig
+from sqat.sparsity.masks import Pattern
+from sqat.sparsity.schedule import SrSte
+from sqat.sparsity.sparsegpt import SparseGPT
+from sqat.training import Loss
+
+Gather = Callable[[Mapping[str, str]], Mapping[str, Tensor]]
+
+
+def mask_steps(config: PruneConfig, steps: int) -> dict[int, int]:
+    """Training step -> which of the schedule's sparsities holds from it on.
+
+    Evenly spaced, the last when ``recover`` of the steps remain; schedule sr-ste chooses anew before every step.
+    """
+    schedule = config.schedule
+    if isinstance(schedule, SrSte):
+        return dict.fromkeys(range(max(1, round(schedule.until * steps))), 0)
+    count = len(schedule.steps) if isinstance(schedule.steps, tuple) else schedule.steps
+    last = min(steps - 1, round((1 - config.recover) * steps)) if count > 1 else 0
+    return {round(i * last / max(1, count - 1)): i for i in range(count)}
+
+
+@dataclass(frozen=True)
+class Masking:
+    """The masks under way.
+
+    Attributes:
+        transforms: of the layers this stage prunes; each has a mask.
+        patterns: of the same layers.
+        moments: training step -> index of a sparsity.
+        gather: gives what the criterion needs (see `sqat.stages.statistics`).
+    """
+
+    model: nn.Module
+    transforms: Mapping[str, WeightTransform]
+    patterns: Mapping[str, Pattern]
+    config: PruneConfig
+    moments: Mapping[int, int]
+    gather: Gather
+
+    def before_step(self, step: int) -> None:
+        """Set the masks of a moment; what is gathered is gathered with those of the one before in place."""
+        if step not in self.moments:
+            return
+        leaders = shared_weights(self.model, self.transforms)
+        gathered = self.gather(leaders)
+        for leader in dict.fromkeys(leaders.values()):
+            self.set_mask(leader, gathered.get(leader), self.moments[step])
+        for name, leader in leaders.items():
+            mask_of(self.transforms[name]).copy_(mask_of(self.transforms[leader]))
+
+    def set_mask(self, name: str, gathered: Tensor | None, index: int) -> None:
+        """Choose the mask of one layer, and correct its weights where the criterion does."""
+        weight, mask = original_weight(layer(self.model, name)).detach(), mask_of(self.transforms[name])
+        try:
+            chosen, corrected = self.choose(name, weight, gathered, index)
+        except ValueError as error:
+            raise SqatError(f"{name} cannot be pruned by {self.config.criterion.name}: {error}") from error
+        mask.copy_(chosen)
+        weight.copy_(corrected)
+
+    def choose(self, name: str, weight: Tensor, gathered: Tensor | None, index: int) -> tuple[Tensor, Tensor]:
+        """The mask and the weight of a moment."""
+        pattern, previous = self.patterns[name], mask_of(self.transforms[name])
+        schedule, criterion = self.config.schedule, self.config.criterion
+        sparsity = schedule.sparsities(pattern)[index]
+
+        def by_schedule(scores: Tensor) -> Tensor:
+            return schedule(scores, pattern, sparsity, previous)
+
+        if isinstance(criterion, SparseGPT):
+            assert gathered is not None
+            regrows = isinstance(schedule, SrSte) or schedule.regrow
+            kept = None if regrows else previous
+            return criterion.prune(weight * previous, gathered, pattern.m, by_schedule, kept)
+        return by_schedule(criterion(weight, gathered)), weight
+
+
+def mask_of(transform: WeightTransform) -> Tensor:
+    """The mask that this stage put on a weight."""
+    assert transform.mask is not None
+    return transform.mask
+
+
+def shared_weights(model: nn.Module, names: Mapping[str, object]) -> dict[str, str]:
+    """Layer -> the first layer that has the same weight, itself mostly; such a weight is judged once."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(original_weight(layer(model, name))), name) for name in names}
+
+
+def with_decay(loss: Loss, masking: Masking) -> Loss:
+    """The loss, and for schedule sr-ste the decay of pruned weights as a part of it."""
+    schedule = masking.config.schedule
+    if not isinstance(schedule, SrSte) or not schedule.decay:
+        return loss
+    leaders = dict.fromkeys(shared_weights(masking.model, masking.transforms).values())
+
+    def decayed(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        parts = [
+            schedule.penalty(original_weight(layer(masking.model, name)), mask_of(masking.transforms[name]))
+            for name in leaders
+        ]
+        return {**loss(model, batch), "decay": torch.stack(parts).sum()}
+
+    return decayed

@@ -1,0 +1,162 @@
+"""SparseGPT against a loop that inverts what is left of the Hessian at every column, and against what it beats."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from sqat.sparsity.criteria import Magnitude, Wanda
+from sqat.sparsity.features import from_columns, to_columns
+from sqat.sparsity.masks import Pattern, count_violations, nm_mask
+from sqat.sparsity.schedule import GroupFraction, PerGroup
+from sqat.sparsity.sparsegpt import SparseGPT, inverse_factor, sweep
+
+PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(1, 2), Pattern(4, 8), Pattern(2, 3)]
+
+
+def activations(rows: int, inputs: int, seed: int = 0) -> Tensor:
+    """Inputs as they are in networks: correlated, of unequal size."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(rows, inputs, generator=generator) @ torch.randn(inputs, inputs, generator=generator)
+    return mixed * torch.randn(inputs, generator=generator).exp() + torch.randn(rows, inputs, generator=generator)
+
+
+def weights(outputs: int, inputs: int, seed: int = 1) -> Tensor:
+    return torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed))
+
+
+def loop(weight: Tensor, gram: Tensor, damping: float, m: int, kept: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Row by row, column by column: an explicit inverse of the Hessian of the columns that are left, each time."""
+    hessian = gram.double() + damping * gram.double().diagonal().mean() * torch.eye(len(gram), dtype=torch.double)
+    result, mask = weight.double().clone(), torch.zeros(weight.shape, dtype=torch.bool)
+    for row in range(weight.shape[0]):
+        for i in range(weight.shape[1]):
+            if i % m == 0:
+                group = range(i, i + m)
+                costs = {j: float(result[row, j] ** 2 / torch.linalg.inv(hessian[j:, j:])[0, 0]) for j in group}
+                ranked = sorted(group, key=lambda j: (-costs[j], j))
+                mask[row, ranked[: kept[row][i // m]]] = True
+            if mask[row, i]:
+                continue
+            inverse = torch.linalg.inv(hessian[i:, i:])
+            result[row, i:] -= result[row, i] / inverse[0, 0] * inverse[0]
+    return mask, result * mask
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("block", [1, 8, 128])
+def test_the_sweep_is_the_loop(pattern: Pattern, block: int) -> None:
+    weight, x = weights(5, 24).double(), activations(40, 24).double()
+    counts = torch.full((5, 24 // pattern.m), pattern.n, dtype=torch.uint8)
+    counts[0, 0] += 1  # a group that the schedule left one more
+    factor = inverse_factor(x.T @ x, 0.01)
+    mask, swept = sweep(weight, factor, pattern.m, counts, torch.ones_like(weight, dtype=torch.bool), block)
+    wanted_mask, wanted = loop(weight, x.T @ x, 0.01, pattern.m, counts.tolist())
+    assert torch.equal(mask, wanted_mask)
+    torch.testing.assert_close(swept, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_the_factor_holds_the_inverses_of_what_is_left() -> None:
+    x = activations(30, 8).double()
+    gram = x.T @ x
+    factor = inverse_factor(gram, 0.05)
+    hessian = gram + 0.05 * gram.diagonal().mean() * torch.eye(8, dtype=torch.double)
+    assert not factor.tril(-1).any()
+    for j in range(8):
+        torch.testing.assert_close(factor[j, j:] * factor[j, j], torch.linalg.inv(hessian[j:, j:])[0])
+
+
+def prune(weight: Tensor, x: Tensor, pattern: Pattern = PATTERNS[0], **knobs: float) -> tuple[Tensor, Tensor]:
+    rule = partial(PerGroup(steps=1), pattern=pattern, sparsity=pattern.sparsity, previous=None)
+    return SparseGPT(**knobs).prune(weight, x.T @ x, pattern.m, rule)
+
+
+def output_error(x: Tensor, weight: Tensor, pruned: Tensor) -> float:
+    return float((x @ (weight - pruned).T).norm() / (x @ weight.T).norm())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS[:4], ids=str)
+def test_outputs_are_nearer_than_by_magnitude_or_wanda(pattern: Pattern) -> None:
+    weight, seen, unseen = weights(48, 64), *activations(2048, 64).split(1024)
+    mask, swept = prune(weight, seen, pattern)
+    assert torch.equal(swept != 0, mask)
+    assert count_violations(mask, pattern) == 0
+    by_wanda = weight * nm_mask(Wanda()(weight, seen.square().sum(0)), pattern)
+    by_magnitude = weight * nm_mask(Magnitude()(weight), pattern)
+    errors = [output_error(unseen, weight, pruned) for pruned in (swept, by_wanda, by_magnitude)]
+    assert errors[0] < 0.95 * errors[1]
+    assert errors[1] < errors[2]
+
+
+def test_both_the_choice_and_the_correction_help() -> None:
+    weight, x = weights(48, 64), activations(1024, 64)
+    mask, swept = prune(weight, x)
+    assert output_error(x, weight, swept) < 0.9 * output_error(x, weight, weight * mask)
+    factor = inverse_factor((x.T @ x).double(), 0.01)
+    by_magnitude = nm_mask(weight.abs(), Pattern(2, 4))
+    corrected = weight.double().clone()
+    for i in range(64):  # the same correction for masks that magnitude chose
+        error = corrected[:, i].masked_fill(by_magnitude[:, i], 0.0) / factor[i, i]
+        corrected -= error[:, None] * factor[i]
+    assert output_error(x, weight, swept) < output_error(x, weight, (corrected * by_magnitude).float())
+
+
+def test_alike_independent_inputs_make_it_magnitude() -> None:
+    weight, x = weights(6, 16), 3 * torch.eye(16)
+    mask, swept = prune(weight, x)
+    assert torch.equal(mask, nm_mask(weight.abs(), Pattern(2, 4)))
+    torch.testing.assert_close(swept, weight * mask)
+    mask, swept = prune(weight, torch.zeros(4, 16))
+    assert torch.equal(swept, weight * nm_mask(weight.abs(), Pattern(2, 4))), "dead inputs say nothing"
+
+
+@pytest.mark.parametrize("kind", [PerGroup, GroupFraction])
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_schedule_says_how_many_and_the_sweep_which(kind: type[PerGroup | GroupFraction], steps: int) -> None:
+    weight, x, pattern = weights(8, 32), activations(128, 32), Pattern(2, 4)
+    schedule, previous = kind(steps=steps), torch.ones(8, 32, dtype=torch.bool)
+    for sparsity in schedule.sparsities(pattern):
+        rule = partial(schedule, pattern=pattern, sparsity=sparsity, previous=previous)
+        mask, weight = SparseGPT().prune(weight * previous, x.T @ x, 4, rule, previous)
+        assert int((~mask).sum()) == int((~rule(weight.abs())).sum()), "as many zeros as the schedule asks for"
+        assert not (mask & ~previous).any(), "what is pruned stays pruned"
+        assert not weight[~mask].any()
+        previous = mask
+    assert (previous.view(-1, 4).sum(1) == 2).all()
+
+
+def test_a_pruned_weight_may_return_where_the_schedule_regrows() -> None:
+    weight, x, pattern = weights(8, 32), activations(128, 32), Pattern(2, 4)
+    previous = nm_mask(-weight.abs(), Pattern(3, 4))  # the worst there is: the largest of each group is gone
+    rule = partial(PerGroup(steps=1, regrow=True), pattern=pattern, sparsity=0.5, previous=previous)
+    mask, swept = SparseGPT().prune(weight * previous, x.T @ x, 4, rule)
+    assert (mask & ~previous).any()
+    assert count_violations(swept, pattern) == 0
+
+
+def test_a_convolution_is_swept_as_its_unfolded_matrix() -> None:
+    weight = weights(8, 8 * 9).view(8, 8, 3, 3)
+    x = activations(200, 72)
+    rule = partial(PerGroup(steps=1), pattern=Pattern(2, 4), sparsity=0.5, previous=None)
+    mask, swept = SparseGPT().prune(weight, x.T @ x, 4, rule)
+    flat = to_columns(weight).clone()
+    wanted_mask, wanted = prune(flat, x)
+    assert torch.equal(to_columns(mask), wanted_mask)
+    assert torch.equal(to_columns(swept), wanted)
+    assert count_violations(mask, Pattern(2, 4)) == 0
+    assert torch.equal(from_columns(flat, weight.shape), weight)
+
+
+@pytest.mark.parametrize("knobs", [{"samples": 0}, {"damping": 0.0}, {"damping": float("nan")}, {"damping": -1.0}])
+def test_bad_knobs_are_refused(knobs: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(knobs))} must be"):
+        SparseGPT(**knobs)
+
+
+def test_a_singular_hessian_is_told() -> None:
+    x = torch.ones(4, 8)
+    with pytest.raises(ValueError, match=r"X'X of 8 inputs has no inverse with damping 1e-30"):
+        prune(weights(4, 8), x, damping=1e-30)
