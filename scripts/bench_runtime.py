@@ -1,7 +1,7 @@
 """Latency of one encoder served by sqat's runtime, ONNX Runtime and OpenVINO, interleaved in one process.
 
     scripts/bench_runtime --float fp32.onnx --int8 int8.onnx --sparse cpu-sparse.onnx --json rows.json
-    scripts/bench_runtime --table rows.json   # rows of an earlier run as the README shows them
+    scripts/bench_runtime --table rows.json --chart rows.svg   # rows of earlier runs as the README shows them
 
 The files are what targets onnx-fp32, onnx-int8 and cpu-sparse write of one checkpoint. Rows of the JSON file: threads,
 batch, sequence, width, engine, median_ms, p95_ms. One process for each number of threads; in it every engine has a turn
@@ -155,10 +155,22 @@ def line(rows: list[Row]) -> str:
     return f"{size}: sqat-sparse {median['sqat-sparse']:.2f} ms; {ratios}"
 
 
+Point = tuple[int, int, int, int]  # width, threads, batch, sequence
+
+
+def medians_of(rows: list[Row]) -> dict[Point, dict[str, float]]:
+    """Medians of all engines at each point that was measured."""
+    found: dict[Point, dict[str, float]] = {}
+    for row in rows:
+        found.setdefault((row.width, row.threads, row.batch, row.sequence), {})[row.engine] = row.median_ms
+    return found
+
+
 def table(rows: list[Row]) -> str:
     """Medians as a Markdown table, a line for each size, with the two factors."""
     engines = list(dict.fromkeys(row.engine for row in rows if not row.engine.startswith("sqat-")))
     heads = [
+        "width",
         "threads",
         "batch x tokens",
         *engines,
@@ -168,16 +180,65 @@ def table(rows: list[Row]) -> str:
         "against sqat-dense",
     ]
     lines = [heads, ["---"] * len(heads)]
-    for threads, batch, sequence in dict.fromkeys((row.threads, row.batch, row.sequence) for row in rows):
-        median = {
-            row.engine: row.median_ms
-            for row in rows
-            if (row.threads, row.batch, row.sequence) == (threads, batch, sequence)
-        }
+    for (width, threads, batch, sequence), median in medians_of(rows).items():
         sparse, dense, others = median["sqat-sparse"], median["sqat-dense"], [median[name] for name in engines]
         factors = [f"{min(others, default=dense) / sparse:.2f}x", f"{dense / sparse:.2f}x"]
-        lines.append([str(threads), f"{batch} x {sequence}", *map(milliseconds, (*others, dense, sparse)), *factors])
+        lines.append(
+            [str(width), str(threads), f"{batch} x {sequence}", *map(milliseconds, (*others, dense, sparse)), *factors]
+        )
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def draw_chart(rows: list[Row], path: Path) -> None:
+    """Speed of every engine as bars, ONNX Runtime's int8 being 1: a panel for each width and number of threads."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "sqat"  # the same file of the same rows
+    from matplotlib import pyplot
+
+    points = medians_of(rows)
+    panels = list(dict.fromkeys(point[:2] for point in points))
+    columns = max(1, len({threads for _, threads in panels}))
+    lines = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(11, 3.1 * lines), squeeze=False, sharey=True)
+    for (width, threads), axis in zip(panels, axes.flat, strict=False):
+        draw_panel(axis, {point[2:]: each for point, each in points.items() if point[:2] == (width, threads)})
+        axis.set_title(f"width {width}, {threads} thread{'s' if threads > 1 else ''}", fontsize=10)
+        axis.set_ylabel("times as fast as ONNX Runtime int8", fontsize=8)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="lower center", ncols=len(COLOURS), fontsize=8)
+    figure.tight_layout(rect=(0, 0.4 / (3.1 * lines), 1, 1))
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def draw_panel(axis: Any, points: dict[tuple[int, int], dict[str, float]]) -> None:
+    """Groups of bars, one group for each size of input; the last bar's height is written above it."""
+    share = 0.8 / len(COLOURS)
+    for place, median in enumerate(points.values()):
+        for number, (engine, colour) in enumerate(COLOURS.items()):
+            if engine not in median:
+                continue
+            speed, at = median[BASE] / median[engine], place - 0.4 + (number + 0.5) * share
+            axis.bar(at, speed, share * 0.92, color=colour, label=engine if place == 0 else None)
+            if engine == "sqat-sparse":
+                axis.annotate(f"{speed:.1f}", (at, speed), ha="center", va="bottom", fontsize=7)
+    axis.axhline(1, color="0.4", linewidth=0.7)
+    axis.set_xticks(range(len(points)), [f"{batch} x {sequence}" for batch, sequence in points], fontsize=8)
+    axis.set_axisbelow(True)
+    axis.grid(axis="y", color="0.9")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+BASE = "onnxruntime-int8"
+COLOURS = {
+    "onnxruntime-fp32": "#c6c6c6",
+    "openvino-fp32": "#9a9a9a",
+    "openvino-int8": "#8fb8de",
+    BASE: "#3f7fbf",
+    "sqat-dense": "#f2b880",
+    "sqat-sparse": "#d9541e",
+}
 
 
 def milliseconds(value: float) -> str:
@@ -228,7 +289,8 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--sparse", type=Path, help="of target cpu-sparse")
-    what.add_argument("--table", type=Path, metavar="JSON", help="show rows of an earlier run instead")
+    what.add_argument("--table", type=Path, nargs="+", metavar="JSON", help="show rows of earlier runs instead")
+    parser.add_argument("--chart", type=Path, metavar="SVG", help="draw those of --table too")
     parser.add_argument("--float", type=Path, dest="float32", help="of target onnx-fp32")
     parser.add_argument("--int8", type=Path, help="of target onnx-int8")
     parser.add_argument("--dynamic", action="store_true", help="also ONNX Runtime's dynamic quantization of --float")
@@ -253,7 +315,10 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = parse(words)
     try:
         if arguments.table:
-            print(table(read_rows(arguments.table)))
+            rows = [row for path in arguments.table for row in read_rows(path)]
+            print(table(rows))
+            if arguments.chart:
+                draw_chart(rows, arguments.chart)
         else:
             run(arguments)
     except SqatError as error:

@@ -16,7 +16,7 @@ from tests.runtime.nodes import needs_library
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "scripts"))
 
-from bench_runtime import Row, main, milliseconds, table, turns  # noqa: E402
+from bench_runtime import COLOURS, Row, draw_chart, main, milliseconds, table, turns  # noqa: E402
 
 
 def embed_file(path: Path, vocabulary: int = 30, tokens: int = 8, width: int = 16) -> Path:
@@ -46,8 +46,24 @@ def test_the_readme_shows_the_rows_of_the_repository(capsys: pytest.CaptureFixtu
 def test_the_factors_of_a_table() -> None:
     times = {"a": 30.0, "b": 20.0, "sqat-dense": 8.0, "sqat-sparse": 5.0}
     rows = [Row(1, 2, 16, 384, engine, median, median) for engine, median in times.items()]
-    assert table(rows).splitlines()[-1] == "| 1 | 2 x 16 | 30.0 | 20.0 | 8.00 | 5.00 | 4.00x | 1.60x |"
+    assert table(rows).splitlines()[-1] == "| 384 | 1 | 2 x 16 | 30.0 | 20.0 | 8.00 | 5.00 | 4.00x | 1.60x |"
     assert [milliseconds(value) for value in (0.125, 9.5, 31.25, 758.4)] == ["0.12", "9.50", "31.2", "758"]
+
+
+def test_the_chart_has_a_bar_for_every_engine_and_point(tmp_path: Path) -> None:
+    rows = [
+        Row(threads, 2, sequence, width, engine, 40.0 / (number + 1), 50.0)
+        for width in (384, 768)
+        for threads in (1, 2)
+        for sequence in (16, 128)
+        for number, engine in enumerate(COLOURS)
+    ]
+    draw_chart(rows, tmp_path / "chart.svg")
+    drawn = (tmp_path / "chart.svg").read_text()
+    assert all(drawn.count(f"fill: {colour}") >= 8 for colour in COLOURS.values())
+    assert drawn.count("<!-- 1.5 -->") == 8, "six times as fast as the first, the base four times"
+    draw_chart(rows, tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_text() == drawn
 
 
 def test_every_engine_comes_first_in_its_turn() -> None:
