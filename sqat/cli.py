@@ -329,6 +329,15 @@ def engine(
 
 
 @app.command()
+def doctor(json: Json = False, verbose: Verbose = 0) -> None:
+    """Show what this machine has, and what targets and backends lack."""
+    from sqat.doctor import diagnose
+    from sqat.machine_tables import print_diagnosis
+
+    print_diagnosis(diagnose(), as_json=json)
+
+
+@app.command()
 def init(
     data: Annotated[Path, typer.Argument(metavar="DATA_FILE", help="JSONL, CSV or Parquet to train on")],
     task: Annotated[str | None, typer.Option("--task", metavar="NAME", help="instead of the guess")] = None,

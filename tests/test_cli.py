@@ -34,7 +34,20 @@ stages:
   qat:
   export:
 """
-COMMANDS = ["run", "train", "prune", "calibrate", "qat", "export", "evaluate", "inspect", "engine", "init", "schema"]
+COMMANDS = [
+    "run",
+    "train",
+    "prune",
+    "calibrate",
+    "qat",
+    "export",
+    "evaluate",
+    "inspect",
+    "engine",
+    "doctor",
+    "init",
+    "schema",
+]
 
 Fake = Callable[..., Any]
 
