@@ -268,5 +268,7 @@ OPTIONAL = {
     "diffusers": "diffusion",
     "pillow": "images",
     "bm25s": "bm25",
+    "jinja2": "report",
+    "matplotlib": "report",
     "sentence-transformers": "",
 }

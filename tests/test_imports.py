@@ -24,6 +24,7 @@ LAYERS = [
     [
         "evaluation",
         "artifacts",
+        "bench",
         "choosing",
         "doctor",
         "machine",
