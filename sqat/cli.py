@@ -389,6 +389,25 @@ def bench(
 
 
 @app.command()
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run, e.g. runs/recipe")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="default: report.html in it", show_default=False),
+    ] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Write one HTML page about a run."""
+    from sqat import console
+    from sqat.report.page import write_page
+
+    with console.open_display(quiet=quiet) as display:
+        path = write_page(run_folder, output, display)
+    console.print_text(console.nearby(path))
+
+
+@app.command()
 def init(
     data: Annotated[Path, typer.Argument(metavar="DATA_FILE", help="JSONL, CSV or Parquet to train on")],
     task: Annotated[str | None, typer.Option("--task", metavar="NAME", help="instead of the guess")] = None,

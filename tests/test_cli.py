@@ -45,6 +45,8 @@ COMMANDS = [
     "inspect",
     "engine",
     "doctor",
+    "bench",
+    "report",
     "init",
     "schema",
 ]

@@ -18,6 +18,7 @@ CORE = ("sparsity", "quantization", "distillation")
 LAYERS = [
     ["__main__"],
     ["cli", "console", "tables", "machine_tables", "starter"],
+    ["report"],
     ["pipeline", "inspection"],
     ["results"],
     ["stages"],
