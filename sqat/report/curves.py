@@ -52,8 +52,12 @@ def curves_of(manifest: Manifest, config: StageConfig, lines: Iterable[str]) -> 
 
 
 def read_log(lines: Iterable[str], stage: str) -> dict[str, Points]:
-    """Values by name along a stage's last fit in a log; a resumed fit goes on where the one before it stopped."""
+    """Values by name along a stage's last fit that came to its end; a resumed one goes on where the one before stopped.
+
+    A fit that is under way, or was given up, is not the one that the checkpoint is of.
+    """
     found: dict[str, Points] = {}
+    finished: dict[str, Points] = {}
     resumed = False
     for line in lines:
         title, _, text = line[STAMP:].rstrip("\n").partition(": ")
@@ -67,7 +71,9 @@ def read_log(lines: Iterable[str], stage: str) -> dict[str, Points]:
         if match := STEP.fullmatch(text):
             for name, value in named_values(match[3]):
                 found.setdefault(name, []).append((int(match[1]), value))
-    return found
+        if text.startswith("done in "):
+            finished = found
+    return finished
 
 
 def before(found: Mapping[str, Points], step: int) -> dict[str, Points]:

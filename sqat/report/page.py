@@ -122,7 +122,7 @@ def points_note(stage: Stage) -> str:
     """How much of a curve is known."""
     assert stage.curves is not None
     most = max((len(points) for points in stage.curves.losses.values()), default=0)
-    return f"{stage.curves.steps} steps, of which the log has {most}"
+    return f"{stage.curves.steps} steps, of which {most} {'is' if most == 1 else 'are'} known"
 
 
 def stage_cells(stage: Stage, metric: str) -> dict[str, Any]:

@@ -41,8 +41,10 @@ results: {"dense <b>fp32</b>": export/onnx-fp32, sparse $int8$: export/onnx-int8
 LOG = """\
 2026-01-01 00:00:00 train: 10 steps
 2026-01-01 00:00:10 train: 5/10, task 1.5, 3.0 samples/s, 1m02s left
+2026-01-01 00:00:11 train: done in 11s
 2026-01-01 00:00:20 prune: 10 steps
 2026-01-01 00:00:30 prune: 4/10, task 0.7, minilm 0.01, 3.0 samples/s, 2.0s left
+2026-01-01 00:00:31 prune: done in 11s
 """
 SECTIONS = ["verdict", "results", "trade", "curves", "layers", "lint", "stages", "recipe", "reproduce", "missing"]
 EMPTY = {"area", "br", "col", "hr", "img", "input", "link", "meta"}
@@ -157,6 +159,13 @@ def test_every_section_is_there(whole: tuple[str, Page]) -> None:
     assert {each.removeprefix("#") for each in page.references} <= set(page.ids)
     assert len(set(page.ids)) == len(page.ids), "an id is of one element"
     assert page.tags.count("svg") == 1 + 3 + 2, "trade-off; losses of train, prune and qat; zeros and SQNR"
+
+
+def test_curves_are_those_of_the_log_and_the_manifest(whole: tuple[str, Page]) -> None:
+    text = whole[1].text
+    assert "10 steps, of which 2 are known" in text
+    assert "5 steps, of which 1 is known" in text
+    assert all(name in text for name in ("task loss", "minilm loss", "dev accuracy", "sparsity"))
 
 
 def test_nothing_comes_from_outside(whole: tuple[str, Page]) -> None:

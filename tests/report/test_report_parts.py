@@ -11,6 +11,7 @@ from sqat.sparsity.schedule import PerGroup
 BEGUN = """\
 2026-01-01 00:00:00 qat-b: 20 steps
 2026-01-01 00:00:01 qat-b: 2/20, task 9.0, 1.0 samples/s, 1.0s left
+2026-01-01 00:00:01 qat-b: done in 2m05s
 2026-01-01 00:00:02 qat: 20 steps
 2026-01-01 00:00:03 qat: 5/20, task 1.0, 14.8 samples/s, 1m53s left
 2026-01-01 00:00:04 qat: 9/20, task 0.5, minilm 2e-05, 14.8 samples/s, 1m40s left
@@ -28,10 +29,13 @@ AGAIN = """\
 """
 
 
+DONE = "2026-01-01 00:03:00 qat: done in 3.4s\n"
+
+
 def test_a_stage_has_its_own_lines() -> None:
-    assert read_log(BEGUN.splitlines(), "qat") == {"task": [(5, 1.0), (9, 0.5)], "minilm": [(9, 2e-05)]}
-    assert read_log(BEGUN.splitlines(), "qat-b") == {"task": [(2, 9.0)]}
-    assert read_log(BEGUN.splitlines(), "train") == {}
+    assert read_log((BEGUN + DONE).splitlines(), "qat") == {"task": [(5, 1.0), (9, 0.5)], "minilm": [(9, 2e-05)]}
+    assert read_log((BEGUN + DONE).splitlines(), "qat-b") == {"task": [(2, 9.0)]}
+    assert read_log((BEGUN + DONE).splitlines(), "train") == {}
 
 
 def test_a_resumed_fit_goes_on_from_its_last_state() -> None:
@@ -39,7 +43,12 @@ def test_a_resumed_fit_goes_on_from_its_last_state() -> None:
 
 
 def test_a_fit_that_began_again_forgets_the_one_before() -> None:
-    assert read_log((BEGUN + RESUMED + AGAIN).splitlines(), "qat") == {"task": [(3, 0.125)]}
+    assert read_log((BEGUN + RESUMED + AGAIN + DONE).splitlines(), "qat") == {"task": [(3, 0.125)]}
+
+
+def test_a_fit_under_way_is_not_that_of_the_checkpoint() -> None:
+    assert read_log((BEGUN + RESUMED + AGAIN).splitlines(), "qat")["task"] == [(5, 1.0), (8, 0.75)]
+    assert read_log(BEGUN.splitlines(), "qat") == {}
 
 
 def test_the_schedule_is_that_of_the_prune_stage() -> None:
