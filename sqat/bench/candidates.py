@@ -13,7 +13,7 @@ All of them live in one process; a backend's library is imported when the first 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sqat import runtime
 from sqat.bench.inputs import Feeds, Input, inputs_of_config, read_config
 from sqat.errors import SqatError
 
@@ -169,6 +170,8 @@ def why_absent(backend: str) -> str:
         return why_no_tensorrt()
     if backend == "openvino" and find_spec("openvino") is None:
         return "OpenVINO is not installed (pip install openvino)"
+    if backend == "sqat" and not runtime.LIBRARY.is_file():
+        return f"this installation of sqat has no compiled runtime ({runtime.how_to_get_it()})"
     return ""
 
 
@@ -202,6 +205,28 @@ def open_candidate(candidate: Candidate, threads: int, stack: ExitStack) -> Run:
     except Exception as error:  # each library has classes of its own
         raise SqatError(f"{candidate.backend} cannot open it: {first_line(error)}",
                         place=str(candidate.artifact.path)) from error  # fmt: skip
+
+
+def open_all(
+    candidates: Sequence[Candidate], needed: Collection[str], threads: int, stack: ExitStack
+) -> tuple[dict[str, Run], dict[str, str]]:
+    """Open candidates; returns those that opened, and name -> reason of those that did not.
+
+    Args:
+        needed: backends and names of candidates that must open; those of `SOLE` must anyway.
+
+    Raises:
+        SqatError: one of those does not.
+    """
+    runs, failed = {}, {}
+    for candidate in candidates:
+        try:
+            runs[candidate.name] = open_candidate(candidate, threads, stack)
+        except SqatError as error:  # noqa: PERF203
+            if candidate.backend in SOLE or {candidate.backend, candidate.name} & set(needed):
+                raise
+            failed[candidate.name] = error.problem
+    return runs, failed
 
 
 def first_line(error: Exception) -> str:
@@ -249,8 +274,6 @@ def open_onnxruntime(path: Path, threads: int, stack: ExitStack) -> Run:
 
 
 def open_sqat(path: Path, threads: int, stack: ExitStack) -> Run:
-    from sqat import runtime
-
     return feeding(runtime.session(path, threads=threads))
 
 
@@ -289,3 +312,4 @@ OPENERS: dict[str, Callable[[Path, int, ExitStack], Run]] = {
     "tensorrt": open_tensorrt,
     "sqat": open_sqat,
 }
+SOLE = ("torch", "onnxruntime", "sqat")  # the backends that an artifact is for, or that every ONNX file should run in

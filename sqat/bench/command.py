@@ -43,7 +43,7 @@ def run_bench(options: Options, display: Display) -> Report:
     found, left_out = candidates_of(read_artifacts(options.artifacts), options.backends)
     baseline = find_baseline(found, options.baseline)
     threads = options.threads or describe_processor().cores
-    return measure(found, baseline, grid, effort, threads, display, left_out)
+    return measure(found, baseline, grid, effort, threads, display, left_out, needed=options.backends)
 
 
 def effort_of(options: Options) -> Effort:

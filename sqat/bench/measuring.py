@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from sqat.bench.candidates import Candidate, Run, first_line, open_candidate
+from sqat.bench.candidates import Candidate, Run, first_line, open_all
 from sqat.bench.footprint import peak_memory
 from sqat.bench.inputs import Feeds, Input, Limits, draw_inputs, limits_of, usual_tokens
 from sqat.bench.intervals import Interval, median_interval, median_ratio
@@ -116,6 +116,7 @@ def measure(
     display: Display,
     left_out: Mapping[str, str],
     *,
+    needed: Collection[str] = (),
     memory: Callable[[Candidate, Feeds, int], int | None] = peak_memory,
     timer: Callable[..., Timed] = time_rounds,
 ) -> Report:
@@ -124,6 +125,7 @@ def measure(
     Args:
         baseline: name of the candidate that the others are compared with.
         left_out: what is not among the candidates, to be reported.
+        needed: backends whose candidates must all open.
         memory, timer: for tests.
 
     Raises:
@@ -135,12 +137,13 @@ def measure(
     largest = max(sizes, key=lambda size: size[0] * (size[1] or 1))
     with ExitStack() as stack:
         stack.enter_context(pinned(threads))
+        runs, failed = open_all(candidates, {baseline, *needed}, threads, stack)
+        opened = [candidate for candidate in candidates if candidate.name in runs]
         subjects = {}
-        for candidate in candidates:
-            display.say(f"{candidate.name}: opening, measuring memory")
+        for candidate in opened:
+            display.say(f"{candidate.name}: measuring memory")
             grown = memory(candidate, draw_inputs(inputs, limits, *largest), threads)
             subjects[candidate.name] = describe(candidate, grown)
-        runs = {candidate.name: open_candidate(candidate, threads, stack) for candidate in candidates}
         decides = all(is_classifier(candidate.artifact.config) for candidate in candidates)
         settings = []
         for batch, tokens in sizes:
@@ -156,7 +159,7 @@ def measure(
         baseline=baseline,
         within=effort.within,
         subjects=subjects,
-        left_out=dict(left_out),
+        left_out={**left_out, **failed},
         settings=settings,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from sqat.bench import candidates
-from sqat.bench.candidates import candidates_of, read_artifact, read_artifacts
+from sqat.bench.candidates import Candidate, candidates_of, open_all, read_artifact, read_artifacts
 from sqat.bench.inputs import Input, Limits, draw_inputs, inputs_of_config, limits_of, usual_tokens
 from sqat.bench.measuring import Grid, all_inputs, settings_of
 from sqat.bench.parity import compare, is_classifier
@@ -121,13 +122,36 @@ def test_backends_of_each_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         candidates_of([graph], ["tensorrt"])
 
 
+def test_what_does_not_open_is_left_out_where_it_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, threads: int, stack: ExitStack) -> Any:
+        raise RuntimeError("\n  no such operator\nat line 3")
+
+    graph = read_artifact("g", write_classifier(tmp_path / "m.onnx"))
+    found = [Candidate(graph, "onnxruntime"), Candidate(graph, "openvino")]
+    monkeypatch.setitem(candidates.OPENERS, "openvino", refuse)
+    with ExitStack() as stack:
+        runs, failed = open_all(found, [], 1, stack)
+        assert (list(runs), failed) == (["g@onnxruntime"], {"g@openvino": "openvino cannot open it: no such operator"})
+        for needed in ("openvino", "g@openvino"):
+            with pytest.raises(SqatError, match="openvino cannot open it: no such operator"):
+                open_all(found, [needed], 1, stack)
+        monkeypatch.setitem(candidates.OPENERS, "onnxruntime", refuse)
+        with pytest.raises(SqatError, match="onnxruntime cannot open it"):
+            open_all(found, [], 1, stack)
+
+
+def test_missing_kernels_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(candidates.runtime, "LIBRARY", tmp_path / "none.so")
+    assert candidates.runtime.how_to_get_it() in candidates.why_absent("sqat")
+
+
 def test_a_folder_takes_the_inputs_of_a_file_beside_it(
     tmp_path: Path, make_checkpoint: Callable[..., Checkpoint]
 ) -> None:
     save_checkpoint(make_checkpoint(), tmp_path / "c")
     found, _ = candidates_of(read_artifacts([str(tmp_path / "c")]), [])
     assert {each.name for each in all_inputs(found)[0]} == {"input_ids", "attention_mask"}
-    graph = candidates.Candidate(read_artifact("g", write_pictures(tmp_path / "p" / "m.onnx")), "onnxruntime")
+    graph = Candidate(read_artifact("g", write_pictures(tmp_path / "p" / "m.onnx")), "onnxruntime")
     assert [each.name for each in all_inputs([*found, graph])[0]] == ["pixel_values"]
 
 
