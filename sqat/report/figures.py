@@ -137,7 +137,7 @@ def draw_map(
         panel.tick_params(length=0, labelsize=8)
         for edge in panel.spines.values():
             edge.set_visible(False)
-        figure.colorbar(mesh, ax=panel, label=what, shrink=0.9).solids.set_rasterized(False)
+        figure.colorbar(mesh, ax=panel, label=what, shrink=0.9).solids.set(rasterized=False, edgecolor="face")
         if len(known) <= CELLS_WITH_NUMBERS:
             number_cells(panel, values, spread)
 

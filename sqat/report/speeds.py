@@ -64,19 +64,17 @@ def read_speeds(directory: Path, files: Mapping[str, Path]) -> list[SpeedSetting
 
 
 def read_latency(text: str, files: Mapping[str, Path]) -> list[SpeedSetting]:
-    """Wall times of `scripts/results latency`."""
+    """CPU times of `scripts/results latency`, which other work on the machine disturbs less than wall times."""
     latency: Any = json.loads(text)
     found = []
     for setting in latency["settings"]:
-        baseline = next((name for row in setting["rows"].values() for name in row["wall_against"]), "")
+        baseline = next((name for row in setting["rows"].values() for name in row["cpu_against"]), "")
         rows = {
-            label: Speed(
-                row["wall_ms"], row["wall_p95_ms"], interval(row["wall_against"].get(baseline), label, baseline)
-            )
+            label: Speed(row["cpu_ms"], row["cpu_p95_ms"], interval(row["cpu_against"].get(baseline), label, baseline))
             for label, row in setting["rows"].items()
         }
-        how = (f"ONNX Runtime, {latency['threads']} thread on {latency['cpu']}, {setting['rounds']} rounds, "
-               f"load {latency['load']} ({LATENCY})")  # fmt: skip
+        where = f"{latency['threads']} thread on {latency['cpu']}, {setting['rounds']} rounds, load {latency['load']}"
+        how = f"CPU time in ONNX Runtime, {where} ({LATENCY})"
         found.append(SpeedSetting(size_text(setting["batch"], setting["sequence"]), how, baseline, rows))
     return found
 

@@ -126,7 +126,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[.
 def latency(labels: list[str]) -> dict[str, Any]:
     """`latency.json`: the second row twice as fast as the first."""
     ratio = {"median": 2.0, "low": 1.9, "high": 2.125}
-    rows = {label: {"wall_ms": 8.0 / (1 + number), "wall_p95_ms": 9.5, "wall_against": {labels[0]: ratio}}
+    rows = {label: {"cpu_ms": 8.0 / (1 + number), "cpu_p95_ms": 9.5, "cpu_against": {labels[0]: ratio}}
             for number, label in enumerate(labels)}  # fmt: skip
     settings = [{"batch": 8, "sequence": 64, "rounds": 20, "rows": rows}]
     return {"threads": 1, "cpu": "a <CPU>", "load": 0.5, "settings": settings}
