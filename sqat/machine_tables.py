@@ -113,8 +113,8 @@ def print_subjects(console: Console, report: Report) -> None:
     for title_ in ("file MB", "memory MB"):
         table.add_column(title_, justify="right", no_wrap=True)
     for name, subject in report.subjects.items():
-        memory = "-" if subject.memory_bytes is None else f"{subject.memory_bytes / 1e6:.1f}"
-        table.add_row(name, f"{subject.file_bytes / 1e6:.1f}", memory)
+        memory = "-" if subject.memory_bytes is None else show_digits(subject.memory_bytes / 1e6)
+        table.add_row(name, show_digits(subject.file_bytes / 1e6), memory)
     console.print(table)
 
 
@@ -138,7 +138,10 @@ def print_setting(console: Console, report: Report, setting: Setting) -> None:
 def speedup(timing: Timing) -> str:
     """``1.37 (1.35-1.39)``."""
     ratio = timing.speedup
-    return "baseline" if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
+    if ratio is None:
+        return "baseline"
+    form = ".2f" if ratio.median >= 0.1 else ".1g"
+    return f"{ratio.median:{form}} ({ratio.low:{form}}-{ratio.high:{form}})"
 
 
 def difference(parity: Parity | None) -> str:
@@ -156,7 +159,8 @@ def show_digits(value: float) -> str:
 def bench_notes(report: Report) -> Iterable[str]:
     """What the figures mean, and what is to be said of some of them."""
     yield "p50 and speed-up: medians, with 95 % bootstrap intervals over the rounds."
-    yield "difference: largest of the outputs from the baseline's, same random inputs."
+    yield "difference: largest of the outputs from the baseline's, same random inputs (of"
+    yield "which decisions are closer calls than of real ones; sqat evaluate takes those)."
     yield "memory: growth of a process of its own, at the largest size."
     for setting in report.settings:
         size = f"{setting.batch}x{setting.sequence}" if setting.sequence else str(setting.batch)
