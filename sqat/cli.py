@@ -329,6 +329,85 @@ def engine(
 
 
 @app.command()
+def doctor(json: Json = False, verbose: Verbose = 0) -> None:
+    """Show what this machine has, and what targets and backends lack."""
+    from sqat.doctor import diagnose
+    from sqat.machine_tables import print_diagnosis
+
+    print_diagnosis(diagnose(), as_json=json)
+
+
+@app.command()
+def bench(
+    artifacts: Annotated[
+        list[str],
+        typer.Argument(metavar="[NAME=]PATH...", help="checkpoint folders and .onnx files", show_default=False),
+    ],
+    batch: Annotated[str, typer.Option("--batch", metavar="N,...", help="rows of a call")] = "1,8",
+    sequence: Annotated[
+        str, typer.Option("--sequence", metavar="N,...", help="tokens of a row; default: 128", show_default=False)
+    ] = "",
+    threads: Annotated[
+        int, typer.Option("--threads", metavar="N", help="and cores; 0: all there are", show_default=True)
+    ] = 1,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", metavar="NAME", help="default: the first", show_default=False)
+    ] = None,
+    backends: Annotated[
+        list[str] | None, typer.Option("--backend", metavar="NAME", help="only this one; repeatable")
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="at least")] = 10,
+    min_seconds: Annotated[
+        float, typer.Option("--min-seconds", metavar="S", help="of a candidate's turn in a round")
+    ] = 0.05,
+    within: Annotated[
+        float, typer.Option("--within", metavar="%", help="go on until each ratio's 95 % interval is as narrow")
+    ] = 2.0,
+    max_seconds: Annotated[float, typer.Option("--max-seconds", metavar="S", help="of one size, at most")] = 60.0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="write all figures", show_default=False)
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="draw them (.png, .svg)", show_default=False)
+    ] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Time checkpoints and ONNX files in every backend here."""
+    from sqat import console
+    from sqat.bench import command
+
+    options = command.Options(
+        artifacts, batch, sequence, threads, baseline, backends or [], rounds, min_seconds, within, max_seconds
+    )
+    with console.open_display(quiet=quiet) as display:
+        report = command.run_bench(options, display)
+    command.write_report(report, json_file, plot)
+    from sqat.machine_tables import print_bench
+
+    print_bench(report)
+
+
+@app.command()
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run, e.g. runs/recipe")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="default: report.html in it", show_default=False),
+    ] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Write one HTML page about a run."""
+    from sqat import console
+    from sqat.report.page import write_page
+
+    with console.open_display(quiet=quiet) as display:
+        path = write_page(run_folder, output, display)
+    console.print_text(console.nearby(path))
+
+
+@app.command()
 def init(
     data: Annotated[Path, typer.Argument(metavar="DATA_FILE", help="JSONL, CSV or Parquet to train on")],
     task: Annotated[str | None, typer.Option("--task", metavar="NAME", help="instead of the guess")] = None,

@@ -148,6 +148,21 @@ def parse_processor(text: str) -> tuple[str, frozenset[str]]:
     return name, frozenset(FEATURES[word] for word in words & set(FEATURES))
 
 
+def memory_bytes() -> tuple[int | None, int | None]:
+    """Bytes of memory in all and available, as Linux counts them; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None, None
+    return parse_memory(lines, "MemTotal"), parse_memory(lines, "MemAvailable")
+
+
+def parse_memory(lines: list[str], key: str) -> int | None:
+    """Bytes of an entry ``key:  N kB``."""
+    words = next((line.split() for line in lines if line.startswith(f"{key}:")), [])
+    return 1024 * int(words[1]) if len(words) > 1 and words[1].isdecimal() else None
+
+
 def find_gpus() -> tuple[Gpu, ...]:
     """GPUs the NVIDIA driver shows; through its command where the library cannot be loaded; none without either."""
     try:

@@ -34,7 +34,22 @@ stages:
   qat:
   export:
 """
-COMMANDS = ["run", "train", "prune", "calibrate", "qat", "export", "evaluate", "inspect", "engine", "init", "schema"]
+COMMANDS = [
+    "run",
+    "train",
+    "prune",
+    "calibrate",
+    "qat",
+    "export",
+    "evaluate",
+    "inspect",
+    "engine",
+    "doctor",
+    "bench",
+    "report",
+    "init",
+    "schema",
+]
 
 Fake = Callable[..., Any]
 

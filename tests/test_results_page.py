@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from sqat.bench.intervals import Interval
 from sqat.checkpoint import load_checkpoint, save_checkpoint
 from sqat.errors import SqatError
 from sqat.export.runtime import session
@@ -39,7 +40,6 @@ from results_page.schema import (  # noqa: E402
     Application,
     Latency,
     Pictures,
-    Ratio,
     ResultsFile,
     Row,
     Seed,
@@ -216,7 +216,7 @@ def test_a_row_made_from_a_checkpoint_that_was_replaced_does_not_count(copied: P
 @pytest.mark.pipeline
 def test_latency_is_shown_while_its_files_are_there(copied: Path) -> None:
     folder = run_of(copied, 1).load().run_directory
-    own, half = Ratio(median=1, low=1, high=1), Ratio(median=1.834, low=1.8, high=1.871)
+    own, half = Interval(median=1, low=1, high=1), Interval(median=1.834, low=1.8, high=1.871)
     rows = {
         label: Timing(cpu_ms=ms, cpu_p95_ms=9, wall_ms=9, wall_p95_ms=9, cpu_against={"dense fp32": ratio})
         for label, ms, ratio in (("dense fp32", 20.0, own), ("sparse int8 (one-shot)", 10.94, half))
@@ -355,18 +355,6 @@ def test_bold_is_above_all_others_by_both_spreads(rows: list[list[float]]) -> No
     others = [[other for place, other in enumerate(rows) if place != index and other] for index in range(len(rows))]
     ahead = [index for index, row in enumerate(rows) if others[index] and all(clear(row, o) for o in others[index])]
     assert ahead == ([] if best is None else [best])
-
-
-def test_the_median_ratio_has_an_interval_that_covers_the_truth() -> None:
-    random_numbers = np.random.default_rng(1)
-    covered = 0
-    for _ in range(100):
-        times = random_numbers.lognormal(0, 0.1, (2, 40))
-        ratio = spread.median_ratio(1.5 * times[0], times[1], resamples=300)
-        covered += ratio.low <= 1.5 <= ratio.high
-    assert covered >= 85  # of 100 intervals of 95 %
-    exact = spread.median_ratio(np.array([2.0, 4.0]), np.array([1.0, 2.0]))
-    assert (exact.median, exact.low, exact.high) == (2, 2, 2)
 
 
 def test_rounds_call_every_file_in_turn_and_in_changing_order() -> None:

@@ -22,6 +22,7 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from sqat.bench.intervals import Interval
 from sqat.checkpoint import Figure, write_synced
 from sqat.errors import SqatError
 
@@ -74,16 +75,6 @@ class Seed(BaseModel):
     stages: dict[str, Stage]
 
 
-class Ratio(BaseModel):
-    """Median over the rounds of baseline's time / row's time, and its 95 % interval by bootstrap over the rounds."""
-
-    model_config = STRICT
-
-    median: float
-    low: float
-    high: float
-
-
 class Timing(BaseModel):
     """Time of one call: CPU time of the process, and wall time, which other load on the machine makes longer."""
 
@@ -93,8 +84,8 @@ class Timing(BaseModel):
     cpu_p95_ms: float
     wall_ms: float
     wall_p95_ms: float
-    cpu_against: dict[str, Ratio] = {}
-    wall_against: dict[str, Ratio] = {}
+    cpu_against: dict[str, Interval] = {}
+    wall_against: dict[str, Interval] = {}
 
 
 class Setting(BaseModel):

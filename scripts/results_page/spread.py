@@ -1,4 +1,4 @@
-"""Figures over seeds and over rounds: mean and spread, paired differences, an interval for a median.
+"""Figures over seeds: mean and spread, paired differences; intervals over rounds are `sqat.bench.intervals`.
 
 Spread is the sample standard deviation (n - 1); with three seeds it is a rough one. Differences are taken seed by seed,
 since two rows of a seed share their dense model and so much of their luck. Left out: significance tests.
@@ -10,9 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from results_page.schema import Ratio, Seed
+from results_page.schema import Seed
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
@@ -45,11 +44,3 @@ def outside_spread(rows: Sequence[Sequence[float]]) -> int | None:
     others = [figure for index, figure in enumerate(figures) if index != best and rows[index]]
     clear = all(spread is not None and wide is not None and mean - other > spread + wide for other, wide in others)
     return best if others and clear else None
-
-
-def median_ratio(baseline: NDArray[np.float64], times: NDArray[np.float64], resamples: int = 2000) -> Ratio:
-    """Median over the rounds [R] of baseline / times, with a 95 % percentile bootstrap interval over the rounds."""
-    ratios = baseline / times
-    chosen = np.random.default_rng(0).integers(len(ratios), size=(resamples, len(ratios)))
-    low, high = np.quantile(np.median(ratios[chosen], axis=1), (0.025, 0.975))
-    return Ratio(median=float(np.median(ratios)), low=float(low), high=float(high))

@@ -25,8 +25,8 @@ from results_page.applications import DENSE, display_of
 from results_page.collecting import LATENCY, Run, collect_seed, digests
 from results_page.running import versions
 from results_page.schema import Latency, Setting, Timing, write
-from results_page.spread import median_ratio
 from sqat.artifacts import open_onnx
+from sqat.bench.intervals import median_ratio
 from sqat.errors import SqatError
 from sqat.export.cpu_graph import file_needs_kernels
 from sqat.keys import Keys

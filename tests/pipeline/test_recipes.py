@@ -91,6 +91,9 @@ def test_every_readme_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "engine",
         "evaluate",
         "schema",
+        "doctor",
+        "bench",
+        "report",
     }
     if importlib.util.find_spec("tensorrt_rtx") is None:
         commands = [command for command in commands if command[0] != "engine"]

@@ -1,0 +1,49 @@
+"""The plot of a bench report: for each size a bar a candidate, the median call, with its p95."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sqat.bench.measuring import Report, Setting, size_text
+from sqat.errors import SqatError
+
+BAR, TAIL, BASELINE = "#3b6ea5", "#b5541c", "#8a8f98"
+PANEL, LINE = 0.7, 0.34  # inches a panel and a candidate
+
+
+def save_plot(report: Report, path: Path) -> None:
+    """Draw a report to a file of any kind matplotlib writes (PNG, SVG, PDF).
+
+    Raises:
+        SqatError: matplotlib is not installed, or does not know the kind.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SqatError("matplotlib is not installed", "pip install 'sqat[report]'", "--plot") from error
+    height = sum(PANEL + LINE * len(setting.rows) for setting in report.settings)
+    figure = Figure(figsize=(8, 0.6 + height), layout="constrained")
+    panels = figure.subplots(len(report.settings), 1, squeeze=False)[:, 0]
+    for panel, setting in zip(panels, report.settings, strict=True):
+        draw_setting(panel, setting, report.baseline)
+    panels[-1].set_xlabel("ms a call: median with its 95 % interval, and p95 (|)")
+    figure.suptitle(f"{report.cpu or 'unknown CPU'}, {report.threads} thread{'s' * (report.threads > 1)}", fontsize=10)
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:
+        raise SqatError(f"matplotlib cannot write it: {error}", "name a .png, .svg or .pdf", str(path)) from error
+
+
+def draw_setting(panel: Any, setting: Setting, baseline: str) -> None:
+    """One size."""
+    names = list(setting.rows)[::-1]
+    timings = [setting.rows[name] for name in names]
+    middles = [timing.p50_ms.median for timing in timings]
+    low = [timing.p50_ms.median - timing.p50_ms.low for timing in timings]
+    high = [timing.p50_ms.high - timing.p50_ms.median for timing in timings]
+    colours = [BASELINE if name == baseline else BAR for name in names]
+    panel.barh(names, middles, xerr=(low, high), color=colours, height=0.6)
+    panel.plot([timing.p95_ms for timing in timings], names, "|", color=TAIL, markersize=12)
+    panel.set_title(size_text(setting.batch, setting.sequence), fontsize=9, loc="left")
+    panel.tick_params(labelsize=8)

@@ -1,0 +1,230 @@
+"""What a run's folder holds, read once: recipe, stages, results, latencies, curves, layers, lint findings.
+
+Whatever is not there is named in ``missing`` and nothing is run again: a report never changes a run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqat.checkpoint import RECIPE, Manifest, load_manifest
+from sqat.display import Display
+from sqat.errors import SqatError
+from sqat.inspection import inspect_checkpoint
+from sqat.keys import Keys
+from sqat.lint.inspection import Lint
+from sqat.recipe import LoadedRecipe, StageConfig
+from sqat.recipe_file import load_recipe
+from sqat.report.curves import Curves, curves_of
+from sqat.report.speeds import SpeedSetting, read_speeds
+from sqat.report_row import LayerReport
+from sqat.results import FILE, artifact_size, read_results, result_artifacts
+from sqat.stages.targets import file_name
+
+LOG, RUN_RECORD = "sqat.log", "run.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the recipe; no manifest where it has not run."""
+
+    name: str
+    config: StageConfig
+    manifest: Manifest | None
+    curves: Curves | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the closing table.
+
+    Attributes:
+        metrics: on the run's split; empty where they were not measured.
+        stale: whether the figures are of an earlier file.
+    """
+
+    label: str
+    stage: str
+    path: Path
+    metrics: Mapping[str, float]
+    size_bytes: int | None
+    stale: bool
+
+
+@dataclass(frozen=True)
+class Linted:
+    """An exported file held against its target's rules; no lint, and the reason, where that cannot be."""
+
+    label: str
+    file: str
+    target: str
+    lint: Lint | None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """All of a run.
+
+    Attributes:
+        metric: the recipe's own, higher is better.
+        layers: of the checkpoint of ``layers_of``, the last one that was pruned or quantized.
+        record: how `scripts/results` started it; empty where it did not.
+        missing: what a report would show and the folder does not have.
+    """
+
+    directory: Path
+    loaded: LoadedRecipe
+    metric: str
+    split: str
+    data_digest: str
+    stages: list[Stage]
+    results: list[Result]
+    speeds: list[SpeedSetting]
+    layers: list[LayerReport]
+    layers_of: str
+    lints: list[Linted]
+    record: Mapping[str, Any]
+    missing: list[str]
+
+
+def collect(directory: Path, display: Display) -> Run:
+    """Read a run's folder.
+
+    Raises:
+        SqatError: it holds no stage of sqat's, or one that is damaged.
+    """
+    loaded = read_recipe(directory)
+    keys, missing = Keys(loaded), list[str]()
+    stages = read_stages(keys, directory, missing)
+    results, split, digest = read_rows(keys, missing)
+    speeds = read_speeds(directory, {row.label: row.path for row in results})
+    if not speeds:
+        missing.append(
+            "latency: neither latency.json (scripts/results latency) nor bench.json (sqat bench --json) is there"
+        )
+    layers_of, layers = read_layers(keys, stages, display)
+    metric = str(loaded.recipe.task.metric)
+    known = list(dict.fromkeys(name for row in results for name in row.metrics))
+    return Run(
+        directory=directory,
+        loaded=loaded,
+        metric=metric if metric in known else next(iter(known), metric),
+        split=split,
+        data_digest=digest,
+        stages=stages,
+        results=results,
+        speeds=speeds,
+        layers=layers,
+        layers_of=layers_of,
+        lints=read_lints(results, display),
+        record=read_json(directory / RUN_RECORD),
+        missing=missing,
+    )
+
+
+def read_recipe(directory: Path) -> LoadedRecipe:
+    """The recipe as the newest stage keeps it, in this folder whatever the recipe calls it.
+
+    Raises:
+        SqatError: no stage is there.
+    """
+    if not directory.is_dir():
+        raise SqatError("no such run folder", "name the folder of a run, e.g. runs/recipe", str(directory))
+    found = sorted(path for path in directory.glob("[0-9][0-9]-*/sqat.json") if (path.parent / RECIPE).is_file())
+    if not found:
+        hint = "name the folder above it" if (directory / "sqat.json").is_file() else "run the recipe first"
+        raise SqatError("the folder holds no stages of a run", hint, str(directory))
+    newest = max(found, key=lambda path: path.stat().st_mtime).parent
+    loaded = load_recipe(newest / RECIPE, load_manifest(newest).overrides)
+    whole = directory.resolve()
+    recipe = loaded.recipe.model_copy(update={"output": str(whole.parent), "name": whole.name})
+    return loaded.model_copy(update={"recipe": recipe})
+
+
+def read_stages(keys: Keys, directory: Path, missing: list[str]) -> list[Stage]:
+    """Every stage of the recipe with its curves."""
+    log = directory / LOG
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    if not lines:
+        missing.append(f"losses on the way: the folder has no {LOG}, so only those of the last step are shown")
+    stages = []
+    for name, config in keys.loaded.recipe.stages.items():
+        manifest = keys.manifest(name)
+        if manifest is None:
+            missing.append(f"stage {name}: has not run")
+        fitted = manifest is not None and manifest.steps > 0
+        curves = curves_of(manifest, config, lines) if manifest is not None and fitted else None
+        stages.append(Stage(name, config, manifest, curves))
+    return stages
+
+
+def read_rows(keys: Keys, missing: list[str]) -> tuple[list[Result], str, str]:
+    """The closing table with its split and data digest."""
+    remembered = read_results(keys.loaded.run_directory / FILE)
+    rows = []
+    for label, (stage, path) in result_artifacts(keys).items():
+        known, manifest = remembered.get(label, {}), keys.manifest(stage)
+        if not known:
+            missing.append(f"result {label}: not measured (sqat run measures it)")
+        metrics = {name: float(value) for name, value in known.get("metrics", {}).items()}
+        stale = bool(known) and (manifest is None or not str(known.get("key", "")).startswith(manifest.sha256))
+        if stale:
+            missing.append(f"result {label}: measured on an earlier file than the one in the folder")
+        rows.append(Result(label, stage, path, metrics, artifact_size(path) or None, stale))
+    entries = [entry for entry in remembered.values() if isinstance(entry, dict)]
+    first = entries[0] if entries else {}
+    return rows, str(first.get("split", "")), str(first.get("data", ""))
+
+
+def read_layers(keys: Keys, stages: list[Stage], display: Display) -> tuple[str, list[LayerReport]]:
+    """Name and layers of the last stage that pruned or quantized, or without one of the last that has weights."""
+    done = [stage for stage in stages if stage.manifest is not None and stage.config.stage != "export"]
+    treated = [stage for stage in done if stage.manifest is not None and stage.manifest.layers]
+    if not done:
+        return "", []
+    chosen = (treated or done)[-1].name
+    display.say(f"reading the layers of {chosen}")
+    return chosen, inspect_checkpoint(keys.directory(chosen))
+
+
+def read_lints(results: list[Result], display: Display) -> list[Linted]:
+    """Every exported ONNX file of the results, each once."""
+    files = {row.path: row.label for row in reversed(results) if row.path.suffix == ".onnx" and row.path.is_file()}
+    found = []
+    for path, label in reversed(files.items()):
+        display.say(f"linting {path.parent.name}/{path.name}")
+        found.append(lint_one(label, path))
+    return found
+
+
+def lint_one(label: str, path: Path) -> Linted:
+    """One file."""
+    from typing import get_args
+
+    from sqat.lint.repaired_file import lint_file
+    from sqat.lint.rules import Target
+    from sqat.stages.targets import TARGETS
+
+    target = next((name for name in TARGETS if file_name(name) == path.name), "")
+    shown = f"{path.parent.name}/{path.name}"
+    for known in get_args(Target):
+        if known == target:
+            try:
+                return Linted(label, shown, target, lint_file(path, known))
+            except SqatError as error:
+                return Linted(label, shown, target, None, error.problem)
+    return Linted(label, shown, target or "unknown", None, "the linter has no rules for this target")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none."""
+    try:
+        value: Any = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,178 @@
+"""The report's figures as inline SVG that follows the page: its font, its text colour, light and dark.
+
+matplotlib draws text and axes in one marker colour that is replaced by ``currentColor``; everything that refers to
+anything outside (metadata, namespaces) is taken out. Narrow, so that the text stays readable on a telephone.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from sqat.report.collecting import Run, Stage
+from sqat.report.grid import Grid
+from sqat.report.speeds import SpeedSetting
+from sqat.report_row import LayerReport
+
+INK = "#010203"
+COLOURS = ("#4477aa", "#cc6677", "#228833", "#aa7733", "#66a5bb", "#aa3377")
+SPARSITY = "#999999"
+WIDTH = 4.7  # inches
+CELLS_WITH_NUMBERS = 100
+
+
+def style() -> AbstractContextManager[None]:
+    """matplotlib's settings for these figures."""
+    from matplotlib import rc_context
+
+    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    settings: Any = dict.fromkeys(inked, INK)  # matplotlib's stubs list every key, those of other versions differ
+    settings |= {"svg.fonttype": "none", "svg.hashsalt": "sqat", "text.parse_math": False, "font.size": 9}
+    settings |= {"axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "legend.frameon": False}
+    return rc_context(settings)
+
+
+def svg(height: float, draw: Callable[[Any], None], title: str) -> str:
+    """An SVG element of a figure that ``draw`` fills.
+
+    Args:
+        height: inches.
+        title: for those who cannot see it.
+    """
+    from html import escape
+
+    from matplotlib.figure import Figure
+
+    with style():
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        draw(figure)
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = (
+        re.sub(r'\s(xmlns(:xlink)?|width|height|version)="[^"]*"', "", text[: text.index(">")])
+        + text[text.index(">") :]
+    )
+    text = own_names(text.replace(INK, "currentColor").replace("xlink:href", "href"), f"{zlib.crc32(title.encode()):x}")
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(title, quote=True)}"', 1)
+
+
+def own_names(text: str, prefix: str) -> str:
+    """The SVG with ids that no other figure of the page has."""
+    return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>f{prefix}-", text)
+
+
+def draw_curves(stage: Stage) -> str:
+    """Losses of a stage, its dev metrics and the sparsity, over the steps."""
+    curves = stage.curves
+    assert curves is not None
+
+    def draw(figure: Any) -> None:
+        panel = figure.subplots()
+        for (name, points), colour in zip(curves.losses.items(), COLOURS, strict=False):
+            steps, values = zip(*points, strict=True)
+            panel.plot(steps, values, ".-", color=colour, label=f"{name} loss", linewidth=1.2, markersize=4)
+        positive = [value for points in curves.losses.values() for _, value in points]
+        if positive and min(positive) > 0 and max(positive) > 20 * min(positive):
+            panel.set_yscale("log")
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter("")
+        panel.set_xlabel("step")
+        panel.set_ylabel("loss")
+        add_second(panel, stage)
+        figure.legend(loc="outside upper center", ncols=3, fontsize=8)
+
+    return svg(2.5, draw, f"losses of stage {stage.name} over its steps")
+
+
+def add_second(panel: Any, stage: Stage) -> None:
+    """What has another scale than the losses, all between 0 and 1 or nearly: metrics and the sparsity."""
+    curves = stage.curves
+    assert curves is not None
+    if not curves.schedule and not curves.metrics:
+        return
+    second = panel.twinx()
+    second.spines["right"].set_visible(True)
+    if curves.schedule:
+        steps, sparsities = zip(*[*curves.schedule, (curves.steps, curves.schedule[-1][1])], strict=True)
+        second.step(steps, sparsities, where="post", color=SPARSITY, linestyle="--", label="sparsity")
+        second.set_ylim(0, 1)
+    metrics = {name: points for name, points in curves.metrics.items() if all(0 <= value <= 1 for _, value in points)}
+    for (name, points), colour in zip(metrics.items(), COLOURS[::-1], strict=False):
+        second.plot(*zip(*points, strict=True), "s-", color=colour, label=f"dev {name}", markersize=3, linewidth=1)
+    second.set_ylabel("sparsity" if not metrics else "metric" if not curves.schedule else "sparsity, metric")
+
+
+def draw_map(
+    grid: Grid, what: str, value: Callable[[LayerReport], float | None], ends: tuple[float, float] | None = None
+) -> str:
+    """A heat map of one figure of every layer.
+
+    Args:
+        ends: of the colours; the smallest and the largest value without them.
+    """
+    values = [
+        [math.nan if cell is None or (found := value(cell)) is None else found for cell in row] for row in grid.cells
+    ]
+    known = [each for row in values for each in row if math.isfinite(each)]
+
+    def draw(figure: Any) -> None:
+        panel = figure.subplots()
+        spread = ends or ((min(known), max(known)) if len(set(known)) > 1 else (0.0, 1.0))
+        mesh = panel.pcolormesh(
+            values, cmap="viridis", vmin=spread[0], vmax=spread[1], edgecolors="white", linewidth=0.5
+        )
+        panel.invert_yaxis()
+        panel.set_xticks([column + 0.5 for column in range(len(grid.columns))], grid.columns, rotation=40, ha="right")
+        panel.set_yticks([row + 0.5 for row in range(len(grid.rows))], grid.rows)
+        panel.set_ylabel("block" if grid.regular else "layer no.")
+        panel.tick_params(length=0, labelsize=8)
+        for edge in panel.spines.values():
+            edge.set_visible(False)
+        figure.colorbar(mesh, ax=panel, label=what, shrink=0.9).solids.set(rasterized=False, edgecolor="face")
+        if len(known) <= CELLS_WITH_NUMBERS:
+            number_cells(panel, values, spread)
+
+    rows = len(grid.rows)
+    return svg(0.9 + 0.24 * rows + (0.5 if grid.regular else 0.0), draw, f"{what} of every layer")
+
+
+def number_cells(panel: Any, values: Sequence[Sequence[float]], spread: tuple[float, float]) -> None:
+    """Write the value into each cell, dark on light and light on dark."""
+    middle = (spread[0] + spread[1]) / 2
+    for row, some in enumerate(values):
+        for column, each in enumerate(some):
+            if math.isfinite(each):
+                colour = "black" if each > middle else "white"
+                panel.text(column + 0.5, row + 0.5, f"{each:.0f}", color=colour, ha="center", va="center", fontsize=7)
+
+
+def draw_trade(run: Run, setting: SpeedSetting) -> str:
+    """Quality over latency, a point a result; empty where nothing has both."""
+    metrics = {row.label: row.metrics[run.metric] for row in run.results if run.metric in row.metrics}
+    points = [(name, speed.p50_ms, metrics[label]) for name, speed in setting.rows.items()
+              if math.isfinite(metrics.get(label := name.partition("@")[0], math.nan))]  # fmt: skip
+    if len(points) < 2:
+        return ""
+
+    def draw(figure: Any) -> None:
+        panel = figure.subplots()
+        for (name, time, metric), colour in zip(points, (*COLOURS, *COLOURS), strict=False):
+            marker = "o" if name.startswith("dense") else "s"
+            panel.plot(time, metric, marker, color=colour, label=name, markersize=7)
+        panel.set_xlim(left=0, right=1.1 * max(time for _, time, _ in points))
+        panel.margins(y=0.2)
+        panel.set_xlabel(f"ms a call, {setting.title}")
+        panel.set_ylabel(run.metric)
+        panel.grid(visible=True, alpha=0.25)
+        figure.legend(loc="outside lower center", ncols=1, fontsize=8)
+
+    return svg(2.6 + 0.17 * len(points), draw, f"{run.metric} over latency, {setting.title}")

@@ -1,0 +1,100 @@
+"""Latencies that lie beside a run: `latency.json` of `scripts/results latency`, `bench.json` of `sqat bench --json`.
+
+Both time candidates in interleaved rounds and give ratios with a 95 % bootstrap interval; a file that is something else
+is left alone. Results are found by their labels in the first, by their files in the second.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from sqat.bench.intervals import Interval
+from sqat.bench.measuring import Report, size_text
+
+LATENCY, BENCH = "latency.json", "bench.json"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Time of a call, and how many times as fast as the baseline (None: it is the baseline, or there is no ratio)."""
+
+    p50_ms: float
+    p95_ms: float
+    ratio: Interval | None
+
+
+@dataclass(frozen=True)
+class SpeedSetting:
+    """All results at one size.
+
+    Attributes:
+        title: the size.
+        how: where the figures come from and what they were measured on.
+        baseline: what ratios are against.
+        rows: result's label (and ``@backend``, from `sqat bench`) -> figures.
+    """
+
+    title: str
+    how: str
+    baseline: str
+    rows: Mapping[str, Speed]
+
+
+def read_speeds(directory: Path, files: Mapping[str, Path]) -> list[SpeedSetting]:
+    """Every setting that was measured.
+
+    Args:
+        files: result's label -> its file.
+    """
+    found = []
+    for name, read in ((LATENCY, read_latency), (BENCH, read_bench)):
+        path = directory / name
+        if path.is_file():
+            try:
+                found += read(path.read_text(encoding="utf-8"), files)
+            except (ValidationError, ValueError, KeyError, TypeError, AttributeError):
+                continue
+    return found
+
+
+def read_latency(text: str, files: Mapping[str, Path]) -> list[SpeedSetting]:
+    """CPU times of `scripts/results latency`, which other work on the machine disturbs less than wall times."""
+    latency: Any = json.loads(text)
+    found = []
+    for setting in latency["settings"]:
+        baseline = next((name for row in setting["rows"].values() for name in row["cpu_against"]), "")
+        rows = {
+            label: Speed(row["cpu_ms"], row["cpu_p95_ms"], interval(row["cpu_against"].get(baseline), label, baseline))
+            for label, row in setting["rows"].items()
+        }
+        where = f"{latency['threads']} thread on {latency['cpu']}, {setting['rounds']} rounds, load {latency['load']}"
+        how = f"CPU time in ONNX Runtime, {where} ({LATENCY})"
+        found.append(SpeedSetting(size_text(setting["batch"], setting["sequence"]), how, baseline, rows))
+    return found
+
+
+def interval(ratio: Any, label: str, baseline: str) -> Interval | None:
+    """A ratio against another row."""
+    return None if ratio is None or label == baseline else Interval.model_validate(ratio)
+
+
+def read_bench(text: str, files: Mapping[str, Path]) -> list[SpeedSetting]:
+    """Times of `sqat bench`; a candidate that is a result's file has the result's label."""
+    report = Report.model_validate_json(text)
+    labels = {file.resolve(): label for label, file in files.items()}
+    names = {name: f"{labels.get(Path(subject.path).resolve(), name.rpartition('@')[0])}@{subject.backend}"
+             for name, subject in report.subjects.items()}  # fmt: skip
+    found = []
+    for setting in report.settings:
+        rows = {names[name]: Speed(timing.p50_ms.median, timing.p95_ms, timing.speedup)
+                for name, timing in setting.rows.items()}  # fmt: skip
+        load = max(report.load, default=0.0)
+        how = f"{report.threads} thread(s) on {report.cpu}, {setting.rounds} rounds, load up to {load} ({BENCH})"
+        found.append(SpeedSetting(size_text(setting.batch, setting.sequence), how, names[report.baseline], rows))
+    return found

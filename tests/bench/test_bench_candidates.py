@@ -1,0 +1,177 @@
+"""What is measured: names, backends, inputs, and one line for whatever cannot be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sqat.bench import candidates
+from sqat.bench.candidates import Candidate, candidates_of, open_all, read_artifact, read_artifacts
+from sqat.bench.inputs import Input, Limits, draw_inputs, inputs_of_config, limits_of, usual_tokens
+from sqat.bench.measuring import Grid, all_inputs, settings_of
+from sqat.bench.parity import compare, is_classifier
+from sqat.checkpoint import Checkpoint, save_checkpoint
+from sqat.errors import SqatError
+
+from .graphs import VOCABULARY, write_classifier, write_pictures
+
+
+@pytest.mark.parametrize(("paths", "names"), [
+    (["a/model.int8.onnx"], ["int8"]),
+    (["a/model.int8.onnx", "a/model.fp32.onnx"], ["int8", "fp32"]),
+    (["03-dense/model.int8.onnx", "07-sparse/model.int8.onnx"], ["03-dense/model.int8", "07-sparse/model.int8"]),
+])  # fmt: skip
+def test_names_are_as_short_as_tells_them_apart(paths: list[str], names: list[str], tmp_path: Path) -> None:
+    for path in paths:
+        write_classifier(tmp_path / path)
+    assert [each.label for each in read_artifacts([str(tmp_path / path) for path in paths])] == names
+
+
+def test_a_name_can_be_given(tmp_path: Path) -> None:
+    path = write_classifier(tmp_path / "a=b" / "model.onnx")
+    assert [each.label for each in read_artifacts([f"mine={path}", str(path)])] == ["mine", "model"]
+    assert read_artifacts([str(path)])[0].path == path, "a path with = in it is a path"
+    with pytest.raises(SqatError, match="two artifacts are called 'x'; name them"):
+        read_artifacts([f"x={path}", f"x={path}"])
+
+
+@pytest.mark.parametrize(("name", "problem"), [
+    ("none.onnx", "no such file or folder"),
+    ("text.txt", "is neither a checkpoint folder nor an .onnx file"),
+    ("broken.onnx", "cannot be read as ONNX"),
+])  # fmt: skip
+def test_what_is_no_artifact_is_one_line(name: str, problem: str, tmp_path: Path) -> None:
+    for file in ("text.txt", "broken.onnx"):
+        (tmp_path / file).write_bytes(b"\xff\xff no model")
+    with pytest.raises(SqatError, match=problem):
+        read_artifact("x", tmp_path / name)
+
+
+def test_inputs_are_those_of_the_file(tmp_path: Path) -> None:
+    texts = read_artifact("x", write_classifier(tmp_path / "t" / "m.onnx"))
+    assert texts.inputs == tuple(Input(name, (None, None), "int64") for name in ("input_ids", "attention_mask"))
+    pictures = read_artifact("x", write_pictures(tmp_path / "p" / "m.onnx"))
+    assert pictures.inputs == (Input("pixel_values", (None, 3, 4, 4), "float32"),)
+
+
+def test_drawn_inputs_are_valid_and_the_same_for_all() -> None:
+    wanted = [Input(name, (None, None), "int64") for name in ("input_ids", "token_type_ids", "attention_mask")]
+    wanted.append(Input("pixel_values", (None, 3, 2, 2), "float32"))
+    feeds = draw_inputs(wanted, Limits(VOCABULARY), 4, 300)
+    assert feeds["input_ids"].shape == (4, 300)
+    assert 0 <= feeds["input_ids"].min() < feeds["input_ids"].max() < VOCABULARY
+    assert feeds["attention_mask"].all()
+    assert not feeds["token_type_ids"].any()
+    assert feeds["pixel_values"].shape == (4, 3, 2, 2)
+    alone = draw_inputs(wanted[:1], Limits(VOCABULARY), 4, 300)
+    np.testing.assert_array_equal(alone["input_ids"], feeds["input_ids"])
+
+
+def test_a_fixed_batch_is_kept() -> None:
+    fixed = [Input("input_ids", (1, None), "int64")]
+    assert draw_inputs(fixed, Limits(), 1, 3)["input_ids"].shape == (1, 3)
+    with pytest.raises(SqatError, match="input input_ids has a fixed batch of 1, not 8"):
+        draw_inputs(fixed, Limits(), 8, 3)
+
+
+def test_limits_are_what_every_model_keeps() -> None:
+    bert = {"vocab_size": 90, "max_position_embeddings": 64}
+    roberta = {"vocab_size": 70, "max_position_embeddings": 66, "model_type": "roberta"}
+    assert limits_of([bert]) == Limits(90, 64)
+    assert limits_of([bert, roberta]) == Limits(70, 62)
+    assert limits_of([{}]) == Limits()
+    assert (usual_tokens(Limits(9, 40)), usual_tokens(Limits()), usual_tokens(Limits(9, 512))) == (40, 128, 128)
+
+
+def test_inputs_of_folders() -> None:
+    assert [each.name for each in inputs_of_config({"vocab_size": 9}, "x")] == ["input_ids", "attention_mask"]
+    assert inputs_of_config({"image_size": 8, "num_channels": 1}, "x")[0].shape == (None, 1, 8, 8)
+    with pytest.raises(SqatError, match="x: its config does not tell the inputs; name an ONNX file"):
+        inputs_of_config({}, "x")
+
+
+def test_settings_are_the_grid() -> None:
+    tokens, pictures = [Input("input_ids", (None, None), "int64")], [Input("pixels", (None, 3), "float32")]
+    assert settings_of(tokens, Limits(9, 99), Grid([1, 8], [16, 32])) == [(1, 16), (1, 32), (8, 16), (8, 32)]
+    assert settings_of(tokens, Limits(9, 20), Grid([2])) == [(2, 20)]
+    assert settings_of(pictures, Limits(), Grid([1, 2])) == [(1, None), (2, None)]
+    with pytest.raises(SqatError, match="positions for 20 tokens, not 21"):
+        settings_of(tokens, Limits(9, 20), Grid([1], [16, 21]))
+    with pytest.raises(SqatError, match="no input has tokens"):
+        settings_of(pictures, Limits(), Grid([1], [16]))
+
+
+def test_backends_of_each_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = read_artifact("g", write_classifier(tmp_path / "m.onnx"))
+    folder = read_artifact("f", tmp_path)
+    monkeypatch.setattr(candidates, "why_absent", lambda name: "is not here" if name == "tensorrt" else "")
+    found, left_out = candidates_of([graph, folder, graph._replace(label="k", kernels=True)], [])
+    assert [each.name for each in found] == ["g@onnxruntime", "g@openvino", "f@torch", "k@sqat"]
+    assert left_out == {"g@tensorrt": "is not here"}
+    assert [each.name for each in candidates_of([graph, folder], ["torch"])[0]] == ["f@torch"]
+    with pytest.raises(SqatError, match="nothing to measure"):
+        candidates_of([graph], ["torch"])
+    with pytest.raises(SqatError, match="no backend 'ort'; allowed: torch, onnxruntime"):
+        candidates_of([graph], ["ort"])
+    with pytest.raises(SqatError, match="backend tensorrt cannot be used: is not here"):
+        candidates_of([graph], ["tensorrt"])
+
+
+def test_what_does_not_open_is_left_out_where_it_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, threads: int, stack: ExitStack) -> Any:
+        raise RuntimeError("\n  no such operator\nat line 3")
+
+    graph = read_artifact("g", write_classifier(tmp_path / "m.onnx"))
+    found = [Candidate(graph, "onnxruntime"), Candidate(graph, "openvino")]
+    monkeypatch.setitem(candidates.OPENERS, "openvino", refuse)
+    with ExitStack() as stack:
+        runs, failed = open_all(found, [], 1, stack)
+        assert (list(runs), failed) == (["g@onnxruntime"], {"g@openvino": "openvino cannot open it: no such operator"})
+        for needed in ("openvino", "g@openvino"):
+            with pytest.raises(SqatError, match="openvino cannot open it: no such operator"):
+                open_all(found, [needed], 1, stack)
+        monkeypatch.setitem(candidates.OPENERS, "onnxruntime", refuse)
+        with pytest.raises(SqatError, match="onnxruntime cannot open it"):
+            open_all(found, [], 1, stack)
+
+
+def test_missing_kernels_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(candidates.runtime, "LIBRARY", tmp_path / "none.so")
+    assert candidates.runtime.how_to_get_it() in candidates.why_absent("sqat")
+
+
+def test_a_folder_takes_the_inputs_of_a_file_beside_it(
+    tmp_path: Path, make_checkpoint: Callable[..., Checkpoint]
+) -> None:
+    save_checkpoint(make_checkpoint(), tmp_path / "c")
+    found, _ = candidates_of(read_artifacts([str(tmp_path / "c")]), [])
+    assert {each.name for each in all_inputs(found)[0]} == {"input_ids", "attention_mask"}
+    graph = Candidate(read_artifact("g", write_pictures(tmp_path / "p" / "m.onnx")), "onnxruntime")
+    assert [each.name for each in all_inputs([*found, graph])[0]] == ["pixel_values"]
+
+
+def test_parity() -> None:
+    one = np.array([[1.0, 2.0], [4.0, 3.0]], np.float32)
+    same = compare(one, one, True)
+    assert (same.largest, same.scale, same.rows, same.differing) == (0.0, 4.0, 2, 0)
+    other = compare(one, one[:, ::-1], True)
+    assert (other.largest, other.differing) == (1.0, 2)
+    assert compare(one, one + 1, False).differing is None
+    assert compare(one[:, :1], one[:, :1], True).differing is None, "one score is no choice"
+    assert compare(one, one * np.nan, True).largest == np.inf
+    assert compare(one, one[:1], True).problem == "output [1, 2] against [2, 2]"
+
+
+@pytest.mark.parametrize(("config", "decides"), [
+    ({"architectures": ["BertForSequenceClassification"]}, True),
+    ({"architectures": ["BertForSequenceClassification"], "problem_type": "regression"}, False),
+    ({"architectures": ["BertModel"]}, False),
+    ({}, False),
+])  # fmt: skip
+def test_who_decides(config: dict[str, Any], decides: bool) -> None:
+    assert is_classifier(config) is decides

@@ -1,0 +1,318 @@
+"""The page about a run: every section, everything escaped, nothing from outside, and what is missing is said."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from sqat.checkpoint import Checkpoint, load_manifest, save_checkpoint
+from sqat.cli import main
+from sqat.report.speeds import read_speeds
+from tests.bench.graphs import CONFIG, save, write_classifier
+
+pytest.importorskip("jinja2")
+pytest.importorskip("matplotlib")
+
+RECIPE = """\
+# what <this> is & why
+model: {source: tiny}
+task: classification
+data: {train: train.jsonl, dev: dev.jsonl}
+stages:
+  train: {steps: 10}
+  prune: {steps: 10, schedule: {name: per-group, steps: 2}}
+  calibrate:
+  qat: {steps: 5}
+  export: {targets: [onnx-fp32, onnx-int8]}
+results: {"dense <b>fp32</b>": export/onnx-fp32, sparse $int8$: export/onnx-int8}
+"""
+LOG = """\
+2026-01-01 00:00:00 train: 10 steps
+2026-01-01 00:00:10 train: 5/10, task 1.5, 3.0 samples/s, 1m02s left
+2026-01-01 00:00:11 train: done in 11s
+2026-01-01 00:00:20 prune: 10 steps
+2026-01-01 00:00:30 prune: 4/10, task 0.7, minilm 0.01, 3.0 samples/s, 2.0s left
+2026-01-01 00:00:31 prune: done in 11s
+"""
+SECTIONS = ["verdict", "results", "trade", "curves", "layers", "lint", "stages", "recipe", "reproduce", "missing"]
+EMPTY = {"area", "br", "col", "hr", "img", "input", "link", "meta"}
+
+
+class Page(HTMLParser):
+    """A page as its elements, with those that are opened and closed counted."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.open += [] if tag in EMPTY else [tag]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        self.references += [value or "" for name, value in attrs if name in ("href", "src", "srcset", "data", "action")]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in EMPTY:
+            assert self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def write_linear(path: Path) -> Path:
+    """A graph of one product, which a linter has something to say of."""
+    weight = numpy_helper.from_array(np.ones((32, 32), np.float32), "w")
+    entries = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 32]) for name in ("x", "logits")]
+    node = helper.make_node("MatMul", ["x", "w"], ["logits"], name="linear")
+    return save(helper.make_graph([node], "g", entries[:1], entries[1:], [weight]), path, {})
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[..., Checkpoint]) -> Path:
+    """A run's folder as the pipeline leaves it, with figures made up."""
+    tmp_path = tmp_path_factory.mktemp("report")
+    folder = tmp_path / "runs" / "a <run>"
+    made = make_checkpoint()
+    plain: dict[str, Any] = {"layers": {}, "sites": {}, "profile": ""}
+    fitted = {"losses": {"task": 0.25}, "steps": 10}
+    history = [{"step": 5.0, "accuracy": 0.5}, {"step": 10.0, "accuracy": 0.75}]
+    parts: dict[str, dict[str, Any]] = {
+        "train": {"kind": "train", **plain, **fitted, "history": history, "metrics": {"dev": {"accuracy": 0.75}}},
+        "prune": {"kind": "prune", "sites": {}, "profile": "", "losses": {"task": 0.5, "minilm": 0.01}, "steps": 10},
+        "calibrate": {"kind": "calibrate"},
+        "qat": {"kind": "qat", "losses": {"task": 0.2}, "steps": 5},
+    }
+    for number, (name, entries) in enumerate(parts.items(), 1):
+        manifest = made.manifest.model_copy(update={"stage": name, **entries})
+        bare = {"masks": {}, "amax": {}} if name == "train" else {"amax": {}} if name == "prune" else {}
+        save_checkpoint(replace(made, manifest=manifest, recipe=RECIPE, **bare), folder / f"{number:02d}-{name}")
+    linear, scores = write_linear(tmp_path / "l.onnx"), write_classifier(tmp_path / "c.onnx")
+    files = {"model.fp32.onnx": linear.read_bytes(), "model.int8.onnx": scores.read_bytes()}
+    files["config.json"] = json.dumps(CONFIG).encode()
+    manifest = made.manifest.model_copy(update={"stage": "export", "kind": "export", "notes": ["<i>note</i>"], **plain})
+    save_checkpoint(Checkpoint(manifest, files, recipe=RECIPE), folder / "05-export")
+    (folder / "sqat.log").write_text(LOG)
+    key = load_manifest(folder / "05-export").sha256
+    figures = {"dense <b>fp32</b>": 0.8, "sparse $int8$": 0.76}
+    rows = {label: {"key": f"{key}/x/y", "split": "dev", "data": "d" * 64, "metrics": {"f1": 0.1, "accuracy": value}}
+            for label, value in figures.items()}  # fmt: skip
+    (folder / "results.json").write_text(json.dumps(rows))
+    (folder / "latency.json").write_text(json.dumps(latency(list(figures))))
+    return folder
+
+
+def latency(labels: list[str]) -> dict[str, Any]:
+    """`latency.json`: the second row twice as fast as the first."""
+    ratio = {"median": 2.0, "low": 1.9, "high": 2.125}
+    rows = {label: {"cpu_ms": 8.0 / (1 + number), "cpu_p95_ms": 9.5, "cpu_against": {labels[0]: ratio}}
+            for number, label in enumerate(labels)}  # fmt: skip
+    settings = [{"batch": 8, "sequence": 64, "rounds": 20, "rows": rows}]
+    return {"threads": 1, "cpu": "a <CPU>", "load": 0.5, "settings": settings}
+
+
+@pytest.fixture
+def run(shared: Path, tmp_path: Path) -> Path:
+    """A copy of it to change."""
+    return shutil.copytree(shared, tmp_path / "runs" / "a <run>")
+
+
+@pytest.fixture(scope="module")
+def whole(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Page]:
+    """Its page, made once."""
+    return page_of(shared, tmp_path_factory.mktemp("page") / "new" / "r.html")
+
+
+def page_of(run: Path, output: Path | None = None) -> tuple[str, Page]:
+    path = output or run / "report.html"
+    assert main(["report", str(run), "--quiet", *([] if output is None else ["--output", str(output)])]) == 0
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    return text, page
+
+
+def test_every_section_is_there(whole: tuple[str, Page]) -> None:
+    _, page = whole
+    assert [each for each in page.ids if each in SECTIONS] == SECTIONS
+    assert {each.removeprefix("#") for each in page.references} <= set(page.ids)
+    assert len(set(page.ids)) == len(page.ids), "an id is of one element"
+    assert page.tags.count("svg") == 1 + 3 + 2, "trade-off; losses of train, prune and qat; zeros and SQNR"
+
+
+def test_curves_are_those_of_the_log_and_the_manifest(whole: tuple[str, Page]) -> None:
+    text = whole[1].text
+    assert "10 steps, of which 2 are known" in text
+    assert "5 steps, of which 1 is known" in text
+    assert all(name in text for name in ("task loss", "minilm loss", "dev accuracy", "sparsity"))
+
+
+def test_nothing_comes_from_outside(whole: tuple[str, Page]) -> None:
+    text, page = whole
+    assert not {"script", "link", "img", "iframe", "object", "image"} & set(page.tags)
+    assert all(each.startswith("#") for each in page.references)
+    assert not re.search(r"https?:|@import|url\((?!#)|//[a-z]", text)
+
+
+def test_everything_is_escaped(whole: tuple[str, Page]) -> None:
+    text, page = whole
+    assert "a <run>" in page.text
+    assert "dense <b>fp32</b>" in page.text
+    assert "sparse $int8$" in page.text
+    assert "# what <this> is & why" in page.text
+    assert not {"b", "i", "this", "run", "cpu"} & set(page.tags)
+    assert "<b>" not in text
+
+
+def test_the_verdict_has_the_figures(whole: tuple[str, Page]) -> None:
+    text = re.sub(r"\s+", " ", whole[1].text)
+    assert "sparse $int8$ reaches accuracy 0.7600, dense <b>fp32</b> 0.8000: it keeps 95.0 % of it" in text
+    assert "2.00 times as fast as dense <b>fp32</b> (95 % interval 1.90 to 2.12)" in text
+    assert "one run of one seed" in text
+
+
+def test_the_results_are_those_of_the_run(shared: Path, whole: tuple[str, Page]) -> None:
+    text, _ = whole
+    cells = re.findall(r"<td>sparse \$int8\$</td>(.*?)</tr>", text, re.DOTALL)[0]
+    shown = [re.sub(r"<[^>]+>|\s+", " ", cell).split() for cell in re.findall(r"<td>(.*?)</td>", cells, re.DOTALL)]
+    size = (shared / "05-export/model.int8.onnx").stat().st_size
+    assert shown == [["0.7600"], ["-0.0400"], ["0.1000"], [f"{size / 1e6:.3g}"], ["4", "p95", "9.5"],
+                     ["2.00", "1.90", "to", "2.12"]]  # fmt: skip
+    heads = re.findall(r"<th>([^<]*)</th>", text[text.index('id="results"') :])[:3]
+    assert heads == ["dev", "accuracy", "change"], "the recipe's own metric comes first"
+
+
+def test_graphs_are_linted_by_their_targets(whole: tuple[str, Page]) -> None:
+    text = whole[1].text
+    assert "1 of 1 layer will run in float32 on onnx-fp32" in re.sub(r"\s+", " ", text)
+    assert "05-export/model.int8.onnx" in text
+
+
+def test_how_to_make_it_again(shared: Path, whole: tuple[str, Page]) -> None:
+    text = whole[1].text
+    assert f"sqat report '{shared}'" in text
+    assert "sqat run recipe.yaml" in text
+    assert load_manifest(shared / "02-prune").sha256 in text
+
+
+def test_a_bare_run_says_what_it_lacks(run: Path) -> None:
+    for name in ("latency.json", "results.json", "sqat.log"):
+        (run / name).unlink()
+    shutil.rmtree(run / "04-qat")
+    _, page = page_of(run)
+    flat = re.sub(r"\s+", " ", page.text)
+    assert [each for each in page.ids if each in SECTIONS] == SECTIONS
+    assert "Too little of this run is measured" in flat
+    assert "No latency beside this run" in flat
+    for what in ("stage qat: has not run", "not measured", "no sqat.log", "neither latency.json"):
+        assert what in flat[flat.index("What is not here") :]
+    assert page.tags.count("svg") == 2 + 2, "the losses of last steps; layers"
+
+
+def test_a_recorded_start_and_figures_of_an_earlier_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = json.loads((run / "results.json").read_text())
+    rows["sparse $int8$"]["key"] = "0" * 64
+    (run / "results.json").write_text(json.dumps(rows))
+    record = {"command": ["sqat", "run", "r.yaml", "--set", "seed=3"], "versions": {"torch": "9.9"}, "commit": "abc"}
+    (run / "run.json").write_text(json.dumps(record))
+    text = page_of(run)[1].text
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    assert "result sparse $int8$: measured on an earlier file" in text
+    assert text.count("(earlier file)") == 1
+    assert "sqat run r.yaml --set seed=3" in text
+    assert "torch 9.9" in text
+    assert "commit abc" in text
+
+
+def test_what_sqat_bench_wrote_is_shown(run: Path) -> None:
+    (run / "latency.json").unlink()
+    words = [f"x={run / '05-export/model.int8.onnx'}", "--backend", "onnxruntime", "--batch", "2", "--sequence", "5"]
+    effort = ["--rounds", "3", "--min-seconds", "1e-6", "--max-seconds", "1e-6", "--quiet"]
+    assert main(["bench", *words, *effort, "--json", str(run / "bench.json")]) == 0
+    text = page_of(run)[1].text
+    assert "ms, batch 2, 5 tokens" in text
+    assert "baseline sparse $int8$@onnxruntime" in text, "it is called as in the results, by its file"
+
+
+@pytest.mark.parametrize("text", ["{}", "not JSON", '{"settings": 3}', '{"settings": [{}]}'])
+def test_a_foreign_latency_file_is_left_alone(tmp_path: Path, text: str) -> None:
+    for name in ("latency.json", "bench.json"):
+        (tmp_path / name).write_text(text)
+    assert read_speeds(tmp_path, {}) == []
+
+
+@pytest.mark.parametrize(("folder", "line"), [
+    ("missing", "no such run folder"),
+    (".", "the folder holds no stages of a run; run the recipe first"),
+    ("runs/a <run>/02-prune", "the folder holds no stages of a run; name the folder above it"),
+])  # fmt: skip
+def test_what_is_no_run_is_one_line(
+    folder: str, line: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(tmp_path / folder)]) == 2
+    err = capsys.readouterr().err
+    assert line in err
+    assert len(err.splitlines()) == 1
+
+
+def test_without_the_extra_it_says_how_to_get_it(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
+    assert main(["report", str(run)]) == 2
+    assert capsys.readouterr().err == "error: sqat report: jinja2 is not installed; pip install 'sqat[report]'\n"
+
+
+def test_a_run_is_not_changed_and_gives_the_same_page(run: Path, tmp_path: Path, whole: tuple[str, Page]) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    text = page_of(run, tmp_path / "r.html")[0]
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    one, other = (re.sub(r"sqat report [^\n]*", "", each) for each in (text, whole[0]))
+    assert one == other
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+@pytest.mark.parametrize("width", [380, 1400])
+def test_a_browser_lays_it_out_without_overflow(whole: tuple[str, Page], tmp_path: Path, width: int) -> None:
+    """The page in a frame as wide as a telephone or a screen says how wide it became; this copy alone has a script."""
+    widths = "[root.scrollWidth, root.clientWidth, innerWidth].join()"
+    told = f"<script>const root = document.documentElement; parent.postMessage({widths}, '*')</script>"
+    (tmp_path / "copy.html").write_text(whole[0].replace("</body>", f"{told}</body>"), encoding="utf-8")
+    heard = "<script>addEventListener('message', event => { document.title = event.data })</script>"
+    frame = tmp_path / "frame.html"
+    frame.write_text(f'<title>-</title>{heard}<iframe src="copy.html" width="{width}" height="900" frameborder="0">')
+    assert CHROMIUM is not None
+    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+               "--window-size=1600,1000", "--virtual-time-budget=5000", "--dump-dom", frame.as_uri()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = re.search(r"<title>(\d+),(\d+),(\d+)</title>", done.stdout)
+    assert found is not None, done.stdout[:300]
+    assert (found[1], found[3]) == (found[2], str(width)), "nothing reaches beyond what is seen without scrolling"
+
+
+def test_the_graph_of_these_tests_is_one(tmp_path: Path) -> None:
+    onnx.checker.check_model(onnx.load(write_linear(tmp_path / "l.onnx")))

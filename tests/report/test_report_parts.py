@@ -1,0 +1,87 @@
+"""What the report reads and how it lays it out: logs, schedules, grids of layers, latencies."""
+
+from __future__ import annotations
+
+from sqat.recipe import PruneConfig, QatConfig
+from sqat.report.curves import read_log, schedule_of
+from sqat.report.grid import WIDE, make_grid, short_parts
+from sqat.report_row import LayerReport
+from sqat.sparsity.schedule import PerGroup
+
+BEGUN = """\
+2026-01-01 00:00:00 qat-b: 20 steps
+2026-01-01 00:00:01 qat-b: 2/20, task 9.0, 1.0 samples/s, 1.0s left
+2026-01-01 00:00:01 qat-b: done in 2m05s
+2026-01-01 00:00:02 qat: 20 steps
+2026-01-01 00:00:03 qat: 5/20, task 1.0, 14.8 samples/s, 1m53s left
+2026-01-01 00:00:04 qat: 9/20, task 0.5, minilm 2e-05, 14.8 samples/s, 1m40s left
+"""
+RESUMED = """\
+2026-01-01 00:01:00 qat: resumed at step 6 of 20
+2026-01-01 00:01:00 qat: 20 steps
+2026-01-01 00:01:01 qat: 8/20, task 0.75, 14.8 samples/s, 2h07m left
+2026-01-01 00:01:02 qat: done in 3.4s
+2026-01-01 00:01:03 qat: dev accuracy 0.5 -> runs/x/04-qat
+"""
+AGAIN = """\
+2026-01-01 00:02:00 qat: 20 steps
+2026-01-01 00:02:01 qat: 3/20, task 0.125, 14.8 samples/s, 1m53s left
+"""
+
+
+DONE = "2026-01-01 00:03:00 qat: done in 3.4s\n"
+
+
+def test_a_stage_has_its_own_lines() -> None:
+    assert read_log((BEGUN + DONE).splitlines(), "qat") == {"task": [(5, 1.0), (9, 0.5)], "minilm": [(9, 2e-05)]}
+    assert read_log((BEGUN + DONE).splitlines(), "qat-b") == {"task": [(2, 9.0)]}
+    assert read_log((BEGUN + DONE).splitlines(), "train") == {}
+
+
+def test_a_resumed_fit_goes_on_from_its_last_state() -> None:
+    assert read_log((BEGUN + RESUMED).splitlines(), "qat")["task"] == [(5, 1.0), (8, 0.75)]
+
+
+def test_a_fit_that_began_again_forgets_the_one_before() -> None:
+    assert read_log((BEGUN + RESUMED + AGAIN + DONE).splitlines(), "qat") == {"task": [(3, 0.125)]}
+
+
+def test_a_fit_under_way_is_not_that_of_the_checkpoint() -> None:
+    assert read_log((BEGUN + RESUMED + AGAIN).splitlines(), "qat")["task"] == [(5, 1.0), (8, 0.75)]
+    assert read_log(BEGUN.splitlines(), "qat") == {}
+
+
+def test_the_schedule_is_that_of_the_prune_stage() -> None:
+    config = PruneConfig(schedule=PerGroup(steps=2), recover=0.8)
+    assert schedule_of(config, 100) == [(0, 0.25), (20, 0.5)]
+    assert schedule_of(PruneConfig(schedule=PerGroup(steps=1)), 100) == [(0, 0.5)]
+    assert schedule_of(QatConfig(), 100) == []
+
+
+def layers(*names: str) -> list[LayerReport]:
+    return [LayerReport(name, (4, 4), "2:4", 0.5, None, None, None, None, "") for name in names]
+
+
+def test_an_encoder_is_a_grid_of_blocks_and_parts() -> None:
+    parts = ("attention.self.query", "attention.output.dense", "output.dense")
+    grid = make_grid(layers("pooler.dense", *(f"bert.layer.{n}.{part}" for n in range(3) for part in parts)))
+    assert (grid.regular, grid.rows) == (True, ["0", "1", "2"])
+    assert grid.columns == ["attention.self.query", "attention.output.dense", "output.dense"]
+    assert [[cell.name if cell else "" for cell in row] for row in grid.cells] == [
+        [f"bert.layer.{n}.{part}" for part in parts] for n in range(3)
+    ]
+    assert [layer.name for layer in grid.outside] == ["pooler.dense"]
+
+
+def test_other_models_keep_their_order() -> None:
+    names = [f"down.{n}.{chr(97 + n)}.conv" for n in range(WIDE + 3)]
+    grid = make_grid(layers(*names))
+    assert not grid.regular
+    assert grid.rows == ["1", str(WIDE + 1)]
+    assert [cell.name for row in grid.cells for cell in row if cell is not None] == names
+
+
+def test_parts_are_told_apart() -> None:
+    assert short_parts(["attention.self.query", "output.dense"]) == ["self.query", "output.dense"]
+    same_end = short_parts(["attention.output.dense", "output.dense"])
+    assert len(set(same_end)) == 2
