@@ -78,6 +78,8 @@ def sample(feed: Feed, samples: int) -> Iterator[Batch]:
         if sum(map(len, chosen)) >= samples:
             break
         chosen.append(rows)
+    if not chosen:
+        raise SqatError("no batch of training rows is left", "look at data.train and task")
     state = processes()
     for number, rows in enumerate(chosen):
         batch = feed.collate(rows)  # by all processes alike: it may draw random numbers
