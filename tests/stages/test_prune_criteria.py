@@ -220,7 +220,8 @@ def test_globs_that_decide_nothing_are_told(
 
 BAD_STAGES = [
     ({"patterns": {"*": "4:2"}}, "stages.prune.patterns.*: pattern 4:2 must keep N of M with 1 <= N < M <= 32"),
-    ({"patterns": {"*": "none"}}, "stages.prune.patterns.*: pattern 'none' is neither N:M, for instance 2:4, nor dense"),
+    ({"patterns": {"*": "none"}},
+     "stages.prune.patterns.*: pattern 'none' is neither N:M, for instance 2:4, nor dense"),
     ({"patterns": ["2:4"]}, "stages.prune.patterns needs a mapping, got a list"),
     ({"patterns": {"*": "1:4"}, "schedule": {"name": "per-group", "steps": [0.25, 0.5]}},
      "stages.prune.schedule: steps must end at 0.75, the sparsity of 1:4, got 0.5"),
