@@ -72,6 +72,8 @@ def pattern_text(value: str) -> str:
 
 def pattern_or_dense(value: str) -> str:
     """Check ``N:M`` or ``dense``."""
+    if ":" not in value and value != "dense":
+        raise ValueError(f"pattern {value!r} is neither N:M, for instance 2:4, nor dense")
     return value if value == "dense" else pattern_text(value)
 
 

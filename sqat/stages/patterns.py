@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from sqat.errors import SqatError
+from sqat.insertion.weights import layer
 from sqat.layers import Choice, choose_layers, weighted_layers
 from sqat.recipe import PruneConfig
 from sqat.sparsity.masks import Pattern, parse_pattern
@@ -19,7 +20,7 @@ def choose_patterns(model: nn.Module, config: PruneConfig) -> tuple[dict[str, Pa
     """The pattern of every layer that is pruned, and why the others are left alone.
 
     Raises:
-        SqatError: a glob that decides nothing, or no layer left to prune.
+        SqatError: a glob that decides nothing, a weight with two patterns, or no layer left to prune.
     """
     globs = {name: first_match(name, config.patterns) for name in weighted_layers(model)}
     texts = {name: config.patterns[glob] for name, glob in globs.items() if glob is not None}
@@ -31,7 +32,18 @@ def choose_patterns(model: nn.Module, config: PruneConfig) -> tuple[dict[str, Pa
     if len(kept) == len(pruned):
         raise SqatError("patterns: every layer is dense, so nothing is pruned", "leave a layer to pattern")
     chosen = {name: parse_pattern(text) for name, text in pruned.items() if text != DENSE}
+    check_shared(model, pruned)
     return chosen, {**choice.left, **kept}
+
+
+def check_shared(model: nn.Module, texts: Mapping[str, str]) -> None:
+    """A weight that several layers share has one pattern."""
+    first: dict[int, str] = {}
+    for name, text in texts.items():
+        other = first.setdefault(id(layer(model, name).weight), name)
+        if texts[other] != text:
+            raise SqatError(f"patterns: {other} and {name} share one weight, which cannot be {texts[other]} and {text}",
+                            "give both one pattern")  # fmt: skip
 
 
 def first_match(name: str, globs: Iterable[str]) -> str | None:

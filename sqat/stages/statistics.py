@@ -5,7 +5,8 @@ place, dropout off, in float32. Sums are added over processes, each of which see
 all choose the same masks. Random numbers drawn here do not show in the training that goes on.
 
 Memory: one float32 per input (squares), one per pair of inputs (gram; 3072 inputs are 38 MB) or one per weight
-(gradients), for all layers that are asked for at once.
+(gradients), for all layers that are asked for at once. Left out: gathering block by block with those before already
+pruned, as SparseGPT's authors do; on all-MiniLM-L6-v2, 2:4 and not trained, it cost 0.014 NDCG@10 (one seed).
 """
 
 from __future__ import annotations
@@ -78,6 +79,8 @@ def sample(feed: Feed, samples: int) -> Iterator[Batch]:
         if sum(map(len, chosen)) >= samples:
             break
         chosen.append(rows)
+    if not chosen:
+        raise SqatError("no batch of training rows is left", "look at data.train and task")
     state = processes()
     for number, rows in enumerate(chosen):
         batch = feed.collate(rows)  # by all processes alike: it may draw random numbers

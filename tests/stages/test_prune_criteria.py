@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from sqat.recipe import PruneConfig
 from sqat.recipe_file import load_recipe
 from sqat.sparsity.masks import Pattern, count_violations, nm_mask, parse_pattern
 from sqat.stages.masking import mask_steps
+from sqat.stages.patterns import choose_patterns
 
 pytestmark = pytest.mark.pipeline
 FIT = {"steps": 4, "batch_size": 8, "learning_rate": 1e-3, "save_every": 0}
@@ -167,6 +169,38 @@ def test_layers_follow_the_first_glob_that_matches(write_recipe: Write, source: 
         assert layers["1.output.dense"].pattern == "2:4"
 
 
+def test_every_file_knows_each_layer_s_pattern(write_recipe: Write, source: Path) -> None:
+    stages = {
+        "prune": {**FIT, "patterns": {"*.query": "dense", "*.intermediate.dense": "1:4"}, "criterion": "wanda"},
+        "calibrate": {"samples": 16},
+        "export": {"targets": ["torch-semi-structured", "compressed-tensors"]},
+    }
+    path = write_recipe(source, stages)
+    run(load_recipe(path), Silent())
+    folder = path.parent / "runs" / "tiny" / "03-export"
+    records = load_checkpoint(folder).manifest.layers
+    wanted = {"query": "", "key": "2:4", "intermediate.dense": "1:4"}
+    packed = json.loads((folder / "semi-structured" / "sparse.json").read_text())
+    for name, record in records.items():
+        if name.startswith("bert.encoder"):
+            assert record.pattern == next((p for end, p in wanted.items() if name.endswith(end)), "2:4")
+            assert packed["layers"].get(name, {"pattern": ""})["pattern"] == record.pattern
+            assert record.pattern or packed["dense"][name] == "dense by the recipe's pattern '*.query'"
+
+
+def test_a_shared_weight_has_one_pattern(make_model: Callable[..., Any]) -> None:
+    model = make_model("bert")
+    block = model.bert.encoder.layer[0].attention.self
+    block.key.weight = block.query.weight
+    with pytest.raises(
+        SqatError, match=r"query and bert.*key share one weight, which cannot be 2:4 and 1:4; give both"
+    ):
+        choose_patterns(model, PruneConfig(patterns={"*.0.*.key": "1:4"}))
+    patterns, left = choose_patterns(model, PruneConfig(patterns={"*.0.*.key": "1:4", "*.0.*.query": "1:4"}))
+    assert sum(str(pattern) == "1:4" for pattern in patterns.values()) == 2
+    assert set(left) == {"bert.pooler.dense", "classifier"}
+
+
 BAD_PATTERNS = [
     ({"*.attn.*": "1:4"}, r"patterns: '\*\.attn\.\*' matches no layer; the model has bert\.encoder.* in all\)$"),
     ({"*": "1:4", "*.query": "2:8"}, r"patterns: '\*\.query' comes too late: an earlier glob matches each of"),
@@ -186,7 +220,8 @@ def test_globs_that_decide_nothing_are_told(
 
 BAD_STAGES = [
     ({"patterns": {"*": "4:2"}}, "stages.prune.patterns.*: pattern 4:2 must keep N of M with 1 <= N < M <= 32"),
-    ({"patterns": {"*": "none"}}, "stages.prune.patterns.*: pattern 'none' is not of the form N:M, for instance 2:4"),
+    ({"patterns": {"*": "none"}},
+     "stages.prune.patterns.*: pattern 'none' is neither N:M, for instance 2:4, nor dense"),
     ({"patterns": ["2:4"]}, "stages.prune.patterns needs a mapping, got a list"),
     ({"patterns": {"*": "1:4"}, "schedule": {"name": "per-group", "steps": [0.25, 0.5]}},
      "stages.prune.schedule: steps must end at 0.75, the sparsity of 1:4, got 0.5"),

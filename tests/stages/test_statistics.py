@@ -179,6 +179,11 @@ def test_convolutions_are_seen_by_their_windows() -> None:
     torch.testing.assert_close((columns @ gram * columns).sum(), net(images).square().sum(), rtol=1e-4, atol=1e-4)
 
 
+def test_no_rows_are_told(masked: nn.Module) -> None:
+    with pytest.raises(SqatError, match=r"no batch of training rows is left; look at data\.train"):
+        gather(Wanda(), masked, LEADERS, loss, make_feed(0), 0)
+
+
 def test_a_layer_that_nothing_reaches_is_told(masked: nn.Module) -> None:
     def first_layer(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {"task": model.bert(**batch.inputs, output_hidden_states=True).hidden_states[1].square().mean()}
