@@ -393,7 +393,7 @@ class PruneConfig(FitConfig):
     def with_ordered_patterns(self, section: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Patterns as pairs, since their order counts; none are no key, so that older checkpoints stay as they are."""
         entries: dict[str, Any] = section(self)
-        del entries["patterns"]
+        entries.pop("patterns", None)  # not there where defaults are left out
         return entries | ({"patterns": [*self.patterns.items()]} if self.patterns else {})
 
 
