@@ -81,6 +81,7 @@ class Manifest(BaseModel):
     profile: str = ""
     notes: list[str] = []
     overrides: list[str] = []
+    attempt: int = 1
     steps: int = 0
     samples: int = 0
     seconds: float = 0.0

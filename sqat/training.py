@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as tensor_bytes
@@ -35,6 +36,13 @@ from sqat.recipe import FitConfig
 def processes() -> PartialState:
     """This process among those of a distributed run; on the CPU (gloo) where there is no accelerator."""
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def first_says(text: str) -> str:
+    """What the first process says, so that all go the same way."""
+    said = [text]
+    broadcast_object_list(said)
+    return said[0]
 
 
 Loss = Callable[[nn.Module, Batch], dict[str, Tensor]]

@@ -19,7 +19,7 @@ LAYERS = [
     ["__main__"],
     ["cli", "console", "tables", "starter"],
     ["pipeline", "inspection"],
-    ["results"],
+    ["results", "plan", "gates"],
     ["stages"],
     [
         "evaluation",
@@ -51,8 +51,8 @@ LAYERS = [
     ],
     [*CORE],
 ]
-OPEN = {"recipe", "recipe_file", "recipe_rules", "recipe_schema", "yaml_tree", "checkpoint", "errors", "display"}
-OPEN |= {"report_row", "__init__"}
+OPEN = {"recipe", "recipe_file", "recipe_gates", "recipe_rules", "recipe_schema", "yaml_tree", "checkpoint", "errors"}
+OPEN |= {"display", "report_row", "__init__"}
 
 
 @cache
