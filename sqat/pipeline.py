@@ -31,6 +31,8 @@ from sqat.recipe import FitConfig, LoadedRecipe
 from sqat.results import ResultRow as ResultRow
 from sqat.results import Results as Results
 from sqat.results import closing_table
+from sqat.run_lock import FILE, run_lock
+from sqat.soundness import saturation
 from sqat.stages import calibrate, export, prune, qat, train
 from sqat.training import MidStage, first_says, processes
 
@@ -52,6 +54,12 @@ def run(
     force: bool = False,
 ) -> Results:
     """Run the plan, skip what is unchanged, and measure the results once on the test split."""
+    with run_lock(loaded.run_directory, display):
+        return run_range(loaded, display, first, last, force)
+
+
+def run_range(loaded: LoadedRecipe, display: Display, first: str | None, last: str | None, force: bool) -> Results:
+    """Run what is due between two stages, and measure the results."""
     keys, splits = Keys(loaded), Splits(loaded.recipe, loaded.path.parent)
     due = due_stages(keys, first, last, force)
     for name in stage_range(loaded.recipe, first, last):
@@ -83,12 +91,19 @@ def run_stage(
         if there is None or there.stage != name:
             what = "no checkpoint of sqat" if there is None else f"the checkpoint of stage {there.stage!r}"
             raise SqatError(f"the output exists and is {what}", "choose another folder or add --force", str(output))
-    if parent is None and output is None and not force and keys.is_current(name) and stands(keys, name, display):
-        return directory
-    start = parent_checkpoint(keys, name) if parent is None else load_checkpoint(parent)
-    splits = Splits(loaded.recipe, loaded.path.parent)
-    execute(keys, name, directory, start, splits, display, force)
+    with run_lock(*lock_of(loaded.run_directory, directory, display)):
+        if parent is None and output is None and not force and keys.is_current(name) and stands(keys, name, display):
+            return directory
+        start = parent_checkpoint(keys, name) if parent is None else load_checkpoint(parent)
+        execute(keys, name, directory, start, Splits(loaded.recipe, loaded.path.parent), display, force)
     return directory
+
+
+def lock_of(runs: Path, directory: Path, display: Display) -> tuple[Path, Display, str]:
+    """What to lock for one stage: the run folder, or for a checkpoint elsewhere a file beside that."""
+    if runs.resolve() in directory.resolve().parents:
+        return runs, display, FILE
+    return directory.parent, display, f".{directory.name}{FILE}"
 
 
 def parent_manifest(loaded: LoadedRecipe, name: str, parent: Path | None) -> Manifest:
@@ -228,6 +243,8 @@ def try_to_pass(trial: Trial, attempt: int) -> None:
         if number > 1:
             trial.display.say(f"{trial.name}: attempt {number} of {attempts(config)}, with more steps")
         checkpoint = run_once(trial, number)
+        for line in saturation(checkpoint.manifest) if checkpoint.manifest.kind == "calibrate" else ():
+            trial.display.say(f"{trial.name}: {line}")
         miss = first_says(missed(trial.limits, checkpoint.manifest.metrics))
         goal = rejected_folder(trial.directory) if miss else trial.directory
         if process.is_main_process:

@@ -19,7 +19,7 @@ LAYERS = [
     ["__main__"],
     ["cli", "console", "tables", "starter"],
     ["pipeline", "inspection"],
-    ["results", "plan", "gates"],
+    ["results", "plan", "gates", "run_lock"],
     ["stages"],
     [
         "evaluation",
@@ -34,6 +34,8 @@ LAYERS = [
         "sources",
         "data",
         "training",
+        "soundness",
+        "stopping",
         "engine",
         "export",
         "lint",

@@ -88,8 +88,8 @@ BAD_RECIPES = [
      "r.yaml:8: stages.train.gates.f1: against belongs to max_drop, which is not given"),
     ("learning_rate: 1e-5", "retry: {times: 2}",
      "r.yaml:8: stages.train: retry needs gates, which say when to try again"),
-    ("learning_rate: 1e-5", "retry: {steps: 1}", "r.yaml:8: stages.train.retry.steps needs a number above 1 and at most "
-     "100, got 1"),
+    ("learning_rate: 1e-5", "retry: {steps: 1}", "r.yaml:8: stages.train.retry.steps needs a number above 1 and at "
+     "most 100, got 1"),
     ("    method: percentile", "    gates: {f1: {max_drop: -1}}",
      "r.yaml:13: stages.calibrate.gates.f1.max_drop needs a number of at least 0 or null, got -1"),
     ("    method: percentile", "    retry: {}", "r.yaml:13: unknown key 'retry' in stages.calibrate; allowed: stage, "
