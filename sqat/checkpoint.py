@@ -181,6 +181,12 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
+def verify_files(directory: Path, manifest: Manifest) -> None:
+    """Compare every file of a checkpoint with its manifest, and load none; SqatError names the first that differs."""
+    for name, digest in manifest.files.items():
+        read_verified(directory, name, digest)
+
+
 def load_checkpoint(directory: Path) -> Checkpoint:
     """Read a checkpoint and verify all it claims; anything amiss is one SqatError naming the file."""
     manifest = load_manifest(directory)

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sqat.checkpoint import Checkpoint, Manifest, load_checkpoint, load_manifest, save_checkpoint
+from sqat.checkpoint import Checkpoint, Manifest, load_checkpoint, load_manifest, save_checkpoint, verify_files
 from sqat.data import SplitName
 from sqat.display import Display
 from sqat.errors import SqatError
@@ -65,6 +65,8 @@ def run_range(loaded: LoadedRecipe, display: Display, first: str | None, last: s
     for name in stage_range(loaded.recipe, first, last):
         if name not in due and keys.is_current(name) and stands(keys, name, display):
             continue
+        if keys.directory(name).exists() and keys.manifest(name) is None:
+            display.say(f"{name}: what is in {keys.directory(name)} is no sound checkpoint: it is made again")
         parent = parent_checkpoint(keys, name)
         execute(keys, name, keys.directory(name), parent, splits, display, force)
     return closing_table(keys, splits, display)
@@ -146,9 +148,11 @@ def stands(keys: Keys, name: str, display: Display) -> bool:
 
     Raises:
         GateError: it misses one and may not try again.
+        SqatError: a file of its checkpoint was damaged.
     """
     manifest = keys.manifest(name)
     assert manifest is not None  # it is unchanged
+    verify_files(keys.directory(name), manifest)
     limits = limits_of(keys, name, keys.manifest(keys.loaded.recipe.parent_of(name)))
     miss = first_says(missed(limits, manifest.metrics))
     if miss and manifest.attempt >= attempts(keys.loaded.recipe.stages[name]):
