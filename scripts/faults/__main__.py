@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts here")
     parser.add_argument("--kinds", metavar="NAME,...", default=",".join(KINDS), help="default: all of them")
     parser.add_argument("--short", action="store_true", help="a few faults of each kind, for the tests")
+    parser.add_argument("--count", type=int, metavar="N", help="faults of each kind, in place of the usual numbers")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each stage that trains")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
@@ -78,7 +79,8 @@ def try_all(folder: Path, options: argparse.Namespace) -> Iterator[Tally]:
     for name in options.kinds.split(","):
         trial, full, few = KINDS[name]
         begun = time.monotonic()
-        tally = trial(project, few if options.short else full, random.Random(f"{options.seed} {name}"), whole, wanted)
+        count = options.count or (few if options.short else full)
+        tally = trial(project, count, random.Random(f"{options.seed} {name}"), whole, wanted)
         ends = ", ".join(f"{count} {end}" for end, count in tally.ends.items()) or f"skipped: {tally.skipped}"
         print(f"{tally.kind}: {ends}; {len(tally.violations)} violations, {time.monotonic() - begun:.0f} s", flush=True)
         for violation in tally.violations:
