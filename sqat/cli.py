@@ -503,6 +503,7 @@ def _tell_fault(error: BaseException, debug: bool) -> int:
         errno.ENOSPC,
         errno.EROFS,
         errno.EDQUOT,
+        errno.EFBIG,
         errno.ENOENT,
         errno.ENOTDIR,
         errno.EISDIR,
