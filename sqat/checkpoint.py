@@ -269,15 +269,11 @@ def read_verified(directory: Path, name: str, digest: str) -> bytes:
 
 
 def read_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
-    """Parse a safetensors file; empty content is no tensor.
-
-    Each tensor is copied into memory of its own, which torch aligns: how a product is rounded may depend on where in
-    memory its factors begin, and two runs must round alike.
-    """
+    """Parse a safetensors file; empty content is no tensor."""
     if not content:
         return {}
     try:
-        return {name: tensor.clone() for name, tensor in parse_tensors(content).items()}
+        return parse_tensors(content)
     except SafetensorError as error:
         raise SqatError(f"is not a safetensors file ({error})", REMAKE, str(path)) from error
 

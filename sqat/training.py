@@ -187,8 +187,7 @@ class MidStage:
             content = (self.directory / Path(index["file"]).name).read_bytes()
             if state_digest(content, index["progress"]) != index["sha256"]:
                 return None
-            tensors = {name: tensor.clone() for name, tensor in parse_tensors(content).items()}  # aligned
-            return tensors, Progress(**index["progress"])
+            return parse_tensors(content), Progress(**index["progress"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             return None
 

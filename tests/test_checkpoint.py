@@ -490,11 +490,3 @@ def test_files_in_a_folder_of_their_own(saved: Path, tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "more").files == more.files
     (tmp_path / "more" / "packed" / "config.json").write_text("[]")
     assert "packed/config.json: the content is not what the manifest's sha256 says" in error_of(tmp_path / "more")
-
-
-def test_tensors_begin_where_torch_would_put_them(saved: Path) -> None:
-    """How a product is rounded may depend on it, and a resumed run must round as the undisturbed one did."""
-    checkpoint = load_checkpoint(saved)
-    tensors = [*checkpoint.weights.values(), *checkpoint.amax.values()]
-    assert tensors
-    assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)

@@ -1,4 +1,4 @@
-"""Faults on purpose, a few of each kind; `scripts/fault_harness` tries hundreds."""
+"""Faults on purpose, a few of some kinds; `scripts/fault_harness` tries hundreds, kills and signals among them."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ pytestmark = pytest.mark.pipeline
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_few_faults_of_each_kind_leave_nothing_broken(tmp_path: Path) -> None:
+def test_a_few_faults_leave_nothing_broken(tmp_path: Path) -> None:
     known = {**os.environ, "PYTHONPATH": f"{ROOT / 'scripts'}:{ROOT}", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     report = tmp_path / "faults.json"
     command = [sys.executable, "-m", "faults", "--short", "--steps", "4", "--json", str(report),
-               "--kinds", "kill,stop,double,damage"]  # fmt: skip
+               "--kinds", "double,lock-out,damage"]  # fmt: skip
     done = subprocess.run(command, env=known, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(report.read_text())
     assert [(kind["kind"], kind["done"], kind["violations"]) for kind in found["kinds"]] == [
-        ("kill -9", 3, []), ("SIGINT and SIGTERM", 2, []), ("two runs in one folder", 2, []), ("damaged files", 4, []),
+        ("two runs in one folder", 2, []), ("read-only folder", 1, []), ("damaged files", 4, []),
     ]  # fmt: skip
 
 
