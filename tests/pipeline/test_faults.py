@@ -1,12 +1,6 @@
-"""Faults on purpose, a few of some kinds; `scripts/fault_harness` tries hundreds, kills and signals among them."""
+"""What is unchanged is verified; `scripts/fault_harness` breaks more, and for longer."""
 
 from __future__ import annotations
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -17,20 +11,6 @@ from sqat.recipe_file import load_recipe
 from .conftest import Lines, Project
 
 pytestmark = pytest.mark.pipeline
-ROOT = Path(__file__).parents[2]
-
-
-def test_a_few_faults_leave_nothing_broken(tmp_path: Path) -> None:
-    known = {**os.environ, "PYTHONPATH": f"{ROOT / 'scripts'}:{ROOT}", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    report = tmp_path / "faults.json"
-    command = [sys.executable, "-m", "faults", "--short", "--steps", "4", "--json", str(report),
-               "--kinds", "double,lock-out,damage"]  # fmt: skip
-    done = subprocess.run(command, env=known, capture_output=True, text=True, timeout=580)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(report.read_text())
-    assert [(kind["kind"], kind["done"], kind["violations"]) for kind in found["kinds"]] == [
-        ("two runs in one folder", 2, []), ("read-only folder", 1, []), ("damaged files", 4, []),
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "recipe.yaml", "config.json"])
