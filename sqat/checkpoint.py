@@ -81,6 +81,7 @@ class Manifest(BaseModel):
     profile: str = ""
     notes: list[str] = []
     overrides: list[str] = []
+    attempt: int = 1
     steps: int = 0
     samples: int = 0
     seconds: float = 0.0
@@ -180,6 +181,12 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
+def verify_files(directory: Path, manifest: Manifest) -> None:
+    """Compare every file of a checkpoint with its manifest, and load none; SqatError names the first that differs."""
+    for name, digest in manifest.files.items():
+        read_verified(directory, name, digest)
+
+
 def load_checkpoint(directory: Path) -> Checkpoint:
     """Read a checkpoint and verify all it claims; anything amiss is one SqatError naming the file."""
     manifest = load_manifest(directory)
@@ -216,7 +223,7 @@ def load_manifest(directory: Path) -> Manifest:
                         str(directory))  # fmt: skip
     try:
         raw: Any = json.loads(path.read_bytes())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise SqatError(f"cannot be read as JSON ({error})", REMAKE, str(path)) from error
     version = raw.get("format") if isinstance(raw, dict) else None
     if not isinstance(version, int) or version < 1:
@@ -244,7 +251,8 @@ def read_verified(directory: Path, name: str, digest: str) -> bytes:
     """Read one file named by a manifest and compare its sha256."""
     path = directory / name
     parts = name.split("/")
-    if len(parts) > 3 or {"", ".", ".."} & set(parts):  # a runtime may want a folder, a sentence encoder one in it
+    # A runtime may want a folder, a sentence encoder one in it; NUL and half a surrogate pair are in no path.
+    if not name.isprintable() or len(parts) > 3 or {"", ".", ".."} & set(parts):
         raise SqatError(
             f"the manifest names a file outside the checkpoint: {name!r}", REMAKE, str(directory / MANIFEST)
         )

@@ -549,7 +549,10 @@ def _tell(error: BaseException) -> int:
 
         traceback.print_exception(error)
     if isinstance(error, SqatError):
-        console.print_error(error)
+        if error.exit_code == INTERRUPTED:
+            console.print_failure(str(error))
+        else:
+            console.print_error(error)
         return error.exit_code
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         console.print_failure("interrupted; the same command goes on from the last saved state")
@@ -579,6 +582,7 @@ def _tell_fault(error: BaseException, debug: bool) -> int:
         errno.ENOSPC,
         errno.EROFS,
         errno.EDQUOT,
+        errno.EFBIG,
         errno.ENOENT,
         errno.ENOTDIR,
         errno.EISDIR,

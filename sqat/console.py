@@ -157,10 +157,14 @@ def open_display(*, quiet: bool = False, log: Path | None = None) -> Iterator[Di
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add one line with the time of day to a log file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+    """Add one line with the time of day to a log file; SqatError where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+    except OSError as error:
+        hint = "free space or choose another output"
+        raise SqatError(f"cannot be written: {error.strerror}", hint, str(path)) from error
 
 
 def error_console() -> Console:

@@ -29,3 +29,9 @@ class GateError(SqatError):
     """The work was done but its result missed a quality gate."""
 
     exit_code = 3
+
+
+class StoppedError(SqatError):
+    """The user or the system asked a run to stop, and it has saved what it had."""
+
+    exit_code = 130

@@ -17,11 +17,11 @@ import sqat
 from sqat.checkpoint import FORMAT, Manifest, load_manifest
 from sqat.data import digest
 from sqat.errors import SqatError
-from sqat.recipe import LoadedRecipe, Recipe
+from sqat.recipe import FitConfig, LoadedRecipe, Recipe, StageConfig
 from sqat.sources import source_digest
 
 # Entries of a section that change how a stage runs, not what comes out of it.
-UNKEYED = {"parent", "save_every"}
+UNKEYED = {"parent", "save_every", "gates", "retry"}
 
 
 def known_manifest(directory: Path) -> Manifest | None:
@@ -99,11 +99,17 @@ class Keys:
     def is_current(self, name: str) -> bool:
         """A stage's checkpoint is what this recipe makes from the checkpoints that lie there now."""
         manifest = self.manifest(name)
-        if manifest is None or manifest.key != self.planned[name]:
-            return False
         recipe = self.loaded.recipe
+        if manifest is None or manifest.key != self.planned[name] or manifest.attempt > attempts(recipe.stages[name]):
+            return False
         parent, teacher = self.manifest(recipe.parent_of(name)), self.manifest(teacher_name(recipe, name))
         return manifest.made_from == made_from(parent, teacher)
+
+
+def attempts(config: StageConfig) -> int:
+    """How often a stage may try to pass its gates; a longer attempt than these is another recipe's."""
+    retry = config.retry if isinstance(config, FitConfig) else None
+    return 1 if retry is None else 1 + retry.times
 
 
 def made_from(parent: Manifest | None, teacher: Manifest | None) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 A stage whose checkpoint is what the recipe would make (`sqat.keys`) is skipped. Stages return checkpoints; only this
 file saves them, into ``<output>/<recipe>/<NN-stage>``. Mid-stage state lives beside it until the stage is saved.
-Every process of a distributed run goes through the stages; the first one writes.
+A result that misses its gates (`sqat.gates`) is saved beside and ends the run, unless the stage may try again.
+Every process of a distributed run goes through the stages; the first one writes, and its verdicts hold for all.
 """
 
 from __future__ import annotations
@@ -15,19 +16,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sqat.checkpoint import Checkpoint, Manifest, load_checkpoint, load_manifest, save_checkpoint
+from sqat.checkpoint import Checkpoint, Manifest, load_checkpoint, load_manifest, save_checkpoint, verify_files
 from sqat.data import SplitName
 from sqat.display import Display
 from sqat.errors import SqatError
 from sqat.evaluation import evaluate_artifact
+from sqat.gates import Limit, limits_of, missed, refusal, rejected_folder
 from sqat.job import Job, Splits
-from sqat.keys import Keys, known_manifest, made_from, teacher_name
-from sqat.recipe import FitConfig, LoadedRecipe, Recipe, StageConfig
+from sqat.keys import Keys, attempts, known_manifest, made_from, teacher_name
+from sqat.plan import PlannedStage as PlannedStage
+from sqat.plan import due_stages, stage_range
+from sqat.plan import make_plan as make_plan
+from sqat.recipe import FitConfig, LoadedRecipe
 from sqat.results import ResultRow as ResultRow
 from sqat.results import Results as Results
 from sqat.results import closing_table
+from sqat.run_lock import FILE, run_lock
+from sqat.soundness import saturation
 from sqat.stages import calibrate, export, prune, qat, train
-from sqat.training import MidStage, processes, total_steps
+from sqat.training import MidStage, first_says, processes
 
 STAGES: dict[str, Callable[[Any, Checkpoint | None, Job], Checkpoint]] = {
     "train": train.run,
@@ -36,74 +43,6 @@ STAGES: dict[str, Callable[[Any, Checkpoint | None, Job], Checkpoint]] = {
     "qat": qat.run,
     "export": export.run,
 }
-
-
-@dataclass(frozen=True)
-class PlannedStage:
-    """One stage as the plan shows it; seconds are those an earlier run of the stage took."""
-
-    number: int
-    name: str
-    kind: str
-    parent: str | None
-    key: str
-    directory: Path
-    unchanged: bool
-    steps: int | None
-    samples: int | None
-    seconds: float | None
-
-
-def make_plan(
-    loaded: LoadedRecipe, *, first: str | None = None, last: str | None = None, force: bool = False
-) -> list[PlannedStage]:
-    """What `run` would do: stages between ``first`` and ``last``, how much work each is, which are unchanged."""
-    keys, splits = Keys(loaded), Splits(loaded.recipe, loaded.path.parent)
-    due = set(due_stages(keys, first, last, force))
-    plan = []
-    for number, (name, config) in enumerate(loaded.recipe.stages.items(), start=1):
-        if name in stage_range(loaded.recipe, first, last):
-            steps, samples = amount(config, loaded.recipe, splits)
-            manifest = keys.manifest(name)
-            seconds = manifest.seconds if manifest is not None else None
-            plan.append(PlannedStage(number, name, config.stage, loaded.recipe.parent_of(name), keys.planned[name],
-                                     keys.directory(name), name not in due, steps, samples, seconds))  # fmt: skip
-    return plan
-
-
-def stage_range(recipe: Recipe, first: str | None, last: str | None) -> list[str]:
-    """Names of the stages from ``first`` to ``last``."""
-    names = list(recipe.stages)
-    for flag, name in (("--from", first), ("--to", last)):
-        if name is not None and name not in names:
-            raise SqatError(f"{flag} {name}: the recipe has no such stage", f"stages: {', '.join(names)}")
-    low = names.index(first) if first else 0
-    high = names.index(last) + 1 if last else len(names)
-    if low >= high:
-        raise SqatError(f"--from {first} comes after --to {last}", f"order: {', '.join(names)}")
-    return names[low:high]
-
-
-def due_stages(keys: Keys, first: str | None, last: str | None, force: bool) -> list[str]:
-    """Stages of the range that must run: forced, not current, or after one that runs."""
-    recipe, due = keys.loaded.recipe, list[str]()
-    for name in stage_range(recipe, first, last):
-        before = {recipe.parent_of(name), teacher_name(recipe, name)}
-        if force or before & set(due) or not keys.is_current(name):
-            due.append(name)
-    return due
-
-
-def amount(config: StageConfig, recipe: Recipe, splits: Splits) -> tuple[int | None, int | None]:
-    """Optimizer steps and samples of a stage; a batch is taken as full, which queries of many sizes may not fill."""
-    if isinstance(config, FitConfig):
-        rows = splits.task.encode(splits.rows("train"))
-        epoch = sum(len(unit) for unit in splits.task.units(rows, recipe.seed, 0))
-        steps = total_steps(config, -(-epoch // config.batch_size))
-        return steps, steps * config.batch_size * config.gradient_accumulation
-    if config.stage == "calibrate":
-        return None, min(config.samples, len(splits.rows(config.split)))
-    return None, min(config.parity_samples, len(splits.rows("dev")))
 
 
 def run(
@@ -115,12 +54,19 @@ def run(
     force: bool = False,
 ) -> Results:
     """Run the plan, skip what is unchanged, and measure the results once on the test split."""
+    with run_lock(loaded.run_directory, display):
+        return run_range(loaded, display, first, last, force)
+
+
+def run_range(loaded: LoadedRecipe, display: Display, first: str | None, last: str | None, force: bool) -> Results:
+    """Run what is due between two stages, and measure the results."""
     keys, splits = Keys(loaded), Splits(loaded.recipe, loaded.path.parent)
     due = due_stages(keys, first, last, force)
     for name in stage_range(loaded.recipe, first, last):
-        if name not in due:
-            display.say(f"{name}: unchanged")
+        if name not in due and keys.is_current(name) and stands(keys, name, display):
             continue
+        if keys.directory(name).exists() and keys.manifest(name) is None:
+            display.say(f"{name}: what is in {keys.directory(name)} is no sound checkpoint: it is made again")
         parent = parent_checkpoint(keys, name)
         execute(keys, name, keys.directory(name), parent, splits, display, force)
     return closing_table(keys, splits, display)
@@ -147,13 +93,19 @@ def run_stage(
         if there is None or there.stage != name:
             what = "no checkpoint of sqat" if there is None else f"the checkpoint of stage {there.stage!r}"
             raise SqatError(f"the output exists and is {what}", "choose another folder or add --force", str(output))
-    if parent is None and output is None and not force and keys.is_current(name):
-        display.say(f"{name}: unchanged")
-        return directory
-    start = parent_checkpoint(keys, name) if parent is None else load_checkpoint(parent)
-    splits = Splits(loaded.recipe, loaded.path.parent)
-    execute(keys, name, directory, start, splits, display, force)
+    with run_lock(*lock_of(loaded.run_directory, directory, display)):
+        if parent is None and output is None and not force and keys.is_current(name) and stands(keys, name, display):
+            return directory
+        start = parent_checkpoint(keys, name) if parent is None else load_checkpoint(parent)
+        execute(keys, name, directory, start, Splits(loaded.recipe, loaded.path.parent), display, force)
     return directory
+
+
+def lock_of(runs: Path, directory: Path, display: Display) -> tuple[Path, Display, str]:
+    """What to lock for one stage: the run folder, or for a checkpoint elsewhere a file beside that."""
+    if runs.resolve() in directory.resolve().parents:
+        return runs, display, FILE
+    return directory.parent, display, f".{directory.name}{FILE}"
 
 
 def parent_manifest(loaded: LoadedRecipe, name: str, parent: Path | None) -> Manifest:
@@ -191,6 +143,51 @@ def teacher_checkpoint(keys: Keys, name: str) -> Checkpoint:
     return load_checkpoint(keys.directory(teacher))
 
 
+def stands(keys: Keys, name: str, display: Display) -> bool:
+    """Whether an unchanged stage passes its gates as they are now; one that may try again is said to, and does not.
+
+    Raises:
+        GateError: it misses one and may not try again.
+        SqatError: a file of its checkpoint was damaged.
+    """
+    manifest = keys.manifest(name)
+    assert manifest is not None  # it is unchanged
+    verify_files(keys.directory(name), manifest)
+    limits = limits_of(keys, name, keys.manifest(keys.loaded.recipe.parent_of(name)))
+    miss = first_says(missed(limits, manifest.metrics))
+    if miss and manifest.attempt >= attempts(keys.loaded.recipe.stages[name]):
+        raise refusal(name, miss, keys.directory(name), standing=False)
+    display.say(f"{name}: unchanged" + (f", but it misses a gate: {miss}" if miss else ""))
+    return not miss
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One stage about to run: where its result goes, what it is made from, and the limits of its gates."""
+
+    keys: Keys
+    name: str
+    directory: Path
+    parent: Checkpoint | None
+    splits: Splits
+    display: Display
+    key: str
+    origin: dict[str, str]
+    limits: list[Limit]
+
+    @property
+    def state(self) -> Path:
+        """Folder of the mid-stage state."""
+        return self.directory.with_name(f".{self.directory.name}.state")
+
+    def earlier(self) -> tuple[Path, Manifest] | None:
+        """The last attempt of this very stage that there is: set aside for missing a gate, or in its place."""
+        folders = (rejected_folder(self.directory), self.directory)
+        known = [(folder, manifest) for folder in folders if (manifest := known_manifest(folder)) is not None]
+        same = [each for each in known if (each[1].key, each[1].made_from) == (self.key, self.origin)]
+        return max(same, key=lambda each: each[1].attempt, default=None)
+
+
 def execute(
     keys: Keys,
     name: str,
@@ -200,33 +197,85 @@ def execute(
     display: Display,
     force: bool,
 ) -> None:
-    """Run one stage and save what it returns; its mid-stage state goes once the checkpoint is on the disk.
+    """Run one stage until it passes its gates, and save what it returns.
 
     Args:
-        force: start afresh, whatever mid-stage state there is.
+        force: start afresh, whatever mid-stage state and earlier result there is.
+
+    Raises:
+        GateError: the result of the last attempt misses a gate; it is kept beside, and what was in place stays.
     """
-    loaded, process = keys.loaded, processes()
-    teacher = keys.manifest(teacher_name(loaded.recipe, name))
+    teacher = keys.manifest(teacher_name(keys.loaded.recipe, name))
     origin = made_from(None if parent is None else parent.manifest, teacher)
     key = keys.after(name, "" if parent is None else parent.manifest.key, "" if teacher is None else teacher.key)
-    state = MidStage(directory.with_name(f".{directory.name}.state"), f"{key} {origin}")
+    limits = limits_of(keys, name, None if parent is None else parent.manifest)
+    trial = Trial(keys, name, directory, parent, splits, display, key, origin, limits)
+    process = processes()
     if force and process.is_main_process:
-        shutil.rmtree(state.directory, ignore_errors=True)
+        shutil.rmtree(trial.state, ignore_errors=True)
     process.wait_for_everyone()
-    job = Job(loaded.recipe, loaded.path.parent, name, key, origin, splits, display, state,
-              partial(teacher_checkpoint, keys, name))  # fmt: skip
-    config, begun = loaded.recipe.stages[name], time.monotonic()
-    checkpoint = STAGES[config.stage](config, parent, job)
-    seconds = max(checkpoint.manifest.seconds, time.monotonic() - begun)  # a resumed fit knows its earlier part
-    facts = {"seconds": round(seconds, 3), "overrides": [*loaded.overrides]}
-    manifest = checkpoint.manifest.model_copy(update=facts)
+    known = None if force else trial.earlier()
+    process.wait_for_everyone()  # all have looked before the first changes anything
+    attempt = 1 if known is None else next_attempt(trial, *known)
+    if attempt:
+        try_to_pass(trial, attempt)
+
+
+def next_attempt(trial: Trial, folder: Path, known: Manifest) -> int:
+    """Which attempt follows an earlier one; 0 where it was set aside and passes the gates as they are now.
+
+    Raises:
+        GateError: it still misses one, and was the last attempt.
+    """
+    miss, process = first_says(missed(trial.limits, known.metrics)), processes()
+    if miss and known.attempt >= attempts(trial.keys.loaded.recipe.stages[trial.name]):
+        raise refusal(trial.name, miss, folder, trial.directory.exists() and folder != trial.directory)
+    if miss or folder == trial.directory:
+        return known.attempt + 1 if miss else 1
     if process.is_main_process:
-        save_checkpoint(replace(checkpoint, manifest=manifest, recipe=loaded.text), directory)
-        shutil.rmtree(state.directory, ignore_errors=True)
+        save_checkpoint(load_checkpoint(folder), trial.directory)
+        shutil.rmtree(folder)
     process.wait_for_everyone()
-    figures = manifest.metrics.get("dev", {})
-    shown = ", ".join(f"{metric} {value:.4f}" for metric, value in figures.items())
-    display.say(f"{name}: {f'dev {shown}' if shown else 'done'} -> {directory}")
+    trial.display.say(f"{trial.name}: what was set aside passes the gates now -> {trial.directory}")
+    return 0
+
+
+def try_to_pass(trial: Trial, attempt: int) -> None:
+    """Run a stage from an attempt on until its result passes, and put that in place."""
+    config, process = trial.keys.loaded.recipe.stages[trial.name], processes()
+    for number in range(attempt, attempts(config) + 1):
+        if number > 1:
+            trial.display.say(f"{trial.name}: attempt {number} of {attempts(config)}, with more steps")
+        checkpoint = run_once(trial, number)
+        for line in saturation(checkpoint.manifest) if checkpoint.manifest.kind == "calibrate" else ():
+            trial.display.say(f"{trial.name}: {line}")
+        miss = first_says(missed(trial.limits, checkpoint.manifest.metrics))
+        goal = rejected_folder(trial.directory) if miss else trial.directory
+        if process.is_main_process:
+            save_checkpoint(checkpoint, goal)
+            shutil.rmtree(trial.state, ignore_errors=True)  # only once the checkpoint is on the disk
+        process.wait_for_everyone()
+        figures = checkpoint.manifest.metrics.get("dev", {})
+        shown = ", ".join(f"{metric} {value:.4f}" for metric, value in figures.items())
+        trial.display.say(f"{trial.name}: {f'dev {shown}' if shown else 'done'} -> {goal}")
+        if not miss:
+            return
+        trial.display.say(f"{trial.name}: misses a gate: {miss}")
+    raise refusal(trial.name, miss, goal, trial.directory.exists())
+
+
+def run_once(trial: Trial, attempt: int) -> Checkpoint:
+    """One attempt of a stage, its manifest completed."""
+    loaded = trial.keys.loaded
+    given, begun = loaded.recipe.stages[trial.name], time.monotonic()
+    config = given.stretched(attempt) if isinstance(given, FitConfig) else given
+    which = f"{trial.key} {trial.origin}" + (f" attempt {attempt}" if attempt > 1 else "")
+    job = Job(loaded.recipe, loaded.path.parent, trial.name, trial.key, trial.origin, trial.splits, trial.display,
+              MidStage(trial.state, which), partial(teacher_checkpoint, trial.keys, trial.name))  # fmt: skip
+    checkpoint = STAGES[given.stage](config, trial.parent, job)
+    seconds = max(checkpoint.manifest.seconds, time.monotonic() - begun)  # a resumed fit knows its earlier part
+    facts = {"seconds": round(seconds, 3), "overrides": [*loaded.overrides], "attempt": attempt}
+    return replace(checkpoint, manifest=checkpoint.manifest.model_copy(update=facts), recipe=loaded.text)
 
 
 def evaluate(loaded: LoadedRecipe, artifact: Path, split: SplitName, display: Display) -> dict[str, float]:

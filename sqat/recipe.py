@@ -29,11 +29,10 @@ from pydantic_core import CoreSchema, core_schema
 
 from sqat.distillation.minilm import MiniLMLoss, MiniLMv2
 from sqat.quantization.calibrators import Calibrator, Percentile
+from sqat.recipe_gates import GATES, GATES_WORDS, STRICT, Gate, Retry
 from sqat.sparsity.criteria import Criterion, Magnitude
 from sqat.sparsity.masks import parse_pattern
 from sqat.sparsity.schedule import PerGroup, Schedule
-
-STRICT = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 def tupled(value: Any) -> Any:
@@ -315,6 +314,8 @@ class FitConfig(BaseModel):
     save_every: float = Field(
         default=60.0, ge=0, description="seconds between mid-stage states to resume from; 0: after every step"
     )
+    gates: dict[str, Gate] = Field(default=GATES, description=GATES_WORDS)
+    retry: Retry | None = Field(default=None, description="how often to try again where a gate is missed; default: not")
 
     @model_validator(mode="after")
     def consistent(self) -> FitConfig:
@@ -322,7 +323,18 @@ class FitConfig(BaseModel):
             raise ValueError("steps and epochs exclude each other: give one of them (null for the other)")
         if self.early_stopping is not None and self.evaluate_every is None:
             raise ValueError("early_stopping needs evaluate_every, the steps between two evaluations")
+        if self.retry is not None and not self.gates:
+            raise ValueError("retry needs gates, which say when to try again")
         return self
+
+    def stretched(self, attempt: int) -> FitConfig:
+        """The configuration of the ``attempt``-th try, with the steps that ``retry`` gives it."""
+        factor = 1.0 if self.retry is None else self.retry.steps ** (attempt - 1)
+        if attempt == 1 or factor == 1:
+            return self
+        if self.steps is not None:
+            return self.model_copy(update={"steps": round(self.steps * factor)})
+        return self.model_copy(update={"epochs": (self.epochs or 1.0) * factor})
 
 
 class Layers(BaseModel):
@@ -424,6 +436,7 @@ class CalibrateConfig(BaseModel):
     samples: int = Field(default=512, ge=1, description="rows to observe")
     batch_size: int = Field(default=32, ge=1, description="rows per device and forward pass")
     layers: Layers = Field(default=Layers(), description="which linears are quantized")
+    gates: dict[str, Gate] = Field(default=GATES, description=GATES_WORDS)
 
 
 class QatConfig(FitConfig):
@@ -481,6 +494,7 @@ class ExportConfig(BaseModel):
     tensorrt: TensorRTConfig = Field(default=TensorRTConfig(), description="options of the target tensorrt")
     parity_samples: int = Field(default=256, ge=1, description="dev rows on which the file must agree with the model")
     max_disagreement: float = Field(default=0.005, ge=0, le=1, description="share of decisions allowed to differ")
+    gates: dict[str, Gate] = Field(default=GATES, description=GATES_WORDS)
 
 
 StageName = Annotated[

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from sqat.errors import SqatError
 from sqat.recipe import (
@@ -106,6 +106,7 @@ def _stage(recipe: Recipe, name: str) -> Iterator[Problem]:
         yield Problem((*path, "from"), text, "add a calibrate stage before it")
     if isinstance(stage, ExportConfig):
         yield from _targets(recipe, name, stage, line)
+    yield from _gates(recipe, name)
     if isinstance(stage, PruneConfig):
         yield from _schedule(path, stage)
     if isinstance(stage, PruneConfig | QatConfig) and stage.distill is not None:
@@ -131,6 +132,24 @@ def _targets(recipe: Recipe, name: str, stage: ExportConfig, line: list[str]) ->
         elif target == "torch-semi-structured" and not any(isinstance(other, PruneConfig) for other in before):
             text = f"{target} needs a prune stage among those {name!r} starts from, {_chain(line)}"
             yield Problem(path, text, "add a prune stage before it")
+
+
+def _gates(recipe: Recipe, name: str) -> Iterator[Problem]:
+    """Metrics are the task's where more is better, and what a gate compares with has run before."""
+    task, before = recipe.task, list(recipe.stages)[: list(recipe.stages).index(name)]
+    metrics = list(get_args(type(task).model_fields["metric"].annotation))
+    if isinstance(task, RelevanceTask) and task.loss == "pairwise":
+        metrics.remove("pair-accuracy")
+    for metric, gate in recipe.stages[name].gates.items():
+        path = ("stages", name, "gates", metric)
+        if metric not in metrics:
+            yield Problem(path, f"no metric {metric!r} of the task {task.name}", suggest(metric, metrics))
+        if gate.against is not None and gate.against not in before:
+            text = f"the gate of stage {name!r} compares with {gate.against!r}, which is no stage before it"
+            yield Problem((*path, "against"), text, suggest(gate.against, before))
+        elif gate.max_drop is not None and gate.against is None and recipe.parent_of(name) is None:
+            text = f"stage {name!r} starts from the pretrained model, which has no figures to compare with"
+            yield Problem((*path, "max_drop"), text, "give min instead" + (", or against" if before else ""))
 
 
 INT8_TARGETS = ("onnx-int8", "tensorrt", "cpu-sparse", "compressed-tensors")

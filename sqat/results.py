@@ -11,6 +11,7 @@ from typing import Any
 from sqat.checkpoint import write_synced
 from sqat.data import SplitName, digest
 from sqat.display import Display
+from sqat.errors import SqatError
 from sqat.evaluation import evaluate_artifact
 from sqat.job import Splits
 from sqat.keys import Keys
@@ -65,9 +66,19 @@ def closing_table(keys: Keys, splits: Splits, display: Display) -> Results:
         record[label] = {"key": key, "split": split, "data": content, "size_bytes": row.size_bytes,
                          "path": str(artifact), "metrics": figures}  # fmt: skip
     if record:
-        write_synced(directory / f".{FILE}.new", (json.dumps(record, indent=2) + "\n").encode())
-        (directory / f".{FILE}.new").rename(directory / FILE)
+        remember(directory, (json.dumps(record, indent=2) + "\n").encode())
     return Results(rows, split, content, directory)
+
+
+def remember(directory: Path, content: bytes) -> None:
+    """Write what was measured, whole or not at all."""
+    fresh = directory / f".{FILE}.new"
+    try:
+        write_synced(fresh, content)
+        fresh.rename(directory / FILE)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        raise SqatError(f"cannot be written: {error.strerror}", "free space", str(directory / FILE)) from error
 
 
 def result_artifacts(keys: Keys) -> dict[str, tuple[str, Path]]:

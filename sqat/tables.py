@@ -115,6 +115,11 @@ def print_plan(plan: Sequence[PlannedStage], *, as_json: bool = False) -> None:
         table.add_row(str(stage.number), name, stage.parent or "-", stage.key[:7], *amounts, state)
     console = result_console()
     console.print(table)
+    for stage in plan:
+        for gate in stage.gates:
+            console.print(f"gate of {stage.name}: {gate}", soft_wrap=True)
+        if stage.missed:
+            console.print(f"{stage.name} misses a gate: {stage.missed}", soft_wrap=True)
     waiting = [stage for stage in plan if not stage.unchanged]
     known = [stage.seconds for stage in waiting if stage.seconds is not None]
     unknown = len(waiting) - len(known)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as tensor_bytes
@@ -27,14 +28,25 @@ from torch import Tensor, nn
 from sqat.checkpoint import write_synced
 from sqat.data import Batch
 from sqat.display import Display
-from sqat.errors import SqatError
+from sqat.errors import SqatError, StoppedError
 from sqat.insertion.quantizers import QUANTIZERS
 from sqat.recipe import FitConfig
+from sqat.soundness import check_gradients, check_losses, check_scales, learned_bounds, weakness
+from sqat.stopping import any_process, noted_signals
+
+REMARK_EVERY = 100  # steps
 
 
 def processes() -> PartialState:
     """This process among those of a distributed run; on the CPU (gloo) where there is no accelerator."""
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def first_says(text: str) -> str:
+    """What the first process says, so that all go the same way."""
+    said = [text]
+    broadcast_object_list(said)
+    return said[0]
 
 
 Loss = Callable[[nn.Module, Batch], dict[str, Tensor]]
@@ -194,6 +206,7 @@ class Run:
     state: MidStage
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Tensor] = field(default_factory=dict)
+    remarked: set[str] = field(default_factory=set)
 
     def save(self) -> None:
         """Write model, optimizer, best weights and random state as one mid-stage state."""
@@ -243,6 +256,14 @@ class Run:
             self.progress.without_gain += 1
         return figures
 
+    def remark(self, title: str, display: Display) -> None:
+        """Tell once what has become weak in the model."""
+        for line in weakness(self.model, self.progress.step):
+            kind = line.split(" at step ")[0]
+            if kind not in self.remarked:
+                display.say(f"{title}: {line}")
+            self.remarked.add(kind)
+
     def finish(self) -> None:
         """Put the best weights back, where they were kept."""
         if self.best:
@@ -279,6 +300,8 @@ def fit(
     accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1)  # whatever the environment says
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     torch.manual_seed(seed)
+    bounds = learned_bounds(model)
+    start = {site: float(bound.detach()) for site, bound in bounds.items()}
     run = Run(model, optimizer, state)
     if run.resume():
         display.say(f"{title}: resumed at step {run.progress.step} of {steps}")
@@ -288,26 +311,34 @@ def fit(
     model.train()
     shown, saved = dict(run.progress.losses), time.monotonic()
     stream = micro_batches(feed, config.gradient_accumulation, accelerator, run.progress.step)
-    while run.progress.step < steps and not stopped_early(run.progress, config):
-        begun = time.monotonic()
-        if before_step is not None:
-            before_step(run.progress.step)
-        for group in optimizer.param_groups:
-            group["lr"] = group["factor"] * config.learning_rate * rate_factor(config, run.progress.step, steps)
-        parts, samples = take_step(accelerator, wrapped, optimizer, loss, next(stream), config)
-        run.progress.step += 1
-        run.progress.samples += samples
-        seconds = time.monotonic() - begun
-        run.progress.losses = {name: checked(name, float(part), run.progress.step) for name, part in parts.items()}
-        shown |= run.progress.losses
-        if evaluation is not None and evaluation_due(config, run.progress.step, steps):
-            shown |= run.evaluate(evaluation, config, judge_from)
-        run.progress.seconds += time.monotonic() - begun
-        display.update(run.progress.step, shown, samples / max(seconds, 1e-9))  # some clocks stand still meanwhile
-        if time.monotonic() - saved >= config.save_every and run.progress.step < steps:
-            saved = time.monotonic()
-            if accelerator.is_main_process:
-                run.save()
+    with noted_signals() as asked:
+        while run.progress.step < steps and not stopped_early(run.progress, config):
+            begun = time.monotonic()
+            if before_step is not None:
+                before_step(run.progress.step)
+            for group in optimizer.param_groups:
+                group["lr"] = group["factor"] * config.learning_rate * rate_factor(config, run.progress.step, steps)
+            run.progress.step += 1
+            run.progress.losses, samples = take_step(accelerator, wrapped, optimizer, loss, next(stream), config,
+                                                     run.progress.step)  # fmt: skip
+            check_scales(bounds, start, run.progress.step)
+            run.progress.samples += samples
+            seconds = time.monotonic() - begun
+            shown |= run.progress.losses
+            if run.progress.step % REMARK_EVERY == 0 or run.progress.step == steps:
+                run.remark(title, display)
+            if evaluation is not None and evaluation_due(config, run.progress.step, steps):
+                shown |= run.evaluate(evaluation, config, judge_from)
+            run.progress.seconds += time.monotonic() - begun
+            display.update(run.progress.step, shown, samples / max(seconds, 1e-9))  # some clocks stand still meanwhile
+            stop = any_process(asked(), accelerator.device)
+            if stop or (time.monotonic() - saved >= config.save_every and run.progress.step < steps):
+                saved = time.monotonic()
+                if accelerator.is_main_process:
+                    run.save()
+            if stop:
+                raise StoppedError(f"{title}: stopped and saved at step {run.progress.step} of {steps}",
+                                   "the same command, without --force, goes on from there")  # fmt: skip
     display.end()
     run.finish()
     done = run.progress
@@ -330,8 +361,13 @@ def take_step(
     loss: Loss,
     batches: list[Batch],
     config: FitConfig,
-) -> tuple[dict[str, Tensor], int]:
-    """One optimizer step over its micro-batches; returns the mean loss parts and the number of samples."""
+    step: int,
+) -> tuple[Figures, int]:
+    """One optimizer step over its micro-batches; returns the mean loss parts and the number of samples.
+
+    Raises:
+        SqatError: a loss or a gradient is no number; no weight has moved then.
+    """
     totals: dict[str, Tensor] = {}
     rows = sum(len(batch) for batch in batches)
     for index, batch in enumerate(batches):
@@ -344,11 +380,15 @@ def take_step(
             accelerator.backward(torch.stack([*parts.values()]).sum() * share)
         for name, part in parts.items():
             totals[name] = totals.get(name, part.new_zeros(())) + part.detach() * share
+    figures = {name: float(total) for name, total in totals.items()}
+    model = accelerator.unwrap_model(wrapped)  # which does not wait for other processes
+    check_losses(figures, model, lambda: [loss(model, batch) for batch in batches], step)
+    check_gradients(model, step)
     if config.max_grad_norm is not None:
         accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return totals, rows * accelerator.num_processes
+    return figures, rows * accelerator.num_processes
 
 
 def evaluation_due(config: FitConfig, step: int, steps: int) -> bool:
@@ -359,13 +399,6 @@ def evaluation_due(config: FitConfig, step: int, steps: int) -> bool:
 
 def stopped_early(progress: Progress, config: FitConfig) -> bool:
     return config.early_stopping is not None and progress.without_gain >= config.early_stopping
-
-
-def checked(name: str, value: float, step: int) -> float:
-    """Refuse a loss that is no number: nothing after it would be worth keeping."""
-    if not math.isfinite(value):
-        raise SqatError(f"the {name} loss is {value} at step {step}", "lower learning_rate, or look at the data")
-    return value
 
 
 def random_states() -> dict[str, Tensor]:

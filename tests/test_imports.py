@@ -20,7 +20,7 @@ LAYERS = [
     ["cli", "console", "tables", "machine_tables", "starter"],
     ["report"],
     ["pipeline", "inspection"],
-    ["results"],
+    ["results", "plan", "gates", "run_lock"],
     ["stages"],
     [
         "evaluation",
@@ -37,6 +37,8 @@ LAYERS = [
         "sources",
         "data",
         "training",
+        "soundness",
+        "stopping",
         "engine",
         "export",
         "lint",
@@ -54,8 +56,8 @@ LAYERS = [
     ],
     [*CORE],
 ]
-OPEN = {"recipe", "recipe_file", "recipe_rules", "recipe_schema", "yaml_tree", "checkpoint", "errors", "display"}
-OPEN |= {"report_row", "__init__"}
+OPEN = {"recipe", "recipe_file", "recipe_gates", "recipe_rules", "recipe_schema", "yaml_tree", "checkpoint", "errors"}
+OPEN |= {"display", "report_row", "__init__"}
 
 
 @cache

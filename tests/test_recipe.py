@@ -42,7 +42,7 @@ results:
 
 STAGE_KEYS = (
     "from, epochs, steps, batch_size, gradient_accumulation, optimizer, learning_rate, lr_schedule, warmup, "
-    "weight_decay, max_grad_norm, precision, evaluate_every, early_stopping, keep, save_every, stage"
+    "weight_decay, max_grad_norm, precision, evaluate_every, early_stopping, keep, save_every, gates, retry, stage"
 )
 KINDS = "calibrate, export, prune, qat, train"
 
@@ -77,6 +77,23 @@ def test_a_good_recipe_is_read_with_its_types(tmp_path: Path) -> None:
 
 # what is replaced, by what, and the whole line that must come of it
 BAD_RECIPES = [
+    ("learning_rate: 1e-5", "gates: {acuracy: {min: 0.5}}",
+     "r.yaml:8: no metric 'acuracy' of the task classification; did you mean 'accuracy'? allowed: accuracy, f1"),
+    ("learning_rate: 1e-5", "gates: {f1: {}}", "r.yaml:8: stages.train.gates.f1: a gate needs min, max_drop or both"),
+    ("learning_rate: 1e-5", "gates: {f1: {max_drop: 0.1}}", "r.yaml:8: stage 'train' starts from the pretrained model, "
+     "which has no figures to compare with; give min instead"),
+    ("learning_rate: 1e-5", "gates: {f1: {max_drop: 0.1, against: qat}}",
+     "r.yaml:8: the gate of stage 'train' compares with 'qat', which is no stage before it"),
+    ("learning_rate: 1e-5", "gates: {f1: {min: 0.1, against: qat}}",
+     "r.yaml:8: stages.train.gates.f1: against belongs to max_drop, which is not given"),
+    ("learning_rate: 1e-5", "retry: {times: 2}",
+     "r.yaml:8: stages.train: retry needs gates, which say when to try again"),
+    ("learning_rate: 1e-5", "retry: {steps: 1}", "r.yaml:8: stages.train.retry.steps needs a number above 1 and at "
+     "most 100, got 1"),
+    ("    method: percentile", "    gates: {f1: {max_drop: -1}}",
+     "r.yaml:13: stages.calibrate.gates.f1.max_drop needs a number of at least 0 or null, got -1"),
+    ("    method: percentile", "    retry: {}", "r.yaml:13: unknown key 'retry' in stages.calibrate; allowed: stage, "
+     "from, method, profile, split, samples, batch_size, layers, gates"),
     ("learning_rate: 1e-5", "learning_rat: 1e-5",
      f"r.yaml:8: unknown key 'learning_rat' in stages.train; did you mean 'learning_rate'? allowed: {STAGE_KEYS}"),
     ("learning_rate: 1e-5", "parent: x", f"r.yaml:8: unknown key 'parent' in stages.train; allowed: {STAGE_KEYS}"),

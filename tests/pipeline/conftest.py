@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,3 +126,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Any]:
     torch.set_num_threads(1)
     project = Project(tmp_path_factory.mktemp("finished"), profile="tensorrt")
     return project, run(load_recipe(project.recipe), Lines())
+
+
+@pytest.fixture
+def copy(finished: tuple[Project, Any], tmp_path: Path) -> Project:
+    """The finished project in a folder of the test's own."""
+    source, _ = finished
+    shutil.copytree(source.folder, tmp_path / "project")
+    project = Project.__new__(Project)
+    project.folder, project.recipe = tmp_path / "project", tmp_path / "project" / "tiny.yaml"
+    project.recipe.write_text(source.recipe.read_text().replace(str(source.folder), str(project.folder)))
+    return project

@@ -32,17 +32,6 @@ GOLDEN_LOSSES = {
 Finished = tuple[Project, pipeline.Results]
 
 
-@pytest.fixture
-def copy(finished: Finished, tmp_path: Path) -> Project:
-    """The finished project in a folder of the test's own."""
-    source, _ = finished
-    shutil.copytree(source.folder, tmp_path / "project")
-    project = Project.__new__(Project)
-    project.folder, project.recipe = tmp_path / "project", tmp_path / "project" / "tiny.yaml"
-    project.recipe.write_text(source.recipe.read_text().replace(str(source.folder), str(project.folder)))
-    return project
-
-
 def run(project: Project, *overrides: str, **options: Any) -> list[str]:
     display = Lines()
     pipeline.run(load_recipe(project.recipe, overrides), display, **options)

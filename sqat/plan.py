@@ -1,0 +1,84 @@
+"""The plan: which stages there are, how much work each is, which must run; nothing is run here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sqat.errors import SqatError
+from sqat.gates import foreseen, show_limits
+from sqat.job import Splits
+from sqat.keys import Keys, teacher_name
+from sqat.recipe import FitConfig, LoadedRecipe, Recipe, StageConfig
+from sqat.training import total_steps
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage as the plan shows it; seconds are those an earlier run of the stage took."""
+
+    number: int
+    name: str
+    kind: str
+    parent: str | None
+    key: str
+    directory: Path
+    unchanged: bool
+    steps: int | None
+    samples: int | None
+    seconds: float | None
+    gates: list[str] = field(default_factory=list)
+    missed: str = ""
+
+
+def make_plan(
+    loaded: LoadedRecipe, *, first: str | None = None, last: str | None = None, force: bool = False
+) -> list[PlannedStage]:
+    """What `run` would do: stages between ``first`` and ``last``, how much work each is, which are unchanged."""
+    keys, splits = Keys(loaded), Splits(loaded.recipe, loaded.path.parent)
+    due = set(due_stages(keys, first, last, force))
+    plan = []
+    for number, (name, config) in enumerate(loaded.recipe.stages.items(), start=1):
+        if name in stage_range(loaded.recipe, first, last):
+            steps, samples = amount(config, loaded.recipe, splits)
+            manifest = keys.manifest(name)
+            seconds = manifest.seconds if manifest is not None else None
+            plan.append(PlannedStage(number, name, config.stage, loaded.recipe.parent_of(name), keys.planned[name],
+                                     keys.directory(name), name not in due, steps, samples, seconds,
+                                     show_limits(keys, name), "" if name in due else foreseen(keys, name)))  # fmt: skip
+    return plan
+
+
+def stage_range(recipe: Recipe, first: str | None, last: str | None) -> list[str]:
+    """Names of the stages from ``first`` to ``last``."""
+    names = list(recipe.stages)
+    for flag, name in (("--from", first), ("--to", last)):
+        if name is not None and name not in names:
+            raise SqatError(f"{flag} {name}: the recipe has no such stage", f"stages: {', '.join(names)}")
+    low = names.index(first) if first else 0
+    high = names.index(last) + 1 if last else len(names)
+    if low >= high:
+        raise SqatError(f"--from {first} comes after --to {last}", f"order: {', '.join(names)}")
+    return names[low:high]
+
+
+def due_stages(keys: Keys, first: str | None, last: str | None, force: bool) -> list[str]:
+    """Stages of the range that must run: forced, not current, or after one that runs."""
+    recipe, due = keys.loaded.recipe, list[str]()
+    for name in stage_range(recipe, first, last):
+        before = {recipe.parent_of(name), teacher_name(recipe, name)}
+        if force or before & set(due) or not keys.is_current(name):
+            due.append(name)
+    return due
+
+
+def amount(config: StageConfig, recipe: Recipe, splits: Splits) -> tuple[int | None, int | None]:
+    """Optimizer steps and samples of a stage; a batch is taken as full, which queries of many sizes may not fill."""
+    if isinstance(config, FitConfig):
+        rows = splits.task.encode(splits.rows("train"))
+        epoch = sum(len(unit) for unit in splits.task.units(rows, recipe.seed, 0))
+        steps = total_steps(config, -(-epoch // config.batch_size))
+        return steps, steps * config.batch_size * config.gradient_accumulation
+    if config.stage == "calibrate":
+        return None, min(config.samples, len(splits.rows(config.split)))
+    return None, min(config.parity_samples, len(splits.rows("dev")))

@@ -1,0 +1,31 @@
+"""What is unchanged is verified; `scripts/fault_harness` breaks more, and for longer."""
+
+from __future__ import annotations
+
+import pytest
+
+from sqat import pipeline
+from sqat.errors import SqatError
+from sqat.recipe_file import load_recipe
+
+from .conftest import Lines, Project
+
+pytestmark = pytest.mark.pipeline
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "recipe.yaml", "config.json"])
+def test_a_damaged_checkpoint_is_not_unchanged(copy: Project, file: str) -> None:
+    damaged = next(
+        path for path in (copy.stage("prune") / file, copy.stage("prune") / "tokenizer.json") if path.exists()
+    )
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(bytes(content))
+    with pytest.raises(SqatError, match=f"{damaged.name}: the content is not what the manifest's sha256 says"):
+        pipeline.run(load_recipe(copy.recipe), Lines())
+
+
+def test_a_damaged_manifest_is_said_and_its_stage_runs_again(copy: Project) -> None:
+    (copy.stage("prune") / "sqat.json").write_text("{")
+    pipeline.run(load_recipe(copy.recipe), display := Lines(), last="prune")
+    assert display.lines[1] == f"prune: what is in {copy.stage('prune')} is no sound checkpoint: it is made again"

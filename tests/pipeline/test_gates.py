@@ -1,0 +1,144 @@
+"""Quality gates over whole stages: what misses one is set aside, what was better stays, nothing is trained twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sqat import pipeline
+from sqat.checkpoint import load_checkpoint, load_manifest, save_checkpoint
+from sqat.cli import main
+from sqat.errors import GateError, SqatError
+from sqat.recipe_file import load_recipe
+
+from .conftest import Lines, Project
+
+pytestmark = pytest.mark.pipeline
+WRECK = "stages.prune.learning_rate=1"  # no model survives it
+DROP = "stages.prune.gates={accuracy: {max_drop: 0.01}}"
+
+
+def run(project: Project, *overrides: str, last: str = "prune", **options: Any) -> list[str]:
+    display = Lines()
+    pipeline.run(load_recipe(project.recipe, overrides), display, last=last, **options)
+    return display.lines
+
+
+def rejected(project: Project) -> Path:
+    return project.stage("train").with_name("02-prune.rejected")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_gates_change_no_key_and_are_judged_from_recorded_figures(copy: Project) -> None:
+    assert run(copy, DROP)[:2] == ["train: unchanged", "prune: unchanged"]
+    before = content(copy.stage("prune"))
+    with pytest.raises(GateError, match=r"prune misses a gate: dev accuracy 1\.0000, allowed from 1\.1000 \(min\)"):
+        run(copy, "stages.prune.gates={accuracy: {min: 1.1}}")
+    assert content(copy.stage("prune")) == before
+    assert not rejected(copy).exists()
+
+
+def test_a_worse_result_does_not_replace_a_better_one(copy: Project) -> None:
+    before = content(copy.stage("prune"))
+    with pytest.raises(GateError) as caught:
+        run(copy, WRECK, DROP, last="calibrate")
+    got = load_manifest(rejected(copy)).metrics["dev"]["accuracy"]
+    assert got < 0.9
+    assert str(caught.value) == (
+        f"stage prune misses a gate: dev accuracy {got:.4f}, allowed from 0.9900 (train 1.0000 - 0.01); kept in "
+        f"{rejected(copy)}, the older one stays in place; train it better, or change stages.prune.gates: then it is "
+        "judged again, not trained"
+    )
+    assert content(copy.stage("prune")) == before, "the better one is as it was"
+    assert not list(copy.stage("prune").parent.glob(".*"))
+
+
+def test_what_was_set_aside_is_neither_trained_again_nor_a_parent(
+    copy: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(GateError):
+        run(copy, WRECK, DROP)
+    worse = content(rejected(copy))
+    with pytest.raises(SqatError, match="starts from prune, whose checkpoint this recipe would not make any more"):
+        run(copy, WRECK, DROP, first="calibrate", last="calibrate")
+    monkeypatch.setitem(pipeline.STAGES, "prune", lambda *_: pytest.fail("trained"))
+    with pytest.raises(GateError):
+        run(copy, WRECK, DROP)
+    lines = run(copy, WRECK, "stages.prune.gates={accuracy: {max_drop: 1}}")
+    assert lines[1] == f"prune: what was set aside passes the gates now -> {copy.stage('prune')}"
+    assert content(copy.stage("prune")) == worse
+    assert not rejected(copy).exists()
+
+
+def test_a_later_rejection_replaces_the_first(copy: Project) -> None:
+    with pytest.raises(GateError):
+        run(copy, WRECK, DROP)
+    first = load_manifest(rejected(copy)).key
+    with pytest.raises(GateError):
+        run(copy, "stages.prune.learning_rate=2", DROP)
+    assert load_manifest(rejected(copy)).key != first
+
+
+RETRY = "stages.prune.retry={times: 1, steps: 2}"
+SHORT = "stages.prune.steps=3"
+FEW = ("stages.prune.epochs=null", SHORT, "stages.prune.gates={accuracy: {min: 1.1}}", RETRY)
+
+
+def test_a_retry_takes_more_steps_and_is_recorded(copy: Project) -> None:
+    display = Lines()
+    with pytest.raises(GateError):
+        pipeline.run(load_recipe(copy.recipe, FEW), display, last="prune")
+    assert "prune: misses a gate: dev accuracy 1.0000, allowed from 1.1000 (min)" in display.lines
+    assert "prune: attempt 2 of 2, with more steps" in display.lines
+    manifest = load_manifest(rejected(copy))
+    assert (manifest.attempt, manifest.steps) == (2, 6)
+    with pytest.raises(GateError):
+        pipeline.run(load_recipe(copy.recipe, FEW), again := Lines(), last="prune")
+    assert again.lines == ["train: unchanged"], "both attempts are remembered"
+
+
+def test_a_retry_goes_on_where_only_the_first_attempt_was_made(copy: Project) -> None:
+    with pytest.raises(GateError):
+        run(copy, *FEW[:3])
+    assert load_manifest(rejected(copy)).attempt == 1
+    with pytest.raises(GateError):
+        run(copy, *FEW)
+    assert load_manifest(rejected(copy)).attempt == 2
+    run(copy, *FEW[:2], RETRY, "stages.prune.gates={accuracy: {min: 0.1}}")
+    assert load_manifest(copy.stage("prune")).attempt == 2
+    lines = run(copy, *FEW[:2])
+    assert lines[1] != "prune: unchanged", "without retry the recipe does not make the longer attempt"
+
+
+def test_every_file_of_an_export_is_judged(copy: Project) -> None:
+    checkpoint = load_checkpoint(copy.stage("export"))
+    metrics = {**checkpoint.manifest.metrics, "dev onnx-int8": {"accuracy": 0.5}}
+    spoiled = checkpoint.manifest.model_copy(update={"metrics": metrics})
+    save_checkpoint(checkpoint.__class__(**{**vars(checkpoint), "manifest": spoiled}), copy.stage("export"))
+    with pytest.raises(GateError, match=r"onnx-int8 accuracy 0\.5000, allowed from 0\.9000 \(train 1\.0000 - 0\.1\)"):
+        run(copy, "stages.export.gates={accuracy: {max_drop: 0.1, against: train}}", last="export")
+
+
+def test_the_plan_and_the_exit_code(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    high = ["--set", "stages.prune.gates={accuracy: {min: 1.1, max_drop: 0.2}}", "--to", "prune"]
+    assert main(["run", str(copy.recipe), "--dry-run", *high]) == 0
+    shown = capsys.readouterr().out
+    assert "gate of prune: accuracy at least 1.1, at most 0.2 below train\n" in shown
+    assert "prune misses a gate: dev accuracy 1.0000, allowed from 1.1000 (min)\n" in shown
+    assert main(["run", str(copy.recipe), "--dry-run", "--json", *high]) == 0
+    assert json.loads(capsys.readouterr().out)[1]["gates"] == ["accuracy at least 1.1, at most 0.2 below train"]
+    assert main(["run", str(copy.recipe), "--quiet", *high]) == 3
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_a_gate_compares_with_must_have_run(copy: Project) -> None:
+    gate = "stages.calibrate.gates={accuracy: {max_drop: 0.1, against: prune}}"
+    changed = ("stages.calibrate.samples=32", "stages.calibrate.from=train", "stages.prune.epochs=1", gate)
+    with pytest.raises(SqatError, match="compares with prune, which has not run with this recipe; run it first"):
+        run(copy, *changed, first="calibrate", last="calibrate")

@@ -1,0 +1,103 @@
+"""The run lock: who holds it is told, the dead are followed, nothing stays behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sqat.errors import SqatError
+from sqat.run_lock import FILE, run_lock
+
+ROOT = Path(__file__).parents[1]
+HOLD = """
+import sys, time
+from pathlib import Path
+from sqat.display import Silent
+from sqat.run_lock import run_lock
+with run_lock(Path(sys.argv[1]), Silent()):
+    print("held", flush=True)
+    time.sleep(120)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Any:
+    """Another process that holds the lock of ``tmp_path / "runs"``."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "runs")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_second_run_is_told_who_holds_it_and_a_killed_one_is_followed(
+    tmp_path: Path, holder: Any, recorder: Any
+) -> None:
+    runs = tmp_path / "runs"
+    before = (runs / FILE).read_bytes()
+    with pytest.raises(SqatError) as caught, run_lock(runs, recorder):
+        pytest.fail("both hold it")
+    who = rf"pid {holder.pid} on \S+ since [0-9-]+ [0-9:]+ \(-c {re.escape(str(runs))}\)"
+    assert re.fullmatch(rf"{runs}: another run holds this folder: {who}; wait for it or stop it", str(caught.value))
+    assert caught.value.exit_code == 2
+    assert (runs / FILE).read_bytes() == before
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with run_lock(runs, recorder):
+        assert re.fullmatch(f"taken over from a run that ended without a word: {who}", recorder.lines[0])
+        assert json.loads((runs / FILE).read_bytes())["pid"] == os.getpid()
+    assert not list(runs.iterdir())
+
+
+@pytest.mark.parametrize("end", [SqatError("x"), KeyboardInterrupt()])
+def test_it_is_released_however_the_run_ends(tmp_path: Path, end: BaseException, recorder: Any) -> None:
+    def hold_twice() -> None:
+        with run_lock(tmp_path, recorder):
+            with pytest.raises(SqatError, match=f"pid {os.getpid()} on"), run_lock(tmp_path, recorder):
+                pytest.fail("held twice")
+            raise end
+
+    with pytest.raises(type(end)):
+        hold_twice()
+    assert not list(tmp_path.iterdir())
+    with run_lock(tmp_path, recorder):
+        assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    assert recorder.lines == []
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"pid": 1}', b"\xff\xfe"])
+def test_any_content_of_a_file_left_behind_is_followed(tmp_path: Path, content: bytes, recorder: Any) -> None:
+    (tmp_path / FILE).write_bytes(content)
+    with run_lock(tmp_path, recorder):
+        assert json.loads((tmp_path / FILE).read_bytes())["pid"] == os.getpid()
+    said = "taken over from a run that ended without a word: a run that has not said who it is"
+    assert recorder.lines == ([said] if content else [])
+
+
+def test_a_folder_that_cannot_be_is_told(tmp_path: Path, recorder: Any) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(SqatError, match="cannot be written"), run_lock(tmp_path / "runs", recorder):
+        pass
+
+
+def test_processes_other_than_the_first_learn_of_it(
+    tmp_path: Path, recorder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sqat.run_lock.processes", lambda: SimpleNamespace(is_main_process=False))
+    with run_lock(tmp_path, recorder):
+        assert not list(tmp_path.iterdir()), "the first one holds it"
+    monkeypatch.setattr("sqat.run_lock.first_says", lambda text: json.dumps(["held", "wait", "runs"]))
+    with pytest.raises(SqatError, match="runs: held; wait"), run_lock(tmp_path, recorder):
+        pass
