@@ -91,6 +91,10 @@ def named_values(text: str) -> Iterable[tuple[str, float]]:
 
 def schedule_of(config: StageConfig, steps: int) -> Points:
     """Steps and sparsities of a prune stage."""
-    from sqat.stages.prune import mask_steps
+    from sqat.sparsity.masks import parse_pattern
+    from sqat.stages.masking import mask_steps
 
-    return sorted(mask_steps(config, steps).items()) if isinstance(config, PruneConfig) and steps else []
+    if not isinstance(config, PruneConfig) or not steps:
+        return []
+    sparsities = config.schedule.sparsities(parse_pattern(config.pattern))
+    return [(step, sparsities[index]) for step, index in sorted(mask_steps(config, steps).items())]
