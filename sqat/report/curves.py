@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 from sqat.checkpoint import Manifest
 from sqat.recipe import PruneConfig, StageConfig
-from sqat.sparsity.masks import parse_pattern
 
 STEP = re.compile(r"(\d+)/(\d+), (.+), [\d.]+ samples/s, \S+ left$")
 STAMP = len("2026-01-01 00:00:00 ")
@@ -92,9 +91,10 @@ def named_values(text: str) -> Iterable[tuple[str, float]]:
 
 def schedule_of(config: StageConfig, steps: int) -> Points:
     """Steps and sparsities of a prune stage."""
+    from sqat.sparsity.masks import parse_pattern
     from sqat.stages.masking import mask_steps
 
     if not isinstance(config, PruneConfig) or not steps:
         return []
     sparsities = config.schedule.sparsities(parse_pattern(config.pattern))
-    return sorted((step, sparsities[index]) for step, index in mask_steps(config, steps).items())
+    return [(step, sparsities[index]) for step, index in sorted(mask_steps(config, steps).items())]
