@@ -90,6 +90,7 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     share((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "traces")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sqat.stages.targets.export_float", traced)
+        patch.setattr("sqat.library.exporting.export_float", traced)
         yield
 
 

@@ -21,6 +21,7 @@ LAYERS = [
     ["report"],
     ["pipeline", "inspection"],
     ["results", "plan", "gates", "run_lock"],
+    ["library"],
     ["stages"],
     [
         "evaluation",
@@ -111,7 +112,7 @@ def test_imports_go_one_way(path: Path) -> None:
 @pytest.mark.parametrize(
     ("library", "allowed"),
     [
-        ("transformers", {"models", "architectures"}),
+        ("transformers", {"models", "architectures", "library"}),
         ("datasets", {"data"}),
         ("diffusers", {"architectures"}),
         ("typer", {"cli"}),
@@ -125,6 +126,13 @@ def test_each_library_has_one_place(library: str, allowed: set[str]) -> None:
         if library in {name.split(".")[0] for name in imported(path)}
     }
     assert users == allowed
+
+
+def test_of_the_library_only_the_callback_imports_transformers() -> None:
+    users = [
+        path.name for path in (ROOT / "sqat/library").glob("*.py") if any("transformers" in n for n in imported(path))
+    ]
+    assert users == ["trainer.py"]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["qat", "--help"], ["--version"], ["rum"]])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ def run(config: CalibrateConfig, parent: Checkpoint | None, job: Job) -> Checkpo
     batches = sample_batches(config, job, processor)
     fold_(model, batches[0])
     sites = discover_sites(model, batches[0].inputs, choice.chosen, blocks, config.profile)
-    histograms = observe(model, sites, blocks, batches, job)
+    histograms = observe(model, sites, blocks, shown(batches, job))
     bounds = {site: config.method(histogram) for site, histogram in histograms.items()}
     leaders, amax = tie(sites, bounds)
     records = {site: SiteRecord(leader=leader, saturated=histograms[sites.leaders[site]].share_beyond(amax[leader]))
@@ -91,8 +91,20 @@ def evaluated(model: nn.Module, batch: Batch) -> Tensor:
         return logits_of(model.eval(), batch)
 
 
-def observe(model: nn.Module, sites: Sites, blocks: list[str], batches: list[Batch], job: Job) -> dict[str, Histogram]:
-    """Histogram of |x| at every leader over the real (unpadded) positions of all batches."""
+def shown(batches: list[Batch], job: Job) -> Iterator[Mapping[str, Tensor]]:
+    """The inputs of each batch; the display is told when the next one is asked for."""
+    job.display.begin(job.name, len(batches))
+    for step, batch in enumerate(batches, start=1):
+        begun = time.monotonic()
+        yield batch.inputs
+        job.display.update(step, {}, len(batch) / (time.monotonic() - begun))
+    job.display.end()
+
+
+def observe(
+    model: nn.Module, sites: Sites, blocks: list[str], batches: Iterable[Mapping[str, Tensor]]
+) -> dict[str, Histogram]:
+    """Histogram of |x| at every leader over the real (unpadded) positions of all batches, given by input name."""
     histograms = {leader: Histogram() for leader in dict.fromkeys(sites.leaders.values())}
     mask: list[Tensor | None] = []
 
@@ -103,17 +115,13 @@ def observe(model: nn.Module, sites: Sites, blocks: list[str], batches: list[Bat
         return x
 
     taps = tap_sites(model, tap, histograms, blocks)
-    job.display.begin(job.name, len(batches))
     try:
         with torch.no_grad():
-            for step, batch in enumerate(batches, start=1):
-                mask[:] = [batch.inputs.get("attention_mask")]
-                begun = time.monotonic()
-                model.eval()(**batch.inputs)
-                job.display.update(step, {}, len(batch) / (time.monotonic() - begun))
+            for inputs in batches:
+                mask[:] = [inputs.get("attention_mask")]
+                model.eval()(**inputs)
     finally:
         taps.remove()
-    job.display.end()
     return histograms
 
 

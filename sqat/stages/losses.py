@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -39,7 +39,7 @@ def stage_loss(model: nn.Module, config: DistillConfig | None, job: Job) -> Iter
     teacher.requires_grad_(False)
     captures = [capture_qkv(network, config) for network in (model, teacher)] if config.weight else []
     try:
-        check_relations(config, captures, job)
+        check_relations(config.loss, captures, f"change stages.{job.name}.distill.loss")
         yield distilled_loss(config, job.task, teacher, captures)
     finally:
         for capture in captures:
@@ -51,15 +51,18 @@ def capture_qkv(model: nn.Module, config: DistillConfig) -> Capture:
     return Capture(model, find_qkv(model, config.qkv), attention_heads(model))
 
 
-def check_relations(config: DistillConfig, captures: Sequence[Capture], job: Job) -> None:
+Relations = Callable[[QKV, QKV, Tensor], Tensor]
+
+
+def check_relations(loss: Relations, captures: Sequence[Capture], hint: str) -> None:
     """Try the loss on two empty positions, so that heads that do not fit are told before anything trains."""
     if not captures:
         return
     student, teacher = captures
     try:
-        config.loss(student.blank(2), teacher.blank(2), torch.ones(1, 2))
+        loss(student.blank(2), teacher.blank(2), torch.ones(1, 2))
     except ValueError as error:
-        raise SqatError(str(error), f"change stages.{job.name}.distill.loss") from error
+        raise SqatError(str(error), hint) from error
 
 
 def distilled_loss(config: DistillConfig, task: Task, teacher: nn.Module, captures: Sequence[Capture]) -> Loss:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +12,37 @@ from torch import Tensor, nn
 from sqat.data import Batch
 from sqat.errors import SqatError
 from sqat.insertion.weights import WeightTransform, layer, original_weight
-from sqat.recipe import PruneConfig
 from sqat.sparsity.masks import Pattern
-from sqat.sparsity.schedule import SrSte
+from sqat.sparsity.schedule import Schedule, SrSte
 from sqat.sparsity.sparsegpt import SparseGPT
 from sqat.training import Loss
 
 Gather = Callable[[Mapping[str, str]], Mapping[str, Tensor]]
 
 
-def mask_steps(config: PruneConfig, steps: int) -> dict[int, int]:
+class Judge(Protocol):
+    """A criterion, or anything that is called like one."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, weight: Tensor, gathered: Tensor | None) -> Tensor: ...
+
+
+class Rules(Protocol):
+    """Which weights go, how many, and when: of a recipe's prune stage, or of a loop of the user's own."""
+
+    @property
+    def criterion(self) -> Judge | SparseGPT: ...
+
+    @property
+    def schedule(self) -> Schedule: ...
+
+    @property
+    def recover(self) -> float: ...
+
+
+def mask_steps(config: Rules, steps: int) -> dict[int, int]:
     """Training step -> which of the schedule's sparsities holds from it on.
 
     Evenly spaced, the last when ``recover`` of the steps remain; schedule sr-ste chooses anew before every step.
@@ -47,7 +69,7 @@ class Masking:
     model: nn.Module
     transforms: Mapping[str, WeightTransform]
     patterns: Mapping[str, Pattern]
-    config: PruneConfig
+    config: Rules
     moments: Mapping[int, int]
     gather: Gather
 

@@ -24,8 +24,9 @@ from sqat.errors import SqatError
 from sqat.insertion.sites import observed_rows
 from sqat.insertion.taps import tap_linears
 from sqat.insertion.weights import layer, original_weight
-from sqat.sparsity.criteria import Criterion, Magnitude
+from sqat.sparsity.criteria import Criterion, Magnitude, Taylor, Wanda
 from sqat.sparsity.features import input_windows
+from sqat.sparsity.sparsegpt import SparseGPT
 from sqat.training import Feed, Loss, processes, random_states, set_random_states
 
 
@@ -48,12 +49,22 @@ def gather(
     if isinstance(criterion, Magnitude):
         return {}
     with undisturbed(model, seed):
-        batches = sample(feed, criterion.samples)
-        if criterion.needs in ("squares", "gram"):
-            sums = gather_inputs(model, leaders, batches, criterion.needs == "gram")
-        else:
-            sums = gather_gradients(model, leaders, loss, batches, criterion.needs == "gradient-squares")
-        sums = {name: reduce(found, "sum") for name, found in sums.items()}  # in the same order in every process
+        return sum_up(criterion, model, leaders, loss, sample(feed, criterion.samples))
+
+
+def sum_up(
+    criterion: Wanda | Taylor | SparseGPT,
+    model: nn.Module,
+    leaders: Mapping[str, str],
+    loss: Loss,
+    batches: Iterator[Batch],
+) -> dict[str, Tensor]:
+    """Sum over this process's batches, and over the processes; arguments and errors as in `gather`."""
+    if criterion.needs in ("squares", "gram"):
+        sums = gather_inputs(model, leaders, batches, criterion.needs == "gram")
+    else:
+        sums = gather_gradients(model, leaders, loss, batches, criterion.needs == "gradient-squares")
+    sums = {name: reduce(found, "sum") for name, found in sums.items()}  # in the same order in every process
     check_sums(criterion.name, sums)
     return sums
 

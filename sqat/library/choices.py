@@ -1,0 +1,51 @@
+"""What the functions of `sqat.library` are given: names, batches, models; and what is said of those that do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from sqat.errors import SqatError
+from sqat.insertion.quantizers import QUANTIZERS
+from sqat.layers import weighted_layers
+from sqat.recipe_rules import suggest
+
+T = TypeVar("T")
+Inputs = Mapping[str, Tensor]
+
+
+def named(what: str, given: str | T, known: Mapping[str, T]) -> T:
+    """What a name means; anything else is itself."""
+    if not isinstance(given, str):
+        return given
+    if given not in known:
+        raise SqatError(f"there is no {what} {given!r}", suggest(given, known))
+    return known[given]
+
+
+def model_inputs(batch: Inputs, device: torch.device, labels: bool = False) -> dict[str, Tensor]:
+    """A batch on the model's device, mostly without its labels."""
+    return {name: value.to(device) for name, value in batch.items() if labels or name != "labels"}
+
+
+def check_plain(model: nn.Module) -> None:
+    """Refuse a model whose weights are parametrized or whose activations are quantized."""
+    changed = next((name for name, module in model.named_modules() if parametrize.is_parametrized(module)), None)
+    if changed is not None or hasattr(model, QUANTIZERS):  # an attribute only while quantized
+        raise SqatError(f"the model already has masks or quantizers{f', at {changed}' if changed else ''}",
+                        "leave the with block, or call finish(), before")  # fmt: skip
+
+
+def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Refuse masks of other layers or shapes than the model's."""
+    layers = weighted_layers(model)
+    for name, mask in masks.items():
+        if name not in layers:
+            raise SqatError(f"the masks name {name}, which is no layer of this model", suggest(name, list(layers)[:5]))
+        if layers[name].weight.shape != mask.shape or mask.dtype != torch.bool:
+            raise SqatError(f"the mask of {name} is {mask.dtype} {tuple(mask.shape)}, and its weight "
+                            f"{tuple(layers[name].weight.shape)}", "give the masks of this model")  # fmt: skip

@@ -1,0 +1,85 @@
+"""MiniLM distillation in a loop of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sqat.data import Batch
+from sqat.distillation.minilm import MiniLMv1, MiniLMv2
+from sqat.errors import SqatError
+from sqat.insertion.capture import Capture
+from sqat.layers import find_qkv
+from sqat.library.choices import Inputs, model_inputs, named
+from sqat.models import attention_heads
+from sqat.stages.losses import Relations, check_relations, real_positions
+
+LossName = Literal["minilm-v1", "minilm-v2"]
+
+
+@contextmanager
+def distillation_loss(
+    model: nn.Module,
+    teacher: nn.Module,
+    loss: LossName | Relations = "minilm-v2",
+    *,
+    qkv: Sequence[str] | None = None,
+    teacher_qkv: Sequence[str] | None = None,
+) -> Iterator[Callable[[Inputs], Tensor]]:
+    """Catch q, k and v of the last block of student and teacher while a block of code trains the student.
+
+    Args:
+        model: the student.
+        teacher: in eval mode, and another object; it gets no gradient.
+        loss: a name, one of `sqat.distillation.minilm`, or any function of two `QKV` (student, teacher) and the
+            attention mask [B,T] to a scalar.
+        qkv: names of three linears, or one fused, of the student; default: found by their names.
+        teacher_qkv: the same of the teacher.
+
+    Yields:
+        A function from the batch that the student has just seen to the loss, a scalar; it runs the teacher.
+
+    Raises:
+        SqatError: an unknown name, q, k and v that cannot be told, heads that do not fit the loss, or a teacher in
+            training mode.
+    """
+    relations = named("loss", loss, LOSSES)
+    check_teacher(model, teacher)
+    student, taught = catch(model, qkv), catch(teacher, teacher_qkv)
+
+    def of_batch(batch: Inputs) -> Tensor:
+        if not student.outputs:
+            raise SqatError("the student has not seen this batch", "call model(**batch) before")
+        inputs = model_inputs(batch, next(teacher.parameters()).device)
+        with torch.no_grad():
+            teacher(**inputs)
+        none = torch.empty(0)
+        seen = student.take()
+        return relations(seen, taught.take(), real_positions(Batch(inputs, none, none), seen))
+
+    try:
+        check_relations(relations, (student, taught), "give another loss")
+        yield of_batch
+    finally:
+        student.remove()
+        taught.remove()
+
+
+def check_teacher(model: nn.Module, teacher: nn.Module) -> None:
+    """A teacher is not the student, and says the same of a batch each time."""
+    if teacher is model:
+        raise SqatError("student and teacher are one model", "teach with a copy: copy.deepcopy(model).eval()")
+    if teacher.training:
+        raise SqatError("the teacher is in training mode", "call teacher.eval()")
+
+
+def catch(model: nn.Module, qkv: Sequence[str] | None) -> Capture:
+    """Catch q, k and v of a model's last block."""
+    return Capture(model, find_qkv(model, qkv), attention_heads(model))
+
+
+LOSSES: dict[str, Relations] = {"minilm-v1": MiniLMv1(), "minilm-v2": MiniLMv2()}
