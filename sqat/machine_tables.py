@@ -205,9 +205,9 @@ def print_sensitivity(findings: Findings) -> None:
     console.print(table)
     if prefix:
         console.print(f"~ is {prefix}")
-    console.print(f"all: {treated_text(findings.sparse, findings.int8)}")
+    console.print()
+    print_paragraph(console, "treated", treated_text(findings.sparse, findings.int8))
     if findings.choice is not None:
-        console.print()
         print_choice(console, findings.choice)
     console.print()
     for note in findings.notes:
@@ -229,9 +229,9 @@ def print_choice(console: Console, choice: Choice) -> None:
 
 def treated_text(sparse: Shares, int8: Shares) -> str:
     """Which shares are sparse and int8."""
-    both = (("sparse", sparse), ("int8", int8))
-    parts = (f"{kind} {percent(each.weights)} / {percent(each.multiply_adds)}" for kind, each in both)
-    return f"{', '.join(parts)} of the weights / multiply-adds"
+    weights = f"{percent(sparse.weights)} sparse, {percent(int8.weights)} int8"
+    work = f"{percent(sparse.multiply_adds)} sparse, {percent(int8.multiply_adds)} int8"
+    return f"of the weights {weights}; of the multiply-adds {work}"
 
 
 def damage_text(damage: str) -> str:

@@ -2,7 +2,8 @@
 
 Masks, corrected weights and bounds are those of a stage that prunes at once and of one that calibrates right after
 the dense model: no weight is trained. Kept per layer are a mask (a byte a weight) and, where the criterion moves the
-weights that stay (sparsegpt), these. Left out: sites of other profiles than linear, rounding of biases.
+weights that stay (sparsegpt), these. Left out: sites of other profiles than linear, rounding of biases, bounds
+observed with the masks in place.
 """
 
 from __future__ import annotations
