@@ -281,6 +281,15 @@ def test_the_command_prints_writes_and_draws(call: Callable[..., tuple[int, str,
     assert all(layer.name in drawn for layer in found.layers)
 
 
+def test_a_budget_of_nothing_leaves_no_prune_stage(call: Callable[..., tuple[int, str, str]]) -> None:
+    one = ("--set", "stages.prune.layers.include=['*.1.intermediate.dense']")
+    code, out, _ = call("--samples", "80", "--budget", "0", "--quiet", *one)
+    assert code == 0
+    assert "# stages.prune: no layer is left for it, take the stage out" in out
+    assert "0: 1 layers left dense, " in out
+    assert "damage 0 measured" in " ".join(out.split())
+
+
 BAD = [
     (["--samples", "0"], "--samples: must be at least 1, got 0"),
     (["--budget", "-1"], "--budget: must be a number of at least 0, got -1"),
