@@ -287,6 +287,52 @@ def inspect_for(target: str, path: Path, fix: bool, output: Path | None, json: b
 
 
 @app.command()
+def analyze(
+    recipe: RecipeFile,
+    stage: Annotated[
+        str | None, typer.Option("--stage", metavar="NAME", help="start here; default: the last train stage that ran")
+    ] = None,
+    parent: Parent = None,
+    prune_stage: Annotated[
+        str | None, typer.Option("--prune", metavar="STAGE", help="whose pattern and criterion; default: the first")
+    ] = None,
+    calibrate_stage: Annotated[
+        str | None, typer.Option("--calibrate", metavar="STAGE", help="whose method; default: the first after it")
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", metavar="N", help="rows, at least; queries stay whole")] = 256,
+    split: Annotated[str, typer.Option("--split", metavar="train|dev", help="which rows")] = "dev",
+    metric: Annotated[
+        str | None,
+        typer.Option("--metric", metavar="NAME", help="what this loses; default: the output loss", show_default=False),
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option("--budget", metavar="X", help="choose layers so that the damage is at most this")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="write all figures", show_default=False)
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="draw them (.png, .svg)", show_default=False)
+    ] = None,
+    overrides: Set = None,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Show what pruning and int8 harm in each layer, untrained."""
+    loaded = load(recipe, overrides)
+    from sqat import console
+    from sqat.analysis import command
+
+    options = command.Options(stage, parent, prune_stage, calibrate_stage, samples, split, metric, budget)
+    with console.open_display(quiet=quiet) as display:
+        findings = command.run_analysis(loaded, options, display)
+    command.write_findings(findings, json_file, plot)
+    from sqat.machine_tables import print_sensitivity
+
+    print_sensitivity(findings)
+
+
+@app.command()
 def engine(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="file of the target tensorrt")],
     output: Annotated[

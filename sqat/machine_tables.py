@@ -1,9 +1,10 @@
-"""The tables of `sqat doctor` and `sqat bench`, made to be read at 80 columns, each also as JSON."""
+"""The tables of `sqat doctor`, `sqat bench` and `sqat analyze`, made to be read at 80 columns, each also as JSON."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -11,11 +12,12 @@ from rich.text import Text
 
 from sqat import __version__
 from sqat.choosing import SPARSE, title
-from sqat.console import print_json, result_console
+from sqat.console import nearby, print_json, result_console
 from sqat.doctor import LACKING, PARTLY, READY, remedies
-from sqat.tables import new_table
+from sqat.tables import common_prefix, new_table, shorten
 
 if TYPE_CHECKING:
+    from sqat.analysis.findings import Choice, Findings, Harm, Shares
     from sqat.bench.measuring import Report, Setting, Timing
     from sqat.bench.parity import Parity
     from sqat.doctor import Diagnosis, Verdict
@@ -178,3 +180,77 @@ def bench_notes(report: Report) -> Iterable[str]:
         yield f"left out: {', '.join(names)}: {reason}"
     if report.load and max(report.load) > report.cores:
         yield f"load {max(report.load):.1f} on {report.cores} cores: other work slowed these calls, the ratios less."
+
+
+def print_sensitivity(findings: Findings) -> None:
+    """What `sqat analyze` found: a row a layer, all of them together, and what keeps within the budget."""
+    console = result_console()
+    stages = [f"{name} ({kind})" for kind, name in (("prune", findings.prune), ("int8", findings.calibrate)) if name]
+    print_paragraph(console, "model", nearby(Path(findings.checkpoint)))
+    print_paragraph(console, "as in", ", ".join(stages))
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in findings.plain.items())
+    print_paragraph(console, "plain", f"{figures} ({findings.rows} rows of {findings.split})")
+    print_paragraph(console, "damage", damage_text(findings.damage))
+    console.print()
+    prefix = common_prefix([layer.name for layer in findings.layers])
+    table = new_table("layer alone")
+    for title_ in ("N:M", "weights", "pruned", "int8", "both"):
+        table.add_column(title_, justify="right", no_wrap=True)
+    for layer in findings.layers:
+        cells = (layer.pattern or "-", percent(layer.weights), *harm_cells(layer.damage))
+        table.add_row(shorten(layer.name, prefix), *cells)
+    table.add_section()
+    table.add_row("sum of the layers", "", "", *harm_cells(findings.summed))
+    table.add_row("all layers together", "", "", *harm_cells(findings.together))
+    console.print(table)
+    if prefix:
+        console.print(f"~ is {prefix}")
+    console.print()
+    print_paragraph(console, "treated", treated_text(findings.sparse, findings.int8))
+    if findings.choice is not None:
+        print_choice(console, findings.choice)
+    console.print()
+    for note in findings.notes:
+        print_paragraph(console, "note", note)
+
+
+def print_choice(console: Console, choice: Choice) -> None:
+    """What to leave dense and float, and the sections of the recipe that say so."""
+    predicted, measured = show_damage(choice.predicted), show_damage(choice.measured)
+    left = f"{len(choice.dense)} layers left dense, {len(choice.float_layers)} float"
+    damage = f"damage {measured} measured, {predicted} by the sum"
+    print_paragraph(console, "budget", f"{choice.budget:g}: {left}; {damage}")
+    print_paragraph(console, "kept", treated_text(choice.sparse, choice.int8))
+    for stage, section in choice.recipe.items():
+        console.print(f"# stages.{stage}" + ("" if section else ": no layer is left for it, take the stage out"))
+        if section:
+            console.print(section, soft_wrap=True)
+
+
+def treated_text(sparse: Shares, int8: Shares) -> str:
+    """Which shares are sparse and int8."""
+    weights = f"{percent(sparse.weights)} sparse, {percent(int8.weights)} int8"
+    work = f"{percent(sparse.multiply_adds)} sparse, {percent(int8.multiply_adds)} int8"
+    return f"of the weights {weights}; of the multiply-adds {work}"
+
+
+def damage_text(damage: str) -> str:
+    """What the figures of an analysis are."""
+    if damage != "output loss":
+        return f"{damage} of the plain model minus that of the treated one"
+    return "output loss between treated and plain model: KL, squared difference or 1 - cosine, as the task has it"
+
+
+def harm_cells(harm: Harm) -> tuple[str, str, str]:
+    """Damage of the three treatments."""
+    return show_damage(harm.pruned), show_damage(harm.int8), show_damage(harm.both)
+
+
+def show_damage(value: float | None) -> str:
+    """Three digits; ``-`` where there is no such treatment."""
+    return "-" if value is None else f"{value:.3g}"
+
+
+def percent(share: float) -> str:
+    """A share as ``12.3 %``."""
+    return f"{100 * share:.1f} %"

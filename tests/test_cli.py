@@ -43,6 +43,7 @@ COMMANDS = [
     "export",
     "evaluate",
     "inspect",
+    "analyze",
     "engine",
     "doctor",
     "bench",

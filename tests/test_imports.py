@@ -19,7 +19,7 @@ LAYERS = [
     ["__main__"],
     ["cli", "console", "tables", "machine_tables", "starter"],
     ["report"],
-    ["pipeline", "inspection"],
+    ["pipeline", "inspection", "analysis"],
     ["results", "plan", "gates", "run_lock"],
     ["library"],
     ["stages"],

@@ -85,6 +85,7 @@ def test_every_readme_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert {command[0] for command in commands} >= {
         "init",
         "run",
+        "analyze",
         "qat",
         "export",
         "inspect",

@@ -1,0 +1,261 @@
+"""The words of `sqat analyze` as an analysis: where it starts, which stages' sections it follows, which rows."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+
+from sqat.analysis.budget import Step, keep_within, list_steps, most_tries
+from sqat.analysis.findings import Choice, Findings, Harm, LayerFinding, Sizes, tell_choice
+from sqat.analysis.sensitivity import OUTPUT_LOSS, Damages, Probe, make_judge, run_model, total
+from sqat.analysis.treatments import Pruning, Rounding, find_pruning, find_rounding
+from sqat.checkpoint import Checkpoint, load_checkpoint
+from sqat.data import Rows, column
+from sqat.display import Display
+from sqat.errors import SqatError
+from sqat.job import Job, Splits
+from sqat.keys import Keys
+from sqat.layers import weighted_layers
+from sqat.recipe import CalibrateConfig, LoadedRecipe, PruneConfig, Recipe
+from sqat.recipe_rules import ancestors, suggest
+from sqat.training import MidStage
+
+SPLITS = ("train", "dev")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of `sqat analyze` as they were typed."""
+
+    stage: str | None = None
+    start: Path | None = None
+    prune: str | None = None
+    calibrate: str | None = None
+    samples: int = 256
+    split: str = "dev"
+    metric: str | None = None
+    budget: float | None = None
+
+
+@dataclass(frozen=True)
+class Sections:
+    """The sections of the recipe that say how layers are treated, by the names of their stages."""
+
+    prune: tuple[str, PruneConfig] | None
+    calibrate: tuple[str, CalibrateConfig] | None
+
+    def notes(self) -> list[str]:
+        """What the analysis leaves out of them."""
+        notes = ["nothing is trained after pruning or rounding: a stage's training wins most of the damage back"]
+        if self.calibrate is not None and self.calibrate[1].profile != "linear":
+            notes.append(f"int8 is that of profile linear: sites that {self.calibrate[1].profile} adds stay float")
+        return notes
+
+
+def run_analysis(loaded: LoadedRecipe, options: Options, display: Display) -> Findings:
+    """Treat each layer alone, all of them, and with a budget the fewest that break it; write nothing.
+
+    Raises:
+        SqatError: a flag that cannot be, no checkpoint to start from, or one that is not plain.
+    """
+    check_options(options)
+    begun, name = time.monotonic(), None if options.start is not None else start_stage(loaded, options.stage)
+    sections = choose_sections(loaded.recipe, name, options)
+    directory = options.start if name is None else Keys(loaded).directory(name)
+    assert directory is not None
+    parent = plain_checkpoint(directory)
+    job = make_job(loaded, parent, directory, display)
+    findings = analyze(job, parent, sections, options)
+    return findings.model_copy(update={"checkpoint": str(directory), "seconds": round(time.monotonic() - begun, 3)})
+
+
+def check_options(options: Options) -> None:
+    """Refuse numbers and names that cannot be."""
+    if options.samples < 1:
+        raise SqatError(f"must be at least 1, got {options.samples}", place="--samples")
+    if options.budget is not None and not (options.budget >= 0 and math.isfinite(options.budget)):
+        raise SqatError(f"must be a number of at least 0, got {options.budget:g}", place="--budget")
+    if options.split not in SPLITS:
+        raise SqatError(f"no split {options.split!r}", suggest(options.split, SPLITS), "--split")
+    if options.start is not None and options.stage is not None:
+        raise SqatError("--stage and --from both say where to start", "leave one of them out")
+
+
+def start_stage(loaded: LoadedRecipe, wanted: str | None) -> str:
+    """The stage whose checkpoint is analyzed: the one named, or the last train stage that has run.
+
+    Raises:
+        SqatError: it has not run, or the recipe would not make its checkpoint any more.
+    """
+    keys, stages = Keys(loaded), loaded.recipe.stages
+    if wanted is not None and wanted not in stages:
+        raise SqatError(f"no stage {wanted!r}", suggest(wanted, stages), "--stage")
+    trained = [name for name, config in stages.items() if config.stage == "train"]
+    name = wanted or next((name for name in reversed(trained) if keys.manifest(name) is not None), None)
+    if name is None:
+        todo = f"run `sqat run --to {trained[0]}`, or give" if trained else "give"
+        raise SqatError("no train stage has run yet", f"{todo} --from CHECKPOINT", loaded.recipe.name)
+    directory, manifest = keys.directory(name), keys.manifest(name)
+    if manifest is None:
+        raise SqatError(f"stage {name} has not run yet", f"run `sqat run --to {name}`", str(directory))
+    if manifest.key != keys.planned[name]:
+        raise SqatError(f"this recipe would not make the checkpoint of stage {name} any more",
+                        f"run `sqat run --to {name}`, or give --from CHECKPOINT", str(directory))  # fmt: skip
+    return name
+
+
+def choose_sections(recipe: Recipe, start: str | None, options: Options) -> Sections:
+    """The prune stage that grows from ``start`` and the calibrate stage after it, unless others are named.
+
+    Raises:
+        SqatError: a stage that is none of its kind, or neither kind in the recipe.
+    """
+    prune = choose_stage(recipe, "prune", options.prune, [start])
+    calibrate = choose_stage(recipe, "calibrate", options.calibrate, [prune, start])
+    if prune is None and calibrate is None:
+        raise SqatError("the recipe has neither a prune nor a calibrate stage: there is nothing to analyze",
+                        f"its stages: {', '.join(recipe.stages)}", recipe.name)  # fmt: skip
+    return Sections(
+        None if prune is None else (prune, cast("PruneConfig", recipe.stages[prune])),
+        None if calibrate is None else (calibrate, cast("CalibrateConfig", recipe.stages[calibrate])),
+    )
+
+
+def choose_stage(recipe: Recipe, kind: str, wanted: str | None, after: Sequence[str | None]) -> str | None:
+    """The stage called ``wanted``; else the first of its kind that grows from one of ``after``; else the first."""
+    names = [name for name, config in recipe.stages.items() if config.stage == kind]
+    if wanted is not None and wanted not in names:
+        raise SqatError(f"no {kind} stage {wanted!r}", suggest(wanted, names), f"--{kind}")
+    grown = [name for before in after for name in names if before in ancestors(recipe, name)]
+    return wanted or next(iter([*grown, *names]), None)
+
+
+def plain_checkpoint(directory: Path) -> Checkpoint:
+    """A checkpoint that is neither pruned nor calibrated.
+
+    Raises:
+        SqatError: it is, so that what its layers would suffer cannot be told any more.
+    """
+    checkpoint = load_checkpoint(directory)
+    if checkpoint.masks or checkpoint.amax:
+        done = "calibrated" if checkpoint.amax else "pruned"
+        raise SqatError(f"the checkpoint is already {done}", "start from a train stage", str(directory))
+    if not checkpoint.weights:
+        raise SqatError("is an export without torch weights", "start from a train stage", str(directory))
+    return checkpoint
+
+
+def make_job(loaded: LoadedRecipe, parent: Checkpoint, directory: Path, display: Display) -> Job:
+    """The surroundings that stages are given; nothing is saved, so the mid-stage state is never used."""
+    splits = Splits(loaded.recipe, loaded.path.parent)
+    unused = MidStage(directory / "unused", "")
+    return Job(loaded.recipe, loaded.path.parent, "analyze", "", {}, splits, display, unused, lambda: parent)
+
+
+def analyze(job: Job, parent: Checkpoint, sections: Sections, options: Options) -> Findings:
+    """The findings, but for the place and the time."""
+    model, processor = job.start(parent)
+    rounding = Rounding() if sections.calibrate is None else find_rounding(model, sections.calibrate[1], job, processor)
+    pruning = Pruning() if sections.prune is None else find_pruning(model, sections.prune[1], job, processor)
+    split: Literal["train", "dev"] = "train" if options.split == "train" else "dev"
+    rows = choose_rows(job.splits.prepared(split, processor), options.samples, job.recipe.seed)
+    plain, damage = run_model(model, processor, rows), options.metric or OUTPUT_LOSS
+    probe = Probe(model, processor, rows, pruning, rounding, make_judge(job.task, damage, plain, rows), job.display)
+    tries = 0 if options.budget is None else most_tries(len(pruning.masks) + len(rounding.layers))
+    job.display.begin("analyze layers", 3 * len(probe.layers) + 3 + tries)
+    damages = {name: probe.damages([name]) for name in probe.layers}
+    together, sizes = probe.damages(probe.layers), Sizes.of(probe)
+    choice = None if options.budget is None else choose(options.budget, probe, damages, sections, sizes)
+    job.display.end()
+    facts = {"damage": damage, "split": split, "rows": len(rows), "plain": job.task.metrics(plain, rows)}
+    return tell_findings(probe, damages, together, sizes, choice, sections, facts)
+
+
+def choose(budget: float, probe: Probe, damages: Mapping[str, Damages], sections: Sections, sizes: Sizes) -> Choice:
+    """What to leave dense and float for a budget."""
+    kept = keep_within(budget, list_steps(damages), lambda steps: probe.damage(*split_steps(steps)))
+    both = {"pruned": sections.prune, "int8": sections.calibrate}
+    layers = {kind: (found[0], found[1].layers) for kind, found in both.items() if found is not None}
+    return tell_choice(budget, kept, treated_layers(probe), layers, sizes)
+
+
+def treated_layers(probe: Probe) -> dict[str, list[str]]:
+    """Treatment -> the layers that can get it."""
+    return {"pruned": [*probe.pruning.masks], "int8": probe.rounding.layers}
+
+
+def tell_findings(
+    probe: Probe,
+    damages: Mapping[str, Damages],
+    together: Damages,
+    sizes: Sizes,
+    choice: Choice | None,
+    sections: Sections,
+    facts: Mapping[str, Any],
+) -> Findings:
+    """All that was measured; the layers with the largest damage first."""
+    modules, patterns, treated = weighted_layers(probe.model), probe.pruning.patterns, treated_layers(probe)
+    layers = [LayerFinding(name=name, shape=[*modules[name].weight.shape], pattern=patterns.get(name, ""),
+                           weights=sizes.weights[name], multiply_adds=sizes.multiply_adds[name],
+                           damage=Harm.of(damages[name]))
+              for name in sorted(damages, key=lambda name: -damages[name].both)]  # fmt: skip
+    return Findings(
+        checkpoint="",
+        prune=None if sections.prune is None else sections.prune[0],
+        calibrate=None if sections.calibrate is None else sections.calibrate[0],
+        layers=layers,
+        together=Harm.of(together),
+        summed=Harm.of(total([*damages.values()])),
+        sparse=sizes.share_of(treated["pruned"]),
+        int8=sizes.share_of(treated["int8"]),
+        choice=choice,
+        notes=sections.notes(),
+        seconds=0.0,
+        **facts,
+    )
+
+
+def split_steps(steps: Sequence[Step]) -> tuple[list[str], list[str]]:
+    """Layers that are pruned and layers that are int8 once the steps are done."""
+    kinds = ("pruned", "int8")
+    pruned, int8 = ([step.layer for step in steps if step.kind == kind] for kind in kinds)
+    return pruned, int8
+
+
+def choose_rows(rows: Rows, samples: int, seed: int) -> Rows:
+    """At least ``samples`` rows (or all), drawn by the seed; a query's passages come with it, all of them."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    if "group" not in rows.column_names:
+        return rows.select(sorted(order[:samples]))
+    groups = column(rows, "group").tolist()
+    members: dict[int, list[int]] = {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+    chosen: list[int] = []
+    for group in dict.fromkeys(groups[row] for row in order):
+        if len(chosen) >= samples:
+            break
+        chosen += members[group]
+    return rows.select(sorted(chosen))
+
+
+def write_findings(findings: Findings, json_file: Path | None, plot: Path | None) -> None:
+    """Write the findings as JSON and as a plot, where files are named.
+
+    Raises:
+        SqatError: the plot cannot be drawn here.
+    """
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(findings.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    if plot is not None:
+        from sqat.analysis.plot import save_plot
+
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        save_plot(findings, plot)
