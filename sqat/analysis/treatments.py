@@ -24,7 +24,7 @@ from sqat.job import Job
 from sqat.layers import choose_layers, encoder_blocks
 from sqat.recipe import CalibrateConfig, PruneConfig
 from sqat.sparsity.schedule import PerGroup
-from sqat.stages.calibrate import fold_, observe, sample_batches, tie
+from sqat.stages.calibrate import fold_, observe, sample_batches, shown, tie
 from sqat.stages.losses import task_loss
 from sqat.stages.masking import Masking, mask_of
 from sqat.stages.patterns import choose_patterns
@@ -110,6 +110,6 @@ def find_rounding(model: nn.Module, config: CalibrateConfig, job: Job, processor
     batches = sample_batches(config, job, processor)
     fold_(model, batches[0])
     sites = discover_sites(model, batches[0].inputs, chosen, blocks, "linear")
-    histograms = observe(model, sites, blocks, batches, job)
+    histograms = observe(model, sites, blocks, shown(batches, job))
     leaders, amax = tie(sites, {site: config.method(histogram) for site, histogram in histograms.items()})
     return Rounding(chosen, {site: torch.tensor(bound) for site, bound in amax.items()}, leaders)
