@@ -269,11 +269,11 @@ def read_verified(directory: Path, name: str, digest: str) -> bytes:
 
 
 def read_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
-    """Parse a safetensors file; empty content is no tensor."""
+    """Parse a safetensors file, tensors by name (its reader has another order each time); empty content is none."""
     if not content:
         return {}
     try:
-        return parse_tensors(content)
+        return dict(sorted(parse_tensors(content).items()))
     except SafetensorError as error:
         raise SqatError(f"is not a safetensors file ({error})", REMAKE, str(path)) from error
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
@@ -27,6 +28,7 @@ from sqat.checkpoint import (
     load_checkpoint,
     load_manifest,
     manifest_digest,
+    read_tensors,
     save_checkpoint,
 )
 from sqat.errors import SqatError
@@ -490,3 +492,10 @@ def test_files_in_a_folder_of_their_own(saved: Path, tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "more").files == more.files
     (tmp_path / "more" / "packed" / "config.json").write_text("[]")
     assert "packed/config.json: the content is not what the manifest's sha256 says" in error_of(tmp_path / "more")
+
+
+def test_tensors_are_read_by_name(tmp_path: Path) -> None:
+    """What is made of them (parameters, sums over them) must not depend on the order in which a file gives them."""
+    content = tensor_bytes({f"n{number}": torch.zeros(1) for number in range(20)})
+    for _ in range(3):
+        assert list(read_tensors(content, tmp_path)) == sorted(f"n{number}" for number in range(20))

@@ -45,10 +45,12 @@ class Quantizers(nn.Module):
         super().__init__()
         self.leaders, self.learned, self.kernels = dict(leaders), learned, kernels
         self.low = -HIGH if kernels else ACTIVATION_LOW
-        self.index = {name: i for i, name in enumerate(amax)}
+        # By name: files give tensors in any order, and a state is to find its bounds in the order it was saved with.
+        self.index = {name: i for i, name in enumerate(sorted(amax))}
         for name, bound in amax.items():
             check_amax(bound, name)
-        self.bounds = nn.ParameterList(nn.Parameter(b.detach().clone(), requires_grad=learned) for b in amax.values())
+        bounds = [amax[name].detach().clone() for name in self.index]
+        self.bounds = nn.ParameterList(nn.Parameter(bound, requires_grad=learned) for bound in bounds)
         self.sharers = Counter(self.leaders.values())
         self.last: dict[str, tuple[Tensor, Tensor, int]] = {}
 

@@ -242,7 +242,7 @@ def test_learned_bounds_start_where_fixed_ones_are_and_get_gradients(setup: Setu
         with torch.no_grad():
             quantizers.bounds[0].fill_(-3.0)
             quantizers.bounds[1].fill_(7.0)
-    first, second = list(amax)[:2]
+    first, second = sorted(amax)[:2]
     assert float(quantizers.amax()[first]) == 2.0**-40, "a bound driven below zero is the smallest one"
     assert float(quantizers.amax()[second]) == 7.0
 
@@ -311,3 +311,17 @@ def test_a_tensor_is_kept_only_for_the_sites_still_to_come() -> None:
     quantizers("c", x)
     assert not quantizers.last, "nobody else reads what one site quantizes"
     assert torch.equal(quantizers("b", x), y), "a site that comes again gets the same numbers"
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_state_finds_its_bounds_whatever_order_they_were_given_in(learned: bool) -> None:
+    """A checkpoint's file gives its tensors in any order; a resumed run once had the bounds of other sites."""
+    bounds = {"b": torch.tensor(2.0), "a": torch.tensor(1.0), "c": torch.tensor(3.0)}
+    leaders = {name: name for name in bounds}
+    first = Quantizers(bounds, leaders, learned)
+    again = Quantizers(dict(reversed(bounds.items())), leaders, learned)
+    assert {name: float(bound) for name, bound in again.state_dict().items()} == {
+        name: float(bound) for name, bound in first.state_dict().items()
+    }
+    again.load_state_dict(first.state_dict())
+    assert {name: float(bound) for name, bound in again.amax().items()} == {"a": 1.0, "b": 2.0, "c": 3.0}
