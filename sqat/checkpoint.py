@@ -36,7 +36,7 @@ SIDE_FILES = (".json", ".txt", ".model", ".jinja")  # endings of config and toke
 # JSON has no infinity (a PNR without a discordant pair), so such a figure is kept as its name.
 Figure = Annotated[
     float,
-    BeforeValidator(float),
+    BeforeValidator(lambda x: float(x) if isinstance(x, str) else x),
     PlainSerializer(lambda x: x if abs(x) < float("inf") else str(x), when_used="json"),
 ]
 

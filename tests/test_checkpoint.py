@@ -499,3 +499,12 @@ def test_tensors_are_read_by_name(tmp_path: Path) -> None:
     content = tensor_bytes({f"n{number}": torch.zeros(1) for number in range(20)})
     for _ in range(3):
         assert list(read_tensors(content, tmp_path)) == sorted(f"n{number}" for number in range(20))
+
+
+@pytest.mark.parametrize("wrong", [None, [], {}, "many"])
+def test_a_figure_that_is_none_is_told_in_one_line(saved: Path, wrong: object) -> None:
+    raw = json.loads((saved / "sqat.json").read_text())
+    raw["history"] = [{"ndcg@10": wrong}]
+    (saved / "sqat.json").write_text(json.dumps(raw))
+    with pytest.raises(SqatError, match=r"the manifest's history\.0\.ndcg@10 is not valid"):
+        load_manifest(saved)
