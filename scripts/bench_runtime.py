@@ -30,10 +30,10 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
-from results_page.schema import write_text
 
 from sqat import runtime
 from sqat.errors import SqatError
+from sqat.small_files import replace_file
 
 Run = Callable[[dict[str, Any]], object]
 SHAPES = "1x16,1x128,8x128,32x64,8x384"
@@ -358,7 +358,7 @@ def run(arguments: argparse.Namespace) -> None:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 rows += pool.apply(measure, (files, threads, arguments.shapes, arguments.rounds, arguments.seconds))
     if arguments.json:
-        write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", arguments.json)
+        replace_file(arguments.json, (json.dumps([asdict(row) for row in rows], indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 from bench_runtime import random_feeds, size_of
 from numpy.typing import NDArray
-from results_page.schema import write_text
 
 from sqat import runtime
 from sqat.errors import SqatError
+from sqat.small_files import replace_file
 
 Array = NDArray[Any]
 REQUESTS = 24  # different ones
@@ -143,7 +143,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return error.exit_code
     print(json.dumps(asdict(report)))
     if arguments.json:
-        write_text(json.dumps(asdict(report), indent=1) + "\n", arguments.json)
+        replace_file(arguments.json, (json.dumps(asdict(report), indent=1) + "\n").encode())
     return int(report.differed > 0)
 
 

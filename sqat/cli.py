@@ -322,14 +322,18 @@ def analyze(
     loaded = load(recipe, overrides)
     from sqat import console
     from sqat.analysis import command
+    from sqat.plots import check_plot
+    from sqat.small_files import check_json
 
     options = command.Options(stage, parent, prune_stage, calibrate_stage, samples, split, metric, budget)
+    check_json(json_file)
+    check_plot(plot)
     with console.open_display(quiet=quiet) as display:
         findings = command.run_analysis(loaded, options, display)
-    command.write_findings(findings, json_file, plot)
     from sqat.machine_tables import print_sensitivity
 
-    print_sensitivity(findings)
+    print_sensitivity(findings)  # first: a full disk does not take them from who waited for them
+    command.write_findings(findings, json_file, plot)
 
 
 @app.command()
@@ -422,16 +426,20 @@ def bench(
     """Time checkpoints and ONNX files in every backend here."""
     from sqat import console
     from sqat.bench import command
+    from sqat.plots import check_plot
+    from sqat.small_files import check_json
 
     options = command.Options(
         artifacts, batch, sequence, threads, baseline, backends or [], rounds, min_seconds, within, max_seconds
     )
+    check_json(json_file)
+    check_plot(plot)
     with console.open_display(quiet=quiet) as display:
         report = command.run_bench(options, display)
-    command.write_report(report, json_file, plot)
     from sqat.machine_tables import print_bench
 
-    print_bench(report)
+    print_bench(report)  # first: a full disk does not take them from who waited for them
+    command.write_report(report, json_file, plot)
 
 
 @app.command()
@@ -439,7 +447,9 @@ def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run, e.g. runs/recipe")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="default: report.html in it", show_default=False),
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="or folder; default: report.html in it", show_default=False
+        ),
     ] = None,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -487,7 +497,9 @@ def schema(
     if output is None:
         print_text(text)
     else:
-        output.write_text(text + "\n", encoding="utf-8")
+        from sqat.small_files import replace_file
+
+        replace_file(output, f"{text}\n".encode())
 
 
 def load(recipe: Path, overrides: Sequence[str] | None) -> LoadedRecipe:

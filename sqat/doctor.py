@@ -12,7 +12,6 @@ Left out: trying each backend out, which `sqat bench` does on the model itself.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from typing import Any
 from sqat import __version__, runtime
 from sqat.choosing import FP16, INSTALL_TENSORRT, SPARSE, title
 from sqat.errors import SqatError
-from sqat.machine import Machine, describe_machine, memory_bytes
+from sqat.machine import Machine, describe_machine, memory_bytes, version_of
 
 READY, PARTLY, LACKING = "ready", "partly", "no"
 
@@ -119,14 +118,6 @@ def find_kernels() -> Kernels:
         return Kernels(problem=error.problem, remedy=error.hint)
 
 
-def version_of(distribution: str) -> str:
-    """Version of an installed distribution by its metadata, empty where it is not installed."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
 def remedies(diagnosis: Diagnosis) -> dict[str, list[str]]:
     """Command -> the targets and backends it is for, in the order of the tables."""
     found: dict[str, list[str]] = {}
@@ -144,7 +135,7 @@ def torch_backend(machine: Machine, kernels: Kernels) -> Verdict:
     if version is None:
         return Verdict("torch", LACKING, "checkpoints as they were trained", "torch", "pip install torch")
     if machine.gpus and "+cpu" in version:
-        return Verdict("torch", PARTLY, "the CPU", "this build of torch knows no GPU", "pip install torch")
+        return Verdict("torch", PARTLY, "the CPU", "this build of torch knows no GPU", REINSTALL_TORCH)
     return Verdict("torch", READY, "GPU and CPU" if machine.gpus else "the CPU")
 
 
@@ -222,7 +213,7 @@ def packed_target(machine: Machine, kernels: Kernels) -> Verdict:
     if gpu.capability < SPARSE:
         return Verdict(name, PARTLY, anywhere, f"sparse tensor cores: {title(gpu)}, 8.0 is the first")
     if not machine.cusparselt:
-        return Verdict(name, PARTLY, anywhere, "torch with cuSPARSELt", "pip install torch")
+        return Verdict(name, PARTLY, anywhere, "torch with cuSPARSELt", REINSTALL_TORCH)
     return Verdict(name, READY, f"torch with cuSPARSELt on {title(gpu)}")
 
 
@@ -239,6 +230,7 @@ def served_by(backend: Verdict, target: str, through: str) -> Verdict:
 
 
 INSTALL_RTX = "pip install 'sqat[tensorrt-rtx]'"
+REINSTALL_TORCH = "pip install --force-reinstall torch"  # pip leaves a build for CPUs where it is
 NO_GPU = "an NVIDIA GPU"
 Judge = Callable[[Machine, Kernels], Verdict]
 BACKENDS: dict[str, Judge] = {

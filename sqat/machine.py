@@ -211,6 +211,14 @@ def run(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
 
 
+def version_of(distribution: str) -> str:
+    """Version of an installed distribution by its metadata, empty where it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def installed_versions() -> dict[str, str]:
     """Versions of those of `PACKAGES` that can be imported, without importing them."""
     present = [name for name in PACKAGES if importlib.util.find_spec(name) is not None]

@@ -178,6 +178,8 @@ def bench_notes(report: Report) -> Iterable[str]:
         reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
         yield f"left out: {', '.join(names)}: {reason}"
+    for name, reason in report.no_memory.items():
+        yield f"memory of {name} was not measured: {reason}"
     if report.load and max(report.load) > report.cores:
         yield f"load {max(report.load):.1f} on {report.cores} cores: other work slowed these calls, the ratios less."
 

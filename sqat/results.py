@@ -6,15 +6,13 @@ import json
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
-from sqat.checkpoint import write_synced
 from sqat.data import SplitName, digest
 from sqat.display import Display
-from sqat.errors import SqatError
 from sqat.evaluation import evaluate_artifact
 from sqat.job import Splits
 from sqat.keys import Keys
+from sqat.small_files import read_object, replace_file
 from sqat.stages.targets import file_name
 
 FILE = "results.json"
@@ -47,7 +45,7 @@ def closing_table(keys: Keys, splits: Splits, display: Display) -> Results:
     recipe, directory = loaded.recipe, loaded.run_directory
     split: SplitName = "test" if recipe.data.test is not None else "dev"
     content = digest(getattr(recipe.data, split), loaded.path.parent)
-    remembered = read_results(directory / FILE)
+    remembered = read_object(directory / FILE)
     rows, record = [], {}
     for label, (stage, artifact) in result_artifacts(keys).items():
         manifest = keys.manifest(stage)
@@ -66,19 +64,8 @@ def closing_table(keys: Keys, splits: Splits, display: Display) -> Results:
         record[label] = {"key": key, "split": split, "data": content, "size_bytes": row.size_bytes,
                          "path": str(artifact), "metrics": figures}  # fmt: skip
     if record:
-        remember(directory, (json.dumps(record, indent=2) + "\n").encode())
+        replace_file(directory / FILE, (json.dumps(record, indent=2) + "\n").encode())
     return Results(rows, split, content, directory)
-
-
-def remember(directory: Path, content: bytes) -> None:
-    """Write what was measured, whole or not at all."""
-    fresh = directory / f".{FILE}.new"
-    try:
-        write_synced(fresh, content)
-        fresh.rename(directory / FILE)
-    except OSError as error:
-        fresh.unlink(missing_ok=True)
-        raise SqatError(f"cannot be written: {error.strerror}", "free space", str(directory / FILE)) from error
 
 
 def result_artifacts(keys: Keys) -> dict[str, tuple[str, Path]]:
@@ -103,12 +90,3 @@ def artifact_size(artifact: Path) -> int:
     """Bytes of an ONNX file, or of a checkpoint's tensors."""
     files = [artifact] if artifact.is_file() else artifact.glob("*.safetensors")
     return sum(file.stat().st_size for file in files)
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """What `closing_table` measured before; nothing where the file is absent or damaged."""
-    try:
-        parsed = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return parsed if isinstance(parsed, dict) else {}

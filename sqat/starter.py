@@ -18,6 +18,7 @@ from typing import Any
 
 from sqat.errors import SqatError
 from sqat.readers import Row, read_rows
+from sqat.small_files import replace_file
 from sqat.yaml_tree import Place, resolve_scalar
 
 RANKED = ("relevance", "retrieval")  # which read the same rows; relevance is what is guessed
@@ -83,8 +84,7 @@ def write_starter(
         "test": neighbour(data, ("test",)),
     }
     text = compose_recipe(guess, splits, model or default_model(), output.parent)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text, encoding="utf-8")
+    replace_file(output, text.encode())
     columns = ", ".join(f"{key} = {name}" for key, name in guess.columns.items())
     lines = [f"task: {guess.task} ({guess.reason})", f"columns: {columns}"]
     lines += [f"{name}: {path or 'none found'}" for name, path in splits.items()]

@@ -28,6 +28,8 @@ LAYERS = [
         "artifacts",
         "bench",
         "choosing",
+        "plots",
+        "small_files",
         "doctor",
         "machine",
         "keys",

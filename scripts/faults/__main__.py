@@ -20,6 +20,7 @@ from faults.places import damage, fill, lock_out
 from faults.project import Ended, Project
 from faults.tally import Tally
 from sqat import __version__
+from sqat.small_files import replace_file
 
 Kind = Callable[[Project, int, random.Random, Ended, str], Tally]
 # kind -> how many by default, how many with --short
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             tallies.append(tally)
             report = report_of(tallies, options, time.monotonic() - begun)
             if options.json is not None:
-                options.json.write_text(json.dumps(report, indent=2) + "\n")
+                replace_file(options.json, (json.dumps(report, indent=2) + "\n").encode())
     print(f"{report['faults']} faults, {report['violations']} violations, {report['seconds']} s")
     return 1 if report["violations"] else 0
 

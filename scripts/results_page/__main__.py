@@ -12,9 +12,10 @@ from results_page.applications import APPLICATIONS
 from results_page.collecting import Run, collect, runs_of
 from results_page.page import render
 from results_page.running import run_all, status_of, tell
-from results_page.schema import Application, ResultsFile, read, write, write_text
+from results_page.schema import Application, ResultsFile, read, write
 from results_page.tries import add_try, read_tries, try_of
 from sqat.errors import SqatError
+from sqat.small_files import replace_file
 
 RECIPES = Path("recipes")
 FAILED, MISTAKE = 1, 2
@@ -97,7 +98,7 @@ def do_page(arguments: argparse.Namespace) -> int:
     if results is None:
         raise SqatError("no such file", "run without --render where the runs are", str(path))
     tries = read_tries(arguments.folder / "tried.jsonl")
-    write_text(render(results, tries), arguments.folder / "RESULTS.md")
+    replace_file(arguments.folder / "RESULTS.md", render(results, tries).encode())
     for name, application in results.applications.items():
         print(f"{name}: seeds {', '.join(map(str, application.seeds)) or 'none'}; {len(application.missing)} missing")
     return 0

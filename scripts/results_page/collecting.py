@@ -23,7 +23,8 @@ from sqat.errors import SqatError
 from sqat.keys import UNKEYED, Keys, made_from, teacher_name
 from sqat.recipe import LoadedRecipe
 from sqat.recipe_file import load_recipe
-from sqat.results import FILE, artifact_size, read_results, result_artifacts
+from sqat.results import FILE, artifact_size, result_artifacts
+from sqat.small_files import read_object
 
 UNMEASURED = "not measured yet"
 RECORD, LATENCY, PICTURES = "run.json", "latency.json", "pictures.json"
@@ -58,7 +59,7 @@ def runs_of(recipe: Path, output: str | None) -> list[Run]:
 def collect_seed(loaded: LoadedRecipe) -> tuple[Seed, dict[str, str]]:
     """What a run holds, and label -> why a row is not in it."""
     keys, folder = Keys(loaded), loaded.run_directory
-    measured, rows, lacking, digests = read_results(folder / FILE), {}, {}, set()
+    measured, rows, lacking, digests = read_object(folder / FILE), {}, {}, set()
     for label, (stage, artifact) in result_artifacts(keys).items():
         manifest, entry = keys.manifest(stage), measured.get(label)
         if reason := why_unsound(keys, stage):

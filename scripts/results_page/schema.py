@@ -23,8 +23,9 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sqat.bench.intervals import Interval
-from sqat.checkpoint import Figure, write_synced
+from sqat.checkpoint import Figure
 from sqat.errors import SqatError
+from sqat.small_files import replace_file
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -220,12 +221,5 @@ def read(kind: type[Parsed], path: Path) -> Parsed | None:
 def write(value: BaseModel, path: Path) -> None:
     """Check a value once more and write it as JSON, whole or not at all."""
     checked = type(value).model_validate(value.model_dump())
-    write_text(json.dumps(checked.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n", path)
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write a file beside its place and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.new")
-    write_synced(fresh, text.encode())
-    fresh.replace(path)
+    text = json.dumps(checked.model_dump(mode="json"), indent=1, ensure_ascii=False)
+    replace_file(path, f"{text}\n".encode())

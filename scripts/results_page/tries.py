@@ -14,12 +14,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from results_page.schema import Try, write_text
+from results_page.schema import Try
 from sqat.checkpoint import RECIPE, Manifest, load_manifest
 from sqat.errors import SqatError
 from sqat.keys import teacher_name
 from sqat.recipe import Recipe
 from sqat.recipe_file import load_recipe
+from sqat.small_files import replace_file
 
 
 def read_tries(path: Path) -> list[Try]:
@@ -45,7 +46,8 @@ def parse_try(line: str, place: str) -> Try:
 def add_try(entry: Try, path: Path) -> None:
     """Append a line to the log."""
     lines = [*read_tries(path), entry]
-    write_text("".join(json.dumps(line.model_dump(mode="json"), ensure_ascii=False) + "\n" for line in lines), path)
+    text = "".join(json.dumps(line.model_dump(mode="json"), ensure_ascii=False) + "\n" for line in lines)
+    replace_file(path, text.encode())
 
 
 def try_of(run: Path, recipe: Path, verdict: str, stage: str | None = None) -> Try:

@@ -37,7 +37,12 @@ def list_steps(damages: Mapping[str, Damages]) -> list[Step]:
     """All steps, the most damaging first; what is not a number comes before all."""
     steps = [Step(damage.pruned, name, "pruned") for name, damage in damages.items() if damage.pruned is not None]
     steps += [Step(damage.int8, name, "int8") for name, damage in damages.items() if damage.int8 is not None]
-    return sorted(steps, key=lambda step: (not math.isnan(step.damage), -step.damage))
+    return sorted(steps, key=lambda step: worst_first(step.damage))
+
+
+def worst_first(damage: float) -> tuple[bool, float]:
+    """Key that sorts the largest damage first, and before it what is not a number."""
+    return not math.isnan(damage), -damage
 
 
 def most_tries(steps: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from sqat.analysis.budget import Step, keep_within, list_steps, most_tries
+from sqat.analysis.budget import Step, keep_within, list_steps, most_tries, worst_first
 from sqat.analysis.findings import Choice, Findings, Harm, LayerFinding, Sizes, tell_choice
 from sqat.analysis.sensitivity import OUTPUT_LOSS, Damages, Probe, make_judge, run_model, total
 from sqat.analysis.treatments import Pruning, Rounding, find_pruning, find_rounding
@@ -24,6 +24,7 @@ from sqat.keys import Keys
 from sqat.layers import weighted_layers
 from sqat.recipe import CalibrateConfig, LoadedRecipe, PruneConfig, Recipe
 from sqat.recipe_rules import ancestors, suggest
+from sqat.small_files import replace_file
 from sqat.training import MidStage
 
 SPLITS = ("train", "dev")
@@ -161,12 +162,19 @@ def make_job(loaded: LoadedRecipe, parent: Checkpoint, directory: Path, display:
 def analyze(job: Job, parent: Checkpoint, sections: Sections, options: Options) -> Findings:
     """The findings, but for the place and the time."""
     model, processor = job.start(parent)
-    rounding = Rounding() if sections.calibrate is None else find_rounding(model, sections.calibrate[1], job, processor)
-    pruning = Pruning() if sections.prune is None else find_pruning(model, sections.prune[1], job, processor)
     split: Literal["train", "dev"] = "train" if options.split == "train" else "dev"
     rows = choose_rows(job.splits.prepared(split, processor), options.samples, job.recipe.seed)
+    job.display.say(f"measuring the model as it is on {len(rows)} rows of {split}")
     plain, damage = run_model(model, processor, rows), options.metric or OUTPUT_LOSS
-    probe = Probe(model, processor, rows, pruning, rounding, make_judge(job.task, damage, plain, rows), job.display)
+    judge = make_judge(job.task, damage, plain, rows)  # tells a metric that is none, before the longer work
+    rounding, pruning = Rounding(), Pruning()
+    if sections.calibrate is not None:
+        job.display.say(f"calibrating as stage {sections.calibrate[0]} does")
+        rounding = find_rounding(model, sections.calibrate[1], job, processor)
+    if sections.prune is not None:
+        job.display.say(f"choosing masks as stage {sections.prune[0]} does")
+        pruning = find_pruning(model, sections.prune[1], job, processor)
+    probe = Probe(model, processor, rows, pruning, rounding, judge, job.display)
     tries = 0 if options.budget is None else most_tries(len(pruning.masks) + len(rounding.layers))
     job.display.begin("analyze layers", 3 * len(probe.layers) + 3 + tries)
     damages = {name: probe.damages([name]) for name in probe.layers}
@@ -204,7 +212,7 @@ def tell_findings(
     layers = [LayerFinding(name=name, shape=[*modules[name].weight.shape], pattern=patterns.get(name, ""),
                            weights=sizes.weights[name], multiply_adds=sizes.multiply_adds[name],
                            damage=Harm.of(damages[name]))
-              for name in sorted(damages, key=lambda name: -damages[name].both)]  # fmt: skip
+              for name in sorted(damages, key=lambda name: worst_first(damages[name].both))]  # fmt: skip
     return Findings(
         checkpoint="",
         prune=None if sections.prune is None else sections.prune[0],
@@ -249,13 +257,11 @@ def write_findings(findings: Findings, json_file: Path | None, plot: Path | None
     """Write the findings as JSON and as a plot, where files are named.
 
     Raises:
-        SqatError: the plot cannot be drawn here.
+        SqatError: a file cannot be written, or the plot not be drawn here.
     """
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(findings.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        replace_file(json_file, f"{findings.model_dump_json(indent=1)}\n".encode())
     if plot is not None:
         from sqat.analysis.plot import save_plot
 
-        plot.parent.mkdir(parents=True, exist_ok=True)
         save_plot(findings, plot)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sqat.analysis.findings import Findings, LayerFinding
-from sqat.errors import SqatError
+from sqat.plots import blank_figure, save_figure
 
 COLOURS = {"pruned": "#3b6ea5", "int8": "#8a8f98", "both": "#b5541c"}
 LINE, BAR = 0.42, 0.27  # inches a layer; share of it that a bar takes
@@ -17,12 +17,8 @@ def save_plot(findings: Findings, path: Path) -> None:
     Raises:
         SqatError: matplotlib is not installed, or does not know the kind.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SqatError("matplotlib is not installed", "pip install 'sqat[report]'", "--plot") from error
     layers = findings.layers[::-1]  # matplotlib draws the first at the bottom
-    figure = Figure(figsize=(9, 1.2 + LINE * len(layers)), layout="constrained")
+    figure = blank_figure(9, 1.2 + LINE * len(layers))
     panel = figure.subplots()
     for place, (kind, colour) in enumerate(COLOURS.items()):
         heights = [number + (1 - place) * BAR for number in range(len(layers))]
@@ -32,10 +28,7 @@ def save_plot(findings: Findings, path: Path) -> None:
     panel.axvline(0, color="black", linewidth=0.6)
     panel.set_xlabel(f"damage of one layer alone: {findings.damage}, {findings.rows} rows of {findings.split}")
     panel.legend(loc="lower right", fontsize=8)
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:
-        raise SqatError(f"matplotlib cannot write it: {error}", "name a .png, .svg or .pdf", str(path)) from error
+    save_figure(figure, path)
 
 
 def bar_of(layer: LayerFinding, kind: str) -> float:

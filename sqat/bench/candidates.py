@@ -24,8 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sqat import runtime
-from sqat.bench.inputs import Feeds, Input, inputs_of_config, read_config
+from sqat.bench.inputs import Feeds, Input, inputs_of_config
 from sqat.errors import SqatError
+from sqat.small_files import read_object
 
 Run = Callable[[Feeds], NDArray[Any]]
 
@@ -94,9 +95,9 @@ def read_artifact(label: str, path: Path) -> Artifact:
     """One artifact with its inputs; a file's are its own, a folder's by its config."""
     if path.suffix == ".onnx" and path.is_file():
         kernels, inputs = read_graph(path)
-        return Artifact(label, path, kernels, inputs, read_config(path.with_name("config.json")))
+        return Artifact(label, path, kernels, inputs, read_object(path.with_name("config.json")))
     if path.is_dir():
-        config = read_config(path / "config.json")
+        config = read_object(path / "config.json")
         try:
             inputs = tuple(inputs_of_config(config, str(path)))
         except SqatError:
@@ -118,6 +119,8 @@ def read_graph(path: Path) -> tuple[bool, tuple[Input, ...]]:
         model = onnx.load(path, format="protobuf", load_external_data=False)
     except (OSError, DecodeError) as error:
         raise SqatError("cannot be read as ONNX", place=str(path)) from error
+    if not model.graph.node:
+        raise SqatError("holds no graph", "export it again", str(path))
     stored = {tensor.name for tensor in model.graph.initializer}
     inputs = []
     for entry in model.graph.input:

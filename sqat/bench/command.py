@@ -12,6 +12,7 @@ from sqat.bench.rounds import Effort
 from sqat.display import Display
 from sqat.errors import SqatError
 from sqat.machine import describe_processor
+from sqat.small_files import replace_file
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,11 @@ def write_report(report: Report, json_file: Path | None, plot: Path | None) -> N
     """Write the figures as JSON and as a plot, where files are named.
 
     Raises:
-        SqatError: the plot cannot be drawn here.
+        SqatError: a file cannot be written, or the plot not be drawn here.
     """
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        replace_file(json_file, f"{report.model_dump_json(indent=1)}\n".encode())
     if plot is not None:
         from sqat.bench.plot import save_plot
 
-        plot.parent.mkdir(parents=True, exist_ok=True)
         save_plot(report, plot)

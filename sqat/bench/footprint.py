@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
 from pathlib import Path
 
-from sqat.bench.candidates import Candidate, open_candidate
+from sqat.bench.candidates import Candidate, first_line, open_candidate
 from sqat.bench.inputs import Feeds
+from sqat.errors import SqatError
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 LIBRARIES = {
@@ -24,16 +25,44 @@ LIBRARIES = {
     "tensorrt": ("onnxruntime",),
     "sqat": ("onnxruntime",),
 }
-TIME_LIMIT = 600
+TIME_LIMIT = 600  # seconds
 
 
-def peak_memory(candidate: Candidate, feeds: Feeds, threads: int) -> int | None:
-    """Bytes by which a fresh process grows while it opens a candidate and calls it; None where Linux's /proc is not."""
+def peak_memory(candidate: Candidate, feeds: Feeds, threads: int) -> int:
+    """Bytes by which a fresh process grows while it opens a candidate and calls it.
+
+    Raises:
+        SqatError: Linux's /proc is not here, or the process failed, died or took longer than `TIME_LIMIT`.
+    """
     if not STATUS.exists():
-        return None
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool, suppress(Exception):
-        return pool.submit(grow, candidate, feeds, threads).result(TIME_LIMIT)
-    return None
+        raise SqatError("it is read from Linux's /proc, which is not here")
+    context = multiprocessing.get_context("spawn")
+    answer, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=send_growth, args=(theirs, candidate, feeds, threads), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        if not answer.poll(TIME_LIMIT):
+            raise SqatError(f"no answer within {TIME_LIMIT} s")
+        found: int | str = answer.recv()
+    except EOFError as error:
+        process.join()
+        raise SqatError(f"its process ended with exit code {process.exitcode}") from error
+    finally:
+        process.kill()
+        process.join()
+        answer.close()
+    if isinstance(found, str):
+        raise SqatError(found)
+    return found
+
+
+def send_growth(pipe: Connection, candidate: Candidate, feeds: Feeds, threads: int) -> None:
+    """Send `grow`'s bytes, or in words why there are none."""
+    try:
+        pipe.send(grow(candidate, feeds, threads))
+    except Exception as error:  # each library has classes of its own
+        pipe.send(first_line(error))
 
 
 def grow(candidate: Candidate, feeds: Feeds, threads: int) -> int:

@@ -6,10 +6,8 @@ outputs to be compared: each input is drawn from a generator of its own, seeded 
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,15 +91,6 @@ def limits_of(configs: Sequence[Mapping[str, Any]]) -> Limits:
 def usual_tokens(limits: Limits) -> int:
     """The length to measure where none was asked for."""
     return min(USUAL_TOKENS, limits.tokens or USUAL_TOKENS)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The config.json beside an artifact; empty where there is none that can be read."""
-    try:
-        config: Any = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 OFFSET = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their positions begin at 2

@@ -5,7 +5,6 @@ A `Report` is all that was found, with the machine and its load; there is no fig
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -25,14 +24,20 @@ from sqat.bench.parity import Parity, compare, is_classifier
 from sqat.bench.rounds import Effort, Timed, time_rounds
 from sqat.display import Display
 from sqat.errors import SqatError
-from sqat.machine import describe_processor
+from sqat.machine import describe_processor, version_of
 
 STRICT = ConfigDict(extra="forbid")
 PACKAGES = ("sqat", "torch", "onnxruntime", "openvino", "transformers")
 
 
 class Subject(BaseModel):
-    """A candidate: its file's bytes, and those by which a process grows that serves it at the largest size."""
+    """A candidate.
+
+    Attributes:
+        path: absolute.
+        file_bytes: of the file with its external data, or of the folder's tensors.
+        memory_bytes: by which a process grows that serves it at the largest size; None where that was not measured.
+    """
 
     model_config = STRICT
 
@@ -83,6 +88,7 @@ class Report(BaseModel):
             that is not told.
         within: half-width of the intervals that was asked for, as a share.
         left_out: candidates that were not measured, with the reason.
+        no_memory: those whose memory was not measured, with the reason.
     """
 
     model_config = STRICT
@@ -97,6 +103,7 @@ class Report(BaseModel):
     within: float
     subjects: dict[str, Subject]
     left_out: dict[str, str]
+    no_memory: dict[str, str] = {}
     settings: list[Setting]
 
 
@@ -117,7 +124,7 @@ def measure(
     left_out: Mapping[str, str],
     *,
     needed: Collection[str] = (),
-    memory: Callable[[Candidate, Feeds, int], int | None] = peak_memory,
+    memory: Callable[[Candidate, Feeds, int], int] = peak_memory,
     timer: Callable[..., Timed] = time_rounds,
 ) -> Report:
     """Measure candidates.
@@ -137,17 +144,22 @@ def measure(
     largest = max(sizes, key=lambda size: size[0] * (size[1] or 1))
     with ExitStack() as stack:
         stack.enter_context(pinned(threads))
+        display.say(f"opening {', '.join(candidate.name for candidate in candidates)}")
         runs, failed = open_all(candidates, {baseline, *needed}, threads, stack)
         opened = [candidate for candidate in candidates if candidate.name in runs]
-        subjects = {}
+        subjects, unknown = {}, dict[str, str]()
         for candidate in opened:
             display.say(f"{candidate.name}: measuring memory")
-            grown = memory(candidate, draw_inputs(inputs, limits, *largest), threads)
+            try:
+                grown = memory(candidate, draw_inputs(inputs, limits, *largest), threads)
+            except SqatError as error:
+                grown, unknown[candidate.name] = None, error.problem
             subjects[candidate.name] = describe(candidate, grown)
         decides = all(is_classifier(candidate.artifact.config) for candidate in candidates)
         settings = []
         for batch, tokens in sizes:
             feeds = draw_inputs(inputs, limits, batch, tokens)
+            display.say(f"{size_text(batch, tokens)}: timing, about {effort.limit:g} s at most")
             settings.append(measure_setting(runs, baseline, feeds, (batch, tokens), effort, decides, timer))
             display.say(f"{size_text(batch, tokens)}: {settings[-1].rounds} rounds")
     return Report(
@@ -160,6 +172,7 @@ def measure(
         within=effort.within,
         subjects=subjects,
         left_out={**left_out, **failed},
+        no_memory=unknown,
         settings=settings,
     )
 
@@ -267,7 +280,9 @@ def pinned(threads: int) -> Iterator[None]:
 def describe(candidate: Candidate, memory: int | None) -> Subject:
     """What is known of a candidate before it runs."""
     path = candidate.artifact.path
-    return Subject(path=str(path), backend=candidate.backend, file_bytes=file_bytes(path), memory_bytes=memory)
+    return Subject(
+        path=str(path.resolve()), backend=candidate.backend, file_bytes=file_bytes(path), memory_bytes=memory
+    )
 
 
 def file_bytes(path: Path) -> int:
@@ -288,5 +303,5 @@ def load_now() -> list[float]:
 
 def versions() -> dict[str, str]:
     """Python and those of `PACKAGES` that are installed."""
-    installed = {found.name.lower(): found.version for found in importlib.metadata.distributions()}
-    return {"python": platform.python_version(), **{name: installed[name] for name in PACKAGES if name in installed}}
+    found = {name: version_of(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from sqat.checkpoint import Figure
+
 Array = NDArray[Any]
 
 
@@ -29,8 +31,8 @@ class Parity(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    largest: float = 0.0
-    scale: float = 0.0
+    largest: Figure = 0.0
+    scale: Figure = 0.0
     rows: int = 0
     differing: int | None = None
     problem: str = ""

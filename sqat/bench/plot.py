@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sqat.bench.measuring import Report, Setting, size_text
-from sqat.errors import SqatError
+from sqat.plots import blank_figure, save_figure
 
 BAR, TAIL, BASELINE = "#3b6ea5", "#b5541c", "#8a8f98"
 PANEL, LINE = 0.7, 0.34  # inches a panel and a candidate
@@ -18,21 +18,14 @@ def save_plot(report: Report, path: Path) -> None:
     Raises:
         SqatError: matplotlib is not installed, or does not know the kind.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SqatError("matplotlib is not installed", "pip install 'sqat[report]'", "--plot") from error
     height = sum(PANEL + LINE * len(setting.rows) for setting in report.settings)
-    figure = Figure(figsize=(8, 0.6 + height), layout="constrained")
+    figure = blank_figure(8, 0.6 + height)
     panels = figure.subplots(len(report.settings), 1, squeeze=False)[:, 0]
     for panel, setting in zip(panels, report.settings, strict=True):
         draw_setting(panel, setting, report.baseline)
     panels[-1].set_xlabel("ms a call: median with its 95 % interval, and p95 (|)")
     figure.suptitle(f"{report.cpu or 'unknown CPU'}, {report.threads} thread{'s' * (report.threads > 1)}", fontsize=10)
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:
-        raise SqatError(f"matplotlib cannot write it: {error}", "name a .png, .svg or .pdf", str(path)) from error
+    save_figure(figure, path)
 
 
 def draw_setting(panel: Any, setting: Setting, baseline: str) -> None:

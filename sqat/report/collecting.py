@@ -5,7 +5,6 @@ Whatever is not there is named in ``missing`` and nothing is run again: a report
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,8 @@ from sqat.recipe_file import load_recipe
 from sqat.report.curves import Curves, curves_of
 from sqat.report.speeds import SpeedSetting, read_speeds
 from sqat.report_row import LayerReport
-from sqat.results import FILE, artifact_size, read_results, result_artifacts
+from sqat.results import FILE, artifact_size, result_artifacts
+from sqat.small_files import read_object
 from sqat.stages.targets import file_name
 
 LOG, RUN_RECORD = "sqat.log", "run.json"
@@ -102,11 +102,7 @@ def collect(directory: Path, display: Display) -> Run:
     keys, missing = Keys(loaded), list[str]()
     stages = read_stages(keys, directory, missing)
     results, split, digest = read_rows(keys, missing)
-    speeds = read_speeds(directory, {row.label: row.path for row in results})
-    if not speeds:
-        missing.append(
-            "latency: neither latency.json (scripts/results latency) nor bench.json (sqat bench --json) is there"
-        )
+    speeds = read_speeds(directory, {row.label: row.path for row in results}, missing)
     layers_of, layers = read_layers(keys, stages, display)
     metric = str(loaded.recipe.task.metric)
     known = list(dict.fromkeys(name for row in results for name in row.metrics))
@@ -122,7 +118,7 @@ def collect(directory: Path, display: Display) -> Run:
         layers=layers,
         layers_of=layers_of,
         lints=read_lints(results, display),
-        record=read_json(directory / RUN_RECORD),
+        record=read_object(directory / RUN_RECORD),
         missing=missing,
     )
 
@@ -165,20 +161,30 @@ def read_stages(keys: Keys, directory: Path, missing: list[str]) -> list[Stage]:
 
 def read_rows(keys: Keys, missing: list[str]) -> tuple[list[Result], str, str]:
     """The closing table with its split and data digest."""
-    remembered = read_results(keys.loaded.run_directory / FILE)
+    found = read_object(keys.loaded.run_directory / FILE)
+    remembered = {label: entry for label, entry in found.items() if isinstance(entry, dict)}
     rows = []
     for label, (stage, path) in result_artifacts(keys).items():
         known, manifest = remembered.get(label, {}), keys.manifest(stage)
         if not known:
             missing.append(f"result {label}: not measured (sqat run measures it)")
-        metrics = {name: float(value) for name, value in known.get("metrics", {}).items()}
+        metrics = read_metrics(known)
+        if known and not metrics:
+            missing.append(f"result {label}: {FILE} has no figures that can be read; delete it and run sqat run again")
         stale = bool(known) and (manifest is None or not str(known.get("key", "")).startswith(manifest.sha256))
         if stale:
             missing.append(f"result {label}: measured on an earlier file than the one in the folder")
         rows.append(Result(label, stage, path, metrics, artifact_size(path) or None, stale))
-    entries = [entry for entry in remembered.values() if isinstance(entry, dict)]
-    first = entries[0] if entries else {}
+    first: dict[str, Any] = next(iter(remembered.values()), {})
     return rows, str(first.get("split", "")), str(first.get("data", ""))
+
+
+def read_metrics(known: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of one entry; none where they are damaged."""
+    try:
+        return {str(name): float(value) for name, value in known["metrics"].items()}
+    except (KeyError, AttributeError, TypeError, ValueError):
+        return {}
 
 
 def read_layers(keys: Keys, stages: list[Stage], display: Display) -> tuple[str, list[LayerReport]]:
@@ -219,12 +225,3 @@ def lint_one(label: str, path: Path) -> Linted:
             except SqatError as error:
                 return Linted(label, shown, target, None, error.problem)
     return Linted(label, shown, target or "unknown", None, "the linter has no rules for this target")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none."""
-    try:
-        value: Any = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

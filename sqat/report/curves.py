@@ -31,6 +31,11 @@ class Curves:
     metrics: Mapping[str, Points] = field(default_factory=dict)
     schedule: Points = field(default_factory=list)
 
+    @property
+    def shares(self) -> dict[str, Points]:
+        """Those metrics that stay between 0 and 1, which one axis can show."""
+        return {name: points for name, points in self.metrics.items() if all(0 <= value <= 1 for _, value in points)}
+
 
 def curves_of(manifest: Manifest, config: StageConfig, lines: Iterable[str]) -> Curves:
     """Curves of a stage that was fitted.

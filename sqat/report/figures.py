@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from itertools import cycle
 from typing import Any
 
 from sqat.report.collecting import Run, Stage
@@ -61,7 +62,8 @@ def svg(height: float, draw: Callable[[Any], None], title: str) -> str:
         re.sub(r'\s(xmlns(:xlink)?|width|height|version)="[^"]*"', "", text[: text.index(">")])
         + text[text.index(">") :]
     )
-    text = own_names(text.replace(INK, "currentColor").replace("xlink:href", "href"), f"{zlib.crc32(title.encode()):x}")
+    text = text.replace(INK, "currentColor").replace("xlink:href", "href")
+    text = own_names(text, f"{zlib.crc32((title + text).encode()):x}")
     return text.replace("<svg", f'<svg role="img" aria-label="{escape(title, quote=True)}"', 1)
 
 
@@ -77,7 +79,7 @@ def draw_curves(stage: Stage) -> str:
 
     def draw(figure: Any) -> None:
         panel = figure.subplots()
-        for (name, points), colour in zip(curves.losses.items(), COLOURS, strict=False):
+        for (name, points), colour in zip(curves.losses.items(), cycle(COLOURS), strict=False):
             steps, values = zip(*points, strict=True)
             panel.plot(steps, values, ".-", color=colour, label=f"{name} loss", linewidth=1.2, markersize=4)
         positive = [value for points in curves.losses.values() for _, value in points]
@@ -94,10 +96,11 @@ def draw_curves(stage: Stage) -> str:
 
 
 def add_second(panel: Any, stage: Stage) -> None:
-    """What has another scale than the losses, all between 0 and 1 or nearly: metrics and the sparsity."""
+    """What has another scale than the losses, all between 0 and 1: metrics and the sparsity."""
     curves = stage.curves
     assert curves is not None
-    if not curves.schedule and not curves.metrics:
+    metrics = curves.shares
+    if not curves.schedule and not metrics:
         return
     second = panel.twinx()
     second.spines["right"].set_visible(True)
@@ -105,8 +108,7 @@ def add_second(panel: Any, stage: Stage) -> None:
         steps, sparsities = zip(*[*curves.schedule, (curves.steps, curves.schedule[-1][1])], strict=True)
         second.step(steps, sparsities, where="post", color=SPARSITY, linestyle="--", label="sparsity")
         second.set_ylim(0, 1)
-    metrics = {name: points for name, points in curves.metrics.items() if all(0 <= value <= 1 for _, value in points)}
-    for (name, points), colour in zip(metrics.items(), COLOURS[::-1], strict=False):
+    for (name, points), colour in zip(metrics.items(), cycle(COLOURS[::-1]), strict=False):
         second.plot(*zip(*points, strict=True), "s-", color=colour, label=f"dev {name}", markersize=3, linewidth=1)
     second.set_ylabel("sparsity" if not metrics else "metric" if not curves.schedule else "sparsity, metric")
 
@@ -165,7 +167,7 @@ def draw_trade(run: Run, setting: SpeedSetting) -> str:
 
     def draw(figure: Any) -> None:
         panel = figure.subplots()
-        for (name, time, metric), colour in zip(points, (*COLOURS, *COLOURS), strict=False):
+        for (name, time, metric), colour in zip(points, cycle(COLOURS), strict=False):
             marker = "o" if name.startswith("dense") else "s"
             panel.plot(time, metric, marker, color=colour, label=name, markersize=7)
         panel.set_xlim(left=0, right=1.1 * max(time for _, time, _ in points))

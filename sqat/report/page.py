@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from sqat import __version__
-from sqat.checkpoint import write_synced
 from sqat.display import Display
 from sqat.errors import SqatError
 from sqat.report.collecting import Linted, Result, Run, Stage, collect
 from sqat.report.figures import draw_curves, draw_map, draw_trade
 from sqat.report.grid import make_grid
 from sqat.report.verdict import baseline_of, figure, headline, remarks
+from sqat.small_files import replace_file
 
 NAME = "report.html"
 SEVERAL = 5  # findings of one file that are shown before the rest is counted
@@ -40,11 +40,8 @@ def write_page(directory: Path, output: Path | None, display: Display) -> Path:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
                                      lstrip_blocks=True)  # fmt: skip
     template = environment.from_string(files("sqat.report").joinpath("page.html").read_text(encoding="utf-8"))
-    path = output or directory / NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.new")
-    write_synced(fresh, template.render(contents(run)).encode())
-    fresh.replace(path)
+    path = output / NAME if output is not None and output.is_dir() else output or directory / NAME
+    replace_file(path, template.render(contents(run)).encode())
     return path
 
 
@@ -112,7 +109,7 @@ def result_cells(run: Run, row: Result) -> dict[str, Any]:
     speeds = []
     for setting in run.speeds:
         found = {name: speed for name, speed in setting.rows.items() if name.partition("@")[0] == row.label}
-        speeds.append([(name.partition("@")[2], speed) for name, speed in found.items()])
+        speeds.append([(name.partition("@")[2], speed, name == setting.baseline) for name, speed in found.items()])
     megabytes = "-" if row.size_bytes is None else f"{row.size_bytes / 1e6:.3g}"
     shown = "-" if change is None or not math.isfinite(change) else f"{change:+.4f}"
     return {"row": row, "change": shown, "megabytes": megabytes, "speeds": speeds}
@@ -122,7 +119,10 @@ def points_note(stage: Stage) -> str:
     """How much of a curve is known."""
     assert stage.curves is not None
     most = max((len(points) for points in stage.curves.losses.values()), default=0)
-    return f"{stage.curves.steps} steps, of which {most} {'is' if most == 1 else 'are'} known"
+    note = f"{stage.curves.steps} steps, of which {most} {'is' if most == 1 else 'are'} known"
+    beyond = [f"dev {name} {figure(points[-1][1])}" for name, points in stage.curves.metrics.items()
+              if name not in stage.curves.shares]  # fmt: skip
+    return note + (f"; at the end, and not drawn on an axis of 0 to 1: {', '.join(beyond)}" if beyond else "")
 
 
 def stage_cells(stage: Stage, metric: str) -> dict[str, Any]:

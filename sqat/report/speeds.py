@@ -1,7 +1,7 @@
 """Latencies that lie beside a run: `latency.json` of `scripts/results latency`, `bench.json` of `sqat bench --json`.
 
-Both time candidates in interleaved rounds and give ratios with a 95 % bootstrap interval; a file that is something else
-is left alone. Results are found by their labels in the first, by their files in the second.
+Both time candidates in interleaved rounds and give ratios with a 95 % bootstrap interval. Results are found by their
+labels in the first, by their files in the second; what else was timed is marked as another file.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from sqat.bench.intervals import Interval
 from sqat.bench.measuring import Report, size_text
 
 LATENCY, BENCH = "latency.json", "bench.json"
+OTHER = "another file,"
 
 
 @dataclass(frozen=True)
@@ -46,20 +47,25 @@ class SpeedSetting:
     rows: Mapping[str, Speed]
 
 
-def read_speeds(directory: Path, files: Mapping[str, Path]) -> list[SpeedSetting]:
+def read_speeds(directory: Path, files: Mapping[str, Path], missing: list[str]) -> list[SpeedSetting]:
     """Every setting that was measured.
 
     Args:
         files: result's label -> its file.
+        missing: gets what cannot be shown.
     """
-    found = []
+    found: list[SpeedSetting] = []
     for name, read in ((LATENCY, read_latency), (BENCH, read_bench)):
         path = directory / name
         if path.is_file():
             try:
                 found += read(path.read_text(encoding="utf-8"), files)
-            except (ValidationError, ValueError, KeyError, TypeError, AttributeError):
-                continue
+            except (OSError, ValidationError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                missing.append(f"latency: {name} is there and cannot be read ({type(error).__name__}); measure again")
+    if not found:
+        missing.append(
+            f"latency: neither {LATENCY} (scripts/results latency) nor {BENCH} (sqat bench --json) tells any"
+        )
     return found
 
 
@@ -85,16 +91,17 @@ def interval(ratio: Any, label: str, baseline: str) -> Interval | None:
 
 
 def read_bench(text: str, files: Mapping[str, Path]) -> list[SpeedSetting]:
-    """Times of `sqat bench`; a candidate that is a result's file has the result's label."""
+    """Times of `sqat bench`; a candidate that is a result's file has the label of every result that it is."""
     report = Report.model_validate_json(text)
-    labels = {file.resolve(): label for label, file in files.items()}
-    names = {name: f"{labels.get(Path(subject.path).resolve(), name.rpartition('@')[0])}@{subject.backend}"
-             for name, subject in report.subjects.items()}  # fmt: skip
+    names = {}
+    for name, subject in report.subjects.items():
+        labels = [label for label, file in files.items() if file.resolve() == Path(subject.path).resolve()]
+        names[name] = [f"{label}@{subject.backend}" for label in labels] or [f"{OTHER} {name}"]
     found = []
     for setting in report.settings:
-        rows = {names[name]: Speed(timing.p50_ms.median, timing.p95_ms, timing.speedup)
-                for name, timing in setting.rows.items()}  # fmt: skip
+        rows = {shown: Speed(timing.p50_ms.median, timing.p95_ms, timing.speedup)
+                for name, timing in setting.rows.items() for shown in names[name]}  # fmt: skip
         load = max(report.load, default=0.0)
         how = f"{report.threads} thread(s) on {report.cpu}, {setting.rounds} rounds, load up to {load} ({BENCH})"
-        found.append(SpeedSetting(size_text(setting.batch, setting.sequence), how, names[report.baseline], rows))
+        found.append(SpeedSetting(size_text(setting.batch, setting.sequence), how, names[report.baseline][0], rows))
     return found

@@ -14,22 +14,23 @@ DENSE = "dense"
 
 
 def baseline_of(results: Sequence[Result]) -> Result | None:
-    """The dense float row: the first whose label begins with ``dense``, else the first."""
-    dense = [row for row in results if row.label.startswith(DENSE)]
-    return next(iter(dense or results), None)
+    """The dense float row: the first whose label begins with ``dense``; none where no label does."""
+    return next((row for row in results if row.label.startswith(DENSE)), None)
 
 
 def best_of(run: Run) -> Result | None:
-    """The row to judge: of those not dense the one with the best metric."""
-    rows = [row for row in run.results if not row.label.startswith(DENSE) and run.metric in row.metrics]
+    """The row to judge: of those not dense, and measured on the file that is there, the one with the best metric."""
+    rows = [row for row in run.results
+            if not row.label.startswith(DENSE) and not row.stale and run.metric in row.metrics]  # fmt: skip
     return max(rows, key=lambda row: row.metrics[run.metric], default=None)
 
 
 def headline(run: Run) -> str:
     """One sentence."""
     dense, best = baseline_of(run.results), best_of(run)
-    if dense is None or best is None or run.metric not in dense.metrics or dense is best:
-        return "Too little of this run is measured to compare a sparse model with its dense one."
+    if dense is None or best is None or dense.stale or run.metric not in dense.metrics:
+        return (f"Nothing to compare: that takes a measured row whose label begins with {DENSE!r} and one whose label "
+                "does not.")  # fmt: skip
     one, other = best.metrics[run.metric], dense.metrics[run.metric]
     text = f"{best.label} reaches {run.metric} {figure(one)}, {dense.label} {figure(other)}"
     if math.isfinite(one) and math.isfinite(other) and other > 0:
@@ -45,9 +46,9 @@ def remarks(run: Run) -> Iterator[str]:
     if best is not None:
         yield from against_dense(run, best)
         yield from how_fast(run, best)
-        yield (f"{best.label} is the best of the sparse rows on {run.split}, chosen by the figures it is shown with; "
-               "this is one run of one seed, and differences between seeds may be as large (scripts/results compares "
-               "seeds).")  # fmt: skip
+        yield (f"{best.label} is the best on {run.split} of the rows not called {DENSE}, chosen by the figures it is "
+               "shown with; this is one run of one seed, and differences between seeds may be as large "
+               "(scripts/results compares seeds).")  # fmt: skip
 
 
 def against_dense(run: Run, best: Result) -> Iterator[str]:
@@ -71,4 +72,6 @@ def how_fast(run: Run, best: Result) -> Iterator[str]:
 
 def figure(value: float) -> str:
     """A metric in four decimals; infinity by its sign."""
-    return f"{value:.4f}" if math.isfinite(value) else "∞"
+    if math.isfinite(value):
+        return f"{value:.4f}"
+    return "not a number" if math.isnan(value) else "∞" if value > 0 else "-∞"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sqat.analysis.budget import Step, keep_within, list_steps, most_tries
+from sqat.analysis.budget import Step, keep_within, list_steps, most_tries, worst_first
 from sqat.analysis.sensitivity import Damages
 
 DAMAGES = {"a": Damages(0.4, 0.1, 0.6), "b": Damages(0.2, None, 0.2), "c": Damages(None, 0.3, 0.3)}
@@ -72,3 +72,9 @@ def test_a_budget_is_kept_and_a_smaller_one_leaves_out_as_many(
             assert kept.measured == erratic(seed, [])(rest)
     assert len(tight.left_out) >= len(loose.left_out)
     assert len(calls) <= 2 * most_tries(len(steps))
+
+
+def test_what_is_no_number_comes_before_the_largest() -> None:
+    values = sorted([0.5, math.nan, -1.0, math.inf, 2.0], key=worst_first)
+    assert math.isnan(values[0])
+    assert values[1:] == [math.inf, 2.0, 0.5, -1.0]

@@ -16,6 +16,7 @@ from sqat import cli
 from sqat.bench import measuring
 from sqat.bench.candidates import candidates_of, read_artifacts
 from sqat.bench.measuring import Grid, Report, measure, pinned
+from sqat.bench.parity import Parity
 from sqat.bench.rounds import Effort, Timed
 from sqat.checkpoint import Checkpoint, save_checkpoint
 from sqat.data import TextProcessor
@@ -36,7 +37,6 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     monkeypatch.setattr("sqat.bench.rounds.REST", 0.0)
-    monkeypatch.setattr(measuring, "peak_memory", lambda *_: None)
     monkeypatch.setitem(measuring.measure.__kwdefaults__, "memory", lambda *_: 5_000_000)
 
 
@@ -204,7 +204,7 @@ def test_a_plot_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert call(capsys, "m.onnx", "--backend", "onnxruntime", *QUICK, "--plot", "out/m.svg")[0] == 0
     assert (tmp_path / "out/m.svg").read_text().lstrip().startswith("<?xml")
     code, _, err = call(capsys, "m.onnx", "--backend", "onnxruntime", *QUICK, "--plot", "m.txt.zip")
-    assert (code, "matplotlib cannot write it" in err) == (2, True)
+    assert (code, "matplotlib writes no .zip" in err) == (2, True)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
@@ -234,9 +234,61 @@ def test_memory_is_that_of_the_model(tmp_path: Path) -> None:
             helper.make_graph([node], "g", entries[:1], entries[1:], [weight]), tmp_path / f"{width}.onnx", CONFIG
         )
         (candidate,), _ = candidates_of(read_artifacts([str(path)]), ["onnxruntime"])
-        found = peak_memory(candidate, {"pixels": np.ones((1, width), np.float32)}, 1)
-        assert found is not None
-        return found
+        return peak_memory(candidate, {"pixels": np.ones((1, width), np.float32)}, 1)
 
     small, large = grown(16), grown(2240)
     assert 15e6 < large - small < 100e6
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc here")
+def test_a_process_that_gives_no_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sqat.bench import footprint
+
+    path = write_classifier(tmp_path / "m.onnx")
+    (candidate,), _ = candidates_of(read_artifacts([str(path)]), ["onnxruntime"])
+    with pytest.raises(SqatError, match="'input_ids'"):
+        footprint.peak_memory(candidate, {}, 1)
+    monkeypatch.setattr(footprint, "TIME_LIMIT", 0.01)
+    with pytest.raises(SqatError, match=r"no answer within 0\.01 s"):
+        footprint.peak_memory(candidate, {}, 1)
+
+
+def test_memory_that_was_not_measured_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise SqatError("its process ended with exit code -9")
+
+    monkeypatch.setitem(measuring.measure.__kwdefaults__, "memory", refuse)
+    write_classifier(tmp_path / "m.onnx")
+    code, out, _ = call(capsys, "m.onnx", "--backend", "onnxruntime", *QUICK)
+    assert code == 0
+    assert "memory of m@onnxruntime was not measured: its process ended with" in " ".join(out.split())
+
+
+def test_figures_never_go_over_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--json a.onnx b.onnx`` forgets the file's name, and would write over a model."""
+    before = write_classifier(tmp_path / "a.onnx").read_bytes()
+    write_classifier(tmp_path / "b.onnx")
+    code, _, err = call(capsys, "b.onnx", *QUICK, "--json", "a.onnx")
+    assert (code, "a.onnx: figures are written as JSON, not to a .onnx; name a .json file" in err) == (2, True)
+    assert (tmp_path / "a.onnx").read_bytes() == before
+
+
+def test_figures_are_shown_though_they_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_classifier(tmp_path / "m.onnx")
+    (tmp_path / "file").touch()
+    code, out, err = call(capsys, "m.onnx", "--backend", "onnxruntime", *QUICK, "--json", "file/f.json")
+    assert (code, "cannot be written" in err) == (2, True)
+    assert "m@onnxruntime" in out
+
+
+def test_an_empty_file_is_no_graph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "m.onnx").touch()
+    code, _, err = call(capsys, "m.onnx")
+    assert (code, "m.onnx: holds no graph" in err) == (2, True)
+
+
+def test_infinite_differences_survive_json() -> None:
+    found = Parity(largest=float("inf"), scale=float("inf"), rows=2)
+    assert Parity.model_validate_json(found.model_dump_json()) == found

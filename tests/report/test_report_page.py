@@ -165,7 +165,8 @@ def test_curves_are_those_of_the_log_and_the_manifest(whole: tuple[str, Page]) -
     text = whole[1].text
     assert "10 steps, of which 2 are known" in text
     assert "5 steps, of which 1 is known" in text
-    assert all(name in text for name in ("task loss", "minilm loss", "dev accuracy", "sparsity"))
+    assert all(name in text for name in ("task loss", "minilm loss", "dev accuracy"))
+    assert whole[0].count("sparsity</text>") == 2, "the axis and the legend of the one stage that prunes"
 
 
 def test_nothing_comes_from_outside(whole: tuple[str, Page]) -> None:
@@ -223,7 +224,7 @@ def test_a_bare_run_says_what_it_lacks(run: Path) -> None:
     _, page = page_of(run)
     flat = re.sub(r"\s+", " ", page.text)
     assert [each for each in page.ids if each in SECTIONS] == SECTIONS
-    assert "Too little of this run is measured" in flat
+    assert "Nothing to compare" in flat
     assert "No latency beside this run" in flat
     for what in ("stage qat: has not run", "not measured", "no sqat.log", "neither latency.json"):
         assert what in flat[flat.index("What is not here") :]
@@ -259,7 +260,45 @@ def test_what_sqat_bench_wrote_is_shown(run: Path) -> None:
 def test_a_foreign_latency_file_is_left_alone(tmp_path: Path, text: str) -> None:
     for name in ("latency.json", "bench.json"):
         (tmp_path / name).write_text(text)
-    assert read_speeds(tmp_path, {}) == []
+    missing: list[str] = []
+    assert read_speeds(tmp_path, {}, missing) == []
+    assert ["latency.json" in line for line in missing] == [True, False, True]
+    assert ["cannot be read" in line for line in missing] == [True, True, False]
+
+
+def test_what_was_timed_beside_the_run_is_not_taken_for_a_result(run: Path) -> None:
+    """A file that is none of the run's, though it is called as one of its rows is."""
+    (run / "latency.json").unlink()
+    words = [f"dense={run / '05-export/model.int8.onnx'}", f"sparse={write_classifier(run / 'other.onnx', seed=3)}"]
+    effort = ["--rounds", "3", "--min-seconds", "1e-6", "--max-seconds", "1e-6", "--quiet", "--backend", "onnxruntime"]
+    assert main(["bench", *words, *effort, "--batch", "2", "--json", str(run / "bench.json")]) == 0
+    missing: list[str] = []
+    files = {"dense": run / "05-export/model.fp32.onnx", "sparse": run / "05-export/model.int8.onnx"}
+    (setting,) = read_speeds(run, {**files, "twin": files["sparse"]}, missing)
+    assert list(setting.rows) == ["sparse@onnxruntime", "twin@onnxruntime", "another file, sparse@onnxruntime"]
+    assert setting.baseline == "sparse@onnxruntime"
+    assert missing == []
+
+
+@pytest.mark.parametrize("entry", [3, {"metrics": None}, {"metrics": {"accuracy": "many"}}, {"metrics": [1]}, {}])
+def test_damaged_results_are_told(run: Path, entry: object) -> None:
+    rows = json.loads((run / "results.json").read_text())
+    rows["sparse $int8$"] = entry
+    (run / "results.json").write_text(json.dumps(rows))
+    missing = page_of(run)[1].text.partition("What is not here")[2]
+    assert "result sparse $int8$: " in missing
+
+
+def test_without_a_dense_row_nothing_is_called_dense(run: Path) -> None:
+    rows = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps({"sparse $int8$": rows["sparse $int8$"]}))
+    text = page_of(run)[1].text
+    assert "Nothing to compare: that takes a measured row whose label begins with 'dense'" in text
+
+
+def test_a_folder_for_the_page(run: Path, tmp_path: Path) -> None:
+    assert main(["report", str(run), "--quiet", "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").is_file()
 
 
 @pytest.mark.parametrize(("folder", "line"), [

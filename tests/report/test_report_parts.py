@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 from sqat.recipe import PruneConfig, QatConfig
-from sqat.report.curves import read_log, schedule_of
+from sqat.report.collecting import Stage
+from sqat.report.curves import Curves, read_log, schedule_of
+from sqat.report.figures import COLOURS, draw_curves
 from sqat.report.grid import WIDE, make_grid, short_parts
+from sqat.report.page import points_note
+from sqat.report.verdict import figure
 from sqat.report_row import LayerReport
 from sqat.sparsity.schedule import PerGroup
 
@@ -85,3 +92,33 @@ def test_parts_are_told_apart() -> None:
     assert short_parts(["attention.self.query", "output.dense"]) == ["self.query", "output.dense"]
     same_end = short_parts(["attention.output.dense", "output.dense"])
     assert len(set(same_end)) == 2
+
+
+def test_metrics_beyond_one_are_named_and_not_drawn() -> None:
+    metrics = {"pnr": [(5, 2.5), (10, 3.25)], "ndcg@10": [(5, 0.5), (10, 0.75)]}
+    stage = Stage("qat", QatConfig(), None, Curves(10, {"task": [(10, 1.0)]}, metrics))
+    assert points_note(stage).endswith("not drawn on an axis of 0 to 1: dev pnr 3.2500")
+    drawn = draw_curves(stage)
+    assert "dev ndcg@10" in drawn
+    assert "dev pnr" not in drawn
+    alone = draw_curves(Stage("qat", QatConfig(), None, Curves(10, {"task": [(10, 1.0)]}, {"pnr": metrics["pnr"]})))
+    assert "metric" not in alone
+
+
+def test_more_points_than_colours_are_all_drawn() -> None:
+    losses = {f"loss{number}": [(1, 1.0), (2, 0.5)] for number in range(3 * len(COLOURS))}
+    drawn = draw_curves(Stage("qat", QatConfig(), None, Curves(2, losses)))
+    assert all(f">{name} loss<" in drawn for name in losses)
+
+
+def test_figures_of_one_title_have_ids_of_their_own() -> None:
+    one, other = (
+        draw_curves(Stage("qat", QatConfig(), None, Curves(2, {"task": [(1, 1.0), (2, end)]}))) for end in (0.5, 0.75)
+    )
+    ids = [set(re.findall(r'\bid="([^"]+)"', text)) for text in (one, other)]
+    assert ids[0]
+    assert not ids[0] & ids[1]
+
+
+def test_figures_that_are_no_numbers() -> None:
+    assert [figure(value) for value in (0.5, math.inf, -math.inf, math.nan)] == ["0.5000", "∞", "-∞", "not a number"]
