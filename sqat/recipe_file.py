@@ -240,7 +240,7 @@ def translate(tree: Node, path: KeyPath, rest: KeyPath, error: Any) -> Finding:
     node, kind, subject = node_at(tree, path), error["type"], _dotted(path) or "a recipe"
     schema = schema_at(path, tree)
     union = union_of(schema) or {}
-    if kind == "missing":
+    if kind == "missing" and isinstance(rest[-1], str):  # else an entry of a list that is too short
         text = variant(schema, node, path[-1] if path else None)["properties"][rest[-1]].get("description", "")
         return finding(tree, path, f"{subject} needs the key {rest[-1]!r}", f"{rest[-1]}: {text}")
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):

@@ -94,7 +94,7 @@ def union_of(schema: Schema) -> Schema | None:
 def _below(schema: Schema, key: str | int) -> Schema:
     found: Schema = {}
     if isinstance(key, int):
-        found = schema.get("items", {})
+        found = schema.get("items") or next(iter(schema.get("prefixItems", ())), {})
     elif key in schema.get("properties", {}):
         found = schema["properties"][key]
     elif "patternProperties" in schema:
@@ -146,6 +146,8 @@ def _describe_one(schema: Schema) -> str:
     if kind == "array":
         least = f" with at least {schema['minItems']} entry" if "minItems" in schema else ""
         plural = {"string": "texts", "number": "numbers", "integer": "whole numbers"}
+        if "prefixItems" in schema:
+            return f"a list of {len(schema['prefixItems'])} {plural[schema['prefixItems'][0]['type']]}"
         item = schema["items"]
         named = "enum" in item or "const" in item
         return f"a list{least}, each {describe(item)}" if named else f"a list{least} of {plural[item['type']]}"
