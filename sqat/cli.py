@@ -474,12 +474,16 @@ def init(
         str | None, typer.Option("--model", metavar="SOURCE", help="folder, hub name or package:...")
     ] = None,
     dev: Annotated[Path | None, typer.Option("--dev", metavar="FILE", help="rows to measure on")] = None,
+    sparseml: Annotated[
+        Path | None,
+        typer.Option("--from-sparseml", metavar="FILE", help="take the stages from a recipe of SparseML"),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="overwrite the recipe")] = False,
 ) -> None:
     """Guess task and columns of a data file and write a recipe."""
     from sqat import console, starter
 
-    for line in starter.write_starter(data, output, task=task, model=model, dev=dev, force=force):
+    for line in starter.write_starter(data, output, task=task, model=model, dev=dev, sparseml=sparseml, force=force):
         console.print_text(line)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from sqat.errors import SqatError
 from sqat.readers import Row, read_rows
 from sqat.small_files import replace_file
+from sqat.sparseml import Translation, translate
 from sqat.yaml_tree import Place, resolve_scalar
 
 RANKED = ("relevance", "retrieval")  # which read the same rows; relevance is what is guessed
@@ -63,9 +64,13 @@ def write_starter(
     task: str | None = None,
     model: str | None = None,
     dev: Path | None = None,
+    sparseml: Path | None = None,
     force: bool = False,
 ) -> list[str]:
     """Write a recipe for ``data`` and return the lines that tell what was guessed.
+
+    Args:
+        sparseml: a recipe of SparseML or llm-compressor to take the stages from.
 
     Raises:
         SqatError: ``output`` is there already, the data cannot be read, or no task fits its columns.
@@ -83,11 +88,14 @@ def write_starter(
         "dev": dev or neighbour(data, ("dev", "valid", "validation", "val", "eval")),
         "test": neighbour(data, ("test",)),
     }
-    text = compose_recipe(guess, splits, model or default_model(), output.parent)
+    translation = None if sparseml is None else translate(sparseml)
+    text = compose_recipe(guess, splits, model or default_model(), output.parent, translation)
     replace_file(output, text.encode())
     columns = ", ".join(f"{key} = {name}" for key, name in guess.columns.items())
     lines = [f"task: {guess.task} ({guess.reason})", f"columns: {columns}"]
     lines += [f"{name}: {path or 'none found'}" for name, path in splits.items()]
+    if translation is not None:
+        lines += [f"{sparseml}: {note}" for note in translation.notes]
     if splits["dev"] is None:
         lines.append("warning: no dev file found, so dev is train; name one with --dev before you trust a figure")
     return [*lines, f"wrote {output}; next: sqat run {output}"]
@@ -256,7 +264,13 @@ def scalar(text: str) -> str:
     return text if plain and isinstance(resolve_scalar(text, Place("")), str) else json.dumps(text, ensure_ascii=False)
 
 
-def compose_recipe(guess: Guess, splits: dict[str, Path | None], model: str, folder: Path) -> str:
+def compose_recipe(
+    guess: Guess,
+    splits: dict[str, Path | None],
+    model: str,
+    folder: Path,
+    translation: Translation | None = None,
+) -> str:
     """The text of the recipe; paths are relative to ``folder``."""
     paths = {name: scalar(os.path.relpath(path, folder)) for name, path in splits.items() if path is not None}
     dev = f"  dev: {paths['dev']}" if "dev" in paths else DEV_IS_TRAIN.format(train=paths["train"])
@@ -269,7 +283,12 @@ def compose_recipe(guess: Guess, splits: dict[str, Path | None], model: str, fol
         "max_length": guess.max_length,
         "distill": "{logits: 10, task: 0}" if guess.task == "retrieval" else "{}",  # embeddings need no labels
     }
-    return TEMPLATE.format(**parts, train=paths["train"], dev=dev, test=test, columns=columns)
+    head = TEMPLATE.format(**parts, train=paths["train"], dev=dev, test=test, columns=columns)
+    if translation is None:
+        return head + STAGES.format(**parts) + RESULTS.format(sparse="sparse int8", target="onnx-int8")
+    notes = "".join(f"# {note}\n" for note in translation.notes)
+    results = RESULTS.format(sparse=translation.label, target=translation.stages["export"]["targets"][0])
+    return f"{head}{notes}{translation.text()}\n{results}"
 
 
 DEV_IS_TRAIN = """\
@@ -291,6 +310,9 @@ data:  # files relative to this one
   columns:
 {columns}
 
+"""
+
+STAGES = """\
 stages:
   train:  # dense fine-tuning: what the others start from and learn from
     epochs: 2
@@ -310,7 +332,10 @@ stages:
   export:  # int8 ONNX, checked in ONNX Runtime
     targets: [onnx-int8]
 
+"""
+
+RESULTS = """\
 results:  # rows of the closing table
   dense fp32: train
-  sparse int8: export/onnx-int8
+  {sparse}: export/{target}
 """

@@ -43,11 +43,12 @@ class Place:
 
 @dataclass
 class Node:
-    """A value, the place of its key (of the value itself in a list), and how many values it holds."""
+    """A value, the place of its key (of the value itself in a list), how many values it holds, and its tag, if any."""
 
     place: Place
     value: Scalar | list[Node] | dict[str, Node]
     size: int = 1
+    tag: str = ""
 
     def plain(self) -> Plain:
         """The value without places, as ``json`` would have it."""
@@ -91,9 +92,9 @@ def whole(text: str, place: Place) -> str:
 class _Composer:
     """One pass over the events of one document; anchors are the only state."""
 
-    def __init__(self, text: str, source: str, flag: bool) -> None:
+    def __init__(self, text: str, source: str, flag: bool, tags: bool) -> None:
         self.events: Iterator[yaml.Event] = iter(yaml.parse(text, Loader=yaml.SafeLoader))
-        self.source, self.flag = source, flag
+        self.source, self.flag, self.tags = source, flag, tags
         self.anchors: dict[str, Node] = {}
 
     def place(self, event: yaml.Event) -> Place:
@@ -104,7 +105,7 @@ class _Composer:
         if isinstance(event, yaml.AliasEvent):
             return self.alias(event)
         assert isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent)
-        if event.tag:
+        if event.tag and not self.tags:
             raise SqatError(f"the tag {event.tag} is not allowed", "a recipe is plain YAML without tags", str(place))
         if depth > MAX_DEPTH:
             raise SqatError(f"nested deeper than {MAX_DEPTH} levels", place=str(place))
@@ -116,6 +117,7 @@ class _Composer:
             node = self.mapping(place, depth)
         if node.size > MAX_VALUES:
             raise SqatError(f"holds more than {MAX_VALUES} values once its aliases are followed", place=str(place))
+        node.tag = event.tag or ""
         if event.anchor is not None:
             self.anchors[event.anchor] = node
         return node
@@ -149,7 +151,7 @@ class _Composer:
                 continue
             if key in items:
                 raise SqatError(f"the key {key!r} is given twice", f"first on {items[key].place}", str(where))
-            items[key] = Node(where, value.value, value.size)
+            items[key] = Node(where, value.value, value.size, value.tag)
         items = {**{key: value for key, value in merged.items() if key not in items}, **items}
         return Node(place, items, 1 + sum(value.size for value in items.values()))
 
@@ -162,18 +164,19 @@ class _Composer:
         return whole(event.value, place), event.value == "<<" and not event.style
 
 
-def compose(text: str, source: str, *, flag: bool = False) -> Node:
+def compose(text: str, source: str, *, flag: bool = False, tags: bool = False) -> Node:
     """Read one YAML document into a tree with places.
 
     Args:
         source: name of the file, or the flag that ``text`` is the value of.
         flag: ``source`` is a flag, so lines mean nothing.
+        tags: whether values may have tags, which are kept as texts and never make anything.
 
     Raises:
         SqatError: whatever YAML or this reader forbids, at its line.
     """
     try:
-        return _document(_Composer(text, source, flag))
+        return _document(_Composer(text, source, flag, tags))
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         problem = f"the character U+{error.character:04X} is not allowed in YAML"

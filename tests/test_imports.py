@@ -17,7 +17,7 @@ CORE = ("sparsity", "quantization", "distillation")
 # Each layer may import itself, the layers named later, and what is open to all above the core.
 LAYERS = [
     ["__main__"],
-    ["cli", "console", "tables", "machine_tables", "starter"],
+    ["cli", "console", "tables", "machine_tables", "starter", "sparseml"],
     ["report"],
     ["pipeline", "inspection", "analysis"],
     ["results", "plan", "gates", "run_lock"],
