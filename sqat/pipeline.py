@@ -34,6 +34,7 @@ from sqat.results import closing_table
 from sqat.run_lock import FILE, run_lock
 from sqat.soundness import saturation
 from sqat.stages import calibrate, export, prune, qat, train
+from sqat.tracking import Tracked, tracked
 from sqat.training import MidStage, first_says, processes
 
 STAGES: dict[str, Callable[[Any, Checkpoint | None, Job], Checkpoint]] = {
@@ -54,11 +55,14 @@ def run(
     force: bool = False,
 ) -> Results:
     """Run the plan, skip what is unchanged, and measure the results once on the test split."""
-    with run_lock(loaded.run_directory, display):
-        return run_range(loaded, display, first, last, force)
+    with (
+        run_lock(loaded.run_directory, display),
+        tracked(loaded.recipe, loaded.run_directory, display) as watched,
+    ):
+        return run_range(loaded, watched, first, last, force)
 
 
-def run_range(loaded: LoadedRecipe, display: Display, first: str | None, last: str | None, force: bool) -> Results:
+def run_range(loaded: LoadedRecipe, display: Tracked, first: str | None, last: str | None, force: bool) -> Results:
     """Run what is due between two stages, and measure the results."""
     keys, splits = Keys(loaded), Splits(loaded.recipe, loaded.path.parent)
     due = due_stages(keys, first, last, force)
@@ -69,7 +73,9 @@ def run_range(loaded: LoadedRecipe, display: Display, first: str | None, last: s
             display.say(f"{name}: what is in {keys.directory(name)} is no sound checkpoint: it is made again")
         parent = parent_checkpoint(keys, name)
         execute(keys, name, keys.directory(name), parent, splits, display, force)
-    return closing_table(keys, splits, display)
+    results = closing_table(keys, splits, display)
+    display.log({f"results/{row.label}/{name}": value for row in results.rows for name, value in row.metrics.items()})
+    return results
 
 
 def run_stage(
@@ -93,11 +99,14 @@ def run_stage(
         if there is None or there.stage != name:
             what = "no checkpoint of sqat" if there is None else f"the checkpoint of stage {there.stage!r}"
             raise SqatError(f"the output exists and is {what}", "choose another folder or add --force", str(output))
-    with run_lock(*lock_of(loaded.run_directory, directory, display)):
+    with (
+        run_lock(*lock_of(loaded.run_directory, directory, display)),
+        tracked(loaded.recipe, loaded.run_directory, display) as watched,
+    ):
         if parent is None and output is None and not force and keys.is_current(name) and stands(keys, name, display):
             return directory
         start = parent_checkpoint(keys, name) if parent is None else load_checkpoint(parent)
-        execute(keys, name, directory, start, Splits(loaded.recipe, loaded.path.parent), display, force)
+        execute(keys, name, directory, start, Splits(loaded.recipe, loaded.path.parent), watched, force)
     return directory
 
 
@@ -170,7 +179,7 @@ class Trial:
     directory: Path
     parent: Checkpoint | None
     splits: Splits
-    display: Display
+    display: Tracked
     key: str
     origin: dict[str, str]
     limits: list[Limit]
@@ -194,7 +203,7 @@ def execute(
     directory: Path,
     parent: Checkpoint | None,
     splits: Splits,
-    display: Display,
+    display: Tracked,
     force: bool,
 ) -> None:
     """Run one stage until it passes its gates, and save what it returns.
@@ -257,6 +266,7 @@ def try_to_pass(trial: Trial, attempt: int) -> None:
         process.wait_for_everyone()
         figures = checkpoint.manifest.metrics.get("dev", {})
         shown = ", ".join(f"{metric} {value:.4f}" for metric, value in figures.items())
+        trial.display.log({f"{trial.name}/dev/{metric}": value for metric, value in figures.items()})
         trial.display.say(f"{trial.name}: {f'dev {shown}' if shown else 'done'} -> {goal}")
         if not miss:
             return

@@ -535,6 +535,10 @@ class Recipe(BaseModel):
     )
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="of everything random: order, dropout, new weights")
     output: str = Field(default="runs", description="folder of the runs, relative to the working directory")
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
+        default=(),
+        description="where losses and metrics go on the way; TensorBoard's files: tracking, in the run folder",
+    )
     model: ModelConfig = Field(description="what to start from")
     task: Task = Field(description="what the model learns; a bare text is its name")
     data: DataConfig = Field(description="files and columns")

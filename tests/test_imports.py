@@ -39,6 +39,7 @@ LAYERS = [
         "architectures",
         "sources",
         "data",
+        "tracking",
         "training",
         "soundness",
         "stopping",

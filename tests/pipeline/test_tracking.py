@@ -1,0 +1,128 @@
+"""Trackers get what the watcher is told, at steps that count on; one that fails does not end a training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sqat import tracking
+from sqat.checkpoint import load_manifest
+from sqat.cli import main
+from sqat.display import Silent
+from sqat.recipe_file import load_recipe
+from sqat.tracking import Tracked, flat, tracked
+
+from .conftest import Lines, Project
+
+
+class Kept:
+    """A tracker that keeps what it is given, or fails at a step."""
+
+    name = "kept"
+
+    def __init__(self, fails_at: int = -1) -> None:
+        self.fails_at, self.seen, self.over = fails_at, list[tuple[int, dict[str, float]]](), False
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        if step == self.fails_at:
+            raise ConnectionError("no route\nto host")
+        self.seen.append((step, values))
+
+    def finish(self) -> None:
+        self.over = True
+
+
+def fit_twice(watched: Tracked) -> None:
+    for title in ("train", "qat"):
+        watched.begin(title, 2)
+        watched.update(1, {"task": 1.0}, 8.0)
+        watched.update(2, {"task": 0.5, "pnr": float("inf")}, 8.0)
+        watched.end()
+        watched.log({f"{title}/dev/f1": 0.75})
+
+
+def test_steps_count_on_from_stage_to_stage() -> None:
+    kept = Kept()
+    fit_twice(Tracked(Silent(), [kept]))
+    assert kept.seen == [
+        (1, {"train/task": 1.0, "train/samples per second": 8.0}),
+        (2, {"train/task": 0.5, "train/samples per second": 8.0}),
+        (2, {"train/dev/f1": 0.75}),
+        (3, {"qat/task": 1.0, "qat/samples per second": 8.0}),
+        (4, {"qat/task": 0.5, "qat/samples per second": 8.0}),
+        (4, {"qat/dev/f1": 0.75}),
+    ]
+
+
+def test_a_tracker_that_fails_is_given_up_and_told() -> None:
+    lines, failing, kept = Lines(), Kept(fails_at=2), Kept()
+    fit_twice(Tracked(lines, [failing, kept]))
+    assert lines.lines == ["kept is given up, the run goes on: no route"]
+    assert [step for step, _ in failing.seen] == [1]
+    assert [step for step, _ in kept.seen] == [1, 2, 2, 3, 4, 4]
+
+
+def test_trackers_are_closed_whatever_ends_the_run(
+    pipeline: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Kept()
+    monkeypatch.setattr(tracking, "start_trackers", lambda *_: [kept])
+    monkeypatch.setattr(tracking, "find_spec", lambda _: object())
+    recipe = load_recipe(pipeline.recipe, ["trackers=[wandb]"]).recipe
+    with pytest.raises(KeyboardInterrupt), tracked(recipe, tmp_path, Silent()):
+        raise KeyboardInterrupt
+    assert kept.over
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Project:
+    return Project(tmp_path)
+
+
+def test_what_is_not_installed_is_told_before_anything_runs(
+    pipeline: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking, "find_spec", lambda _: None)
+    assert main(["run", str(pipeline.recipe), "--set", "trackers=[wandb]", "--quiet"]) == 2
+    assert "trackers: the tracker wandb is not installed; pip install wandb, or leave it out" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert not list((pipeline.folder / "runs").rglob("sqat.json"))
+
+
+def test_tensorboard_has_the_losses_and_the_metrics(pipeline: Project) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = ["run", str(pipeline.recipe), "--set", "trackers=[tensorboard]", "--quiet"]
+    assert main([*words, "--to", "train"]) == 0
+    manifest = load_manifest(pipeline.stage("train"))
+    folder = pipeline.folder / "runs/tiny" / tracking.FOLDER
+    (events,) = [path for path in folder.rglob("events.*") if path.parent.name == "tiny"]
+    found: Any = EventAccumulator(str(events))
+    found.Reload()
+    losses = found.Scalars("train/task")
+    assert [each.step for each in losses] == list(range(1, manifest.steps + 1))
+    assert losses[-1].value == pytest.approx(manifest.losses["task"])
+    (metric,) = found.Scalars("train/dev/accuracy")
+    assert metric.value == pytest.approx(manifest.metrics["dev"]["accuracy"])
+    assert manifest.key == untracked_key(pipeline), "who watches does not change what is made"
+
+
+def untracked_key(project: Project) -> str:
+    """The key of the train stage without trackers."""
+    from sqat.keys import Keys
+
+    return Keys(load_recipe(project.recipe)).planned["train"]
+
+
+def test_values_are_flat_and_short() -> None:
+    values = {"seed": 3, "stages": {"train": {"epochs": 1.5, "from": None, "bf16": True, "targets": ["x" * 400]}}}
+    assert flat(values) == {
+        "seed": 3,
+        "stages.train.epochs": 1.5,
+        "stages.train.bf16": True,
+        "stages.train.targets": ("['" + "x" * 400)[:250],
+    }
