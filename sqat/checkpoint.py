@@ -62,7 +62,10 @@ class SiteRecord(BaseModel):
 
 
 class Manifest(BaseModel):
-    """`sqat.json`; ``sha256`` is of all its other entries, so that no changed byte goes unseen."""
+    """`sqat.json`; ``sha256`` is of all its other entries, so that no changed byte goes unseen.
+
+    ``stretch`` is the factor that ``retry`` had put on the steps of this attempt.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -82,6 +85,7 @@ class Manifest(BaseModel):
     notes: list[str] = []
     overrides: list[str] = []
     attempt: int = 1
+    stretch: float = 1.0
     steps: int = 0
     samples: int = 0
     seconds: float = 0.0

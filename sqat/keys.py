@@ -100,16 +100,26 @@ class Keys:
         """A stage's checkpoint is what this recipe makes from the checkpoints that lie there now."""
         manifest = self.manifest(name)
         recipe = self.loaded.recipe
-        if manifest is None or manifest.key != self.planned[name] or manifest.attempt > attempts(recipe.stages[name]):
+        if manifest is None or manifest.key != self.planned[name] or not is_attempt(manifest, recipe.stages[name]):
             return False
         parent, teacher = self.manifest(recipe.parent_of(name)), self.manifest(teacher_name(recipe, name))
         return manifest.made_from == made_from(parent, teacher)
 
 
 def attempts(config: StageConfig) -> int:
-    """How often a stage may try to pass its gates; a longer attempt than these is another recipe's."""
+    """How often a stage may try to pass its gates."""
     retry = config.retry if isinstance(config, FitConfig) else None
     return 1 if retry is None else 1 + retry.times
+
+
+def stretch(config: StageConfig, attempt: int) -> float:
+    """Factor on the steps of an attempt; 1 where there are none."""
+    return config.stretch(attempt) if isinstance(config, FitConfig) else 1.0
+
+
+def is_attempt(manifest: Manifest, config: StageConfig) -> bool:
+    """A checkpoint is of an attempt that the stage may make, with as many steps: ``retry`` is in no key."""
+    return manifest.attempt <= attempts(config) and manifest.stretch == stretch(config, manifest.attempt)
 
 
 def made_from(parent: Manifest | None, teacher: Manifest | None) -> dict[str, str]:

@@ -23,7 +23,7 @@ from sqat.errors import SqatError
 from sqat.evaluation import evaluate_artifact
 from sqat.gates import Limit, limits_of, missed, refusal, rejected_folder
 from sqat.job import Job, Splits
-from sqat.keys import Keys, attempts, known_manifest, made_from, teacher_name
+from sqat.keys import Keys, attempts, is_attempt, known_manifest, made_from, stretch, teacher_name
 from sqat.plan import PlannedStage as PlannedStage
 from sqat.plan import due_stages, stage_range
 from sqat.plan import make_plan as make_plan
@@ -193,8 +193,13 @@ class Trial:
         """The last attempt of this very stage that there is: set aside for missing a gate, or in its place."""
         folders = (rejected_folder(self.directory), self.directory)
         known = [(folder, manifest) for folder in folders if (manifest := known_manifest(folder)) is not None]
-        same = [each for each in known if (each[1].key, each[1].made_from) == (self.key, self.origin)]
-        return max(same, key=lambda each: each[1].attempt, default=None)
+        return max(filter(self.made, known), key=lambda each: each[1].attempt, default=None)
+
+    def made(self, known: tuple[Path, Manifest]) -> bool:
+        """Whether a checkpoint is what an attempt of this very stage makes."""
+        manifest = known[1]
+        config = self.keys.loaded.recipe.stages[self.name]
+        return (manifest.key, manifest.made_from) == (self.key, self.origin) and is_attempt(manifest, config)
 
 
 def execute(
@@ -279,12 +284,13 @@ def run_once(trial: Trial, attempt: int) -> Checkpoint:
     loaded = trial.keys.loaded
     given, begun = loaded.recipe.stages[trial.name], time.monotonic()
     config = given.stretched(attempt) if isinstance(given, FitConfig) else given
-    which = f"{trial.key} {trial.origin}" + (f" attempt {attempt}" if attempt > 1 else "")
+    factor = stretch(given, attempt)  # with the number of processes it says how many steps an epoch has, and of what
+    which = f"{trial.key} {trial.origin} steps x{factor:g} in {processes().num_processes} processes"
     job = Job(loaded.recipe, loaded.path.parent, trial.name, trial.key, trial.origin, trial.splits, trial.display,
               MidStage(trial.state, which), partial(teacher_checkpoint, trial.keys, trial.name))  # fmt: skip
     checkpoint = STAGES[given.stage](config, trial.parent, job)
     seconds = max(checkpoint.manifest.seconds, time.monotonic() - begun)  # a resumed fit knows its earlier part
-    facts = {"seconds": round(seconds, 3), "overrides": [*loaded.overrides], "attempt": attempt}
+    facts = {"seconds": round(seconds, 3), "overrides": [*loaded.overrides], "attempt": attempt, "stretch": factor}
     return replace(checkpoint, manifest=checkpoint.manifest.model_copy(update=facts), recipe=loaded.text)
 
 

@@ -327,10 +327,14 @@ class FitConfig(BaseModel):
             raise ValueError("retry needs gates, which say when to try again")
         return self
 
+    def stretch(self, attempt: int) -> float:
+        """Factor on the steps of the ``attempt``-th try."""
+        return 1.0 if self.retry is None else self.retry.steps ** (attempt - 1)
+
     def stretched(self, attempt: int) -> FitConfig:
         """The configuration of the ``attempt``-th try, with the steps that ``retry`` gives it."""
-        factor = 1.0 if self.retry is None else self.retry.steps ** (attempt - 1)
-        if attempt == 1 or factor == 1:
+        factor = self.stretch(attempt)
+        if factor == 1:
             return self
         if self.steps is not None:
             return self.model_copy(update={"steps": round(self.steps * factor)})

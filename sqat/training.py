@@ -306,13 +306,15 @@ def fit(
     if run.resume():
         display.say(f"{title}: resumed at step {run.progress.step} of {steps}")
     elif state.directory.exists():
-        display.say(f"{title}: the mid-stage state is damaged or of another run: starting afresh")
+        known = "damaged, or of another run, length or number of processes"
+        display.say(f"{title}: the mid-stage state is {known}: starting afresh")
     display.begin(title, steps)
     model.train()
     shown, saved = dict(run.progress.losses), time.monotonic()
     stream = micro_batches(feed, config.gradient_accumulation, accelerator, run.progress.step)
+    stop = False
     with noted_signals() as asked:
-        while run.progress.step < steps and not stopped_early(run.progress, config):
+        while not stop and run.progress.step < steps and not stopped_early(run.progress, config):
             begun = time.monotonic()
             if before_step is not None:
                 before_step(run.progress.step)
@@ -332,13 +334,16 @@ def fit(
             run.progress.seconds += time.monotonic() - begun
             display.update(run.progress.step, shown, samples / max(seconds, 1e-9))  # some clocks stand still meanwhile
             stop = any_process(asked(), accelerator.device)
-            if stop or (time.monotonic() - saved >= config.save_every and run.progress.step < steps):
+            if not stop and time.monotonic() - saved >= config.save_every and run.progress.step < steps:
                 saved = time.monotonic()
                 if accelerator.is_main_process:
                     run.save()
-            if stop:
-                raise StoppedError(f"{title}: stopped and saved at step {run.progress.step} of {steps}",
-                                   "the same command, without --force, goes on from there")  # fmt: skip
+        if any_process(asked(), accelerator.device):  # once more: a signal may have come during the last save
+            if accelerator.is_main_process:
+                run.save()
+            accelerator.wait_for_everyone()  # a launcher ends all processes once the first has ended
+            raise StoppedError(f"{title}: stopped and saved at step {run.progress.step} of {steps}",
+                               "the same command, without --force, goes on from there")  # fmt: skip
     display.end()
     run.finish()
     done = run.progress

@@ -21,7 +21,7 @@ from sqat.display import Silent
 from sqat.errors import StoppedError
 from sqat.recipe import FitConfig
 from sqat.stopping import any_process, noted_signals
-from sqat.training import Feed, MidStage, fit
+from sqat.training import Evaluation, Feed, MidStage, fit
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,7 +78,7 @@ class Signalled(Silent):
             signal.raise_signal(signal.SIGTERM)
 
 
-def train(state: Path, at: int) -> list[Tensor]:
+def train(state: Path, at: int, evaluation: Evaluation | None = None, **config: Any) -> list[Tensor]:
     """Weights of a small net after eight steps, during one of which a signal comes."""
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.3), nn.Linear(4, 1)), torch.randn(16, 4)
@@ -90,8 +90,9 @@ def train(state: Path, at: int) -> list[Tensor]:
     def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {"square": (model(batch.inputs["x"]).squeeze(1) - batch.labels).square().mean()}
 
-    fit(net, loss, feed, FitConfig(learning_rate=0.1, save_every=1e9), steps=8, seed=1, title="net",
-        display=Signalled(at), state=MidStage(state, "key"))  # fmt: skip
+    known = FitConfig(**{"learning_rate": 0.1, "save_every": 1e9, **config})
+    fit(net, loss, feed, known, steps=8, seed=1, title="net", display=Signalled(at), state=MidStage(state, "key"),
+        evaluation=evaluation)  # fmt: skip
     return [parameter.detach().clone() for parameter in net.parameters()]
 
 
@@ -110,16 +111,36 @@ def test_a_signal_saves_at_the_step_and_the_fit_goes_on_to_the_same_weights(tmp_
     assert all(torch.equal(a, b) for a, b in zip(resumed, unbroken, strict=True))
 
 
+def test_a_signal_during_the_last_save_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations without gain end the loop right after the save that the signal interrupts."""
+    saved, save = list[int](), MidStage.save
+
+    def interrupted(self: MidStage, tensors: Any, progress: Any) -> None:
+        save(self, tensors, progress)
+        saved.append(progress.step)
+        if saved == [1, 2]:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(MidStage, "save", interrupted)
+    nothing_gained = Evaluation(lambda: {"score": 1.0}, "score")
+    with pytest.raises(StoppedError, match="net: stopped and saved at step 2 of 8"):
+        train(tmp_path / "state", 0, nothing_gained, save_every=0, evaluate_every=1, early_stopping=1)
+    assert saved == [1, 2, 2]
+
+
 WORKER = """
-import os, sys
+import os, sys, time
 from pathlib import Path
 sys.path.insert(0, os.environ["ROOT"])
 from tests import test_stopping
 from sqat.errors import StoppedError
+from sqat.training import MidStage
+save = MidStage.save
+MidStage.save = lambda *known: (time.sleep(1), save(*known))
 try:
     test_stopping.train(Path(sys.argv[1]), 3 if os.environ["RANK"] == "1" else 0)
 except StoppedError as error:
-    print(error)
+    print(error, MidStage(Path(sys.argv[1]), "key").load() is not None)
     sys.exit(error.exit_code)
 """
 
@@ -136,6 +157,9 @@ def test_all_processes_stop_at_the_step_at_which_one_was_told(tmp_path: Path) ->
     ends = [worker.communicate(timeout=240) for worker in workers]
     assert [worker.returncode for worker in workers] == [130, 130], ends
     assert [out.partition(";")[0] for out, _ in ends] == ["net: stopped and saved at step 3 of 8"] * 2
+    assert all(out.endswith("goes on from there True\n") for out, _ in ends), (
+        "no process ends before the state is whole"
+    )
     loaded = MidStage(tmp_path / "state", "key").load()
     assert loaded is not None
     assert loaded[1].step == 3

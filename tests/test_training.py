@@ -464,7 +464,8 @@ def test_a_damaged_state_or_one_of_another_stage_is_not_used(
     damage(bert.folder / "state")
     assert MidStage(bert.folder / "state", "key").load() is None
     assert equal(bert.run(None), unbroken)
-    assert bert.said == ["t: the mid-stage state is damaged or of another run: starting afresh"]
+    said = "t: the mid-stage state is damaged, or of another run, length or number of processes: starting afresh"
+    assert bert.said == [said]
 
 
 # --- the mid-stage state on disk

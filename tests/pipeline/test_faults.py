@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from sqat import pipeline
-from sqat.errors import SqatError
+from sqat.errors import SqatError, StoppedError
 from sqat.recipe_file import load_recipe
 
 from .conftest import Lines, Project
@@ -29,3 +34,31 @@ def test_a_damaged_manifest_is_said_and_its_stage_runs_again(copy: Project) -> N
     (copy.stage("prune") / "sqat.json").write_text("{")
     pipeline.run(load_recipe(copy.recipe), display := Lines(), last="prune")
     assert display.lines[1] == f"prune: what is in {copy.stage('prune')} is no sound checkpoint: it is made again"
+
+
+class Signalled(Lines):
+    """Gets a signal at the third step."""
+
+    def update(self, step: int, values: Any, rate: float) -> None:
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+
+AFRESH = "prune: the mid-stage state is damaged, or of another run, length or number of processes: starting afresh"
+
+
+@pytest.mark.parametrize(("world", "said"), [(1, "prune: resumed at step 3 of 20"), (2, AFRESH)])
+def test_a_state_of_another_number_of_processes_is_not_taken(
+    copy: Project, monkeypatch: pytest.MonkeyPatch, world: int, said: str
+) -> None:
+    """Its masks are due at other steps, and an epoch has another number of them."""
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("signals reach the main thread only")
+    loaded = load_recipe(copy.recipe, ["stages.prune.learning_rate=3.0e-4"])
+    with pytest.raises(StoppedError):
+        pipeline.run(loaded, Signalled(), last="prune")
+    wait = pipeline.processes().wait_for_everyone
+    pretended = SimpleNamespace(num_processes=world, is_main_process=True, wait_for_everyone=wait)
+    monkeypatch.setattr(pipeline, "processes", lambda: pretended)
+    pipeline.run(loaded, display := Lines(), last="prune")
+    assert said in display.lines

@@ -116,6 +116,24 @@ def test_a_retry_goes_on_where_only_the_first_attempt_was_made(copy: Project) ->
     assert lines[1] != "prune: unchanged", "without retry the recipe does not make the longer attempt"
 
 
+def test_an_attempt_with_another_factor_on_its_steps_is_none_of_this_recipe(copy: Project) -> None:
+    with pytest.raises(GateError):
+        run(copy, *FEW)
+    manifest = load_manifest(rejected(copy))
+    assert (manifest.attempt, manifest.stretch, manifest.steps) == (2, 2, 6)
+    three = "stages.prune.retry={times: 1, steps: 3}"
+    with pytest.raises(GateError):
+        run(copy, *FEW[:3], three)
+    manifest = load_manifest(rejected(copy))
+    assert (manifest.attempt, manifest.stretch, manifest.steps) == (2, 3, 9)
+    passing = "stages.prune.gates={accuracy: {min: 0.1}}"
+    run(copy, *FEW[:2], three, passing)
+    assert load_manifest(copy.stage("prune")).steps == 9
+    assert run(copy, *FEW[:2], three, passing)[1] == "prune: unchanged"
+    run(copy, *FEW[:2], RETRY, passing)
+    assert load_manifest(copy.stage("prune")).steps == 3
+
+
 def test_every_file_of_an_export_is_judged(copy: Project) -> None:
     checkpoint = load_checkpoint(copy.stage("export"))
     metrics = {**checkpoint.manifest.metrics, "dev onnx-int8": {"accuracy": 0.5}}
