@@ -8,6 +8,7 @@ Every process of a distributed run goes through the stages; the first one writes
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -37,6 +38,7 @@ from sqat.stages import calibrate, export, prune, qat, train
 from sqat.tracking import Tracked, tracked
 from sqat.training import MidStage, first_says, processes
 
+STAGE_FOLDER = re.compile(r"\d{2,}-")
 STAGES: dict[str, Callable[[Any, Checkpoint | None, Job], Checkpoint]] = {
     "train": train.run,
     "prune": prune.run,
@@ -111,10 +113,14 @@ def run_stage(
 
 
 def lock_of(runs: Path, directory: Path, display: Display) -> tuple[Path, Display, str]:
-    """What to lock for one stage: the run folder, or for a checkpoint elsewhere a file beside that."""
-    if runs.resolve() in directory.resolve().parents:
+    """What to lock for one stage: the run folder that it is in, or for a checkpoint elsewhere a file beside that.
+
+    The folder of another run's stage is known by its name, for that run may be about to begin.
+    """
+    place = directory.resolve()
+    if runs.resolve() in place.parents:
         return runs, display, FILE
-    return directory.parent, display, f".{directory.name}{FILE}"
+    return place.parent, display, FILE if STAGE_FOLDER.match(place.name) else f".{place.name}{FILE}"
 
 
 def parent_manifest(loaded: LoadedRecipe, name: str, parent: Path | None) -> Manifest:

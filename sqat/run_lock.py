@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sqat.display import Display
@@ -50,8 +50,7 @@ def run_lock(directory: Path, display: Display, file: str = FILE) -> Iterator[No
         yield
     finally:
         if handle is not None:
-            (directory / file).unlink(missing_ok=True)
-            os.close(handle)
+            release_lock(handle, directory / file)
 
 
 def take_lock(path: Path) -> tuple[int, str]:
@@ -82,6 +81,17 @@ def take_lock(path: Path) -> tuple[int, str]:
         raise SqatError(f"cannot be written: {error.strerror}", "free space or choose another output",
                         str(path.parent)) from error  # fmt: skip
     return handle, f"taken over from a run that ended without a word: {before}" if before else ""
+
+
+def release_lock(handle: int, path: Path) -> None:
+    """Take the file away, if it is still the one that is locked, and let go of it.
+
+    A file that cannot be taken away stays, for the next run to follow; how the work itself ended is not hidden.
+    """
+    with suppress(OSError):
+        if is_same_file(handle, path):
+            path.unlink()
+    os.close(handle)
 
 
 def is_same_file(handle: int, path: Path) -> bool:

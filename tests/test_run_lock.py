@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from sqat.errors import SqatError
+from sqat.pipeline import lock_of
 from sqat.run_lock import FILE, run_lock
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +91,41 @@ def test_a_folder_that_cannot_be_is_told(tmp_path: Path, recorder: Any) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(SqatError, match="cannot be written"), run_lock(tmp_path / "runs", recorder):
         pass
+
+
+def test_a_file_that_is_no_longer_the_locked_one_stays(tmp_path: Path, recorder: Any) -> None:
+    with run_lock(tmp_path, recorder):
+        (tmp_path / FILE).unlink()
+        (tmp_path / FILE).write_text("another's")
+    assert (tmp_path / FILE).read_text() == "another's"
+
+
+def test_a_lock_that_cannot_be_taken_away_hides_nothing(
+    tmp_path: Path, recorder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*known: Any, **more: Any) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(KeyError, match="of the work itself"), run_lock(tmp_path, recorder):
+        raise KeyError("of the work itself")
+    with run_lock(tmp_path, recorder):
+        assert recorder.lines[0].startswith("taken over from a run that ended without a word: pid ")
+
+
+@pytest.mark.parametrize(
+    ("output", "folder", "file"),
+    [
+        ("runs/one/02-prune", "runs/one", FILE),
+        ("runs/other/02-prune", "runs/other", FILE),
+        ("runs/no-distill", "runs", f".no-distill{FILE}"),
+        ("elsewhere/10-qat", "elsewhere", FILE),
+    ],
+)
+def test_a_stages_folder_is_locked_with_the_run_it_stands_in(
+    tmp_path: Path, recorder: Any, output: str, folder: str, file: str
+) -> None:
+    assert lock_of(tmp_path / "runs" / "one", tmp_path / output, recorder) == (tmp_path / folder, recorder, file)
 
 
 def test_processes_other_than_the_first_learn_of_it(
