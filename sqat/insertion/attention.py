@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sqat.insertion.kernels import ATTENTION_STEP, LARGEST_BYTE, attend_as_served
+from sqat.insertion.kernels import ATTENTION_STEP, LARGEST_BYTE, attend_as_served, left_out
 from sqat.insertion.taps import ATTENTION_TAP
 from sqat.quantization.fake_quant import round_through
 
@@ -94,4 +94,4 @@ def byte_weights(scores: Tensor, attention_mask: Tensor | None) -> Tensor:
     weights = round_through((scores - largest).float().exp() * LARGEST_BYTE)
     if attention_mask is None:
         return weights
-    return weights.masked_fill(attention_mask <= torch.finfo(attention_mask.dtype).min / 2, 0.0)
+    return weights.masked_fill(left_out(attention_mask), 0.0)

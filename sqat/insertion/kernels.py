@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from sqat.errors import SqatError
 from sqat.insertion.taps import Taps
 from sqat.insertion.weights import original_weight
 from sqat.quantization.fake_quant import HIGH, quantize_weight
@@ -41,7 +42,12 @@ Step = Callable[[str], Tensor]  # site -> its step, 0-d
 
 def serve_as_kernels(model: nn.Module, sites: Collection[str], step: Step, blocks: Iterable[str], taps: Taps) -> None:
     """Let linears with an input among the sites, attention with a query among them, and the layer norms of the blocks
-    and of the embeddings compute as the kernels do, until the taps are removed."""
+    and of the embeddings compute as the kernels do, until the taps are removed.
+
+    Raises:
+        SqatError: the model is not float32, as the kernels are.
+    """
+    check_float32(model)
     within = tuple(f"{block}." for block in blocks)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and f"{name}:input" in sites:
@@ -50,6 +56,15 @@ def serve_as_kernels(model: nn.Module, sites: Collection[str], step: Step, block
             replace_forward(module, normalize_as_served, taps)
         elif f"{name}:query" in sites:
             taps.put(module, ATTENTION_STEP, partial(step_of, step, name))
+
+
+def check_float32(model: nn.Module) -> None:
+    """Refuse weights of another type, whose sums would be rounded elsewhere."""
+    for name, weight in model.named_parameters():
+        if weight.dtype != torch.float32:
+            raise SqatError(
+                f"profile cpu computes in float32, and {name} is {weight.dtype}", "call model.float() before"
+            )
 
 
 def step_of(step: Step, attention: str, role: str) -> Tensor:
@@ -103,10 +118,11 @@ def exact_product(left: Tensor, right: Tensor, largest: int = HIGH * HIGH) -> Te
         largest: of a product of two entries.
     """
     most = EXACT // largest
-    if left.shape[-1] <= most:
-        return left @ right
-    parts = zip(left.split(most, -1), right.split(most, -2), strict=True)
-    return torch.stack([(a @ b).double() for a, b in parts]).sum(0).float()
+    with torch.autocast(left.device.type, enabled=False):  # a narrower type would not hold the sums
+        if left.shape[-1] <= most:
+            return left @ right
+        parts = zip(left.split(most, -1), right.split(most, -2), strict=True)
+        return torch.stack([(a @ b).int() for a, b in parts]).sum(0).float()  # int64: some devices have no float64
 
 
 def normalize_as_served(module: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -114,9 +130,15 @@ def normalize_as_served(module: nn.LayerNorm, x: Tensor) -> Tensor:
     channels = x.shape[-1]
     centred = x - row_sums(x) / channels
     variance = row_sums(centred * centred) / channels + module.eps
-    deviation = 1 / variance.double().sqrt().float()  # torch's own of float32 is not always the nearest number
+    deviation = 1 / nearest_root(variance)
     y: Tensor = centred * deviation * module.weight + module.bias
     return y
+
+
+def nearest_root(x: Tensor) -> Tensor:
+    """The float32 nearest to a square root, which torch's own is not always; on the CPU where float64 is missing."""
+    wide = x.cpu() if x.device.type == "mps" else x
+    return wide.double().sqrt().float().to(x.device)
 
 
 def row_sums(x: Tensor) -> Tensor:
@@ -143,7 +165,7 @@ def attend_as_served(
     steps = [step(role) for role in ("query", "key", "value")]
     queries, keys, values = (to_integers(x, s) for x, s in zip((query, key, value), steps, strict=True))
     scores = exact_product(queries, keys.transpose(2, 3))
-    kept = torch.ones_like(scores, dtype=torch.bool) if attention_mask is None else attention_mask > LOWEST
+    kept = torch.ones_like(scores, dtype=torch.bool) if attention_mask is None else ~left_out(attention_mask)
     scores = scores.masked_fill(~kept, -torch.inf)
     largest = scores.amax(-1, keepdim=True)
     scale = torch.tensor(float(steps[0]) * float(steps[1]) * scaling)  # rounded once, as an attribute is
@@ -152,6 +174,11 @@ def attend_as_served(
     total = bytes_.sum(-1, keepdim=True).clamp(min=1)
     output = exact_product(bytes_, values, LARGEST_BYTE * HIGH) / total * steps[2]
     return output.transpose(1, 2).contiguous(), bytes_ / total
+
+
+def left_out(attention_mask: Tensor) -> Tensor:
+    """Where a mask that is added to scores leaves a key out: far below 0, for its type."""
+    return attention_mask <= torch.finfo(attention_mask.dtype).min / 2
 
 
 def power_of_two(x: Tensor) -> Tensor:
@@ -164,6 +191,3 @@ def power_of_two(x: Tensor) -> Tensor:
     total = low + (rest * POWER[5] + POWER[4]) * (square * square)
     powers = torch.tensor([2.0**-n for n in range(1 - int(LOWEST_POWER))], device=x.device)
     return total * powers[(-whole).long()]
-
-
-LOWEST = torch.finfo(torch.float32).min / 2  # of a mask's entries: below it a key is left out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
@@ -21,15 +21,14 @@ def quantized_(
 ) -> Iterator[None]:
     """Put masks and fake quantizers on ``model``; afterwards its weights are plain again, pruned ones +0.0.
 
+    Where that fails, ``model`` is as it was.
+
     Args:
         layers: linears whose weights are quantized.
         quantizers: of the activation sites.
         blocks: names of the encoder blocks.
     """
-    transforms = insert_weights_(model, masks, layers)
-    insertion = insert_quantizers_(model, quantizers, blocks)
-    try:
+    with ExitStack() as inserted:
+        inserted.callback(remove_quantizers_, model, insert_quantizers_(model, quantizers, blocks))
+        inserted.callback(remove_weights_, model, insert_weights_(model, masks, layers))  # last: a mask leaves zeros
         yield
-    finally:
-        remove_quantizers_(model, insertion)
-        remove_weights_(model, transforms)

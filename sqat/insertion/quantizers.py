@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -102,16 +103,21 @@ class Insertion:
 
 
 def insert_quantizers_(model: nn.Module, quantizers: Quantizers, blocks: list[str]) -> Insertion:
-    """Tap every site of the quantizers; learned bounds become parameters of the model."""
-    model.add_module(QUANTIZERS, quantizers.to(next(model.parameters()).device))
-    taps = tap_sites(model, quantizers, list(quantizers.leaders), blocks)
-    if quantizers.kernels:
-        tap_activations(model, blocks, taps)
-        serve_as_kernels(model, quantizers.leaders, quantizers.step, blocks, taps)
+    """Tap every site of the quantizers, or none where that fails; learned bounds become parameters of the model."""
+    with ExitStack() as undo:
+        model.add_module(QUANTIZERS, quantizers.to(next(model.parameters()).device))
+        undo.callback(delattr, model, QUANTIZERS)
+        taps = Taps()
+        undo.callback(taps.remove)
+        tap_sites(model, quantizers, list(quantizers.leaders), blocks, taps)
+        if quantizers.kernels:
+            tap_activations(model, blocks, taps)
+            serve_as_kernels(model, quantizers.leaders, quantizers.step, blocks, taps)
+        undo.pop_all()
     return Insertion(quantizers, taps, model.register_forward_hook(quantizers.forget, always_call=True))
 
 
-def tap_sites(model: nn.Module, tap: Tap, sites: Iterable[str], blocks: list[str]) -> Taps:
+def tap_sites(model: nn.Module, tap: Tap, sites: Iterable[str], blocks: list[str], taps: Taps | None = None) -> Taps:
     """Tap just the named sites."""
     wanted = set(sites)
 
@@ -121,7 +127,7 @@ def tap_sites(model: nn.Module, tap: Tap, sites: Iterable[str], blocks: list[str
     names: dict[str, list[str]] = {}
     for site in wanted:
         names.setdefault("add" if role(site).startswith("add") else role(site), []).append(site.rpartition(":")[0])
-    taps = tap_linears(model, only, sorted(names.get("input", ())), sorted(names.get("output", ())))
+    taps = tap_linears(model, only, sorted(names.get("input", ())), sorted(names.get("output", ())), taps)
     attentions = {name for part in ("query", "key", "softmax", "value") for name in names.get(part, ())}
     tap_attention(model, only, sorted(attentions), taps)
     if "add" in names:

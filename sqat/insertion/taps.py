@@ -36,18 +36,20 @@ class Taps:
 
     def __init__(self) -> None:
         self.handles: list[RemovableHandle] = []
-        self.attributes: list[tuple[nn.Module, str]] = []
+        self.attributes: list[tuple[nn.Module, str, dict[str, Any]]] = []
 
     def put(self, module: nn.Module, name: str, value: Any) -> None:
-        """Give a module an attribute until the taps are removed."""
+        """Give a module an attribute until the taps are removed; one of its own is put back then."""
+        own = {name: vars(module)[name]} if name in vars(module) else {}
         setattr(module, name, value)
-        self.attributes.append((module, name))
+        self.attributes.append((module, name, own))
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
-        for module, name in self.attributes:
+        for module, name, own in reversed(self.attributes):
             delattr(module, name)
+            vars(module).update(own)
         self.handles, self.attributes = [], []
 
 

@@ -63,14 +63,18 @@ def original_weight(module: nn.Module) -> Tensor:
 def insert_weights_(
     model: nn.Module, masks: Mapping[str, Tensor], quantized: Iterable[str], straight: Collection[str] = ()
 ) -> dict[str, WeightTransform]:
-    """Put mask and fake quantizer on the named layers' weights; those in ``straight`` get all gradients."""
+    """Put copies of masks and fake quantizers on the named layers' weights; those in ``straight`` get all gradients.
+
+    Raises:
+        AttributeError, TypeError: no such layer, or it is neither a linear nor a convolution; nothing is changed.
+    """
     quantized = set(quantized)
+    layers = {name: layer(model, name) for name in dict.fromkeys((*masks, *sorted(quantized)))}
     transforms = {}
-    for name in dict.fromkeys((*masks, *sorted(quantized))):
-        module = layer(model, name)
-        mask = masks.get(name)
-        mask = None if mask is None else mask.to(module.weight.device)
+    for name, module in layers.items():
+        mask = masks[name].to(module.weight.device, copy=True) if name in masks else None
         transforms[name] = WeightTransform(mask, name in quantized, name in straight)
+    for name, module in layers.items():
         parametrize.register_parametrization(module, "weight", transforms[name], unsafe=True)
     return transforms
 

@@ -116,14 +116,25 @@ def quantized(model: nn.Module, masks: Masks | None, scales: Scales) -> Iterator
     kept = {} if masks is None else masks.kept
     check_plain(model)
     check_masks(model, kept)
-    if strange := [name for name in scales.layers if name not in weighted_layers(model)]:
-        raise SqatError(f"the scales name {strange[0]}, which is no layer of this model", "calibrate this model")
+    check_scales(model, scales)
     quantizers = Quantizers(scales.amax, scales.leaders, kernels=scales.profile == "cpu")
     with (
         attention_of(model, scales.profile),
         quantized_(model, kept, scales.layers, quantizers, encoder_blocks(model)),
     ):
         yield
+
+
+def check_scales(model: nn.Module, scales: Scales) -> None:
+    """Refuse scales of other layers or sites than the model's, or without the bound of a site."""
+    layers, modules = weighted_layers(model), dict(model.named_modules())
+    strange = [f"{name}, which is no layer" for name in scales.layers if name not in layers]
+    strange += [f"{site}, which is no site" for site in scales.leaders if site.rpartition(":")[0] not in modules]
+    if strange:
+        raise SqatError(f"the scales name {strange[0]} of this model", "calibrate this model")
+    if missing := [f"{leader}, whose bound {site} has" for site, leader in scales.leaders.items()
+                   if leader not in scales.amax]:  # fmt: skip
+        raise SqatError(f"the scales have no bound of {missing[0]}", "calibrate this model")
 
 
 @contextmanager

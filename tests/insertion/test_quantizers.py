@@ -118,6 +118,19 @@ def test_the_model_is_the_one_written_out(setup: Setup, batch: dict[str, Tensor]
     assert not torch.allclose(got, plain, atol=1e-3), "the quantizers do something"
 
 
+@pytest.mark.parametrize("site", ["nowhere:input", "bert.encoder.layer.0.attention.nothing:query"])
+def test_an_insertion_that_fails_leaves_a_plain_model(setup: Setup, batch: dict[str, Tensor], site: str) -> None:
+    model, sites, amax, masks, linears = setup
+    quantizers = Quantizers({**amax, site: torch.tensor(1.0)}, {**sites.leaders, site: site})
+    with torch.no_grad():
+        before, names = model(**batch).logits, [*model.state_dict()]
+        with pytest.raises(AttributeError), quantized_(model, masks, linears, quantizers, encoder_blocks(model)):
+            pytest.fail("inserted")
+        assert [*model.state_dict()] == names
+        assert torch.equal(model(**batch).logits, before)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
 def test_gradients_are_those_of_the_model_written_out(setup: Setup, batch: dict[str, Tensor]) -> None:
     model, _, _, masks, _ = setup
     weight = torch.tensor([[1.0, -2.0], [0.5, 1.0], [-1.0, 3.0]])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sqat.errors import SqatError
 from sqat.insertion.kernels import (
     EXACT,
     attend_as_served,
@@ -45,6 +46,37 @@ def test_products_are_integers_rounded_once(inputs: int) -> None:
     wanted = (left.long() @ right.long()).numpy()
     assert inputs < 1041 or wanted.max() > EXACT
     assert np.array_equal(exact_product(left, right).numpy(), wanted.astype(np.float32))
+
+
+@pytest.mark.parametrize("inputs", [48, 1041])
+def test_products_are_exact_under_autocast_too(inputs: int) -> None:
+    left, right = whole(5, inputs), whole(inputs, 7, seed=1)
+    plain = exact_product(left, right)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = exact_product(left, right)
+    assert mixed.dtype == torch.float32
+    assert torch.equal(mixed, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_mask_of_a_narrow_type_leaves_the_same_keys_out(dtype: torch.dtype) -> None:
+    q, k, v = (whole(1, 2, 7, 8, seed=seed) * 0.02 for seed in (1, 2, 3))
+    for lowest in (torch.finfo(dtype).min, -torch.inf):
+        masks = [torch.zeros(1, 1, 1, 7, dtype=kind) for kind in (torch.float32, dtype)]
+        for mask in masks:
+            mask[..., 4:] = lowest if mask.dtype == dtype else LOWEST
+        wide, narrow = (attend_as_served(q, k, v, mask, 0.5, lambda role: torch.tensor(0.02))[1] for mask in masks)
+        assert torch.equal(narrow, wide)
+        assert not narrow[..., 4:].any()
+
+
+def test_a_model_that_is_not_float32_is_refused_and_stays(make_model: Callable[..., Any]) -> None:
+    model = make_model("bert").bfloat16()
+    before = [name for name, _ in model.named_modules()]
+    line = r"^profile cpu computes in float32, and bert\.\S+ is torch.bfloat16; call model.float\(\) before$"
+    with pytest.raises(SqatError, match=line):
+        insert_quantizers_(model, Quantizers({}, {}, kernels=True), encoder_blocks(model))
+    assert [name for name, _ in model.named_modules()] == before
 
 
 def test_the_power_is_255_times_that_of_two() -> None:
@@ -128,6 +160,7 @@ def test_training_computes_as_before_and_the_model_comes_back(
     query = "bert.encoder.layer.0.attention.self.query"
     bounds = {f"{query}:input": torch.tensor(3.0)}
     module = model.get_submodule(query)
+    own = module.forward = module.forward
     norm = model.bert.encoder.layer[0].output.LayerNorm
     use_taps(model, "cpu")
     with torch.no_grad():
@@ -147,5 +180,5 @@ def test_training_computes_as_before_and_the_model_comes_back(
         assert torch.equal(norm(x), normalize_as_served(norm, x))
         remove_quantizers_(model, insertion)
         assert torch.equal(model(**batch).logits, before)
-    assert "forward" not in vars(module)
+    assert vars(module)["forward"] is own, "one that the user had put there"
     assert "forward" not in vars(norm)

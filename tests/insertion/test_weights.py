@@ -148,6 +148,14 @@ def test_a_mask_changed_in_place_holds_at_once() -> None:
     assert torch.equal(remove_weights_(net, transforms)["0"], mask)
 
 
+def test_the_masks_given_stay_as_they_are() -> None:
+    net, mask = make_net(), torch.ones(32, 16, dtype=torch.bool)
+    held = insert_weights_(net, {"0": mask}, ())["0"].mask
+    assert held is not None
+    held[:] = False
+    assert mask.all()
+
+
 @pytest.mark.parametrize("quantize", [False, True])
 def test_tied_weights_stay_tied(quantize: bool) -> None:
     net = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
@@ -171,6 +179,9 @@ def test_only_linears_and_convolutions_are_taken() -> None:
     with pytest.raises(TypeError, match="1 is a GELU, neither a Linear nor a Conv2d"):
         insert_weights_(make_net(), {}, ["1"])
     net = make_net()
+    with pytest.raises(AttributeError):
+        insert_weights_(net, masks_of(net, ("0",)), ["0", "9"])
+    assert not hasattr(net[0], "parametrizations"), "nothing is changed"
     insert_weights_(net, {"0": torch.ones(3, 3, dtype=torch.bool)}, [])
     with pytest.raises(ValueError, match="must be bool of the weight's shape"):
         net(torch.ones(1, 16))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,25 @@ def test_what_does_not_fit_is_told_in_a_line(model: Any, make_model: MakeModel, 
         sqat.masked(make_model(hidden_size=48), masks),
     ):
         pass
+
+
+def test_scales_of_other_sites_are_refused_before_anything_changes(model: Any, batches: Batches) -> None:
+    scales = sqat.calibrate(model, batches, profile="tensorrt")
+    before, attention = state(model), model.config._attn_implementation
+    strange = replace(scales, leaders={**scales.leaders, "bert.encoder.layer.9:add0.left": next(iter(scales.amax))})
+    boundless = replace(scales, amax=dict(list(scales.amax.items())[1:]))
+    first = next(iter(scales.amax))
+    for wrong, line in (
+        (strange, r"the scales name bert\.encoder\.layer\.9:add0\.left, which is no site of this model; calibrate"),
+        (boundless, f"the scales have no bound of {first}, whose bound "),
+    ):
+        with (
+            pytest.raises(sqat.SqatError, match=f"^{line}"),
+            sqat.quantized(model, sqat.prune(copy.deepcopy(model)), wrong),
+        ):
+            pytest.fail("inserted")
+    assert model.config._attn_implementation == attention
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def relations(model: Any, batch: dict[str, Tensor]) -> QKV:
