@@ -1,8 +1,9 @@
 """Whether training is still sound, told at the step and by the layer's name.
 
 What is no number ends the fit before the optimizer has moved a weight, so that neither the model nor the mid-stage
-state on the disk is spoiled; so does a learned scale that runs away. What is only weak (a dead layer, rows that were
-pruned whole, a site that clips much of what it sees) is remarked, once. Left out: activations that are always zero.
+state on the disk is spoiled. A learned scale that runs away ends it after the step that moved it and before that is
+saved. What is only weak (a dead layer, rows that were pruned whole, a site that clips much of what it sees) is
+remarked, once for each kind. Left out: activations that are always zero.
 """
 
 from __future__ import annotations
@@ -71,13 +72,18 @@ def plain_name(name: str) -> str:
 
 
 def check_gradients(model: nn.Module, step: int) -> None:
-    """Refuse gradients whose norm is no number, naming the layer nearest to the loss that has such a one."""
+    """Refuse gradients whose norm is no number, naming the layer nearest to the loss that has such a one.
+
+    A learned scale is named, by its site, only where no layer is to be.
+    """
+    scales = {f"{QUANTIZERS}.bounds.{i}": f"the scale of {site}" for i, site in enumerate(learned_bounds(model))}
     known = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    known.sort(key=lambda each: each[0] not in scales)
     if math.isfinite(nn.utils.get_total_norm([grad for _, grad in known])):
         return
     broken = [name for name, grad in known if not bool(torch.isfinite(grad).all())]
     worst = broken[-1] if broken else max(known, key=lambda each: float(each[1].abs().max()))[0]
-    layer = plain_name(worst.removesuffix(".weight").removesuffix(".bias"))
+    layer = scales.get(worst, plain_name(worst.removesuffix(".weight").removesuffix(".bias")))
     what = "NaN or infinite" if broken else "too large for a number"
     raise SqatError(f"the gradient of {layer} is {what} at step {step} ({len(broken)} of {len(known)} tensors)", LOWER)
 
@@ -115,11 +121,15 @@ def weak_layers(model: nn.Module) -> tuple[list[str], list[str]]:
     return dead, rows
 
 
-def weakness(model: nn.Module, step: int) -> list[str]:
-    """What is weak in a model, a line for each kind."""
+def weakness(model: nn.Module, step: int) -> dict[str, str]:
+    """What is weak in a model: kind -> a line."""
     dead, rows = weak_layers(model)
-    lines = [f"{len(dead)} dead layers at step {step}, all of whose weights are zero: {listed(dead)}"] if dead else []
-    return lines + ([f"{len(rows)} layers with rows of zeros at step {step}: {listed(rows)}"] if rows else [])
+    lines = {}
+    if dead:
+        lines["dead"] = f"{len(dead)} dead layers at step {step}, all of whose weights are zero: {listed(dead)}"
+    if rows:
+        lines["rows"] = f"{len(rows)} layers with rows of zeros at step {step}: {listed(rows)}"
+    return lines
 
 
 def saturation(manifest: Manifest) -> list[str]:

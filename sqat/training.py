@@ -257,9 +257,8 @@ class Run:
         return figures
 
     def remark(self, title: str, display: Display) -> None:
-        """Tell once what has become weak in the model."""
-        for line in weakness(self.model, self.progress.step):
-            kind = line.split(" at step ")[0]
+        """Tell once of each kind what has become weak in the model."""
+        for kind, line in weakness(self.model, self.progress.step).items():
             if kind not in self.remarked:
                 display.say(f"{title}: {line}")
             self.remarked.add(kind)

@@ -14,8 +14,8 @@ from sqat.errors import SqatError
 from sqat.insertion.quantizers import QUANTIZERS, Quantizers
 from sqat.insertion.weights import insert_weights_
 from sqat.recipe import FitConfig
-from sqat.soundness import saturation, weakness
-from sqat.training import Feed, MidStage, fit
+from sqat.soundness import check_gradients, saturation, weakness
+from sqat.training import Feed, MidStage, Progress, Run, fit, make_optimizer
 
 
 class Broken(nn.Module):
@@ -114,7 +114,30 @@ def test_dead_layers_and_rows_are_remarked_once_by_name(tmp_path: Path, recorder
         "net: 1 dead layers at step 100, all of whose weights are zero: 2",
         "net: 1 layers with rows of zeros at step 100: 0 (1 of 4)",
     ]
-    assert weakness(net_with(nn.Identity()), 1) == []
+    assert weakness(net_with(nn.Identity()), 1) == {}
+
+
+def test_a_kind_of_weakness_is_told_once_however_many_have_it(tmp_path: Path, recorder: object) -> None:
+    net = net_with(nn.Identity())
+    run = Run(net, make_optimizer(net, FitConfig()), MidStage(tmp_path / "state", "key"), Progress(step=100))
+    for layer in (net[2], net[0]):
+        nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+        run.remark("net", recorder)  # type: ignore[arg-type]
+    assert recorder.lines == [  # type: ignore[attr-defined]
+        "net: 1 dead layers at step 100, all of whose weights are zero: 2",
+    ]
+
+
+def test_a_layer_is_named_before_the_scales_behind_it() -> None:
+    net = Learned()
+    for parameter in net.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    with pytest.raises(SqatError, match=r"^the gradient of linear is NaN or infinite at step 7 \(3 of 3 tensors\)"):
+        check_gradients(net, 7)
+    for parameter in net.linear.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with pytest.raises(SqatError, match=r"^the gradient of the scale of linear:input is NaN or infinite at step 7"):
+        check_gradients(net, 7)
 
 
 def test_saturated_sites_are_listed() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from sqat.sparsity.criteria import Criterion, Magnitude, Taylor, Wanda
 from sqat.sparsity.masks import Pattern, count_violations, parse_pattern
 from sqat.sparsity.schedule import GroupFraction, PerGroup, Schedule, SrSte
 from sqat.sparsity.sparsegpt import SparseGPT
-from sqat.stages.masking import Judge, Masking, mask_of, mask_steps
+from sqat.stages.masking import Judge, Masking, mask_of, mask_steps, too_few_steps
 from sqat.stages.statistics import sum_up, undisturbed
 
 CriterionName = Literal["magnitude", "wanda", "taylor", "sparsegpt"]
@@ -94,7 +96,7 @@ class Pruner:
     the optimizer does to them is forgotten. An optimizer may be made before or after the pruner.
 
     Args:
-        steps: training steps to come.
+        steps: training steps to come; with too few of them masks on the way to N:M are left out, with a warning.
         pattern: ``N:M``, keep N of each M along the inputs.
         criterion: which weights matter: a name, one of `sqat.sparsity.criteria` with settings of its own, or any
             function from a weight [out,in] to scores of its shape, the highest of which stay.
@@ -199,17 +201,18 @@ class Pruner:
         criterion = self.rules.criterion
         if not isinstance(criterion, OBSERVING):
             return {}
-        device = next(self.model.parameters()).device
-        inputs = [model_inputs(batch, device, labels=isinstance(criterion, Taylor)) for batch in self.batches]
-        if not inputs:
-            raise SqatError(f"criterion {criterion.name} needs batches", "give batches=[...] or criterion='magnitude'")
-        none = torch.empty(0)
+        device, none, labels = next(self.model.parameters()).device, torch.empty(0), isinstance(criterion, Taylor)
 
         def parts(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
             return {"loss": self.loss(model, batch.inputs)}
 
-        with undisturbed(self.model, 0):
-            return sum_up(criterion, self.model, leaders, parts, (Batch(dict(one), none, none) for one in inputs))
+        with undisturbed(self.model, 0):  # a loader draws its order as soon as it is asked
+            stream = (Batch(model_inputs(batch, device, labels), none, none) for batch in self.batches)
+            if (first := next(stream, None)) is None:
+                raise SqatError(
+                    f"criterion {criterion.name} needs batches", "give batches=[...] or criterion='magnitude'"
+                )
+            return sum_up(criterion, self.model, leaders, parts, itertools.chain([first], stream))
 
     def __enter__(self) -> Pruner:
         return self
@@ -267,10 +270,13 @@ def progressive(schedule: ScheduleName | Schedule) -> Progressive:
 
 
 def moments(rules: Rules, steps: int) -> dict[int, int]:
-    """Training step -> index of its sparsity; there must be a step for each."""
+    """Training step -> index of its sparsity; a warning where there is none for some."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    return mask_steps(rules, steps)
+    found = mask_steps(rules, steps)
+    if remark := too_few_steps(found):
+        warnings.warn(remark, stacklevel=3)
+    return found
 
 
 def own_loss(model: nn.Module, inputs: Inputs) -> Tensor:

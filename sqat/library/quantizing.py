@@ -87,10 +87,10 @@ def calibrate(
     layers = Layers(include=None if include is None else tuple(include), exclude=tuple(exclude))
     choice = choose_layers(model, layers, "quantize")
     blocks, device = encoder_blocks(model), next(model.parameters()).device
-    stream = (model_inputs(batch, device) for batch in batches)
-    if (first := next(stream, None)) is None:
-        raise SqatError("there is no batch to calibrate with", "give some of the training batches")
     with undisturbed(model, 0), attention_of(model, profile):
+        stream = (model_inputs(batch, device) for batch in batches)
+        if (first := next(stream, None)) is None:
+            raise SqatError("there is no batch to calibrate with", "give some of the training batches")
         sites = discover_sites(model, first, choice.chosen, blocks, profile)
         histograms = observe(model, sites, blocks, itertools.chain([first], stream))
     leaders, amax = tie(sites, {site: float(chosen(histogram)) for site, histogram in histograms.items()})

@@ -14,6 +14,8 @@ from sqat.library.choices import Inputs
 from sqat.library.pruning import CriterionName, Masks, ModelLoss, Progressive, Pruner, ScheduleName, Scores
 from sqat.sparsity.criteria import Criterion
 
+UNKNOWN = 10**9  # steps, until the Trainer says how many
+
 
 class SparseCallback(TrainerCallback):
     """Prunes a model over the steps of one ``train()``, and leaves plain weights, pruned ones +0.0.
@@ -26,7 +28,8 @@ class SparseCallback(TrainerCallback):
     ``train()``. A checkpoint that was written without the callback is refused once a mask should have been set.
 
     If training stops before the last masks, or the best checkpoint is loaded and has earlier ones, they are set at the
-    end, with a warning.
+    end, with a warning. If ``train()`` raises, the masks stay on the model, for the Trainer then tells its callbacks
+    nothing: ``callback.pruner.remove()`` gives plain weights back.
 
     Args:
         model: of the Trainer. The others are those of `Pruner`; steps are the Trainer's.
@@ -49,7 +52,7 @@ class SparseCallback(TrainerCallback):
         exclude: Sequence[str] = (),
     ) -> None:
         self.pruner = Pruner(
-            model, 1, pattern, criterion, schedule, recover,
+            model, UNKNOWN, pattern, criterion, schedule, recover,
             batches=batches, loss=loss, include=include, exclude=exclude,
         )  # fmt: skip
         self.over = False

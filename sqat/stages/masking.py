@@ -55,6 +55,13 @@ def mask_steps(config: Rules, steps: int) -> dict[int, int]:
     return {round(i * last / max(1, count - 1)): i for i in range(count)}
 
 
+def too_few_steps(moments: Mapping[int, int]) -> str:
+    """What to say where several masks fall on one step, of which only the last is set; empty where none do."""
+    planned = 1 + max(moments.values())
+    left_out = planned - len(set(moments.values()))
+    return f"too few steps before the last mask: {left_out} of {planned} masks are left out" if left_out else ""
+
+
 @dataclass(frozen=True)
 class Masking:
     """The masks under way.

@@ -18,7 +18,7 @@ from sqat.models import capture
 from sqat.recipe import PruneConfig
 from sqat.sparsity.schedule import SrSte
 from sqat.stages.losses import stage_loss
-from sqat.stages.masking import Masking, mask_steps, with_decay
+from sqat.stages.masking import Masking, mask_steps, too_few_steps, with_decay
 from sqat.stages.patterns import choose_patterns
 from sqat.stages.statistics import gather
 
@@ -38,6 +38,8 @@ def run(config: PruneConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
     transforms = insert_weights_(model, {**masks, **kept}, (), masks if learns_all else ())
     feed = job.feed(config, processor)
     moments = mask_steps(config, job.steps(config, feed))
+    if remark := too_few_steps(moments):
+        job.display.say(f"{job.name}: {remark}")
     with stage_loss(model, config.distill, job) as loss:
         gathered = partial(gather, config.criterion, model, loss=loss, feed=feed, seed=job.recipe.seed)
         masking = Masking(model, {name: transforms[name] for name in masks}, patterns, config, moments, gathered)

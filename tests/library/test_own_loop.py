@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from sqat.quantization.calibrators import Percentile
 from sqat.quantization.fake_quant import quantize_weight
 from sqat.quantization.histogram import Histogram
 from sqat.sparsity.criteria import Wanda
-from sqat.sparsity.schedule import SrSte
+from sqat.sparsity.schedule import PerGroup, SrSte
 from tests.conftest import VOCABULARY, MakeModel
 
 Batches = list[dict[str, Tensor]]
@@ -115,6 +117,40 @@ def test_observing_criteria_choose_other_weights_and_need_batches(model: Any, ba
     with pytest.raises(sqat.SqatError, match="not a generator"):
         sqat.prune(plain, criterion=Wanda(), batches=iter(batches))
     sqat.prune(plain)  # the refusals left it as it was
+
+
+@pytest.mark.parametrize("observe", ["wanda", "taylor", "calibrate"])
+def test_observing_draws_a_batch_at_a_time_and_no_random_number_of_the_users(
+    model: Any, batches: Batches, observe: Any
+) -> None:
+    passes, seen = [0], list[int]()
+    model.register_forward_hook(lambda *_: passes.append(0))
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, shuffle=True)  # type: ignore[arg-type]
+
+    class Drawn:
+        def __iter__(self) -> Iterator[dict[str, Tensor]]:
+            order = iter(loader)
+            for batch in order:
+                seen.append(len(passes) - 1)
+                yield batch
+
+    before = torch.get_rng_state()
+    if observe == "calibrate":
+        sqat.calibrate(model, Drawn())
+    else:
+        sqat.prune(model, criterion=observe, batches=Drawn())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert seen[0] == 0
+    assert all(earlier < later for earlier, later in itertools.pairwise(seen)), "each is used before the next is drawn"
+
+
+def test_too_few_steps_for_the_schedule_are_told(model: Any) -> None:
+    four = PerGroup(steps=4)
+    with pytest.warns(UserWarning, match="^too few steps before the last mask: 2 of 4 masks are left out$"):
+        sqat.Pruner(model, steps=5, schedule=four).remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sqat.Pruner(model, steps=15, schedule=four).remove()
 
 
 def test_a_criterion_of_ones_own(model: Any) -> None:

@@ -103,6 +103,32 @@ def test_a_checkpoint_without_masks_is_refused(make_model: MakeModel, tmp_path: 
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
+class Broken(TrainerCallback):  # type: ignore[misc]
+    """Fails in the second step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            raise KeyError("the user's own")
+
+
+def test_after_a_train_that_raises_the_pruner_gives_plain_weights_back(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model()
+    callback = sqat.SparseCallback(model, recover=0.5)
+    with pytest.raises(KeyError, match="the user's own"):
+        make_trainer(model, tmp_path, callback, Broken()).train()
+    callback.pruner.remove()
+    assert not any("parametrizations" in name for name in model.state_dict())
+    assert_pruned(model, sqat.prune(model))
+
+
+def test_a_trainer_with_too_few_steps_is_told_so_once_they_are_known(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model()
+    callback = sqat.SparseCallback(model)
+    with pytest.warns(UserWarning, match="too few steps before the last mask: 1 of 2 masks are left out"):
+        make_trainer(model, tmp_path, callback, max_steps=2).train()
+    assert_pruned(model, callback.masks)
+
+
 class Stop(TrainerCallback):  # type: ignore[misc]
     """Stops after two steps."""
 
