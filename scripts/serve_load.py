@@ -5,8 +5,8 @@
 Each client sends requests of random sizes to the first session, one after the other, and compares every answer bit for
 bit with the one that a session of one thread gave before the load; every tenth request goes to the second session. The
 resident memory of the process is read once a second. Written: calls, texts a second, latencies, answers that differed,
-and the memory after a tenth of the time, at the end and at most: what grows from the first to the second is a leak.
-Exit code 1 where an answer differed.
+requests that failed, and the memory after a tenth of the time, at the end and at most: what grows from the first to
+the second is a leak. Exit code 1 where an answer differed or a request failed.
 """
 
 from __future__ import annotations
@@ -50,11 +50,13 @@ class Served:
     texts: int = 0
     seconds: list[float] = field(default_factory=list)
     differed: int = 0
+    failed: int = 0
+    failure: str = ""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the JSON file holds; megabytes of resident memory, milliseconds."""
+    """What the JSON file holds; megabytes of resident memory, milliseconds, what a failed request said."""
 
     clients: int
     threads: int
@@ -64,6 +66,8 @@ class Report:
     median_ms: float
     p95_ms: float
     differed: int
+    failed: int
+    failure: str
     memory_early: float
     memory_end: float
     memory_most: float
@@ -85,12 +89,17 @@ def requests_of(path: Path) -> list[Request]:
 
 
 def send(sessions: Sequence[Any], requests: Sequence[Request], client: int, until: float, served: Served) -> None:
-    """Send requests until the time is over."""
+    """Send requests until the time is over, whatever becomes of one."""
     random, number = np.random.default_rng(client), client
     while time.monotonic() < until:
         request, number = requests[random.integers(len(requests))], number + 1
         start = time.perf_counter()
-        answer = sessions[number % OTHER == 0].run(None, request.feeds)[0]
+        try:
+            answer = sessions[number % OTHER == 0].run(None, request.feeds)[0]
+        except Exception as error:  # of any kind: a thread that dies of it would not be missed
+            served.failed += 1
+            served.failure = served.failure or f"{type(error).__name__}: {error}"
+            continue
         served.seconds.append(time.perf_counter() - start)
         served.texts += len(answer)
         served.differed += answer.tobytes() != request.answer.tobytes()
@@ -118,11 +127,14 @@ def load(path: Path, minutes: float, clients: int, threads: int) -> Report:
         time.sleep(min(1.0, max(0.01, until - time.monotonic())))
         memory.append(resident())
     seconds = np.array([taken for each in served for taken in each.seconds])
-    median, p95 = (round(float(np.percentile(seconds, q)) * 1e3, 2) for q in (50, 95))
+    median, p95 = (round(float(np.percentile(seconds, q)) * 1e3, 2) if len(seconds) else 0.0 for q in (50, 95))
     early, end, most = (round(value, 1) for value in (memory[len(memory) // 10], memory[-1], max(memory)))
     texts = round(sum(each.texts for each in served) / (60 * minutes), 1)
-    differed = sum(each.differed for each in served)
-    return Report(clients, threads, minutes, len(seconds), texts, median, p95, differed, early, end, most)
+    differed, failed = sum(each.differed for each in served), sum(each.failed for each in served)
+    failure = next((each.failure for each in served if each.failed), "")
+    return Report(
+        clients, threads, minutes, len(seconds), texts, median, p95, differed, failed, failure, early, end, most
+    )
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -144,7 +156,7 @@ def main(words: Sequence[str] | None = None) -> int:
     print(json.dumps(asdict(report)))
     if arguments.json:
         replace_file(arguments.json, (json.dumps(asdict(report), indent=1) + "\n").encode())
-    return int(report.differed > 0)
+    return int(report.differed + report.failed > 0)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ split, which is measured once, at the end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +40,7 @@ def limits_of(keys: Keys, name: str, parent: Manifest | None) -> list[Limit]:
         parent: of the checkpoint that the stage starts from.
 
     Raises:
-        SqatError: what a gate compares with has not run with this recipe, or has no such figure.
+        SqatError: what a gate compares with has not run with this recipe, or has no such figure, or NaN.
     """
     return [limit(keys, name, metric, gate, parent) for metric, gate in keys.loaded.recipe.stages[name].gates.items()]
 
@@ -55,6 +56,9 @@ def limit(keys: Keys, name: str, metric: str, gate: Gate, parent: Manifest | Non
         if metric not in figures:
             raise SqatError(f"the gate of stage {name} compares {metric} with {other.stage}, which has no such figure "
                             "on dev", f"it has {', '.join(figures) or 'none'}")  # fmt: skip
+        if math.isnan(figures[metric]):
+            raise SqatError(f"the gate of stage {name} compares {metric} with {other.stage}, whose {metric} on dev is "
+                            "no number", "give min alone, or another stage in against")  # fmt: skip
         why = f"{other.stage} {figures[metric]:.4f} - {gate.max_drop:g}"
         found.append(Limit(metric, figures[metric] - gate.max_drop, why))
     return max(found, key=lambda each: each.lowest)

@@ -8,10 +8,14 @@ from typing import Any
 
 from faults.project import Ended, Project
 
+BEFORE = "finished before"  # the run was over when the fault came
+INTERRUPTED = 130
+SAVED = "stopped and saved at step"
+
 
 @dataclass
 class Tally:
-    """Counts of one kind of fault."""
+    """Counts of one kind of fault; ``done`` are those that came while a run was under way."""
 
     kind: str
     how: str
@@ -26,10 +30,18 @@ class Tally:
                 "stages": dict(self.stages), "violations": self.violations, "skipped": self.skipped}  # fmt: skip
 
     def note(self, ended: Ended, stage: str, allowed: dict[int, str]) -> None:
-        """Count one fault at a stage; an end that is not allowed, or not told in one line, is a violation."""
+        """Count one fault at a stage, unless it came too late.
+
+        An end that is not allowed, or not told in one line, is a violation.
+        """
+        end = allowed.get(ended.code, f"exit code {ended.code}")
+        if ended.code == INTERRUPTED and SAVED not in ended.error:
+            end = "interrupted where nothing trains"
+        self.ends[end] += 1
+        if end == BEFORE:
+            return
         self.done += 1
         self.stages[stage] += 1
-        self.ends[allowed.get(ended.code, f"exit code {ended.code}")] += 1
         if ended.code not in allowed:
             self.violations.append(f"{stage}: exit code {ended.code}: {ended.error[-300:]}")
         elif ended.code > 0 and not ended.is_clear:

@@ -12,7 +12,10 @@ from sqat import pipeline
 from sqat.checkpoint import load_checkpoint, load_manifest, save_checkpoint
 from sqat.cli import main
 from sqat.errors import GateError, SqatError
+from sqat.gates import limit
+from sqat.keys import Keys
 from sqat.recipe_file import load_recipe
+from sqat.recipe_gates import Gate
 
 from .conftest import Lines, Project
 
@@ -153,6 +156,14 @@ def test_the_plan_and_the_exit_code(copy: Project, capsys: pytest.CaptureFixture
     assert json.loads(capsys.readouterr().out)[1]["gates"] == ["accuracy at least 1.1, at most 0.2 below train"]
     assert main(["run", str(copy.recipe), "--quiet", *high]) == 3
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("known", [{"max_drop": 0.1}, {"min": 0.5, "max_drop": 0.1}])
+def test_a_figure_that_is_no_number_is_nothing_to_compare_with(copy: Project, known: dict[str, float]) -> None:
+    parent = load_manifest(copy.stage("train")).model_copy(update={"metrics": {"dev": {"accuracy": float("nan")}}})
+    line = "the gate of stage prune compares accuracy with train, whose accuracy on dev is no number"
+    with pytest.raises(SqatError, match=line):
+        limit(Keys(load_recipe(copy.recipe)), "prune", "accuracy", Gate(**known), parent)  # type: ignore[arg-type]
 
 
 def test_what_a_gate_compares_with_must_have_run(copy: Project) -> None:

@@ -1,0 +1,28 @@
+"""What the fault harness counts: faults that came in time, and how each run ended."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[2] / "scripts"))
+
+from faults.moments import STOPPED
+from faults.project import Ended
+from faults.tally import Tally
+
+
+def test_a_run_that_was_over_is_no_fault_and_a_saved_state_is_told_from_an_interruption() -> None:
+    tally = Tally("signals", "one at a random moment")
+    for code, said in (
+        (0, ""),
+        (130, "train: stopped and saved at step 3 of 20; the same command, without --force, goes on from there\n"),
+        (130, "interrupted; the same command goes on from the last saved state\n"),
+        (1, "internal error: KeyError\n"),
+    ):
+        tally.note(Ended(code, said, 1.0), "train", STOPPED)
+    assert tally.ends == {
+        "finished before": 1, "stopped and saved": 1, "interrupted where nothing trains": 1, "exit code 1": 1,
+    }  # fmt: skip
+    assert (tally.done, tally.stages) == (3, {"train": 3})
+    assert tally.violations == ["train: exit code 1: internal error: KeyError\n"]
