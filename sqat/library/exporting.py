@@ -21,7 +21,7 @@ from sqat.export.qdq import Quantization, insert_qdq
 from sqat.export.runtime import parity
 from sqat.library.choices import Inputs, check_masks, check_plain, model_inputs, named
 from sqat.library.pruning import Masks
-from sqat.library.quantizing import Scales, quantized
+from sqat.library.quantizing import Scales, check_scales, quantized
 from sqat.lint.checks import verify
 from sqat.models import use_eager
 from sqat.quantization.fake_quant import quantize_weight
@@ -52,8 +52,8 @@ def export_onnx(
         A few int8 steps more or less are rounding; whether it matters, an export stage proves on real rows.
 
     Raises:
-        SqatError: masks that the weights do not keep, scales that the target cannot take, or a model that still has
-            masks or quantizers.
+        SqatError: masks that the weights do not keep, scales that are not this model's or that the target cannot take,
+            or a model that still has masks or quantizers.
         GateError: the graph breaks a rule of its target; nothing is written.
     """
     check_plain(model)
@@ -64,6 +64,8 @@ def export_onnx(
         check_masks(copy, masks.kept)
         check_zeros(copy, masks)
     example = model_inputs(inputs, torch.device("cpu"))
+    if scales is not None:
+        check_scales(copy, scales)
     graph = export_float(copy, example)
     if scales is not None:
         graph = insert_qdq(graph, quantization(copy, scales))

@@ -329,6 +329,8 @@ def test_scales_of_other_sites_are_refused_before_anything_changes(model: Any, b
             sqat.quantized(model, sqat.prune(copy.deepcopy(model)), wrong),
         ):
             pytest.fail("inserted")
+        with pytest.raises(sqat.SqatError, match=f"^{line}"):
+            sqat.export_onnx(model, "nowhere.onnx", batches[0], scales=wrong)
     assert model.config._attn_implementation == attention
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
