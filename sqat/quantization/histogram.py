@@ -122,6 +122,14 @@ class Histogram:
         beyond = int(self.counts[inside + 1 :].sum()) + float(self.counts[inside]) * (inside + 1 - place)
         return beyond / self.total
 
+    def summary(self, bins: int = 64) -> tuple[float, list[int]]:
+        """Width and counts of ``bins`` wider bins (a power of two), without the empty ones at the end; for pictures."""
+        merge = BINS // bins
+        counts: list[int] = self.counts.view(bins, merge).sum(1).tolist()
+        while counts and not counts[-1]:
+            counts.pop()
+        return self.width * merge, counts
+
     def to_tensors(self) -> dict[str, Tensor]:
         """Return the state as 1-D tensors: to save, or to gather from all processes and `merge`."""
         return {

@@ -5,14 +5,16 @@ Whatever is not there is named in ``missing`` and nothing is run again: a report
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqat.checkpoint import RECIPE, Manifest, load_manifest
+from sqat.checkpoint import RECIPE, Manifest, load_checkpoint, load_manifest
 from sqat.display import Display
 from sqat.errors import SqatError
+from sqat.gates import foreseen, show_limits
 from sqat.inspection import inspect_checkpoint
 from sqat.keys import Keys
 from sqat.lint.inspection import Lint
@@ -23,6 +25,7 @@ from sqat.report.speeds import SpeedSetting, read_speeds
 from sqat.report_row import LayerReport
 from sqat.results import FILE, artifact_size, result_artifacts
 from sqat.small_files import read_object
+from sqat.stages.calibrate import HISTOGRAMS
 from sqat.stages.targets import file_name
 
 LOG, RUN_RECORD = "sqat.log", "run.json"
@@ -56,6 +59,24 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Activation:
+    """What calibration saw at one site.
+
+    Attributes:
+        bound: the largest |x| that int8 holds there.
+        width: of a bin.
+        counts: values in each bin [i * width, (i + 1) * width) of |x|.
+        saturated: share of the values beyond the bound.
+    """
+
+    site: str
+    bound: float
+    width: float
+    counts: list[int]
+    saturated: float | None
+
+
+@dataclass(frozen=True)
 class Linted:
     """An exported file held against its target's rules; no lint, and the reason, where that cannot be."""
 
@@ -73,6 +94,8 @@ class Run:
     Attributes:
         metric: the recipe's own, higher is better.
         layers: of the checkpoint of ``layers_of``, the last one that was pruned or quantized.
+        activations: of the last calibrate stage.
+        gates: each stage's limits and whether its result keeps them.
         record: how `scripts/results` started it; empty where it did not.
         missing: what a report would show and the folder does not have.
     """
@@ -87,6 +110,8 @@ class Run:
     speeds: list[SpeedSetting]
     layers: list[LayerReport]
     layers_of: str
+    activations: list[Activation]
+    gates: list[str]
     lints: list[Linted]
     record: Mapping[str, Any]
     missing: list[str]
@@ -117,6 +142,8 @@ def collect(directory: Path, display: Display) -> Run:
         speeds=speeds,
         layers=layers,
         layers_of=layers_of,
+        activations=read_activations(keys, stages, missing),
+        gates=read_gates(keys, stages),
         lints=read_lints(results, display),
         record=read_object(directory / RUN_RECORD),
         missing=missing,
@@ -196,6 +223,32 @@ def read_layers(keys: Keys, stages: list[Stage], display: Display) -> tuple[str,
     chosen = (treated or done)[-1].name
     display.say(f"reading the layers of {chosen}")
     return chosen, inspect_checkpoint(keys.directory(chosen))
+
+
+def read_activations(keys: Keys, stages: list[Stage], missing: list[str]) -> list[Activation]:
+    """What the last calibrate stage saw, site by site."""
+    done = [stage for stage in stages if stage.manifest is not None and stage.config.stage == "calibrate"]
+    if not done or done[-1].manifest is None:
+        return []
+    stage, manifest = done[-1].name, done[-1].manifest
+    if HISTOGRAMS not in manifest.files:
+        missing.append(f"activations: stage {stage} was calibrated by an older sqat, which kept no histograms")
+        return []
+    checkpoint = load_checkpoint(keys.directory(stage))
+    found: dict[str, Any] = json.loads(checkpoint.files[HISTOGRAMS])
+    return [Activation(site, float(checkpoint.amax[manifest.sites[site].leader]), float(each["width"]),
+                       [*each["counts"]], manifest.sites[site].saturated) for site, each in found.items()]  # fmt: skip
+
+
+def read_gates(keys: Keys, stages: list[Stage]) -> list[str]:
+    """Each stage's gates in words, and whether what lies in its folder keeps them."""
+    lines = []
+    for stage in stages:
+        if stage.config.gates and stage.manifest is not None:
+            miss = foreseen(keys, stage.name)
+            lines.append(f"{stage.name} ({'; '.join(show_limits(keys, stage.name))}): "
+                         + (f"misses it: {miss}" if miss else "kept"))  # fmt: skip
+    return lines
 
 
 def read_lints(results: list[Result], display: Display) -> list[Linted]:

@@ -15,7 +15,10 @@ from contextlib import AbstractContextManager
 from itertools import cycle
 from typing import Any
 
-from sqat.report.collecting import Run, Stage
+import numpy as np
+from numpy.typing import NDArray
+
+from sqat.report.collecting import Activation, Run, Stage
 from sqat.report.grid import Grid
 from sqat.report.speeds import SpeedSetting
 from sqat.report_row import LayerReport
@@ -25,6 +28,8 @@ COLOURS = ("#4477aa", "#cc6677", "#228833", "#aa7733", "#66a5bb", "#aa3377")
 SPARSITY = "#999999"
 WIDTH = 4.7  # inches
 CELLS_WITH_NUMBERS = 100
+COLUMNS, FARTHEST = 96, 4.0  # of the strips of activations; in units of the bound
+Floats = NDArray[np.float64]
 
 
 def style() -> AbstractContextManager[None]:
@@ -145,6 +150,38 @@ def draw_map(
 
     rows = len(grid.rows)
     return svg(0.9 + 0.24 * rows + (0.5 if grid.regular else 0.0), draw, f"{what} of every layer")
+
+
+def draw_activations(activations: Sequence[Activation]) -> str:
+    """Every site's values as a strip, in units of its bound: how much of int8's range is used, and what is clipped."""
+    highest = min(max(len(each.counts) * each.width / each.bound for each in activations), FARTHEST)
+    edges = np.linspace(0, max(highest, 1.0), COLUMNS + 1)
+    with np.errstate(divide="ignore"):
+        strips = np.log10([share_of_each(each, edges) for each in activations])
+
+    def draw(figure: Any) -> None:
+        panel = figure.subplots()
+        mesh = panel.pcolormesh(edges, range(len(activations) + 1), strips, cmap="viridis", vmin=-7, vmax=0)
+        panel.axvline(1, color=COLOURS[1], linewidth=1.2, label="bound")
+        panel.invert_yaxis()
+        panel.set_yticks([row + 0.5 for row in range(len(activations))], [each.site for each in activations])
+        panel.tick_params(axis="y", length=0, labelsize=5)
+        panel.set_xlabel(f"|x| over the bound{', last column: all beyond' if highest == FARTHEST else ''}")
+        bar = figure.colorbar(mesh, ax=panel, label="share of the values", shrink=0.9, ticks=[-6, -4, -2, 0])
+        bar.ax.set_yticklabels(["1e-6", "1e-4", "1 %", "all"])
+        bar.solids.set(rasterized=False, edgecolor="face")
+        figure.legend(loc="outside upper right", fontsize=8)
+
+    return svg(1.1 + 0.095 * len(activations), draw, "activations of every site and the bounds of int8")
+
+
+def share_of_each(activation: Activation, edges: Floats) -> Floats:
+    """Share of a site's values [C] between the edges [C + 1], in units of its bound; the last has all beyond it."""
+    counts = np.asarray(activation.counts, np.float64)
+    upper = np.arange(len(counts) + 1) * activation.width / activation.bound
+    below = np.interp(edges, upper, np.concatenate([[0.0], counts.cumsum()]))
+    below[-1] = counts.sum()
+    return np.asarray(np.diff(below) / counts.sum())
 
 
 def number_cells(panel: Any, values: Sequence[Sequence[float]], spread: tuple[float, float]) -> None:

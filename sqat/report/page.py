@@ -15,8 +15,8 @@ from typing import Any
 from sqat import __version__
 from sqat.display import Display
 from sqat.errors import SqatError
-from sqat.report.collecting import Linted, Result, Run, Stage, collect
-from sqat.report.figures import draw_curves, draw_map, draw_trade
+from sqat.report.collecting import Activation, Linted, Result, Run, Stage, collect
+from sqat.report.figures import draw_activations, draw_curves, draw_map, draw_trade
 from sqat.report.grid import make_grid
 from sqat.report.verdict import baseline_of, figure, headline, remarks
 from sqat.small_files import replace_file
@@ -70,6 +70,8 @@ def contents(run: Run) -> dict[str, Any]:
         "curves": [(stage.name, points_note(stage), Markup(draw_curves(stage))) for stage in fitted],
         "maps": [Markup(each) for each in maps],
         "grid": grid,
+        "activations": Markup(draw_activations(run.activations)) if run.activations else "",
+        "clipped": sorted((each for each in run.activations if each.saturated), key=most_clipped)[:SEVERAL],
         "stages": [stage_cells(stage, run.metric) for stage in run.stages],
         "lints": [lint_cells(each) for each in run.lints],
         "overrides": newest_overrides(run),
@@ -78,6 +80,11 @@ def contents(run: Run) -> dict[str, Any]:
         "digests": digests(run),
         "show": figure,
     }
+
+
+def most_clipped(activation: Activation) -> float:
+    """Key that sorts the site that loses most of its values first."""
+    return -(activation.saturated or 0.0)
 
 
 def about(run: Run) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -25,6 +26,7 @@ from sqat.recipe import CalibrateConfig
 from sqat.training import processes
 
 FOLDED_SLACK = 1e-3
+HISTOGRAMS = "histograms.json"  # of the checkpoint: site -> width and counts of 64 bins of |x|, for `sqat report`
 
 
 def run(config: CalibrateConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
@@ -54,6 +56,7 @@ def run(config: CalibrateConfig, parent: Checkpoint | None, job: Job) -> Checkpo
         metrics = {"dev": job.measure(model, processor, "dev")}
     layers = record_layers(parent, choice.chosen, choice.left)
     files, weights = capture(model, processor)
+    files[HISTOGRAMS] = summaries(histograms)
     manifest = job.manifest(config, parent, metrics=metrics, layers=layers, sites=records, left=sites.left,
                             profile=config.profile, notes=notes)  # fmt: skip
     return Checkpoint(manifest, files, weights, masks, tensors)
@@ -123,6 +126,12 @@ def observe(
     finally:
         taps.remove()
     return histograms
+
+
+def summaries(histograms: Mapping[str, Histogram]) -> bytes:
+    """`HISTOGRAMS`: what was seen at every leader, coarsely."""
+    found = {site: dict(zip(("width", "counts"), each.summary(), strict=True)) for site, each in histograms.items()}
+    return f"{json.dumps(found)}\n".encode()
 
 
 def tie(sites: Sites, bounds: Mapping[str, float]) -> tuple[dict[str, str], dict[str, float]]:

@@ -194,3 +194,15 @@ def test_bad_coverage_is_refused(coverage):
 def test_counts_that_cannot_be_are_refused(counts):
     with pytest.raises(ValueError, match=f"counts must be {BINS} int64 >= 0"):
         Histogram.from_tensors({**Histogram().to_tensors(), "counts": counts})
+
+
+def test_a_summary_is_the_same_histogram_with_wider_bins() -> None:
+    x = torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 3
+    histogram = Histogram()
+    histogram.observe(x)
+    width, counts = histogram.summary(64)
+    expected, _ = np.histogram(x.abs().numpy(), bins=64, range=(0, 64 * width))
+    assert counts == expected[: len(counts)].tolist()
+    assert sum(counts) == 5000
+    assert counts[-1] > 0
+    assert Histogram().summary()[1] == []

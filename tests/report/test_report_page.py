@@ -17,7 +17,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sqat.checkpoint import Checkpoint, load_manifest, save_checkpoint
+from sqat.checkpoint import Checkpoint, load_checkpoint, load_manifest, save_checkpoint
 from sqat.cli import main
 from sqat.report.speeds import read_speeds
 from tests.bench.graphs import CONFIG, save, write_classifier
@@ -32,7 +32,7 @@ task: classification
 data: {train: train.jsonl, dev: dev.jsonl}
 stages:
   train: {steps: 10}
-  prune: {steps: 10, schedule: {name: per-group, steps: 2}}
+  prune: {steps: 10, schedule: {name: per-group, steps: 2}, gates: {accuracy: {max_drop: 0.5}}}
   calibrate:
   qat: {steps: 5}
   export: {targets: [onnx-fp32, onnx-int8]}
@@ -46,7 +46,8 @@ LOG = """\
 2026-01-01 00:00:30 prune: 4/10, task 0.7, minilm 0.01, 3.0 samples/s, 2.0s left
 2026-01-01 00:00:31 prune: done in 11s
 """
-SECTIONS = ["verdict", "results", "trade", "curves", "layers", "lint", "stages", "recipe", "reproduce", "missing"]
+SECTIONS = ["verdict", "results", "trade", "curves", "layers", "activations", "lint", "stages", "recipe", "reproduce",
+            "missing"]  # fmt: skip
 EMPTY = {"area", "br", "col", "hr", "img", "input", "link", "meta"}
 
 
@@ -100,14 +101,24 @@ def shared(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[.
     history = [{"step": 5.0, "accuracy": 0.5}, {"step": 10.0, "accuracy": 0.75}]
     parts: dict[str, dict[str, Any]] = {
         "train": {"kind": "train", **plain, **fitted, "history": history, "metrics": {"dev": {"accuracy": 0.75}}},
-        "prune": {"kind": "prune", "sites": {}, "profile": "", "losses": {"task": 0.5, "minilm": 0.01}, "steps": 10},
+        "prune": {
+            "kind": "prune",
+            "sites": {},
+            "profile": "",
+            "losses": {"task": 0.5, "minilm": 0.01},
+            "steps": 10,
+            "metrics": {"dev": {"accuracy": 0.125}},
+        },
         "calibrate": {"kind": "calibrate"},
         "qat": {"kind": "qat", "losses": {"task": 0.2}, "steps": 5},
     }
+    seen = json.dumps({site: {"width": 0.5, "counts": [70, 20, 8, 2]} for site in made.manifest.sites}).encode()
     for number, (name, entries) in enumerate(parts.items(), 1):
         manifest = made.manifest.model_copy(update={"stage": name, **entries})
         bare = {"masks": {}, "amax": {}} if name == "train" else {"amax": {}} if name == "prune" else {}
-        save_checkpoint(replace(made, manifest=manifest, recipe=RECIPE, **bare), folder / f"{number:02d}-{name}")
+        files = {**made.files, **({"histograms.json": seen} if name == "calibrate" else {})}
+        whole = replace(made, manifest=manifest, recipe=RECIPE, files=files, **bare)
+        save_checkpoint(whole, folder / f"{number:02d}-{name}")
     linear, scores = write_linear(tmp_path / "l.onnx"), write_classifier(tmp_path / "c.onnx")
     files = {"model.fp32.onnx": linear.read_bytes(), "model.int8.onnx": scores.read_bytes()}
     files["config.json"] = json.dumps(CONFIG).encode()
@@ -158,7 +169,9 @@ def test_every_section_is_there(whole: tuple[str, Page]) -> None:
     assert [each for each in page.ids if each in SECTIONS] == SECTIONS
     assert {each.removeprefix("#") for each in page.references} <= set(page.ids)
     assert len(set(page.ids)) == len(page.ids), "an id is of one element"
-    assert page.tags.count("svg") == 1 + 3 + 2, "trade-off; losses of train, prune and qat; zeros and SQNR"
+    assert page.tags.count("svg") == 1 + 3 + 2 + 1, (
+        "trade-off; losses of train, prune and qat; zeros, SQNR; activations"
+    )
 
 
 def test_curves_are_those_of_the_log_and_the_manifest(whole: tuple[str, Page]) -> None:
@@ -228,7 +241,7 @@ def test_a_bare_run_says_what_it_lacks(run: Path) -> None:
     assert "No latency beside this run" in flat
     for what in ("stage qat: has not run", "not measured", "no sqat.log", "neither latency.json"):
         assert what in flat[flat.index("What is not here") :]
-    assert page.tags.count("svg") == 2 + 2, "the losses of last steps; layers"
+    assert page.tags.count("svg") == 2 + 2 + 1, "the losses of last steps; layers; activations"
 
 
 def test_a_recorded_start_and_figures_of_an_earlier_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -355,3 +368,27 @@ def test_a_browser_lays_it_out_without_overflow(whole: tuple[str, Page], tmp_pat
 
 def test_the_graph_of_these_tests_is_one(tmp_path: Path) -> None:
     onnx.checker.check_model(onnx.load(write_linear(tmp_path / "l.onnx")))
+
+
+def test_gates_and_whether_they_are_kept(whole: tuple[str, Page]) -> None:
+    text = re.sub(r"\s+", " ", whole[1].text)
+    assert ("Gates: prune (accuracy at most 0.5 below train): misses it: dev accuracy 0.1250, allowed from 0.2500 "
+            "(train 0.7500 - 0.5)") in text  # fmt: skip
+
+
+def test_activations_of_every_site(shared: Path, whole: tuple[str, Page]) -> None:
+    text = whole[1].text.partition("What calibration saw")[0].rpartition("Activations")[2]
+    sites = load_manifest(shared / "03-calibrate").sites
+    assert [site for site in sites if site not in text] == []
+    assert "Most is clipped at " in whole[1].text
+    assert "(25 %)" in whole[1].text
+
+
+def test_an_older_calibration_has_no_histograms(run: Path) -> None:
+    checkpoint = load_checkpoint(run / "03-calibrate")
+    files = {name: content for name, content in checkpoint.files.items() if name != "histograms.json"}
+    shutil.rmtree(run / "03-calibrate")
+    save_checkpoint(replace(checkpoint, files=files), run / "03-calibrate")
+    text = page_of(run)[1].text
+    assert "No calibrate stage with histograms is here" in text
+    assert "activations: stage calibrate was calibrated by an older sqat" in text

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import re
 
+import numpy as np
+
 from sqat.recipe import PruneConfig, QatConfig
-from sqat.report.collecting import Stage
+from sqat.report.collecting import Activation, Stage
 from sqat.report.curves import Curves, read_log, schedule_of
-from sqat.report.figures import COLOURS, draw_curves
+from sqat.report.figures import COLOURS, draw_curves, share_of_each
 from sqat.report.grid import WIDE, make_grid, short_parts
 from sqat.report.page import points_note
 from sqat.report.verdict import figure
@@ -122,3 +124,9 @@ def test_figures_of_one_title_have_ids_of_their_own() -> None:
 
 def test_figures_that_are_no_numbers() -> None:
     assert [figure(value) for value in (0.5, math.inf, -math.inf, math.nan)] == ["0.5000", "∞", "-∞", "not a number"]
+
+
+def test_values_are_spread_over_columns_in_units_of_the_bound() -> None:
+    seen = Activation("a:input", 2.0, 1.0, [60, 20, 10, 0, 10], 0.2)
+    np.testing.assert_allclose(share_of_each(seen, np.array([0.0, 0.5, 1.0, 1.5])), [0.6, 0.2, 0.2])
+    np.testing.assert_allclose(share_of_each(seen, np.array([0.0, 0.25, 3.0])), [0.3, 0.7], err_msg="half of a bin")
