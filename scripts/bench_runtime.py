@@ -32,6 +32,7 @@ from unittest.mock import patch
 import numpy as np
 
 from sqat import runtime
+from sqat.bench.candidates import openvino_core
 from sqat.errors import SqatError
 from sqat.small_files import replace_file
 
@@ -83,10 +84,8 @@ def feeding(session: Any) -> Run:
 
 
 def openvino_engine(path: Path, threads: int) -> Run:
-    import openvino
-
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    model = openvino.Core().compile_model(str(path), "CPU", settings)
+    model = openvino_core().compile_model(str(path), "CPU", settings)
     names = {name for each in model.inputs for name in each.names}
     request = model.create_infer_request()
     return lambda feeds: request.infer({name: feeds[name] for name in feeds.keys() & names})

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -298,11 +299,22 @@ def feeding(session: Any) -> Run:
     return lambda feeds: np.asarray(session.run([output], {name: feeds[name] for name in names})[0])
 
 
-def open_openvino(path: Path, threads: int, stack: ExitStack) -> Run:
+@cache
+def openvino_core() -> Any:
+    """OpenVINO, one for the process and never closed.
+
+    Its CPU plugin gives the thread that loads it an alternate signal stack, on which Python's signal handlers run, and
+    frees that memory with the last object of it. Where the garbage collector does so in another thread, the next Ctrl-C
+    ends the process with a segmentation fault.
+    """
     import openvino
 
+    return openvino.Core()
+
+
+def open_openvino(path: Path, threads: int, stack: ExitStack) -> Run:
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    model = openvino.Core().compile_model(str(path), "CPU", settings)
+    model = openvino_core().compile_model(str(path), "CPU", settings)
     names = {name for each in model.inputs for name in each.names}
     request = model.create_infer_request()
     return lambda feeds: np.asarray(request.infer({name: feeds[name] for name in feeds.keys() & names})[0])

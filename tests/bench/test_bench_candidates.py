@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -175,3 +177,26 @@ def test_parity() -> None:
 ])  # fmt: skip
 def test_who_decides(config: dict[str, Any], decides: bool) -> None:
     assert is_classifier(config) is decides
+
+
+def test_ctrl_c_after_openvino_was_dropped_elsewhere(tmp_path: Path) -> None:
+    """Its plugin's memory for signals, freed by another thread's garbage collection, would end the process."""
+    pytest.importorskip("openvino")
+    path = write_classifier(tmp_path / "m.onnx")
+    code = f"""
+import gc, signal, threading
+from contextlib import ExitStack
+from pathlib import Path
+import numpy as np
+from sqat.bench.candidates import open_openvino
+ones = np.ones((1, 8), np.int64)
+kept = [open_openvino(Path({str(path)!r}), 1, ExitStack())]
+kept[0]({{"input_ids": ones, "attention_mask": ones}})
+thread = threading.Thread(target=lambda: (kept.clear(), gc.collect()))
+thread.start()
+thread.join()
+signal.signal(signal.SIGINT, lambda *_: print("handled"))
+signal.raise_signal(signal.SIGINT)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr

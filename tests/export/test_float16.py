@@ -17,6 +17,7 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
+from sqat.bench.candidates import openvino_core
 from sqat.errors import SqatError
 from sqat.export.conv1x1 import to_conv1x1
 from sqat.export.float16 import to_float16
@@ -187,8 +188,8 @@ def test_int8_products_still_read_dequantized_operands(family: Family) -> None:
 
 
 def test_openvino_runs_them_in_int8(bert: Family) -> None:
-    openvino = pytest.importorskip("openvino")
-    core = openvino.Core()
+    pytest.importorskip("openvino")
+    core = openvino_core()
     model = core.read_model(to_float16(quantized(bert)).SerializeToString())
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     kinds = Counter(

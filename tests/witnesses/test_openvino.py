@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 
+from sqat.bench.candidates import openvino_core
 from sqat.export.graph import node_name
 from sqat.export.qdq import insert_qdq
 from sqat.export.runtime import int8_saturates
@@ -31,7 +32,7 @@ from tests.witnesses.flavours import (
     without_saturation,
 )
 
-openvino = pytest.importorskip("openvino")
+pytest.importorskip("openvino")
 
 # It multiplies scales into each other before it rounds, so it is off by a few more last bits than torch.
 ROUNDING = 4 * SINGLE
@@ -53,7 +54,7 @@ class Kernel(NamedTuple):
 
 def compile_model(model: onnx.ModelProto) -> Any:
     """Compile for the CPU in float32 where it is not int8 (bfloat16 is its default where the CPU has it)."""
-    core = openvino.Core()
+    core = openvino_core()
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     return core.compile_model(core.read_model(model.SerializeToString()), "CPU", settings)
 
