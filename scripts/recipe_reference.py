@@ -1,4 +1,4 @@
-"""Write recipes/REFERENCE.md: every key a recipe may have, from the schema that checks recipes.
+"""Write recipes/REFERENCE.md, every key a recipe may have, and the schema for editors, from what checks recipes.
 
     python scripts/recipe_reference.py
 
@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from sqat.recipe import STAGE_KINDS
-from sqat.recipe_schema import describe, recipe_schema, union_of, variants
+from sqat.recipe_schema import SCHEMA_FILE, describe, recipe_schema, schema_text, union_of, variants
 
 Schema = Mapping[str, Any]
 PAGE = Path(__file__).parents[1] / "recipes" / "REFERENCE.md"
@@ -35,6 +35,7 @@ STAGE = "stage"  # the key that names a stage's kind, told once for all
 
 def main() -> None:
     PAGE.write_text(page(), encoding="utf-8")
+    (PAGE.parent / SCHEMA_FILE).write_text(schema_text(), encoding="utf-8")
 
 
 def page() -> str:

@@ -492,18 +492,15 @@ def schema(
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="default: print it")] = None,
 ) -> None:
     """Print the JSON schema of recipes, for editors and for reading."""
-    import json
-
     from sqat.console import print_text
-    from sqat.recipe_schema import recipe_schema
+    from sqat.recipe_schema import schema_text
 
-    text = json.dumps(recipe_schema(), indent=2)
     if output is None:
-        print_text(text)
+        print_text(schema_text().rstrip())
     else:
         from sqat.small_files import replace_file
 
-        replace_file(output, f"{text}\n".encode())
+        replace_file(output, schema_text().encode())
 
 
 def load(recipe: Path, overrides: Sequence[str] | None) -> LoadedRecipe:

@@ -6,6 +6,7 @@ they cannot disagree with what is checked. Only the constructs the recipe uses a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, TypeAlias
@@ -13,6 +14,7 @@ from typing import Any, TypeAlias
 from sqat.recipe import STAGE_KINDS, Recipe
 from sqat.yaml_tree import Node
 
+SCHEMA_FILE = "recipe.schema.json"  # what the first line of a recipe names for editors, beside the recipe
 Schema: TypeAlias = dict[str, Any]
 KeyPath: TypeAlias = tuple[str | int, ...]
 
@@ -31,6 +33,11 @@ def recipe_schema() -> Schema:
     }
     stages["additionalProperties"] = False
     return schema
+
+
+def schema_text() -> str:
+    """The schema as a file has it, for editors."""
+    return json.dumps(recipe_schema(), indent=2) + "\n"
 
 
 def _untitled(value: Any) -> Any:

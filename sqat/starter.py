@@ -18,6 +18,7 @@ from typing import Any
 
 from sqat.errors import SqatError
 from sqat.readers import Row, read_rows
+from sqat.recipe_schema import SCHEMA_FILE, schema_text
 from sqat.small_files import replace_file
 from sqat.sparseml import Translation, translate
 from sqat.yaml_tree import Place, resolve_scalar
@@ -91,6 +92,7 @@ def write_starter(
     translation = None if sparseml is None else translate(sparseml)
     text = compose_recipe(guess, splits, model or default_model(), output.parent, translation)
     replace_file(output, text.encode())
+    replace_file(output.with_name(SCHEMA_FILE), schema_text().encode())
     columns = ", ".join(f"{key} = {name}" for key, name in guess.columns.items())
     lines = [f"task: {guess.task} ({guess.reason})", f"columns: {columns}"]
     lines += [f"{name}: {path or 'none found'}" for name, path in splits.items()]
@@ -98,7 +100,7 @@ def write_starter(
         lines += [f"{sparseml}: {note}" for note in translation.notes]
     if splits["dev"] is None:
         lines.append("warning: no dev file found, so dev is train; name one with --dev before you trust a figure")
-    return [*lines, f"wrote {output}; next: sqat run {output}"]
+    return [*lines, f"wrote {output}, and {SCHEMA_FILE} for editors; next: sqat run {output}"]
 
 
 def guess_task(rows: Sequence[Row], task: str | None, place: str) -> Guess:
@@ -296,6 +298,7 @@ DEV_IS_TRAIN = """\
   dev: {{path: {train}, limit: 500}}"""
 
 TEMPLATE = """\
+# yaml-language-server: $schema=recipe.schema.json
 # Written by `sqat init`. Every key with its default: `sqat schema`. What would run: `sqat run --dry-run`.
 model:
   source: {model}  # a folder, a hub name, or package:NAME/FOLDER

@@ -363,7 +363,7 @@ def test_init_tells_its_guess(folder: Path, capsys: pytest.CaptureFixture[str]) 
         "train: train.jsonl",
         "dev: dev.jsonl",
         "test: test.jsonl",
-        "wrote new/first.yaml; next: sqat run new/first.yaml",
+        "wrote new/first.yaml, and recipe.schema.json for editors; next: sqat run new/first.yaml",
     ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sqat.recipe_schema import recipe_schema
+from sqat.recipe_schema import SCHEMA_FILE, recipe_schema, schema_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,6 +41,12 @@ def test_the_page_is_in_step_with_the_schema(reference: Any) -> None:
     assert (ROOT / "recipes/REFERENCE.md").read_text(encoding="utf-8") == reference.page(), (
         "run python scripts/recipe_reference.py"
     )
+
+
+def test_recipes_name_the_schema_for_editors() -> None:
+    assert (ROOT / "recipes" / SCHEMA_FILE).read_text() == schema_text(), "run python scripts/recipe_reference.py"
+    for path in (ROOT / "recipes").glob("*.yaml"):
+        assert path.read_text().startswith(f"# yaml-language-server: $schema={SCHEMA_FILE}\n"), path.name
 
 
 def test_every_key_is_there(reference: Any) -> None:

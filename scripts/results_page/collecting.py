@@ -223,7 +223,8 @@ def head_comment(text: str) -> str:
     for line in text.splitlines():
         if not line.startswith("#"):
             break
-        lines.append(line.lstrip("# ").rstrip())
+        if not line.startswith("# yaml-language-server:"):
+            lines.append(line.lstrip("# ").rstrip())
     return " ".join(lines)
 
 
