@@ -4,8 +4,8 @@ A group is M neighbours along one dimension, aligned to its start (Linear [out, 
 [out, in, kh, kw]: dimension 1); the N with the largest scores are kept and ties keep the lower index,
 so a mask is a pure function of the scores on every device. Where a group fits one integer (M of 2, 4, 8)
 the ranks come from M - 1 comparisons of the scores with themselves shifted, which a CPU runs without a
-branch or a sort; other M are sorted. Left out: permuting channels before masking (arXiv:2104.08378), and
-sparse storage, which belongs to the export.
+branch or a sort; other M are sorted. Left out: the order of channels, which is
+`sqat.sparsity.permutation`'s, and sparse storage, which belongs to the export.
 """
 
 from __future__ import annotations
