@@ -394,6 +394,10 @@ class PruneConfig(FitConfig):
     schedule: Annotated[Schedule, Field(discriminator="name"), Short("name")] = Field(
         default=PerGroup(), description="how the sparsity grows to its target"
     )
+    permute: bool = Field(
+        default=False,
+        description="first put channels within blocks in an order that loses less; the dense model computes the same",
+    )
     recover: float = Field(
         default=0.8,
         ge=0,
@@ -407,9 +411,11 @@ class PruneConfig(FitConfig):
 
     @model_serializer(mode="wrap")
     def with_ordered_patterns(self, section: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Patterns as pairs, since their order counts; none are no key, so that older checkpoints stay as they are."""
+        """Patterns as pairs, since their order counts; what is not asked for is no key: older checkpoints stay."""
         entries: dict[str, Any] = section(self)
         entries.pop("patterns", None)  # not there where defaults are left out
+        if not self.permute:
+            entries.pop("permute", None)
         return entries | ({"patterns": [*self.patterns.items()]} if self.patterns else {})
 
 

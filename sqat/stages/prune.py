@@ -1,7 +1,8 @@
 """Progressive N:M pruning: a growing mask over the surviving weights, fine-tuning between (source: NVIDIA/Tencent).
 
 The mask of step i is set before one training step and holds in every forward pass after it; the last one
-is set when ``recover`` of the steps remain. One-shot pruning is the schedule with one step.
+is set when ``recover`` of the steps remain. One-shot pruning is the schedule with one step. Channels are
+permuted, where that is asked for, before the first mask; a resumed stage does so again, then reads the weights it had.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from sqat.sparsity.schedule import SrSte
 from sqat.stages.losses import stage_loss
 from sqat.stages.masking import Masking, mask_steps, too_few_steps, with_decay
 from sqat.stages.patterns import choose_patterns
+from sqat.stages.permuting import permute_for_
 from sqat.stages.statistics import gather
 
 
@@ -35,13 +37,15 @@ def run(config: PruneConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
              for name in patterns}  # fmt: skip
     kept = {name: mask for name, mask in old.items() if name not in masks}
     learns_all = isinstance(config.schedule, SrSte)
-    transforms = insert_weights_(model, {**masks, **kept}, (), masks if learns_all else ())
-    feed = job.feed(config, processor)
+    feed, notes = job.feed(config, processor), [] if parent is None else list(parent.manifest.notes)
     moments = mask_steps(config, job.steps(config, feed))
     if remark := too_few_steps(moments):
         job.display.say(f"{job.name}: {remark}")
     with stage_loss(model, config.distill, job) as loss:
         gathered = partial(gather, config.criterion, model, loss=loss, feed=feed, seed=job.recipe.seed)
+        if config.permute:
+            notes += permute_for_(config, model, patterns, old, feed, gathered, job)
+        transforms = insert_weights_(model, {**masks, **kept}, (), masks if learns_all else ())
         masking = Masking(model, {name: transforms[name] for name in masks}, patterns, config, moments, gathered)
         fitted = job.fit(model, processor, with_decay(loss, masking), config, masking.before_step,
                          judge_from=0 if learns_all else max(moments))  # fmt: skip
@@ -52,5 +56,5 @@ def run(config: PruneConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
     if parent is not None:
         layers |= {name: parent.manifest.layers[name] for name in kept}
     files, weights = capture(model, processor)
-    manifest = job.manifest(config, parent, fitted, metrics=metrics, layers=layers)
+    manifest = job.manifest(config, parent, fitted, metrics=metrics, layers=layers, notes=notes)
     return Checkpoint(manifest, files, weights, masks)

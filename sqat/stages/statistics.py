@@ -23,7 +23,7 @@ from sqat.data import Batch
 from sqat.errors import SqatError
 from sqat.insertion.sites import observed_rows
 from sqat.insertion.taps import tap_linears
-from sqat.insertion.weights import layer, original_weight
+from sqat.insertion.weights import layer
 from sqat.sparsity.criteria import Criterion, Magnitude, Taylor, Wanda
 from sqat.sparsity.features import input_windows
 from sqat.sparsity.sparsegpt import SparseGPT
@@ -141,7 +141,7 @@ def gather_gradients(
     model: nn.Module, leaders: Mapping[str, str], loss: Loss, batches: Iterator[Batch], squared: bool
 ) -> dict[str, Tensor]:
     """Sum the gradients (or their squares) of the loss by the layers' masked weights, pruned ones included."""
-    sums = {leader: torch.zeros_like(original_weight(layer(model, leader))) for leader in leaders.values()}
+    sums = {leader: torch.zeros_like(layer(model, leader).weight.detach()) for leader in leaders.values()}
     for batch in batches:
         with parametrize.cached():  # the weight asked for here is the very tensor that the model multiplies
             weights = {name: layer(model, name).weight for name in leaders}
