@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from sqat.stages.calibrate import fold_, observe, sample_batches, shown, tie
 from sqat.stages.losses import task_loss
 from sqat.stages.masking import Masking, mask_of
 from sqat.stages.patterns import choose_patterns
+from sqat.stages.permuting import permute_for_
 from sqat.stages.statistics import gather
 
 
@@ -82,14 +84,16 @@ def set_weights_(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def find_pruning(model: nn.Module, config: PruneConfig, job: Job, processor: Processor) -> Pruning:
-    """Choose the masks of a prune stage as if it had one step; the model is left as it was."""
+    """Choose the masks of a prune stage as if it had one step; the model is left as it was, permuted if asked for."""
     patterns, _ = choose_patterns(model, config)
+    loss, feed, seed = task_loss(job.task), job.feed(config, processor), job.recipe.seed
+    gathered = partial(gather, config.criterion, model, loss=loss, feed=feed, seed=seed)
+    if config.permute:
+        permute_for_(config, model, patterns, (), feed, gathered, job)
     saved = copy_weights(model, patterns)
     ones = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in saved.items()}
     transforms, at_once = insert_weights_(model, ones, ()), config.model_copy(update={"schedule": PerGroup(steps=1)})
-    loss, feed, seed = task_loss(job.task), job.feed(config, processor), job.recipe.seed
-    masking = Masking(model, transforms, patterns, at_once, {0: 0},
-                      lambda leaders: gather(config.criterion, model, leaders, loss, feed, seed))  # fmt: skip
+    masking = Masking(model, transforms, patterns, at_once, {0: 0}, gathered)
     try:
         masking.before_step(0)
         masks = {name: mask_of(transform).clone() for name, transform in transforms.items()}

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from sqat.analysis.treatments import find_pruning, find_rounding, treated_
 from sqat.checkpoint import load_checkpoint, save_checkpoint
 from sqat.display import Silent
 from sqat.errors import SqatError
-from sqat.job import Job, logits_of
+from sqat.job import Job, logits_of, predict
 from sqat.recipe import CalibrateConfig, LoadedRecipe, PruneConfig
 from sqat.recipe_file import load_recipe
 from tests.pipeline.conftest import Project
@@ -324,3 +325,16 @@ def test_a_recipe_without_either_stage_is_refused(project: Project) -> None:
     loaded = load_recipe(other)
     with pytest.raises(SqatError, match="neither a prune nor a calibrate stage"):
         run_analysis(loaded, Options(start=project.stage("train")), Silent())
+
+
+def test_channels_are_permuted_where_the_section_asks_for_it(project: Project, loaded: LoadedRecipe) -> None:
+    job = job_of(project, loaded)
+    model, processor = job.start(job.teacher())
+    rows = choose_rows(job.splits.prepared("dev", processor), FEW, 0)
+    dense, name = predict(partial(logits_of, model), rows, processor), "bert.encoder.layer.0.output.dense"
+    plain = find_pruning(model, PruneConfig(), job, processor)
+    before = model.get_submodule(name).weight.detach().abs() * plain.masks[name]
+    pruning = find_pruning(model, PruneConfig(permute=True), job, processor)
+    torch.testing.assert_close(predict(partial(logits_of, model), rows, processor), dense, rtol=1e-4, atol=1e-4)
+    after = model.get_submodule(name).weight.detach().abs() * pruning.masks[name]
+    assert after.sum() > before.sum()

@@ -444,6 +444,34 @@ def test_an_exported_file_is_the_quantized_model(
     assert difference < 0.05
 
 
+def test_permuted_channels_keep_more_of_the_same_model(model: Any, batches: Batches) -> None:
+    with pytest.raises(
+        sqat.SqatError, match="permute needs a batch, to see that the model stays what it is; give batch"
+    ):
+        sqat.prune(copy.deepcopy(model), permute=True)
+    kept = {}
+    for permute in (False, True):
+        pruned = copy.deepcopy(model)
+        masks = sqat.prune(pruned, batches=batches, permute=permute)
+        assert_pruned(pruned, masks)
+        kept[permute] = sum(float(weight.abs().sum()) for weight in weights(pruned, masks).values())
+        assert bool(masks.notes) == permute
+    assert kept[True] > kept[False]
+    assert masks.notes[0].startswith("permuted the channels of 4 sites")
+    teacher, optimizer = copy.deepcopy(model), torch.optim.AdamW(model.parameters(), lr=1e-2)
+    wanted = model(**batches[0]).logits.detach()
+    with sqat.Pruner(model, len(batches), "2:4", "wanda", recover=0.5, batches=batches, permute=True) as pruner:
+        assert torch.allclose(model(**batches[0]).logits, wanted, atol=1e-4), "nothing is pruned yet"
+        with sqat.distillation_loss(model, teacher) as minilm:
+            model(**batches[0])
+            assert abs(minilm(batches[0]).item()) < 1e-5
+        for batch in batches:
+            pruner.step()
+            train(model, [batch], optimizer=optimizer)
+    assert pruner.notes[0].endswith("wanda scores")
+    assert_pruned(model, pruner.masks)
+
+
 def test_a_float_file_and_what_export_refuses(make_model: MakeModel, batches: Batches, tmp_path: Path) -> None:
     model = make_model(num_hidden_layers=1)
     assert sqat.export_onnx(model, tmp_path / "float.onnx", batches[0]) < 1e-4
