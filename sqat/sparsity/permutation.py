@@ -1,15 +1,15 @@
 """An order of channels in which groups of M keep more of their scores under N:M.
 
 What a group keeps depends on which columns share it: two columns that matter to the same rows compete, two that matter
-to different rows do not. Where the columns may be put in any order (`sqat.stages.permuting` says where), a better
-partition into groups keeps more (arXiv:2104.08378; Pool & Yu, "Channel Permutations for N:M Sparsity", NeurIPS 2021).
+to different rows do not. Where columns may be put in any order (`sqat.stages.channels` says where), a better partition
+into groups keeps more (Pool & Yu, "Channel Permutations for N:M Sparsity", NeurIPS 2021; the search here is another).
 
 Columns of different groups are swapped as long as that gains. Without column i a group keeps the N - 1 largest of the
 others in each row for certain, and of the column x in i's place whatever exceeds their N-th largest b_i: it keeps a
 constant plus sum_r max(b_ir, x_r). So one matrix of these sums, each place against each column, holds the exact gain of
 every swap. A round takes the best swap, the best among the groups it leaves untouched, and so on, and computes the rows
-of the groups that changed anew. Left out: exchanges of two columns at a time, which gain nothing more on the weights
-of all-MiniLM-L6-v2, and rows beyond memory: a problem of C columns takes a few times C * C floats.
+of the groups that changed anew. Left out: exchanges of two columns for two, which then gained next to nothing on the
+weights of all-MiniLM-L6-v2. Memory: a few times C * C floats.
 
 Shapes: R rows (outputs), C columns (inputs), P places of columns in groups, G groups of m.
 """
@@ -44,7 +44,7 @@ def find_order(scores: Tensor, pattern: Pattern, seed: int = 0) -> Tensor:
         seed: of the random orders that small problems are also begun with.
 
     Returns:
-        int64 [C] on the CPU: ``scores[:, order]`` is the better one. The same on every device.
+        int64 [C] on the CPU, where all is computed: ``scores[:, order]`` keeps more.
 
     Raises:
         ValueError: the size does not fit, or a score is not finite.

@@ -7,8 +7,9 @@ in a copy of the block in float64, run on what the block reads in the model, row
 they make a site if the outputs stay while the columns alone move them. So what lies between (an activation, dropout, a
 norm, a product with attention) need not be known.
 
-Left out: the residual stream, which all blocks would have to share with the embeddings and the head; queries and keys,
-whose order no pruned layer reads; layouts of fused projections other than [2, C] and [3, heads, width].
+Left out: the residual stream, whose order all blocks share with the embeddings and the outputs (the best found for
+all-MiniLM-L6-v2 keeps 0.4 points more of the magnitude of what reads it, the sites here 1.3 of theirs); queries and
+keys, whose order no pruned layer reads; layouts of fused projections other than [2, C] and [3, heads, width].
 """
 
 from __future__ import annotations
