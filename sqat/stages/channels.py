@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations, islice
 from typing import Any, TypeVar
 
@@ -30,7 +31,7 @@ from sqat.sparsity.masks import Pattern
 
 T = TypeVar("T")
 ALIKE, APART = 1e-9, 1e-6  # relative change of a block's outputs in float64: none but rounding; some
-ELSEWHERE = "what they read is not made in their block alone"
+ELSEWHERE = "nothing in their block makes them in any order"
 
 
 @dataclass(frozen=True)
@@ -218,10 +219,13 @@ def block_inputs(model: nn.Module, inputs: Mapping[str, Tensor], blocks: Iterabl
     """What each block is given when the model runs: arguments and keywords of its first call."""
     seen: dict[str, tuple[Any, Any]] = {}
 
-    def keep(name: str) -> Any:
-        return lambda module, args, keywords: seen.setdefault(name, precise((args, keywords))) and None
+    def keep(name: str, module: nn.Module, args: Any, keywords: Any) -> None:
+        if name not in seen:
+            seen[name] = precise((args, keywords))
 
-    hooks = [model.get_submodule(b).register_forward_pre_hook(keep(b), with_kwargs=True) for b in blocks]
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(partial(keep, name), with_kwargs=True) for name in blocks
+    ]
     try:
         outputs_of(model, inputs)
     finally:

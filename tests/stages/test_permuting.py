@@ -84,7 +84,7 @@ def test_sites_are_told_by_trial(family: str, make_model: MakeModel, batch: Inpu
         assert producer.endswith(f".{makes}")
         assert tuple(rest) == layout
     assert sorted([*left, *(site.consumer for site in sites)]) == sorted(patterns)
-    assert set(left.values()) == {"what they read is not made in their block alone"}
+    assert set(left.values()) == {"nothing in their block makes them in any order"}
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -125,7 +125,7 @@ def test_each_layer_keeps_more_and_the_others_as_much(make_model: MakeModel, bat
         f"the layers that read them keep {old:.1%} -> {new:.1%} of their magnitude scores",
         "not permuted: the inputs of 8 layers, bert.encoder.layer.0.attention.self.query, "
         "bert.encoder.layer.0.attention.self.key, bert.encoder.layer.0.attention.self.value and others: "
-        "what they read is not made in their block alone",
+        "nothing in their block makes them in any order",
     ]
     assert permuted(again, batch) == notes
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True)), (
@@ -187,7 +187,7 @@ def test_a_norm_between_may_not_tell_channels_apart() -> None:
     nn.init.normal_(model.blocks[0].norm.weight)
     sites, left = find_sites(model, X, LINEARS)
     assert [site.consumer for site in sites] == ["blocks.0.o"]
-    assert left == {"blocks.0.down": "what they read is not made in their block alone"}
+    assert left == {"blocks.0.down": "nothing in their block makes them in any order"}
 
 
 def test_shared_weights_and_pruned_layers_stay(make_model: MakeModel, batch: Inputs) -> None:
