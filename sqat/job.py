@@ -12,7 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from sqat.checkpoint import Checkpoint, Manifest
-from sqat.data import Batch, Processor, Rows, SplitName, column, load_rows, ordered_batches, plan_batches
+from sqat.data import (
+    Batch,
+    Processor,
+    Rows,
+    SplitName,
+    TextProcessor,
+    column,
+    load_rows,
+    ordered_batches,
+    plan_batches,
+)
 from sqat.display import Display
 from sqat.errors import SqatError
 from sqat.models import build, check_head, load_pretrained, versions
@@ -97,7 +107,10 @@ class Job:
             check_head(parent.files["config.json"], task.outputs, task.config_fields, place)
             return on_device(*build(parent, place))
         head = {"num_labels": task.outputs, **task.config_fields}
-        return on_device(*load_pretrained(task.architecture, self.recipe.model, self.folder, head, self.recipe.seed))
+        model, words = load_pretrained(task.architecture, self.recipe.model, self.folder, head, self.recipe.seed)
+        if isinstance(words, TextProcessor) and (end := words.tokenizer.eos_token) == words.tokenizer.pad_token and end:
+            self.display.say(f"{self.name}: texts are padded with the end token {end}")
+        return on_device(model, words)
 
     def feed(self, config: FitConfig, processor: Processor) -> Feed:
         """Training batches: a function of (seed, epoch)."""

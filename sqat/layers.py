@@ -141,6 +141,11 @@ QKV_NAME = re.compile(r"^(?:w_?)?(q|k|v|query|key|value)(?:_?(?:proj|projection|
 FUSED_NAME = re.compile(r"^(?:w_?)?qkv(?:_?(?:proj|projection|lin|linear|layer))?$", re.IGNORECASE)
 
 
+def is_causal(model: nn.Module, layer: str) -> bool:
+    """Whether the attention that a q, k or v linear belongs to reads only what stands before; transformers says so."""
+    return bool(getattr(model.get_submodule(layer.rpartition(".")[0]), "is_causal", False))
+
+
 def find_qkv(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str, ...]:
     """Names of the linears that make the last block's q, k and v: three, or one fused.
 

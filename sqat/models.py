@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from sqat.data import Processor
 from sqat.errors import SqatError
 from sqat.insertion.attention import byte_attention, tapped_attention
 from sqat.insertion.batch_norm import fold_batch_norms_
-from sqat.layers import weighted_layers
+from sqat.insertion.capture import Capture
+from sqat.layers import find_qkv, is_causal, weighted_layers
 from sqat.recipe import ModelConfig
 from sqat.sources import LOADING, check_digest, first_line, resolve_source
 
@@ -198,6 +199,13 @@ def attention_heads(model: nn.Module) -> int:
     """Number of attention heads, from the config (every transformers config maps its own name to this one)."""
     config: Any = model.config
     return int(config.num_attention_heads)
+
+
+def capture_last(model: nn.Module, qkv: Sequence[str] | None = None) -> Capture:
+    """Catch q, k and v of a model's last block, found by their names or named by ``qkv``."""
+    names, heads = find_qkv(model, qkv), attention_heads(model)
+    shared = getattr(model.config, "num_key_value_heads", None)  # of families that know grouped queries
+    return Capture(model, names, heads, shared, is_causal(model, names[0]))
 
 
 def versions() -> dict[str, str]:

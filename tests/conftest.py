@@ -1,4 +1,4 @@
-"""What many tests start from: tiny encoders of six families, a tokenizer, a task that can be learned, checkpoints."""
+"""What many tests start from: tiny encoders and decoders, a tokenizer, a task that can be learned, checkpoints."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ SHAPE = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "i
 COMMON = {"vocab_size": len(VOCABULARY), "pad_token_id": 0, "max_position_embeddings": 40}
 SPECIAL = {"bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
 BASE = {**SHAPE, **COMMON, "initializer_range": 0.2}
+GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 2, "eos_token_id": 3}
 CONFIGS: dict[str, Callable[..., Any]] = {
     "bert": lambda **more: transformers.BertConfig(**{**BASE, **more}),
     "roberta": lambda **more: transformers.RobertaConfig(**{**BASE, **more}),
@@ -52,6 +53,13 @@ CONFIGS: dict[str, Callable[..., Any]] = {
         **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 2}
         | {"decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, **COMMON}
         | {"bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 2, "forced_eos_token_id": 3, **more}
+    ),
+    "llama": lambda **more: transformers.LlamaConfig(**{**BASE, **GROUPED, **more}),
+    "qwen2": lambda **more: transformers.Qwen2Config(**{**BASE, **GROUPED, **more}),
+    "mistral": lambda **more: transformers.MistralConfig(**{**BASE, **GROUPED, **more}),
+    "gpt2": lambda **more: transformers.GPT2Config(
+        **{"n_layer": 2, "n_embd": 32, "n_head": 2, "n_inner": 64, "n_positions": 40, "vocab_size": len(VOCABULARY)}
+        | {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "initializer_range": 0.2, **more}
     ),
 }
 FAMILIES = ("bert", "roberta", "distilbert", "electra", "mpnet", "modernbert")

@@ -37,6 +37,7 @@ BLOCKS = {
     "modernbert": "model.layers",
     "deberta-v2": "deberta.encoder.layer",
     "deberta": "deberta.encoder.layer",
+    "llama": "model.layers",
 }
 QKV = {
     "bert": ("attention.self.query", "attention.self.key", "attention.self.value"),
@@ -45,6 +46,7 @@ QKV = {
     "electra": ("attention.self.query", "attention.self.key", "attention.self.value"),
     "mpnet": ("attention.attn.q", "attention.attn.k", "attention.attn.v"),
     "modernbert": ("attn.Wqkv",),
+    "llama": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "deberta-v2": ("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
 }
 MANIFEST = Manifest(stage="t", kind="train", key="k", base_model="b", seed=0)

@@ -1,4 +1,9 @@
-"""Text encoders with a classification head (one logit or several), and their tokenizers."""
+"""Texts with a classification head (one logit or several): encoders, and decoders that judge by the last real token.
+
+transformers finds that token by comparing with the config's padding token, so a decoder's config is given its
+tokenizer's; one without pads with its end token, as is the custom. Padding is put on the right, where a causal mask
+hides it: on the left it would move the positions of GPT-2 and its like, and the score with them.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +42,7 @@ class Texts:
         try:
             settings = AutoConfig.from_pretrained(source, **known, **head)
             set_dropout(settings, config.dropout)
+            tokenizer = AutoTokenizer.from_pretrained(source, **known)
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 source,
                 config=settings,
@@ -46,7 +52,6 @@ class Texts:
                 output_loading_info=True,
                 **known,
             )
-            tokenizer = AutoTokenizer.from_pretrained(source, **known)
         except LOADING as error:
             raise SqatError(
                 f"the model {config.source!r} cannot be loaded: {first_line(error)}", "check model.source"
@@ -54,6 +59,8 @@ class Texts:
         check_encoder(model, report, source)
         check_vocabulary(tokenizer, source)
         check_length(model, config.max_length)
+        if is_decoder(model):
+            agree_on_padding_(model, tokenizer, source)
         return model, TextProcessor(tokenizer)
 
     def model(self, folder: Path) -> PreTrainedModel:
@@ -90,6 +97,31 @@ def check_vocabulary(tokenizer: Any, place: str) -> None:
         raise SqatError("no tokenizer lies beside the model", "keep its files together", place)
 
 
+def is_decoder(model: PreTrainedModel) -> bool:
+    """Whether the model is a decoder alone, which reads each text from left to right."""
+    return not model.config.is_encoder_decoder and any(getattr(m, "is_causal", False) for m in model.modules())
+
+
+def agree_on_padding_(model: PreTrainedModel, tokenizer: Any, source: str) -> None:
+    """Give a decoder and its tokenizer one padding token, on the right; keep no states for texts that go on.
+
+    Raises:
+        SqatError: neither a padding nor an end token, or one that the model has no embedding for.
+    """
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise SqatError("the tokenizer has neither a padding token nor an end token to pad with",
+                            "set pad_token in its tokenizer_config.json", source)  # fmt: skip
+        tokenizer.pad_token = tokenizer.eos_token
+    words = model.get_input_embeddings().num_embeddings
+    if tokenizer.pad_token_id >= words:
+        raise SqatError(f"the tokenizer pads with {tokenizer.pad_token!r}, number {tokenizer.pad_token_id}, but the "
+                        f"model has {words} embeddings", "set pad_token to a token that it has", source)  # fmt: skip
+    tokenizer.padding_side = "right"
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.use_cache = False
+
+
 def longest_text(model: PreTrainedModel) -> int | None:
     """Tokens the model has positions for; RoBERTa and its like start after their padding index."""
     longest: int | None = getattr(model.config, "max_position_embeddings", None)  # absent where positions are relative
@@ -108,9 +140,10 @@ def check_length(model: PreTrainedModel, wanted: int) -> None:
 
 
 def set_dropout(settings: Any, rate: float | None) -> None:
-    """Replace every dropout rate of a transformers config; families name them differently, but all say dropout."""
+    """Replace every dropout rate of a transformers config; families name them differently: dropout, or pdrop."""
     if rate is None:
         return
     for name, value in settings.to_dict().items():
-        if "dropout" in name and isinstance(value, int | float) and not isinstance(value, bool):
+        known = "dropout" in name or name.endswith("pdrop")
+        if known and isinstance(value, int | float) and not isinstance(value, bool):
             setattr(settings, name, rate)

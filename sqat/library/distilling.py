@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from sqat.data import Batch
 from sqat.distillation.minilm import MiniLMv1, MiniLMv2
 from sqat.errors import SqatError
-from sqat.insertion.capture import Capture
-from sqat.layers import find_qkv
 from sqat.library.choices import Inputs, model_inputs, named
-from sqat.models import attention_heads
+from sqat.models import capture_last
 from sqat.stages.losses import Relations, check_relations, real_positions
 
 LossName = Literal["minilm-v1", "minilm-v2"]
@@ -49,7 +47,7 @@ def distillation_loss(
     """
     relations = named("loss", loss, LOSSES)
     check_teacher(model, teacher)
-    student, taught = catch(model, qkv), catch(teacher, teacher_qkv)
+    student, taught = capture_last(model, qkv), capture_last(teacher, teacher_qkv)
 
     def of_batch(batch: Inputs) -> Tensor:
         if not student.outputs:
@@ -75,11 +73,6 @@ def check_teacher(model: nn.Module, teacher: nn.Module) -> None:
         raise SqatError("student and teacher are one model", "teach with a copy: copy.deepcopy(model).eval()")
     if teacher.training:
         raise SqatError("the teacher is in training mode", "call teacher.eval()")
-
-
-def catch(model: nn.Module, qkv: Sequence[str] | None) -> Capture:
-    """Catch q, k and v of a model's last block."""
-    return Capture(model, find_qkv(model, qkv), attention_heads(model))
 
 
 LOSSES: dict[str, Relations] = {"minilm-v1": MiniLMv1(), "minilm-v2": MiniLMv2()}

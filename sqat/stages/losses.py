@@ -13,8 +13,7 @@ from sqat.distillation.minilm import QKV
 from sqat.errors import SqatError
 from sqat.insertion.capture import Capture
 from sqat.job import Job
-from sqat.layers import find_qkv
-from sqat.models import attention_heads, build
+from sqat.models import build, capture_last
 from sqat.recipe import DistillConfig
 from sqat.tasks import Task
 from sqat.training import Loss
@@ -37,18 +36,13 @@ def stage_loss(model: nn.Module, config: DistillConfig | None, job: Job) -> Iter
         return
     teacher, _ = build(job.teacher())
     teacher.requires_grad_(False)
-    captures = [capture_qkv(network, config) for network in (model, teacher)] if config.weight else []
+    captures = [capture_last(network, config.qkv) for network in (model, teacher)] if config.weight else []
     try:
         check_relations(config.loss, captures, f"change stages.{job.name}.distill.loss")
         yield distilled_loss(config, job.task, teacher, captures)
     finally:
         for capture in captures:
             capture.remove()
-
-
-def capture_qkv(model: nn.Module, config: DistillConfig) -> Capture:
-    """Catch q, k and v of a model's last block."""
-    return Capture(model, find_qkv(model, config.qkv), attention_heads(model))
 
 
 Relations = Callable[[QKV, QKV, Tensor], Tensor]

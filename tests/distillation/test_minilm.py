@@ -44,7 +44,7 @@ def loss_by_loop(student: QKV, teacher: QKV, mask: Tensor, pairs: list[tuple[str
                     part = slice(head * depth, (head + 1) * depth)
                     a = getattr(qkv, first)[sample, real, part].double().tolist()
                     b = getattr(qkv, second)[sample, real, part].double().tolist()
-                    rows.append([relation_row(query, b) for query in a])
+                    rows.append([relation_row(query, b[: t + 1] if qkv.causal else b) for t, query in enumerate(a)])
                 for s, t in zip(*rows, strict=True):
                     total += sum(q * math.log(q / p) for p, q in zip(s, t, strict=True))
         losses.append(total / (heads * int(real.sum())))
@@ -58,6 +58,33 @@ def test_loss_equals_the_loop(loss, width):
     expected = loss_by_loop(student, teacher, RIGHT, PAIRS[type(loss)], heads=4)
     assert expected > 0.1
     assert float(loss(student, teacher, RIGHT)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def test_a_decoder_is_compared_up_to_each_position(loss):
+    student, teacher = (projections(seed, width)._replace(causal=True) for seed, width in ((20, 8), (21, 16)))
+    expected = loss_by_loop(student, teacher, RIGHT, PAIRS[type(loss)], heads=4)
+    assert expected > 0.1
+    assert float(loss(student, teacher, RIGHT)) == pytest.approx(expected, rel=1e-5)
+    whole = [qkv._replace(causal=False) for qkv in (student, teacher)]
+    assert float(loss(*whole, RIGHT)) != pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def test_what_follows_teaches_a_decoder_nothing_of_what_stands_before(loss):
+    """The same texts, cut: the sum over the kept positions does not change, on whichever side the padding is."""
+    student, teacher = (projections(seed, 8)._replace(causal=True) for seed in (22, 23))
+    cut = torch.tensor([[1, 1, 1, 0, 0]]).expand(3, 5)
+    want = loss(*(QKV(*(x[:, :3] for x in qkv[:3]), 4, True) for qkv in (student, teacher)), cut[:, :3])
+    assert float(loss(student, teacher, cut)) == pytest.approx(float(want), rel=1e-6)
+    left = [QKV(*(x.roll(2, 1) for x in qkv[:3]), 4, True) for qkv in (student, teacher)]
+    assert float(loss(*left, cut.flip(1))) == pytest.approx(float(want), rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def test_a_decoder_does_not_learn_from_an_encoder(loss):
+    with pytest.raises(ValueError, match="the student is a decoder and the teacher is not"):
+        loss(projections(0, 8)._replace(causal=True), projections(1, 8), RIGHT)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 8])
@@ -104,7 +131,7 @@ def test_identical_projections_cost_nothing(loss):
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
 def test_gradients_are_the_numeric_ones(loss):
     teacher = projections(9, 8, dtype=torch.float64)
-    q, k, v, _ = projections(10, 8, dtype=torch.float64)
+    q, k, v, *_ = projections(10, 8, dtype=torch.float64)
     inputs = tuple(x.requires_grad_() for x in (q, k, v))
     assert torch.autograd.gradcheck(lambda *qkv: loss(QKV(*qkv, 4), teacher, RIGHT), inputs)
 

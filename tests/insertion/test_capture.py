@@ -6,14 +6,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sqat.distillation.minilm import MiniLMv1
+from sqat.errors import SqatError
 from sqat.insertion.capture import Capture
 from sqat.insertion.quantizers import Quantizers, insert_quantizers_, remove_quantizers_
+from sqat.insertion.taps import tap_attention
 from sqat.layers import encoder_blocks, find_qkv
-from sqat.models import attention_heads, use_taps
+from sqat.models import attention_heads, capture_last, use_taps
 
 MakeModel = Callable[..., PreTrainedModel]
 
@@ -71,3 +73,53 @@ def test_the_products_quantizers_come_later(make_model: MakeModel, batch: dict[s
         caught = capture.take()
     remove_quantizers_(model, inserted)
     assert all(torch.equal(a, b) for a, b in zip(plain[:3], caught[:3], strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+def test_shared_keys_and_values_are_caught_as_the_products_read_them(
+    family: str, make_model: MakeModel, batch: dict[str, Tensor]
+) -> None:
+    """Four query heads on two of keys and values; values reach the products as they left their linear."""
+    model = make_model(family)
+    use_taps(model)
+    own, seen = "model.layers.1.self_attn", {}
+    taps = tap_attention(model, lambda site, x: seen.setdefault(site, x), [own])
+    capture = capture_last(model)
+    with torch.no_grad():
+        model(**batch)
+    caught, blank = capture.take(), capture.blank(3)
+    capture.remove()
+    taps.remove()
+    assert torch.equal(caught.value, seen[f"{own}:value"].transpose(1, 2).flatten(2))
+    assert caught.heads == 4
+    assert caught.causal
+    assert [x.shape[-1] for x in (*caught[:3], *blank[:3])] == [32] * 6
+
+
+def test_keys_are_repeated_like_values(make_model: MakeModel, batch: dict[str, Tensor]) -> None:
+    model = make_model("llama")
+    capture = capture_last(model)
+    own: list[Tensor] = []
+    handle = model.get_submodule("model.layers.1.self_attn.k_proj").register_forward_hook(lambda *a: own.append(a[2]))
+    with torch.no_grad():
+        model(**batch)
+    first, second = own[0].split(8, -1)
+    assert torch.equal(capture.take().key, torch.cat([first, first, second, second], -1))
+    capture.remove()
+    handle.remove()
+
+
+def test_an_encoder_reads_both_ways(family: str, make_model: MakeModel) -> None:
+    assert not capture_last(make_model(family)).causal
+
+
+def test_a_fused_linear_is_cut_by_its_heads() -> None:
+    model = nn.Sequential(nn.Linear(8, 32, bias=False))
+    capture = Capture(model, ["0"], 4, 2)
+    x = torch.randn(1, 3, 8)
+    whole = model(x)
+    caught = capture.take()
+    assert torch.equal(caught.query, whole[..., :16])
+    assert torch.equal(caught.value[..., 4:8], whole[..., 24:28])
+    with pytest.raises(SqatError, match="0 has 32 outputs, which are not q, k and v of 3 and 3 heads"):
+        Capture(model, ["0"], 3)

@@ -1,0 +1,91 @@
+"""Decoders as classifiers, from a plain folder through train, prune, calibrate and qat with distillation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from sqat.checkpoint import load_checkpoint
+from sqat.data import TextProcessor
+from sqat.errors import SqatError
+from sqat.models import load_pretrained
+from sqat.pipeline import run
+from sqat.recipe import ModelConfig
+from sqat.recipe_file import load_recipe
+from tests.conftest import VOCABULARY, Recorder
+
+pytestmark = pytest.mark.pipeline
+
+FIT = {"batch_size": 16, "learning_rate": 2e-3}
+STAGES = {
+    "train": {"steps": 30, **FIT},
+    "prune": {"steps": 6, "distill": {"loss": "minilm-v1"}, **FIT},
+    "calibrate": {"samples": 32},
+    "qat": {"steps": 6, "distill": {"loss": "minilm-v2"}, **FIT},
+}
+
+
+def without_padding(folder: Path, **special: str) -> None:
+    """Put a word tokenizer in a folder that names no padding token, and pads on the left."""
+    words = Tokenizer(models.WordLevel(VOCABULARY, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    for path in folder.glob("*token*"):
+        path.unlink()
+    PreTrainedTokenizerFast(tokenizer_object=words, padding_side="left", **special).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("family", ["llama"])
+def test_a_decoder_goes_through_the_chain(
+    family: str, make_source: Callable[..., Path], write_recipe: Callable[..., Path], recorder: Recorder
+) -> None:
+    source = make_source(family, pad_token_id=None)
+    without_padding(source, eos_token="[SEP]")
+    loaded = load_recipe(write_recipe(source, STAGES))
+    run(loaded, recorder)
+    assert "train: texts are padded with the end token [SEP]" in recorder.lines
+    folder = next(loaded.run_directory.glob("??-qat"))
+    checkpoint = load_checkpoint(folder)
+    layers = checkpoint.manifest.layers
+    assert [name for name, layer in layers.items() if not layer.pattern or not layer.quantized] == ["score"]
+    assert checkpoint.manifest.losses["minilm"] > 0
+    assert json.loads((folder / "config.json").read_text())["pad_token_id"] == VOCABULARY["[SEP]"]
+    assert AutoTokenizer.from_pretrained(folder).padding_side == "right"
+
+
+def test_padding_does_not_move_a_score(make_source: Callable[..., Path], tmp_path: Path) -> None:
+    """The score is that of the last real token, also in a batch, and where the tokenizer would pad on the left."""
+    source = make_source("llama", pad_token_id=None)
+    without_padding(source, eos_token="[SEP]")
+    config = ModelConfig(source=str(source), max_length=16)
+    model, processor = load_pretrained("texts", config, tmp_path, {"num_labels": 2}, 0)
+    assert isinstance(processor, TextProcessor)
+    texts = ["red w1 w2 w3 w4", "blue w5"]
+    both = processor.tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        together = model.eval()(**both).logits
+        alone = [model(**processor.tokenizer(text, return_tensors="pt")).logits for text in texts]
+    torch.testing.assert_close(together, torch.cat(alone))
+    assert both["input_ids"][1].tolist()[2:] == [VOCABULARY["[SEP]"]] * 3
+
+
+@pytest.mark.parametrize(
+    ("special", "told"),
+    [
+        ({}, "the tokenizer has neither a padding token nor an end token to pad with"),
+        ({"pad_token": "[MORE]"}, f"pads with '[MORE]', number {len(VOCABULARY)}, but the model has {len(VOCABULARY)}"),
+    ],
+)
+def test_a_tokenizer_that_cannot_pad_is_told(
+    special: dict[str, str], told: str, make_source: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = make_source("llama")
+    without_padding(source, **special)
+    with pytest.raises(SqatError) as caught:
+        load_pretrained("texts", ModelConfig(source=str(source), max_length=16), tmp_path, {"num_labels": 2}, 0)
+    assert told in str(caught.value)
