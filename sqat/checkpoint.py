@@ -4,6 +4,8 @@ A directory holds what transformers needs to load the model (`config.json`, toke
 `model.safetensors` with zeros in place), the masks and activation bounds in `sqat.safetensors`, the
 manifest `sqat.json` with a digest of every file, and the recipe verbatim. It is written beside and
 renamed; loading checks the version, every digest, the shapes and the N:M claim. Nothing is unpickled.
+In memory every linear's weight is [out, in]; those that the model's own files have as [in, out] (GPT-2's Conv1D) are
+named in `layout.json` and turned at the file, both ways.
 Left out: files over what memory holds (a model is at most a few times its weights here).
 """
 
@@ -13,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,6 +33,7 @@ from sqat.sparsity.packing import pack_bits, unpack_bits
 
 FORMAT = 1
 MANIFEST, WEIGHTS, STATE, RECIPE = "sqat.json", "model.safetensors", "sqat.safetensors", "recipe.yaml"
+LAYOUT = "layout.json"  # which linears' weights lie in the file as [in, out]
 SIDE_FILES = (".json", ".txt", ".model", ".jinja")  # endings of config and tokenizer files
 
 # JSON has no infinity (a PNR without a discordant pair), so such a figure is kept as its name.
@@ -101,7 +104,7 @@ class Checkpoint:
 
     Attributes:
         files: config, tokenizer and (after export) ONNX files by name.
-        weights: plain float weights under the model's own names, pruned ones +0.0.
+        weights: plain float weights under the model's own names, linears' [out, in], pruned ones +0.0.
         masks: layer -> bool mask shaped as the layer's weight, True = kept.
         amax: activation site -> 0-d float32 bound.
     """
@@ -119,7 +122,8 @@ def save_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:
     check_claims(checkpoint, str(directory))
     contents = dict(checkpoint.files)
     if checkpoint.weights:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.weights.items()}
+        turned = turn(checkpoint.weights, checkpoint.files, directory)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in turned.items()}
         contents[WEIGHTS] = tensor_bytes(tensors, metadata={"format": "pt"})
     if checkpoint.masks or checkpoint.amax:
         state = {f"{layer}.mask": pack_bits(mask.cpu()) for layer, mask in checkpoint.masks.items()}
@@ -195,7 +199,7 @@ def load_checkpoint(directory: Path) -> Checkpoint:
     """Read a checkpoint and verify all it claims; anything amiss is one SqatError naming the file."""
     manifest = load_manifest(directory)
     contents = {name: read_verified(directory, name, digest) for name, digest in manifest.files.items()}
-    weights = read_tensors(contents.pop(WEIGHTS, b""), directory / WEIGHTS)
+    weights = turn(read_tensors(contents.pop(WEIGHTS, b""), directory / WEIGHTS), contents, directory)
     state = read_tensors(contents.pop(STATE, b""), directory / STATE)
     recipe = contents.pop(RECIPE, b"").decode()
     amax = {name.removesuffix(".amax"): tensor for name, tensor in state.items() if name.endswith(".amax")}
@@ -204,6 +208,23 @@ def load_checkpoint(directory: Path) -> Checkpoint:
     checkpoint = Checkpoint(manifest, contents, weights, masks, amax, recipe)
     check_claims(checkpoint, str(directory))
     return checkpoint
+
+
+def layout_of(layers: Sequence[str]) -> bytes:
+    """Content of `LAYOUT`."""
+    return (json.dumps({"transposed": list(layers)}, indent=2) + "\n").encode()
+
+
+def turn(weights: Mapping[str, Tensor], files: Mapping[str, bytes], directory: Path) -> dict[str, Tensor]:
+    """Weights from memory to file or back: the transposes of those that `LAYOUT` names, all others as they are."""
+    if LAYOUT not in files or not weights:
+        return dict(weights)
+    try:
+        names = [f"{layer}.weight" for layer in json.loads(files[LAYOUT])["transposed"]]
+        turned = {name: weights[name].t().contiguous() for name in names}
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise SqatError("does not name the linears of this model", REMAKE, str(directory / LAYOUT)) from error
+    return {**weights, **turned}
 
 
 def read_mask(layer: str, packed: Tensor, weights: Mapping[str, Tensor], path: Path) -> Tensor:

@@ -20,6 +20,10 @@ from sqat.lint.sizes import SMALLEST_SIDE, SPARSE_INPUTS, SPARSE_OUTPUTS
 from sqat.recipe import Layers
 
 
+class LinearOfConv1D(nn.Linear):
+    """A linear that stands for a Conv1D, whose weight is [in, out] in the model's own files."""
+
+
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Every linear by name, in module order; a module reached twice counts once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -141,6 +145,11 @@ QKV_NAME = re.compile(r"^(?:w_?)?(q|k|v|query|key|value)(?:_?(?:proj|projection|
 FUSED_NAME = re.compile(r"^(?:w_?)?qkv(?:_?(?:proj|projection|lin|linear|layer))?$", re.IGNORECASE)
 
 
+def is_fused_conv1d(name: str, layer: nn.Linear) -> bool:
+    """GPT-2's own name for q, k and v side by side; in other families it is also that of interleaved heads."""
+    return isinstance(layer, LinearOfConv1D) and name.endswith(".c_attn")
+
+
 def is_causal(model: nn.Module, layer: str) -> bool:
     """Whether the attention that a q, k or v linear belongs to reads only what stands before; transformers says so."""
     return bool(getattr(model.get_submodule(layer.rpartition(".")[0]), "is_causal", False))
@@ -171,7 +180,7 @@ def find_qkv(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str,
     for name in inside:
         if match := QKV_NAME.match(name.rsplit(".", 1)[1]):
             roles[match[1][0].lower()].append(name)
-    fused = [name for name in inside if FUSED_NAME.match(name.rsplit(".", 1)[1])]
+    fused = [name for name in inside if FUSED_NAME.match(name.rsplit(".", 1)[1]) or is_fused_conv1d(name, found[name])]
     if all(len(matches) == 1 for matches in roles.values()):
         return tuple(matches[0] for matches in roles.values())
     if len(fused) == 1 and not any(roles.values()):

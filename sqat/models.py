@@ -20,13 +20,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sqat.architectures import ARCHITECTURES, Architecture
-from sqat.checkpoint import WEIGHTS, Checkpoint
+from sqat.checkpoint import LAYOUT, WEIGHTS, Checkpoint, layout_of
 from sqat.data import Processor
 from sqat.errors import SqatError
 from sqat.insertion.attention import byte_attention, tapped_attention
 from sqat.insertion.batch_norm import fold_batch_norms_
 from sqat.insertion.capture import Capture
-from sqat.layers import find_qkv, is_causal, weighted_layers
+from sqat.layers import LinearOfConv1D, find_qkv, is_causal, weighted_layers
 from sqat.recipe import ModelConfig
 from sqat.sources import LOADING, check_digest, first_line, resolve_source
 
@@ -71,7 +71,10 @@ def architecture_of(folder: Path) -> Architecture:
 
 
 def capture(model: nn.Module, processor: Processor) -> tuple[dict[str, bytes], dict[str, Tensor]]:
-    """Config and processor files, and plain weights; a tied weight is kept once, under its first name."""
+    """Config and processor files, and plain weights; a tied weight is kept once, under its first name.
+
+    Linears that stand for a Conv1D are named in the file `LAYOUT`, where there are any.
+    """
     weights: dict[str, Tensor] = {}
     seen: set[tuple[int, int, tuple[int, ...]]] = set()
     persistent = model.state_dict()
@@ -86,6 +89,8 @@ def capture(model: nn.Module, processor: Processor) -> tuple[dict[str, bytes], d
         processor.save(Path(scratch))
         found = [path for path in sorted(Path(scratch).rglob("*")) if path.is_file()]
         files = {path.relative_to(scratch).as_posix(): path.read_bytes() for path in found}
+    if names := [name for name, module in model.named_modules() if isinstance(module, LinearOfConv1D)]:
+        files[LAYOUT] = layout_of(names)
     return files, weights
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from sqat.architectures.conv1d import to_linears_
 from sqat.data import TextProcessor
 from sqat.errors import SqatError
 from sqat.recipe import ModelConfig
@@ -59,6 +60,7 @@ class Texts:
         check_encoder(model, report, source)
         check_vocabulary(tokenizer, source)
         check_length(model, config.max_length)
+        to_linears_(model)
         if is_decoder(model):
             agree_on_padding_(model, tokenizer, source)
         return model, TextProcessor(tokenizer)
@@ -66,6 +68,7 @@ class Texts:
     def model(self, folder: Path) -> PreTrainedModel:
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model: PreTrainedModel = AutoModelForSequenceClassification.from_config(settings, dtype=torch.float32)
+        to_linears_(model)
         return model
 
     def processor(self, folder: Path, place: str) -> TextProcessor:

@@ -25,7 +25,7 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
-from sqat.checkpoint import SIDE_FILES, WEIGHTS, Checkpoint
+from sqat.checkpoint import LAYOUT, SIDE_FILES, WEIGHTS, Checkpoint
 from sqat.errors import SqatError
 from sqat.quantization.fake_quant import HIGH, quantize_weight
 from sqat.sparsity.masks import count_violations, parse_pattern
@@ -52,6 +52,9 @@ def write_compressed(checkpoint: Checkpoint) -> tuple[dict[str, bytes], list[str
         raise SqatError("target compressed-tensors needs quantized layers", "put a calibrate stage before it")
     if float_inputs := [name for name in layers if f"{name}:input" not in checkpoint.manifest.sites]:
         raise SqatError(f"layer {float_inputs[0]} has no input scale, which target compressed-tensors needs")
+    if LAYOUT in checkpoint.files:
+        raise SqatError("target compressed-tensors is for linears, and this model's layers are Conv1D in transformers",
+                        "leave it out of stages.export.targets")  # fmt: skip
     ignored = [name for name, record in checkpoint.manifest.layers.items() if not record.quantized]
     config = json.loads(checkpoint.files[CONFIG])
     config["quantization_config"] = {**QUANTIZATION, "ignore": ignored}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sqat.checkpoint import SIDE_FILES, Checkpoint, LayerRecord
+from sqat.checkpoint import LAYOUT, SIDE_FILES, Checkpoint, LayerRecord
 from sqat.errors import SqatError
 from sqat.quantization.fake_quant import HIGH, fake_quantize_weight, quantize_weight
 from sqat.serving.folder import FOLDER, TYPES, PackedLayer, SparseManifest, folder_files
@@ -59,7 +59,8 @@ def write_packed(checkpoint: Checkpoint) -> dict[str, bytes]:
     tensors |= {f"{leader}.amax": checkpoint.amax[leader].detach().cpu().float() for leader in sites.values()}
     manifest = SparseManifest(key=known.key, base_model=known.base_model, versions=known.versions, layers=layers,
                               dense=dense, sites=sites, bytes=sizes(weights))  # fmt: skip
-    others = {name: content for name, content in checkpoint.files.items() if Path(name).suffix in SIDE_FILES}
+    known_files = checkpoint.files.items()
+    others = {name: content for name, content in known_files if Path(name).suffix in SIDE_FILES and name != LAYOUT}
     return {f"{FOLDER}/{name}": content for name, content in folder_files(manifest, tensors, others).items()}
 
 

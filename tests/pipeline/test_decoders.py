@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from sqat.checkpoint import load_checkpoint
 from sqat.data import TextProcessor
 from sqat.errors import SqatError
-from sqat.models import load_pretrained
+from sqat.models import build, load_pretrained
 from sqat.pipeline import run
 from sqat.recipe import ModelConfig
 from sqat.recipe_file import load_recipe
+from sqat.sparsity.masks import count_violations, parse_pattern
 from tests.conftest import VOCABULARY, Recorder
 
 pytestmark = pytest.mark.pipeline
@@ -28,6 +29,7 @@ STAGES = {
     "prune": {"steps": 6, "distill": {"loss": "minilm-v1"}, **FIT},
     "calibrate": {"samples": 32},
     "qat": {"steps": 6, "distill": {"loss": "minilm-v2"}, **FIT},
+    "export": {"targets": ["onnx-int8", "onnx-fp32", "torch-semi-structured"]},
 }
 
 
@@ -40,7 +42,7 @@ def without_padding(folder: Path, **special: str) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, padding_side="left", **special).save_pretrained(folder)
 
 
-@pytest.mark.parametrize("family", ["llama"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_decoder_goes_through_the_chain(
     family: str, make_source: Callable[..., Path], write_recipe: Callable[..., Path], recorder: Recorder
 ) -> None:
@@ -56,6 +58,17 @@ def test_a_decoder_goes_through_the_chain(
     assert checkpoint.manifest.losses["minilm"] > 0
     assert json.loads((folder / "config.json").read_text())["pad_token_id"] == VOCABULARY["[SEP]"]
     assert AutoTokenizer.from_pretrained(folder).padding_side == "right"
+    plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    for name in checkpoint.masks:
+        weight = plain.get_submodule(name).weight.detach()
+        along_inputs = weight if family == "llama" else weight.T
+        assert count_violations(along_inputs, parse_pattern("2:4")) == 0
+    model, _ = build(checkpoint)
+    words = torch.tensor([[7, 8, 9, 10], [11, 12, 3, 3]])
+    with torch.no_grad():
+        torch.testing.assert_close(plain(words).logits, model(words).logits)
+    notes = load_checkpoint(next(loaded.run_directory.glob("??-export"))).manifest.notes
+    assert [note.partition(":")[0] for note in notes] == ["onnx-int8", "onnx-fp32", "torch-semi-structured"]
 
 
 def test_padding_does_not_move_a_score(make_source: Callable[..., Path], tmp_path: Path) -> None:
