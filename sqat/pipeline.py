@@ -57,10 +57,8 @@ def run(
     force: bool = False,
 ) -> Results:
     """Run the plan, skip what is unchanged, and measure the results once on the test split."""
-    with (
-        run_lock(loaded.run_directory, display),
-        tracked(loaded.recipe, loaded.run_directory, display) as watched,
-    ):
+    place = loaded.run_directory
+    with run_lock(place, display), tracked(loaded.recipe, place, display) as watched:
         return run_range(loaded, watched, first, last, force)
 
 
@@ -101,10 +99,8 @@ def run_stage(
         if there is None or there.stage != name:
             what = "no checkpoint of sqat" if there is None else f"the checkpoint of stage {there.stage!r}"
             raise SqatError(f"the output exists and is {what}", "choose another folder or add --force", str(output))
-    with (
-        run_lock(*lock_of(loaded.run_directory, directory, display)),
-        tracked(loaded.recipe, loaded.run_directory, display) as watched,
-    ):
+    place, file = lock_of(loaded.run_directory, directory)
+    with run_lock(place, display, file), tracked(loaded.recipe, place, display) as watched:
         if parent is None and output is None and not force and keys.is_current(name) and stands(keys, name, display):
             return directory
         start = parent_checkpoint(keys, name) if parent is None else load_checkpoint(parent)
@@ -112,15 +108,15 @@ def run_stage(
     return directory
 
 
-def lock_of(runs: Path, directory: Path, display: Display) -> tuple[Path, Display, str]:
-    """What to lock for one stage: the run folder that it is in, or for a checkpoint elsewhere a file beside that.
+def lock_of(runs: Path, directory: Path) -> tuple[Path, str]:
+    """Folder and file to lock for one stage: the run folder that it is in, or for a checkpoint elsewhere beside that.
 
     The folder of another run's stage is known by its name, for that run may be about to begin.
     """
     place = directory.resolve()
     if runs.resolve() in place.parents:
-        return runs, display, FILE
-    return place.parent, display, FILE if STAGE_FOLDER.match(place.name) else f".{place.name}{FILE}"
+        return runs, FILE
+    return place.parent, FILE if STAGE_FOLDER.match(place.name) else f".{place.name}{FILE}"
 
 
 def parent_manifest(loaded: LoadedRecipe, name: str, parent: Path | None) -> Manifest:

@@ -123,9 +123,9 @@ def test_a_lock_that_cannot_be_taken_away_hides_nothing(
     ],
 )
 def test_a_stages_folder_is_locked_with_the_run_it_stands_in(
-    tmp_path: Path, recorder: Any, output: str, folder: str, file: str
+    tmp_path: Path, output: str, folder: str, file: str
 ) -> None:
-    assert lock_of(tmp_path / "runs" / "one", tmp_path / output, recorder) == (tmp_path / folder, recorder, file)
+    assert lock_of(tmp_path / "runs" / "one", tmp_path / output) == (tmp_path / folder, file)
 
 
 def test_processes_other_than_the_first_learn_of_it(
