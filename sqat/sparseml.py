@@ -58,6 +58,10 @@ class Modifier:
             raise SqatError(f"{self.kind}.{name} needs a number, got {value!r}", place=f"line {self.line}")
         return float(value)
 
+    def start(self, default: float = 0.0) -> float:
+        """Epoch it begins at; below 0, as SparseML has it, is the beginning."""
+        return max(self.number("start_epoch", default), 0.0)
+
 
 @dataclass
 class Translation:
@@ -170,9 +174,9 @@ def make_stages(modifiers: Sequence[Modifier]) -> Translation:
     rounding = [each for each in modifiers if "Quantization" in each.kind or each.kind == "GPTQModifier"]
     if not pruning and not rounding:
         raise SqatError("neither prunes nor quantizes", "sqat init DATA_FILE writes a recipe without it")
-    total = max(each.number("end_epoch", 0) for each in modifiers)
-    rounds = min((each.number("start_epoch", total) for each in rounding), default=total)
-    begins = min((each.number("start_epoch", 0) for each in pruning), default=rounds)
+    total = max(0.0, *(each.number("end_epoch", 0) for each in modifiers))
+    rounds = min((each.start(total) for each in rounding), default=total)
+    begins = min((each.start() for each in pruning), default=rounds)
     rates, distill = Rates(modifiers), distillation(modifiers, made.notes)
     decays = [each.number("weight_decay", 0.01) for each in modifiers if each.kind == DECAY]
     shared: Stage = {"weight_decay": decays[-1]} if decays else {}
@@ -240,7 +244,7 @@ def prune_stage(pruning: Sequence[Modifier], notes: list[str]) -> Stage:
 
 def has_steps(gradual: Sequence[Modifier]) -> bool:
     """Whether sparsity grows along the way."""
-    return any(each.number("end_epoch", 0) > each.number("start_epoch", 0) for each in gradual)
+    return any(each.number("end_epoch", 0) > each.start() for each in gradual)
 
 
 def pattern_of(modifier: Modifier, notes: list[str]) -> str:
@@ -318,10 +322,10 @@ class Rates:
 
     def at(self, epoch: float, default: float) -> Stage:
         """Learning rate and its fall in a stage that begins with an epoch."""
-        before = [each for each in self.known if each.number("start_epoch", 0) <= epoch]
+        before = [each for each in self.known if each.start() <= epoch]
         if not before:
             return {"learning_rate": default}
-        chosen = max(before, key=lambda each: each.number("start_epoch", 0))
+        chosen = max(before, key=Modifier.start)
         steady = "constant" if chosen.kind == "SetLearningRateModifier" else "linear"
         asked = str(chosen.values.get("lr_func", chosen.values.get("lr_class", steady)))
         name = asked if asked in ("linear", "cosine", "constant") else "linear"

@@ -133,6 +133,8 @@ def test_one_shot_recipes_of_llm_compressor(tmp_path: Path) -> None:
     (GRADUAL, "sparse int8", ["train", "prune", "calibrate", "qat", "export"]),
     (AT_ONCE, "sparse int8", ["train", "prune", "calibrate", "qat", "export"]),
     ("modifiers:\n  - !ConstantPruningModifier {mask_type: '2:4'}\n", "sparse fp16", ["train", "prune", "export"]),
+    ("modifiers:\n  - !GMPruningModifier {start_epoch: -1, end_epoch: -1.0}\n", "sparse fp16",
+     ["train", "prune", "export"]),
     ("modifiers:\n  - !QuantizationModifier {start_epoch: 3, end_epoch: 4.5}\n", "dense int8",
      ["train", "calibrate", "qat", "export"]),
 ])  # fmt: skip
