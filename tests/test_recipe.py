@@ -373,7 +373,7 @@ BAD_OVERRIDES = [
     ("seed.x=1", "--set seed.x: seed is a whole number from 0 to 4294967295 and holds no keys"),
     ("dta.train.limit=3",
      "--set dta.train.limit: unknown key 'dta'; did you mean 'data'? "
-     "allowed: name, seed, output, model, task, data, stages, results"),
+     "allowed: name, seed, output, trackers, model, task, data, stages, results"),
     ("stages.qta.epochs=1",
      "--set stages.qta.epochs: unknown key 'qta' in stages; did you mean 'qat'? "
      "allowed: train, prune, calibrate, qat, export"),

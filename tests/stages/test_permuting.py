@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sqat.architectures.conv1d import to_linears_
 from sqat.data import Batch
 from sqat.distillation.minilm import QKV, MiniLMv1, MiniLMv2
 from sqat.errors import SqatError
@@ -48,6 +49,10 @@ ENDS: dict[str, list[tuple[str, str, tuple[int, int, int]]]] = {
     "bart": [("self_attn.out_proj", "self_attn.v_proj", BY_HEAD), ("fc2", "fc1", WHOLE)],
 }
 ENDS |= dict.fromkeys(("roberta", "electra"), ENDS["bert"])
+ENDS["llama"] = [("self_attn.o_proj", "self_attn.v_proj", BY_HEAD),
+                 ("mlp.down_proj", "mlp.up_proj mlp.gate_proj", WHOLE)]  # fmt: skip
+ENDS |= dict.fromkeys(("qwen2", "mistral"), ENDS["llama"])
+ENDS["gpt2"] = [("attn.c_proj", "attn.c_attn", (2, 3, 1)), ("mlp.c_proj", "mlp.c_fc", WHOLE)]
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +68,14 @@ def given(family: str, batch: Inputs) -> Inputs:
     return {**batch, "input_ids": batch["input_ids"].index_fill(1, torch.tensor([3]), 3)}
 
 
+def plain(family: str, make_model: MakeModel) -> nn.Module:
+    """A model as sqat loads it."""
+    model = make_model(family)
+    to_linears_(model)
+    model.config.use_cache = False
+    return model
+
+
 def nothing(leaders: object) -> dict[str, Tensor]:
     """What criterion magnitude gathers."""
     return {}
@@ -74,22 +87,22 @@ def permuted(model: nn.Module, inputs: Inputs, **more: Any) -> list[str]:
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_sites_are_told_by_trial(family: str, make_model: MakeModel, batch: Inputs) -> None:
-    model = make_model(family)
+    model = plain(family, make_model)
     patterns, _ = choose_patterns(model, PruneConfig())
     sites, left = find_sites(model, given(family, batch), patterns)
-    found = [(site.consumer, *site.producers, site.heads, site.parts, site.moved) for site in sites]
-    assert len(found) == len(ENDS[family]) * (1 if family == "albert" else 2)
-    for (consumer, producer, *rest), (reads, makes, layout) in zip(found, ENDS[family] * 2, strict=False):
-        assert consumer.endswith(f".{reads}")
-        assert producer.endswith(f".{makes}")
-        assert tuple(rest) == layout
+    assert len(sites) == len(ENDS[family]) * (1 if family == "albert" else 2)
+    for site, (reads, makes, layout) in zip(sites, ENDS[family] * 2, strict=False):
+        assert site.consumer.endswith(f".{reads}")
+        assert len(site.producers) == len(makes.split())
+        assert all(name.endswith(f".{end}") for name, end in zip(site.producers, makes.split(), strict=True))
+        assert (site.heads, site.parts, site.moved) == layout
     assert sorted([*left, *(site.consumer for site in sites)]) == sorted(patterns)
     assert set(left.values()) == {"nothing in their block makes them in any order"}
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_the_permuted_dense_model_is_the_original(family: str, make_model: MakeModel, batch: Inputs) -> None:
-    inputs, model = given(family, batch), make_model(family)
+    inputs, model = given(family, batch), plain(family, make_model)
     precise = copy.deepcopy(model).double()
     for network, close in ((precise, 1e-13), (model, 1e-5)):
         before = [p.detach().clone() for p in network.parameters()]
