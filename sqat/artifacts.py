@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from sqat.checkpoint import SIDE_FILES, WEIGHTS, read_tensors
 from sqat.data import Batch
-from sqat.errors import SqatError
+from sqat.errors import SqatError, first_line
 from sqat.export.compressed import check_compressed
 from sqat.export.cpu_graph import file_needs_kernels
-from sqat.export.runtime import first_line, run_batches, session
+from sqat.export.runtime import run_batches, session
 from sqat.insertion.quantizers import Quantizers, insert_quantizers_
 from sqat.job import logits_of, on_device
 from sqat.models import assemble, load_weights

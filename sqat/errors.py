@@ -35,3 +35,8 @@ class StoppedError(SqatError):
     """The user or the system asked a run to stop, and it has saved what it had."""
 
     exit_code = 130
+
+
+def first_line(error: Exception) -> str:
+    """First line of a library's message that says anything; the class's name where none does."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -22,13 +22,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sqat.architectures import ARCHITECTURES, Architecture
 from sqat.checkpoint import LAYOUT, WEIGHTS, Checkpoint, layout_of
 from sqat.data import Processor
-from sqat.errors import SqatError
+from sqat.errors import SqatError, first_line
 from sqat.insertion.attention import byte_attention, tapped_attention
 from sqat.insertion.batch_norm import fold_batch_norms_
 from sqat.insertion.capture import Capture
 from sqat.layers import LinearOfConv1D, find_qkv, is_causal, weighted_layers
 from sqat.recipe import ModelConfig
-from sqat.sources import LOADING, check_digest, first_line, resolve_source
+from sqat.sources import LOADING, check_digest, resolve_source
 
 TAPPED, BYTES = "sqat_tapped", "sqat_bytes"
 DIFFUSERS_INDEX = "diffusion_pytorch_model.safetensors.index.json"  # tells diffusers in which file the weights are

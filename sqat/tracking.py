@@ -19,7 +19,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from sqat.display import Display
-from sqat.errors import SqatError
+from sqat.errors import SqatError, first_line
 from sqat.recipe import Recipe
 from sqat.training import processes
 
@@ -114,8 +114,3 @@ def flat(values: Mapping[str, Any], before: str = "") -> dict[str, str | float |
         elif value is not None:
             found[f"{before}{name}"] = value if isinstance(value, (bool, int, float)) else str(value)[:LONGEST]
     return found
-
-
-def first_line(error: Exception) -> str:
-    """First line of a message that says anything."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from sqat.recipe import PruneConfig
 from sqat.sparsity.schedule import PerGroup
+from tests.scripts import load_script
 
 pytest.importorskip("matplotlib")
 ROOT = Path(__file__).parents[1]
@@ -19,12 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def concepts() -> Any:
-    spec = importlib.util.spec_from_file_location("concepts", ROOT / "scripts/concepts.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("concepts")
 
 
 def test_the_pattern_is_two_of_four_and_the_larger_ones(concepts: Any) -> None:

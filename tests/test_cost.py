@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def cost() -> Any:
-    spec = importlib.util.spec_from_file_location("cost", ROOT / "scripts/cost.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["cost"] = module  # where dataclasses look for their annotations
-    spec.loader.exec_module(module)
-    return module
+    return load_script("cost")
 
 
 def test_the_page_is_in_step(cost: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,14 @@ from typing import Any
 import pytest
 
 from sqat.recipe_schema import SCHEMA_FILE, recipe_schema, schema_text
+from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def reference() -> Any:
-    spec = importlib.util.spec_from_file_location("recipe_reference", ROOT / "scripts/recipe_reference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("recipe_reference")
 
 
 def keys_of(schema: Any) -> Iterator[str]:

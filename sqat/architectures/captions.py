@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from sqat.checkpoint import WEIGHTS
-from sqat.errors import SqatError
-from sqat.sources import LOADING, file_digest, first_line, resolve_source
+from sqat.errors import SqatError, first_line
+from sqat.sources import LOADING, file_digest, resolve_source
 
 CHUNK = 64
 

@@ -25,10 +25,10 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from sqat.architectures.captions import Captions
 from sqat.data import Batch, Rows
-from sqat.errors import SqatError
+from sqat.errors import SqatError, first_line
 from sqat.recipe import ModelConfig
 from sqat.sampling import CUT, NUMBER, draw_times, fixed_draws, on_path, signals
-from sqat.sources import LOADING, first_line
+from sqat.sources import LOADING
 
 CAPTIONS = "captions.json"
 COLOURS = 3

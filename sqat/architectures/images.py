@@ -18,10 +18,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from sqat.architectures.texts import set_dropout
-from sqat.errors import SqatError
+from sqat.errors import SqatError, first_line
 from sqat.pixels import PREPROCESSOR, ImageProcessor
 from sqat.recipe import ModelConfig
-from sqat.sources import LOADING, first_line
+from sqat.sources import LOADING
 
 MIDDLE = 0.5
 

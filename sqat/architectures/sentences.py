@@ -25,9 +25,9 @@ from transformers.utils.hub import cached_file
 from sqat.architectures.texts import check_length, check_vocabulary, load_tokenizer, set_dropout
 from sqat.checkpoint import SIDE_FILES
 from sqat.data import TextProcessor
-from sqat.errors import SqatError
+from sqat.errors import SqatError, first_line
 from sqat.recipe import ModelConfig
-from sqat.sources import LOADING, first_line
+from sqat.sources import LOADING
 
 MODULES, SETTINGS, PROMPTS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
 POOLING, NORMALIZE = "1_Pooling/config.json", "2_Normalize/config.json"

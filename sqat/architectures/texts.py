@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from sqat.architectures.conv1d import to_linears_
 from sqat.data import TextProcessor
-from sqat.errors import SqatError
+from sqat.errors import SqatError, first_line
 from sqat.recipe import ModelConfig
-from sqat.sources import LOADING, first_line
+from sqat.sources import LOADING
 
 
 class Texts:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from sqat import runtime
 from sqat.bench.inputs import Feeds, Input, inputs_of_config
-from sqat.errors import SqatError
+from sqat.errors import SqatError, first_line
 from sqat.small_files import read_object
 
 Run = Callable[[Feeds], NDArray[Any]]
@@ -231,11 +231,6 @@ def open_all(
                 raise
             failed[candidate.name] = error.problem
     return runs, failed
-
-
-def first_line(error: Exception) -> str:
-    """First line of a message that says anything."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def open_torch(path: Path, threads: int, stack: ExitStack) -> Run:

@@ -13,9 +13,9 @@ from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from sqat.bench.candidates import Candidate, first_line, open_candidate
+from sqat.bench.candidates import Candidate, open_candidate
 from sqat.bench.inputs import Feeds
-from sqat.errors import SqatError
+from sqat.errors import SqatError, first_line
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 LIBRARIES = {

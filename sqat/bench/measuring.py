@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from sqat.bench.candidates import Candidate, Run, first_line, open_all
+from sqat.bench.candidates import Candidate, Run, open_all
 from sqat.bench.footprint import peak_memory
 from sqat.bench.inputs import Feeds, Input, Limits, draw_inputs, limits_of, usual_tokens
 from sqat.bench.intervals import Interval, median_interval, median_ratio
 from sqat.bench.parity import Parity, compare, is_classifier
 from sqat.bench.rounds import Effort, Timed, time_rounds
 from sqat.display import Display
-from sqat.errors import SqatError
+from sqat.errors import SqatError, first_line
 from sqat.machine import describe_processor, version_of
 
 STRICT = ConfigDict(extra="forbid")

@@ -24,7 +24,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import GraphProto
 
-from sqat.errors import SqatError
+from sqat.errors import SqatError, first_line
 
 Array = NDArray[np.generic]
 OUTSIDE = "session.optimized_model_external_initializers_file_name"
@@ -58,12 +58,6 @@ def session(
     except Exception as error:  # onnxruntime's own classes are private and differ between versions
         place = "" if isinstance(model, bytes) else str(model)
         raise SqatError(f"ONNX Runtime cannot load the model: {first_line(error)}", place=place) from error
-
-
-def first_line(error: Exception) -> str:
-    """First line of a message, the part that says what is wrong."""
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def run_batches(session: onnxruntime.InferenceSession, batches: Iterable[Mapping[str, Array]]) -> NDArray[np.float32]:
