@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sqat.checkpoint import write_synced
 from sqat.data import Batch
@@ -377,8 +378,7 @@ def take_step(
     for index, batch in enumerate(batches):
         sync = accelerator.no_sync(wrapped) if index + 1 < len(batches) else nullcontext()
         with sync:
-            bf16 = config.precision == "bf16"
-            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
+            with reduced(config.precision, accelerator.device):
                 parts = loss(wrapped, batch)
             share = len(batch) / rows
             accelerator.backward(torch.stack([*parts.values()]).sum() * share)
@@ -393,6 +393,21 @@ def take_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return figures, rows * accelerator.num_processes
+
+
+@contextmanager
+def reduced(precision: str, device: torch.device) -> Iterator[None]:
+    """Autocast to bf16 where the recipe asks for it.
+
+    On a CPU without torch's fused attention, whose bf16 backward takes five times as long as the plain products
+    (32 texts of 32 tokens, 12 heads of 32: 82 ms a layer against 13).
+    """
+    if precision != "bf16":
+        yield
+        return
+    plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+    with torch.autocast(device.type, torch.bfloat16), plain:
+        yield
 
 
 def evaluation_due(config: FitConfig, step: int, steps: int) -> bool:

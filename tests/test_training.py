@@ -36,6 +36,37 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+# --- precision
+
+
+def attend(precision: str) -> tuple[Tensor, Tensor]:
+    """Attention over a product, as a loss of float32 inputs, and its gradient."""
+    torch.manual_seed(0)
+    weight = torch.randn(2, 4, 16, 8, requires_grad=True)
+    with training.reduced(precision, torch.device("cpu")):
+        out = nn.functional.scaled_dot_product_attention(weight, weight @ torch.eye(8), weight)
+    loss = out.float().square().mean()
+    loss.backward()
+    assert weight.grad is not None
+    return loss.detach(), weight.grad
+
+
+def test_bf16_computes_what_fp32_does_within_its_eight_bits() -> None:
+    (exact, slope), (rounded, rounded_slope) = attend("fp32"), attend("bf16")
+    assert rounded == pytest.approx(exact.item(), rel=2e-2)
+    assert rounded != exact
+    assert (rounded_slope - slope).norm() < 3e-2 * slope.norm()
+
+
+def test_bf16_on_a_cpu_is_without_the_fused_attention_and_leaves_the_switches_alone() -> None:
+    before = torch.backends.cuda.flash_sdp_enabled()
+    with training.reduced("bf16", torch.device("cpu")):
+        assert not torch.backends.cuda.flash_sdp_enabled()
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.backends.cuda.flash_sdp_enabled() == before
+    assert not torch.is_autocast_enabled("cpu")
+
+
 # --- learning rate and steps
 
 
