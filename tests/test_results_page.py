@@ -336,7 +336,7 @@ def test_verdicts_are_paired_differences() -> None:
 def test_infinite_ratios_are_shown_and_left_out_of_differences() -> None:
     rows = {"dense fp32": {"pnr": [math.inf, 4.0]}, "dense int8": {"pnr": [5.0, 3.0]}}
     assert spread.differences(application(rows).seeds, "dense int8", "dense fp32", "pnr") == [-1.0]
-    results = ResultsFile(cpu="", cores=1, applications={"relevance-pnr": application(rows)})
+    results = ResultsFile(applications={"relevance-pnr": application(rows)})
     assert main_table(render(results, []))["dense fp32"]["PNR"] == "∞"
 
 
@@ -407,10 +407,10 @@ def test_packed_size_is_that_of_the_packed_weight(kind: torch.dtype, bytes_each:
 
 
 def test_a_results_file_that_was_changed_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(ResultsFile(cpu="c", cores=2, applications={}), tmp_path / "results.json")
-    assert read(ResultsFile, tmp_path / "results.json") == ResultsFile(cpu="c", cores=2, applications={})
+    write(ResultsFile(applications={}), tmp_path / "results.json")
+    assert read(ResultsFile, tmp_path / "results.json") == ResultsFile(applications={})
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
-    (tmp_path / "results.json").write_text('{"format": 1, "cpu": "c", "cores": 2, "applications": {}, "speed": 3}')
+    (tmp_path / "results.json").write_text('{"format": 1, "applications": {}, "speed": 3}')
     assert main(["page", "--render", "--folder", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path / 'results.json'}: speed: Extra inputs")
@@ -424,7 +424,7 @@ def test_pictures_are_shown_with_their_figures_by_part() -> None:
     made = application({"dense fp32": {"explained": [0.3]}})
     figures = {"train: frechet of x": 1.5, "test: frechet of x": 2.25, "train: chance": 0.1}
     made.pictures = Pictures(file="text-to-image.png", figures=figures)
-    page = render(ResultsFile(cpu="", cores=1, applications={"text-to-image": made}), [])
+    page = render(ResultsFile(applications={"text-to-image": made}), [])
     assert "](text-to-image.png)" in page
     assert "| pictures | train | test |" in page
     assert "| frechet of x | 1.5 | 2.25 |\n| chance | 0.1 | - |" in page

@@ -106,20 +106,13 @@ def do_page(arguments: argparse.Namespace) -> int:
 
 def collect_all(recipes: list[Path], output: str | None, before: ResultsFile | None) -> ResultsFile:
     """Every application that has runs here; those without any stay as they were."""
-    from sqat.machine import describe_processor
-
     found = dict[str, Application]()
     for recipe in chosen(recipes):
         if runs := runs_of(recipe, output):
             found[recipe.stem] = collect(runs)
     kept = {} if before is None else before.applications
     names = [*APPLICATIONS, *(name for name in {**kept, **found} if name not in APPLICATIONS)]
-    processor = describe_processor()
-    return ResultsFile(
-        cpu=processor.name,
-        cores=processor.cores,
-        applications={name: {**kept, **found}[name] for name in names if name in {**kept, **found}},
-    )
+    return ResultsFile(applications={name: {**kept, **found}[name] for name in names if name in {**kept, **found}})
 
 
 def do_tried(arguments: argparse.Namespace) -> int:

@@ -81,6 +81,7 @@ def collect_seed(loaded: LoadedRecipe) -> tuple[Seed, dict[str, str]]:
         commit=record.commit if record else "",
         versions={**versions, **(record.versions if record else {})},
         data_digest=digests.pop() if digests else "",
+        cpu=record.cpu if record else "",
         threads=record.threads if record else 0,
         rows=rows,
         stages=stages,

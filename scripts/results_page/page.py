@@ -23,7 +23,7 @@ DASH = "-"
 def render(results: ResultsFile, tries: Sequence[Try]) -> str:
     """The whole page."""
     names = [*APPLICATIONS, *(name for name in results.applications if name not in APPLICATIONS)]
-    parts = [INTRODUCTION.format(cpu=results.cpu or "an unnamed CPU", cores=results.cores)]
+    parts = [INTRODUCTION]
     parts += summary(results.applications)
     for name in names:
         if name in results.applications:
@@ -173,7 +173,8 @@ def provenance(application: Application) -> str:
         times = {name: [seed.stages[name].seconds for seed in seeds.values() if name in seed.stages] for name in stages}
         parts = ", ".join(f"{name} {minutes(seconds)}" for name, seconds in times.items())
         threads = ", ".join(str(count) for count in dict.fromkeys(seed.threads for seed in seeds.values()) if count)
-        some = f", threads: {threads}" if threads else ""
+        some = "".join(f", {cpu}" for cpu in dict.fromkeys(seed.cpu for seed in seeds.values()) if cpu)
+        some += f", threads: {threads}" if threads else ""
         lines.append(f"Wall time of a seed{some}: {minutes(totals)} min ({parts}).")
     for name, file in application.data.items():
         some = f", first {file.limit}" if file.limit is not None else ""
@@ -246,7 +247,7 @@ def bullets(lines: Sequence[str]) -> str:
 INTRODUCTION = """# Results
 
 Written by `scripts/results page` from [results.json](results.json), which it fills from the runs' own JSON; no number
-here is typed. Machine: {cpu}, {cores} cores.
+here is typed.
 
 Quality is mean ± sample standard deviation over seeds. The best of a column is bold only where its mean is above every
 other's by more than both spreads. Differences are taken seed by seed; a point is 0.01. *MB, 2:4 packed* is what the

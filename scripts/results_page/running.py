@@ -23,6 +23,7 @@ from pathlib import Path
 from results_page.collecting import RECORD, Run, collect_seed
 from results_page.schema import RunRecord, read, write
 from sqat.errors import SqatError
+from sqat.machine import describe_processor
 
 LOCK, LOG = ".results.lock", "results.log"
 PACKAGES = ("sqat", "torch", "transformers", "sentence-transformers", "diffusers", "datasets", "numpy", "onnx",
@@ -60,7 +61,8 @@ def run_one(run: Run, threads: int, again: bool = False) -> str:
         return "done already"
     command = ["sqat", "run", str(run.recipe), "--json", "--quiet"]
     command += [part for override in run.overrides for part in ("--set", override)]
-    record = RunRecord(command=command, commit=commit(), versions=versions(), threads=threads)
+    record = RunRecord(command=command, commit=commit(), versions=versions(), cpu=describe_processor().name,
+                       threads=threads)  # fmt: skip
     with locked(folder) as lock, (folder / LOG).open("wb") as log:
         write(record, folder / RECORD)
         tell(run, "started")

@@ -63,7 +63,7 @@ class Seed(BaseModel):
     Attributes:
         commit: of the repository when it ran, "" where that is not known.
         data_digest: of what the rows were measured on.
-        threads: of the run, 0 where that is not known.
+        cpu, threads: of the run, "" and 0 where that is not known.
     """
 
     model_config = STRICT
@@ -71,6 +71,7 @@ class Seed(BaseModel):
     commit: str = ""
     versions: dict[str, str] = {}
     data_digest: str = ""
+    cpu: str = ""
     threads: int = 0
     rows: dict[str, Row]
     stages: dict[str, Stage]
@@ -166,8 +167,6 @@ class ResultsFile(BaseModel):
     model_config = STRICT
 
     format: Literal[1] = 1
-    cpu: str
-    cores: int
     applications: dict[str, Application]
 
 
@@ -179,6 +178,7 @@ class RunRecord(BaseModel):
     command: list[str]
     commit: str
     versions: dict[str, str]
+    cpu: str = ""
     threads: int
     seconds: float | None = None
     exit: int | None = None
