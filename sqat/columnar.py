@@ -79,7 +79,8 @@ def record_batches(source: str, shown: str) -> Iterator[Extent]:
     with told("Arrow", shown), opened(source) as file:
         if has_mark(file):
             reader = pa.ipc.open_file(file)
-            sizes = ((number, reader.get_batch(number).num_rows) for number in range(reader.num_record_batches))
+            numbers = range(reader.num_record_batches)
+            sizes: Iterator[tuple[int, int]] = ((number, reader.get_batch(number).num_rows) for number in numbers)
         else:
             sizes = batches_of_stream(file, shown)
         for where, rows in sizes:
