@@ -28,6 +28,7 @@ from sqat.errors import SqatError
 from sqat.models import build, check_head, load_pretrained, versions
 from sqat.pixels import augmented
 from sqat.recipe import FitConfig, PruneConfig, QatConfig, Recipe, StageConfig
+from sqat.streaming import Batches, Stream, open_stream
 from sqat.tasks import Task, build_task
 from sqat.training import Evaluation, Feed, Figures, Fitted, Loss, MidStage, fit, processes, total_steps
 
@@ -36,7 +37,10 @@ EVALUATION_BATCH = 64
 
 @dataclass
 class Splits:
-    """The rows of a recipe, read and prepared once for all its stages."""
+    """The rows of a recipe, read and prepared once for all its stages.
+
+    Of a train split that is streamed, ``rows`` and ``prepared`` are its buffer as it is first filled.
+    """
 
     recipe: Recipe
     folder: Path
@@ -49,8 +53,25 @@ class Splits:
             config = getattr(self.recipe.data, name)
             if config is None:
                 raise SqatError(f"the recipe has no data.{name}", f"add data.{name} or choose another split")
-            self.raw[name] = load_rows(config, name, self.recipe.data.columns, self.recipe.task, self.folder)
+            if name == "train" and self.stream is not None:
+                self.raw[name] = self.stream.read(0, 0, self.stream.buffer)
+            else:
+                self.raw[name] = load_rows(config, name, self.recipe.data.columns, self.recipe.task, self.folder)
         return self.raw[name]
+
+    @cached_property
+    def stream(self) -> Stream | None:
+        """The train split, where it is streamed."""
+        recipe, split = self.recipe, self.recipe.data.train
+        if not split.streaming:
+            return None
+        return open_stream(split, recipe.data.columns, recipe.task, self.folder, recipe.seed)
+
+    def epoch_rows(self) -> int:
+        """Rows that an epoch of the train split trains on."""
+        if self.stream is not None:
+            return self.stream.rows
+        return sum(map(len, self.task.units(self.task.encode(self.rows("train")), self.recipe.seed, 0)))
 
     @cached_property
     def task(self) -> Task:
@@ -114,6 +135,8 @@ class Job:
 
     def feed(self, config: FitConfig, processor: Processor) -> Feed:
         """Training batches: a function of (seed, epoch)."""
+        if self.splits.stream is not None:
+            return self.streamed(self.splits.stream, config, processor)
         rows, task, seed = self.splits.prepared("train", processor), self.task, self.recipe.seed
         lengths = column(rows, "length").tolist()
 
@@ -126,6 +149,17 @@ class Job:
             return found if how is None else augmented(found, how.shift, how.flip)
 
         return Feed(plan, batch)
+
+    def streamed(self, stream: Stream, config: FitConfig, processor: Processor) -> Feed:
+        """Training batches that are read as they are needed."""
+        at_once = config.gradient_accumulation * processes().num_processes
+        batches = Batches(stream, config.batch_size, self.task.encode, at_once)
+
+        def batch(numbers: list[int]) -> Batch:
+            rows = processor.prepare(batches.pick(numbers), self.recipe.model.max_length)
+            return processor.collate(rows, list(range(len(rows))))
+
+        return Feed(batches.plan, batch)
 
     def steps(self, config: FitConfig, feed: Feed) -> int:
         """Optimizer steps of a fit, whose batches all processes share."""

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +58,7 @@ Figures = dict[str, float]
 class Feed:
     """Where batches come from: `plan(epoch)` gives row indices of each batch, `collate` makes one."""
 
-    plan: Callable[[int], list[list[int]]]
+    plan: Callable[[int], Sequence[list[int]]]
     collate: Callable[[list[int]], Batch]
 
     def stream(self, start: int) -> Iterator[list[int]]:
