@@ -140,7 +140,7 @@ def make_optimizer(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=config.learning_rate)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
 
 class MidStage:
