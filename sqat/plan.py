@@ -77,7 +77,7 @@ def amount(config: StageConfig, recipe: Recipe, splits: Splits) -> tuple[int | N
     if isinstance(config, FitConfig):
         rows = splits.task.encode(splits.rows("train"))
         epoch = sum(len(unit) for unit in splits.task.units(rows, recipe.seed, 0))
-        steps = total_steps(config, -(-epoch // config.batch_size))
+        steps = total_steps(config, -(-epoch // config.batch_size), config.gradient_accumulation)
         return steps, steps * config.batch_size * config.gradient_accumulation
     if config.stage == "calibrate":
         return None, min(config.samples, len(splits.rows(config.split)))
