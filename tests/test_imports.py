@@ -41,6 +41,8 @@ LAYERS = [
         "data",
         "tracking",
         "training",
+        "processes",
+        "sharding",
         "soundness",
         "stopping",
         "engine",
