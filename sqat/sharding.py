@@ -21,12 +21,18 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sqat.processes import processes, summed
 
 Whole = dict[int, nn.Parameter]
+
+
+def send_gradients_(objective: nn.Module, wanted: bool) -> None:
+    """Whether the backward passes that follow add up the gradients of all processes, or only gather their own."""
+    assert isinstance(objective, FSDPModule)
+    objective.set_requires_gradient_sync(wanted)
 
 
 class Shards:

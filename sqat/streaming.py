@@ -86,8 +86,9 @@ def open_stream(split: SplitConfig, columns: Columns, task: Task, folder: Path, 
     Raises:
         SqatError: no such files, or they cannot be read.
     """
+    named: dict[str, list[str]] = {}
     if split.path is not None:
-        shards, named = local_shards(split.path, folder), {}
+        shards = local_shards(split.path, folder)
     else:
         shown = f"{split.hub}[{split.split or 'train'}]"
         addresses, named = hub_files(split, "train", shown)

@@ -41,7 +41,7 @@ from sqat.insertion.quantizers import QUANTIZERS
 from sqat.layers import encoder_blocks
 from sqat.processes import any_process, first_says, in_shards, processes, summed, turns
 from sqat.recipe import FitConfig
-from sqat.sharding import Shards, like, plain, sharded_, whole
+from sqat.sharding import Shards, like, plain, send_gradients_, sharded_, whole
 from sqat.soundness import check_gradients, check_losses, check_scales, learned_bounds, weakness
 from sqat.stopping import noted_signals
 
@@ -430,9 +430,9 @@ class Spread:
             with self.accelerator.no_sync(self.called):
                 yield
             return
-        self.objective.set_requires_gradient_sync(False)
+        send_gradients_(self.objective, False)
         yield
-        self.objective.set_requires_gradient_sync(True)
+        send_gradients_(self.objective, True)
 
 
 @contextmanager

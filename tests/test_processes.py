@@ -18,8 +18,7 @@ from torch import Tensor
 from sqat.errors import SqatError
 from sqat.processes import told_of_loss
 from sqat.quantization.histogram import Histogram
-
-from .crowd import GROUPS, LAYERS, LIMIT, STEPS
+from tests.crowd import GROUPS, LAYERS, LIMIT, STEPS
 
 ROOT = Path(__file__).parents[1]
 WORLDS = ("2", "4", "shards")
