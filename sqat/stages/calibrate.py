@@ -30,7 +30,8 @@ from sqat.quantization.histogram import Histogram
 from sqat.recipe import CalibrateConfig
 
 FOLDED_SLACK = 1e-3
-HISTOGRAMS = "histograms.json"  # of the checkpoint: site -> width and counts of 64 bins of |x|, for `sqat report`
+HISTOGRAMS = "histograms.json"  # of the checkpoint, for `sqat report`: see `summaries`
+MOST = 0.9999  # of the values: the bound of the account that we follow
 
 
 def run(config: CalibrateConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
@@ -149,8 +150,11 @@ def add_up_(histograms: Mapping[str, Histogram]) -> None:
 
 
 def summaries(histograms: Mapping[str, Histogram]) -> bytes:
-    """`HISTOGRAMS`: what was seen at every leader, coarsely."""
-    found = {site: dict(zip(("width", "counts"), each.summary(), strict=True)) for site, each in histograms.items()}
+    """`HISTOGRAMS`: site -> width and counts of 64 bins of |x|, and the |x| that covers 99.99 % by the fine bins."""
+    found = {}
+    for site, each in histograms.items():
+        width, counts = each.summary()
+        found[site] = {"width": width, "counts": counts, "covers": each.upper_edge(MOST)}
     return f"{json.dumps(found)}\n".encode()
 
 
