@@ -97,7 +97,8 @@ def why_unsound(keys: Keys, name: str) -> str:
     parent, teacher = recipe.parent_of(name), teacher_name(recipe, name)
     if manifest.made_from != made_from(keys.manifest(parent), keys.manifest(teacher)):
         return f"stage {name} was made from checkpoints that are no longer there"
-    if sections(keys.loaded, name) != sections(made_with(keys.directory(name), manifest), name):
+    current = keys.is_current(name)  # whatever the words of its recipe, such as another path to the same data
+    if not current and sections(keys.loaded, name) != sections(made_with(keys.directory(name), manifest), name):
         return f"the recipe of stage {name} has changed since"
     before = [stage for stage in (parent, teacher) if stage is not None]
     return next((reason for stage in before if (reason := why_unsound(keys, stage))), "")
