@@ -480,10 +480,15 @@ def init(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="overwrite the recipe")] = False,
 ) -> None:
-    """Guess task and columns of a data file and write a recipe."""
+    """Guess task and columns of a data file and write a recipe; in a terminal the task is asked."""
     from sqat import console, starter
 
-    for line in starter.write_starter(data, output, task=task, model=model, dev=dev, sparseml=sparseml, force=force):
+    def ask(guess: str) -> str:
+        return str(typer.prompt(f"task: {', '.join(starter.TASKS)}?", default=guess, err=True))
+
+    somebody = sys.stdin.isatty() and sys.stderr.isatty()
+    for line in starter.write_starter(data, output, task=task, model=model, dev=dev, sparseml=sparseml, force=force,
+                                      ask=ask if somebody else None):  # fmt: skip
         console.print_text(line)
 
 

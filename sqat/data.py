@@ -27,16 +27,19 @@ import torch
 from datasets.table import InMemoryTable
 from torch import Tensor
 
+from sqat.columnar import parquet_schema
 from sqat.errors import SqatError
-from sqat.readers import Placed, read_rows
+from sqat.readers import Placed, listed, read_rows
 from sqat.recipe import ClassificationTask, Columns, RelevanceTask, RetrievalTask, SplitConfig, Task
 from sqat.records import QUERY, Record, records_of
+from sqat.shards import shard_paths
 
 Rows: TypeAlias = datasets.Dataset
 SplitName = Literal["train", "dev", "test"]
 
 CHUNK = 4096  # rows turned into Arrow, or tokenized, at a time
 WINDOW = 50  # batches that are sorted by length together
+NO_CACHE = "sqat"  # the name of nothing: without one, datasets would hash all rows for its cache on disk
 
 
 def load_rows(split: SplitConfig, name: SplitName, columns: Columns, task: Task, folder: Path) -> Rows:
@@ -55,12 +58,21 @@ def load_rows(split: SplitConfig, name: SplitName, columns: Columns, task: Task,
     """
     shown = split.path or f"{split.hub}[{split.split or name}]"
     source = _hub_rows(split, name, shown) if split.path is None else read_rows(folder / split.path, shown)
-    table = _to_table(records_of(source, columns, task, split.limit, (folder / (split.path or "")).parent))
-    if table.num_rows == 0:
+    rows = rows_of(records_of(source, columns, task, split.limit, (folder / (split.path or "")).parent))
+    if len(rows) == 0:
         raise SqatError("no rows", "the split must hold at least one", shown)
-    rows = Rows(InMemoryTable(table))
     _check_labels(rows, name, task, shown)
     return rows
+
+
+def rows_of(records: Iterator[Record]) -> Rows:
+    """Checked records as rows in Arrow memory."""
+    return Rows(InMemoryTable(_to_table(records)), fingerprint=NO_CACHE)
+
+
+def some_rows(rows: Rows, indices: list[int]) -> Rows:
+    """Rows of their own, as ``select`` gives, at a third of its time; rows that lie in Arrow memory as they are."""
+    return Rows(InMemoryTable(rows.data.table.take(indices)), fingerprint=NO_CACHE)
 
 
 def _to_table(records: Iterator[Record]) -> pa.Table:
@@ -158,12 +170,41 @@ def column(rows: Rows, name: str) -> np.ndarray:
 def _hub_rows(split: SplitConfig, name: SplitName, shown: str) -> Iterator[Placed]:
     """Rows of a hub data set; class numbers become the class names the data set gives them."""
     found: Rows = _from_hub(datasets.load_dataset, split, shown, {"split": split.split or name})
-    named = {key: value.names for key, value in found.features.items() if isinstance(value, datasets.ClassLabel)}
-    for number, row in enumerate(found, 1):
+    placed = ((f"{shown}:row {number}", row) for number, row in enumerate(found, 1))
+    return with_class_names(placed, class_names(found.features))
+
+
+def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Column -> names of its classes, for the columns of a hub data set that hold numbers of classes."""
+    return {key: value.names for key, value in features.items() if isinstance(value, datasets.ClassLabel)}
+
+
+def with_class_names(source: Iterator[Placed], named: Mapping[str, list[str]]) -> Iterator[Placed]:
+    """Rows with the names of classes instead of their numbers."""
+    for place, row in source:
         for key, names in named.items():
-            if row[key] is not None:
+            if row.get(key) is not None:
                 row[key] = names[row[key]] if row[key] >= 0 else None  # -1: the label is kept secret
-        yield f"{shown}:row {number}", row
+        yield place, row
+
+
+def hub_files(split: SplitConfig, name: SplitName, shown: str) -> tuple[list[str], dict[str, list[str]]]:
+    """Addresses of the Parquet files that a hub split consists of, and its `class_names`; no rows are fetched.
+
+    Raises:
+        SqatError: no such split, files of another format, or the hub cannot be reached.
+    """
+    builder = _from_hub(datasets.load_dataset_builder, split, shown, {})
+    files: Mapping[str, list[str]] = builder.config.data_files or {}
+    wanted = split.split or name
+    if wanted not in files:
+        raise SqatError(f"the data set has no split {wanted}", f"it has {listed(list(files)) or 'none'}", shown)
+    other = [address for address in files[wanted] if not address.endswith(".parquet")]
+    if other:
+        problem = f"only Parquet files of the hub are streamed, and it has {other[0].rpartition('/')[2]}"
+        raise SqatError(problem, "the hub itself keeps data sets as Parquet: revision: refs/convert/parquet", shown)
+    features = builder.info.features or datasets.Features.from_arrow_schema(parquet_schema(files[wanted][0], shown))
+    return list(files[wanted]), class_names(features)
 
 
 def _from_hub(load: Callable[..., Any], split: SplitConfig, shown: str, part: dict[str, str]) -> Any:
@@ -183,16 +224,19 @@ def digest(split: SplitConfig, folder: Path, images: str | None = None) -> str:
     Raises:
         SqatError: the file is not there, or the hub cannot be reached.
     """
-    state = hashlib.sha256(json.dumps({"limit": split.limit}).encode())
+    facts = {"limit": split.limit, **({"streaming": split.buffer} if split.streaming else {})}
+    state = hashlib.sha256(json.dumps(facts).encode())
     if split.path is None:
         builder = _from_hub(datasets.load_dataset_builder, split, str(split.hub), {})
         names = [split.hub, split.config, split.split, split.revision, builder.hash]
         state.update(json.dumps(names).encode())
         return state.hexdigest()
     try:
-        with (folder / split.path).open("rb") as file:
-            while block := file.read(1 << 20):
-                state.update(block)
+        for path in shard_paths(split.path, folder) if split.streaming else [folder / split.path]:
+            state.update(f"shard of {path.stat().st_size}".encode() if split.streaming else b"")
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    state.update(block)
     except OSError as error:
         hint = "paths are relative to the recipe"
         raise SqatError(f"cannot be read: {error.strerror}", hint, split.path) from None
@@ -216,17 +260,17 @@ def tokenize(rows: Rows, tokenizer: Any, max_length: int) -> Rows:
         raise SqatError("the tokenizer has no padding token", "batches of several texts need one")
     fields = [name for name in ("text", "text_pair") if name in rows.column_names]
     parts: dict[str, list[pa.Array]] = {}
+    table = rows.with_format("arrow")[:]
     for start in range(0, len(rows), CHUNK):
-        texts = rows.select_columns(fields)[start : start + CHUNK].values()
+        texts = [table[name].slice(start, CHUNK).to_pylist() for name in fields]
         tokens = tokenizer(*texts, truncation="longest_first", max_length=max_length)
         for name in ("input_ids", "token_type_ids"):
             if name in tokens:
                 parts.setdefault(name, []).append(pa.array(tokens[name], pa.list_(pa.int32())))
         parts.setdefault("length", []).append(pa.array([len(ids) for ids in tokens["input_ids"]], pa.int32()))
-    table = rows.with_format("arrow")[:]
     for name, arrays in parts.items():
         table = table.append_column(name, pa.chunked_array(arrays))
-    return Rows(InMemoryTable(table))
+    return Rows(InMemoryTable(table), fingerprint=NO_CACHE)
 
 
 class Processor(Protocol):
@@ -308,7 +352,9 @@ def _padded(values: list[list[int]], pad: int, left: bool) -> Tensor:
     return torch.tensor(padded, dtype=torch.int64)
 
 
-def plan_batches(lengths: list[int], units: list[list[int]], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def plan_batches(
+    lengths: list[int], units: list[list[int]], batch_size: int, seed: int, epoch: int, part: int = 0
+) -> list[list[int]]:
     """Batches of one epoch: random, yet of rows of like length.
 
     Units are shuffled by (seed, epoch), sorted by length within windows of 50 batches, packed whole into
@@ -317,6 +363,7 @@ def plan_batches(lengths: list[int], units: list[list[int]], batch_size: int, se
     Args:
         lengths: tokens of every row.
         units: rows that must share a batch.
+        part: of an epoch that is planned in parts, each shuffled in its own way.
 
     Raises:
         SqatError: a unit has more rows than a batch.
@@ -326,7 +373,7 @@ def plan_batches(lengths: list[int], units: list[list[int]], batch_size: int, se
         problem = f"a query has {largest} passages, which must share a batch, but batch_size is {batch_size}"
         hint = f"set task.candidates to {batch_size} or less, or batch_size to {largest} or more"
         raise SqatError(problem, hint)
-    random = np.random.default_rng((seed, epoch))
+    random = np.random.default_rng((seed, epoch, 0, part))  # zeros at the end change nothing: as (seed, epoch)
     shuffled = [units[i] for i in random.permutation(len(units))]
     windows = _pack(shuffled, WINDOW * batch_size)
     by_length = (sorted(window, key=lambda unit: max(lengths[i] for i in unit)) for window in windows)

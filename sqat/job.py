@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -27,16 +28,21 @@ from sqat.display import Display
 from sqat.errors import SqatError
 from sqat.models import build, check_head, load_pretrained, versions
 from sqat.pixels import augmented
+from sqat.processes import first_says, processes, summed, turns
 from sqat.recipe import FitConfig, PruneConfig, QatConfig, Recipe, StageConfig
+from sqat.streaming import Batches, Stream, open_stream
 from sqat.tasks import Task, build_task
-from sqat.training import Evaluation, Feed, Figures, Fitted, Loss, MidStage, fit, processes, total_steps
+from sqat.training import Evaluation, Feed, Figures, Fitted, Loss, MidStage, batches_together, fit, total_steps
 
 EVALUATION_BATCH = 64
 
 
 @dataclass
 class Splits:
-    """The rows of a recipe, read and prepared once for all its stages."""
+    """The rows of a recipe, read and prepared once for all its stages.
+
+    Of a train split that is streamed, ``rows`` and ``prepared`` are its buffer as it is first filled.
+    """
 
     recipe: Recipe
     folder: Path
@@ -49,8 +55,25 @@ class Splits:
             config = getattr(self.recipe.data, name)
             if config is None:
                 raise SqatError(f"the recipe has no data.{name}", f"add data.{name} or choose another split")
-            self.raw[name] = load_rows(config, name, self.recipe.data.columns, self.recipe.task, self.folder)
+            if name == "train" and self.stream is not None:
+                self.raw[name] = self.stream.read(0, 0, self.stream.buffer)
+            else:
+                self.raw[name] = load_rows(config, name, self.recipe.data.columns, self.recipe.task, self.folder)
         return self.raw[name]
+
+    @cached_property
+    def stream(self) -> Stream | None:
+        """The train split, where it is streamed."""
+        recipe, split = self.recipe, self.recipe.data.train
+        if not split.streaming:
+            return None
+        return open_stream(split, recipe.data.columns, recipe.task, self.folder, recipe.seed)
+
+    def epoch_rows(self) -> int:
+        """Rows that an epoch of the train split trains on."""
+        if self.stream is not None:
+            return self.stream.rows
+        return sum(map(len, self.task.units(self.task.encode(self.rows("train")), self.recipe.seed, 0)))
 
     @cached_property
     def task(self) -> Task:
@@ -114,6 +137,8 @@ class Job:
 
     def feed(self, config: FitConfig, processor: Processor) -> Feed:
         """Training batches: a function of (seed, epoch)."""
+        if self.splits.stream is not None:
+            return self.streamed(self.splits.stream, config, processor)
         rows, task, seed = self.splits.prepared("train", processor), self.task, self.recipe.seed
         lengths = column(rows, "length").tolist()
 
@@ -127,9 +152,20 @@ class Job:
 
         return Feed(plan, batch)
 
+    def streamed(self, stream: Stream, config: FitConfig, processor: Processor) -> Feed:
+        """Training batches that are read as they are needed."""
+        at_once = config.gradient_accumulation * processes().num_processes
+        batches = Batches(stream, config.batch_size, self.task.encode, at_once)
+
+        def batch(numbers: list[int]) -> Batch:
+            rows = processor.prepare(batches.pick(numbers), self.recipe.model.max_length)
+            return processor.collate(rows, list(range(len(rows))))
+
+        return Feed(batches.plan, batch)
+
     def steps(self, config: FitConfig, feed: Feed) -> int:
         """Optimizer steps of a fit, whose batches all processes share."""
-        return total_steps(config, len(feed.plan(0)), processes().num_processes)
+        return total_steps(config, len(feed.plan(0)), batches_together(config, self.state))
 
     def fit(
         self,
@@ -158,9 +194,11 @@ class Job:
         )
 
     def measure(self, model: nn.Module, processor: Processor, split: SplitName) -> Figures:
-        """The task's metrics of a torch model on a split."""
+        """The task's metrics of a torch model on a split, as the first process finds them."""
         rows = self.splits.prepared(split, processor)
-        return self.task.metrics(predict(partial(logits_of, model.eval()), rows, processor), rows)
+        figures = self.task.metrics(predict(partial(logits_of, model.eval()), rows, processor), rows)
+        found: Figures = json.loads(first_says(json.dumps(figures)))
+        return found
 
     def manifest(
         self, config: StageConfig, parent: Checkpoint | None, fitted: Fitted | None = None, **entries: Any
@@ -200,14 +238,19 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def predict(forward: Callable[[Batch], Tensor], rows: Rows, processor: Processor) -> Tensor:
-    """Logits [N, ...] float32 on the CPU of every row, in the order of the rows.
+    """Logits [N, ...] float32 on the CPU of every row, in the order of the rows; all processes share the batches.
 
     Args:
         forward: logits of one batch, by torch or by any runtime.
     """
     batches = ordered_batches(column(rows, "length").tolist(), EVALUATION_BATCH)
-    parts: list[Tensor] = []
+    logits: Tensor | None = None
     with torch.no_grad():
-        parts.extend(forward(processor.collate(rows, indices)).float().cpu() for indices in batches)
-    logits = torch.cat(parts)
-    return torch.empty_like(logits).index_copy_(0, torch.tensor([i for batch in batches for i in batch]), logits)
+        for number, counts in turns(len(batches)):
+            found = forward(processor.collate(rows, batches[number])).float().cpu()
+            if logits is None:
+                logits = found.new_zeros(len(rows), *found.shape[1:])
+            if counts:
+                logits.index_copy_(0, torch.tensor(batches[number]), found)
+    assert logits is not None  # a split has rows
+    return summed(logits)

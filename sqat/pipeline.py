@@ -28,6 +28,7 @@ from sqat.keys import Keys, attempts, is_attempt, known_manifest, made_from, str
 from sqat.plan import PlannedStage as PlannedStage
 from sqat.plan import due_stages, stage_range
 from sqat.plan import make_plan as make_plan
+from sqat.processes import first_says, processes, told_of_loss
 from sqat.recipe import FitConfig, LoadedRecipe
 from sqat.results import ResultRow as ResultRow
 from sqat.results import Results as Results
@@ -36,7 +37,7 @@ from sqat.run_lock import FILE, run_lock
 from sqat.soundness import saturation
 from sqat.stages import calibrate, export, prune, qat, train
 from sqat.tracking import Tracked, tracked
-from sqat.training import MidStage, first_says, processes
+from sqat.training import MidStage
 
 STAGE_FOLDER = re.compile(r"\d{2,}-")
 STAGES: dict[str, Callable[[Any, Checkpoint | None, Job], Checkpoint]] = {
@@ -58,7 +59,7 @@ def run(
 ) -> Results:
     """Run the plan, skip what is unchanged, and measure the results once on the test split."""
     place = loaded.run_directory
-    with run_lock(place, display), tracked(loaded.recipe, place, display) as watched:
+    with told_of_loss(), run_lock(place, display), tracked(loaded.recipe, place, display) as watched:
         return run_range(loaded, watched, first, last, force)
 
 
@@ -100,7 +101,7 @@ def run_stage(
             what = "no checkpoint of sqat" if there is None else f"the checkpoint of stage {there.stage!r}"
             raise SqatError(f"the output exists and is {what}", "choose another folder or add --force", str(output))
     place, file = lock_of(loaded.run_directory, directory)
-    with run_lock(place, display, file), tracked(loaded.recipe, place, display) as watched:
+    with told_of_loss(), run_lock(place, display, file), tracked(loaded.recipe, place, display) as watched:
         if parent is None and output is None and not force and keys.is_current(name) and stands(keys, name, display):
             return directory
         start = parent_checkpoint(keys, name) if parent is None else load_checkpoint(parent)
@@ -286,8 +287,8 @@ def run_once(trial: Trial, attempt: int) -> Checkpoint:
     loaded = trial.keys.loaded
     given, begun = loaded.recipe.stages[trial.name], time.monotonic()
     config = given.stretched(attempt) if isinstance(given, FitConfig) else given
-    factor = stretch(given, attempt)  # with the number of processes it says how many steps an epoch has, and of what
-    which = f"{trial.key} {trial.origin} steps x{factor:g} in {processes().num_processes} processes"
+    factor = stretch(given, attempt)
+    which = f"{trial.key} {trial.origin} steps x{factor:g}"
     job = Job(loaded.recipe, loaded.path.parent, trial.name, trial.key, trial.origin, trial.splits, trial.display,
               MidStage(trial.state, which), partial(teacher_checkpoint, trial.keys, trial.name))  # fmt: skip
     checkpoint = STAGES[given.stage](config, trial.parent, job)

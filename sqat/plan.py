@@ -75,9 +75,7 @@ def due_stages(keys: Keys, first: str | None, last: str | None, force: bool) -> 
 def amount(config: StageConfig, recipe: Recipe, splits: Splits) -> tuple[int | None, int | None]:
     """Optimizer steps and samples of a stage; a batch is taken as full, which queries of many sizes may not fill."""
     if isinstance(config, FitConfig):
-        rows = splits.task.encode(splits.rows("train"))
-        epoch = sum(len(unit) for unit in splits.task.units(rows, recipe.seed, 0))
-        steps = total_steps(config, -(-epoch // config.batch_size))
+        steps = total_steps(config, -(-splits.epoch_rows() // config.batch_size), config.gradient_accumulation)
         return steps, steps * config.batch_size * config.gradient_accumulation
     if config.stage == "calibrate":
         return None, min(config.samples, len(splits.rows(config.split)))

@@ -1,6 +1,6 @@
-"""Rows out of files: JSONL, CSV, Parquet and .npz, one row at a time, each with the place it came from.
+"""Rows out of files: JSONL, CSV, Parquet, Arrow and .npz, one row at a time, each with the place it came from.
 
-A row is a dict as the file has it, its place is ``file:line`` (``file:row N`` in Parquet, where lines do not
+A row is a dict as the file has it, its place is ``file:line`` (``file:row N`` in Parquet and Arrow, where lines do not
 exist), so that whatever is wrong with a row can be told where it stands. Lines are decoded one by one: a bad
 byte, a broken object or a truncated gzip stream is reported at its own line. Left out: delimiters other than
 the comma, JSON arrays, nested CSV.
@@ -23,7 +23,8 @@ from sqat.images import read_npz
 Row = dict[str, Any]
 Placed = tuple[str, Row]
 
-ENDINGS = ".jsonl, .jsonl.gz, .json, .json.gz, .csv, .csv.gz, .parquet or .npz"
+LINES = 1024  # rows of a JSONL file that are sought as one
+ENDINGS = ".jsonl, .jsonl.gz, .json, .json.gz, .csv, .csv.gz, .parquet, .arrow or .npz"
 
 
 def read_rows(path: Path, shown: str) -> Iterator[Placed]:
@@ -40,10 +41,12 @@ def read_rows(path: Path, shown: str) -> Iterator[Placed]:
         raise SqatError("no such file", _nearest_file(path), shown)
     name = path.name.lower()
     plain = name.removesuffix(".gz")
-    if name.endswith(".parquet"):
-        return _read_parquet(path, shown)
+    if name.endswith((".parquet", ".arrow")):
+        from sqat import columnar  # only such a file needs pyarrow
+
+        return (columnar.read_parquet if name.endswith(".parquet") else columnar.read_arrow)(str(path), shown)
     if plain.endswith((".jsonl", ".json")):
-        return _read_jsonl(path, shown)
+        return read_jsonl(path, shown)
     if plain.endswith(".csv"):
         return _read_csv(path, shown)
     if name.endswith(".npz"):
@@ -61,13 +64,14 @@ def _nearest_file(path: Path) -> str:
     return f'did you mean "{near[0]}"?' if near else f"paths are relative to the recipe; looked in {path.parent}"
 
 
-def _lines(path: Path, shown: str) -> Iterator[str]:
+def _lines(path: Path, shown: str, where: int = 0, first: int = 1) -> Iterator[str]:
     """Decoded lines with their ends; whatever breaks is told with the number of the line it breaks in."""
-    number = 0
+    number = first - 1
     opener = gzip.open if path.name.lower().endswith(".gz") else open
     try:
         with opener(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+            file.seek(where)
+            for number, line in enumerate(file, first):
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
@@ -86,8 +90,9 @@ def _lines(path: Path, shown: str) -> Iterator[str]:
         raise SqatError(f"cannot be read: {error.strerror or error}", "check its permissions", shown) from None
 
 
-def _read_jsonl(path: Path, shown: str) -> Iterator[Placed]:
-    for number, line in enumerate(_lines(path, shown), 1):
+def read_jsonl(path: Path, shown: str, where: int = 0, first: int = 1) -> Iterator[Placed]:
+    """Yield (place, row) for the lines from byte ``where`` on, which is where line ``first`` begins."""
+    for number, line in enumerate(_lines(path, shown, where, first), first):
         place = f"{shown}:{number}"
         if not line.strip():
             continue
@@ -103,6 +108,29 @@ def _read_jsonl(path: Path, shown: str) -> Iterator[Placed]:
                 place,
             )
         yield place, row
+
+
+def line_runs(path: str, shown: str, size: int = LINES) -> Iterator[tuple[int, int, int]]:
+    """Runs of ``size`` rows of a JSONL file: the byte and number of the first line of each, and its rows.
+
+    Nothing is parsed, and lines without anything in them are no rows.
+    """
+    where, first, rows, byte = 0, 1, 0, 0
+    for number, line in enumerate(_raw_lines(Path(path), shown), 1):
+        if rows == size:
+            yield where, first, rows
+            where, first, rows = byte, number, 0
+        rows += bool(line.decode("utf-8-sig" if number == 1 else "utf-8", "replace").strip())
+        byte += len(line)
+    yield where, first, rows
+
+
+def _raw_lines(path: Path, shown: str) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            yield from file
+    except OSError as error:
+        raise SqatError(f"cannot be read: {error.strerror or error}", "check its permissions", shown) from None
 
 
 def _read_csv(path: Path, shown: str) -> Iterator[Placed]:
@@ -134,22 +162,6 @@ def _checked_header(fields: list[str], place: str) -> list[str]:
     if twice:
         raise SqatError(f"the header has {listed(twice)} more than once", "give each column its own name", place)
     return fields
-
-
-def _read_parquet(path: Path, shown: str) -> Iterator[Placed]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=4096):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{shown}:row {number}", row
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        problem = " ".join(str(error).split())
-        raise SqatError(f"not a Parquet file: {problem}", "is the ending right?", shown) from None
 
 
 def listed(names: set[str] | list[str]) -> str:

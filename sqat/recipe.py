@@ -122,11 +122,14 @@ class ModelConfig(BaseModel):
 
 
 class SplitConfig(BaseModel):
-    """One split: a local file (JSONL, CSV, Parquet, optionally .gz) or a split of a hub data set."""
+    """One split: a local file (JSONL, CSV, Parquet, Arrow, optionally .gz) or a split of a hub data set."""
 
     model_config = STRICT
 
-    path: str | None = Field(default=None, description="file, relative to the recipe; its ending gives the format")
+    path: str | None = Field(
+        default=None,
+        description="file, relative to the recipe; its ending gives the format; streamed, also a glob of files",
+    )
     hub: str | None = Field(default=None, description="data set name on the hub")
     config: str | None = Field(default=None, description="hub configuration name")
     split: str | None = Field(default=None, description="hub split name; default: this split's own name")
@@ -134,6 +137,10 @@ class SplitConfig(BaseModel):
     limit: int | None = Field(
         default=None, ge=1, description="keep the first N rows (queries, for relevance and retrieval)"
     )
+    streaming: bool = Field(
+        default=False, description="read train while it is trained on; memory does not grow with its rows"
+    )
+    buffer: int = Field(default=16384, ge=1, description="rows that are shuffled together where a split is streamed")
 
     @model_validator(mode="after")
     def one_source(self) -> SplitConfig:
@@ -142,6 +149,8 @@ class SplitConfig(BaseModel):
         for key in ("config", "split", "revision"):
             if self.path is not None and getattr(self, key) is not None:
                 raise ValueError(f"{key} belongs to hub, not to path")
+        if "buffer" in self.model_fields_set and not self.streaming:
+            raise ValueError("buffer belongs to streaming: true")
         return self
 
 

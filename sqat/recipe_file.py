@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
+from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -286,7 +287,9 @@ def missing_files(recipe: Recipe, tree: Node, folder: Path) -> list[Finding]:
     found = []
     for name in ("train", "dev", "test"):
         split = getattr(recipe.data, name)
-        if split is not None and split.path is not None and not (folder / split.path).is_file():
+        if split is None or split.path is None or (folder / split.path).is_file():
+            continue
+        if not (split.streaming and glob(split.path, root_dir=folder)):
             text = f"data.{name}: no file {split.path}"
             found.append(finding(tree, ("data", name, "path"), text, near_files(folder / split.path)))
     return found

@@ -14,6 +14,7 @@ from sqat.errors import SqatError
 from sqat.recipe import (
     FLOAT_OUTPUTS,
     CalibrateConfig,
+    ClassificationTask,
     DistillConfig,
     ExportConfig,
     FitConfig,
@@ -48,7 +49,15 @@ def broken_rules(recipe: Recipe) -> list[Problem]:
     """Everything wrong between the parts of ``recipe``; broken parents hide what hangs on them."""
     parents = list(_parents(recipe))
     stages = [] if parents else [p for name in recipe.stages for p in _stage(recipe, name)]
-    return [*parents, *stages, *_results(recipe), *_columns(recipe), *_batches(recipe), *_pictures(recipe)]
+    return [
+        *parents,
+        *stages,
+        *_results(recipe),
+        *_columns(recipe),
+        *_batches(recipe),
+        *_pictures(recipe),
+        *_streams(recipe),
+    ]
 
 
 def pick_stage(recipe: Recipe, kind: str, name: str | None) -> str:
@@ -239,6 +248,28 @@ def _pictures(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("model", "text_encoder"), f"the task {task} has no captions", "leave it out")
     if recipe.data.augment is not None and task != "image-classification":
         yield Problem(("data", "augment"), f"the task {task} does not vary images", "leave it out")
+
+
+STREAMED = ("classification", "regression", "query-performance")  # tasks whose rows are texts, each by itself
+
+
+def _streams(recipe: Recipe) -> Iterator[Problem]:
+    """What needs all rows at once cannot be had of a split that is streamed."""
+    for name, split in (("dev", recipe.data.dev), ("test", recipe.data.test)):
+        if split is not None and split.streaming:
+            yield Problem(("data", name, "streaming"), f"data.{name} is measured as a whole", "only train is streamed")
+    train, path = recipe.data.train, ("data", "train", "streaming")
+    if not train.streaming:
+        return
+    if recipe.task.name not in STREAMED:
+        text = f"the rows of the task {recipe.task.name} do not each stand alone as a text"
+        yield Problem(path, text, f"streamed are {', '.join(STREAMED)}")
+    if isinstance(recipe.task, ClassificationTask) and recipe.task.labels is None:
+        yield Problem(path, "the classes of a streamed split are not known beforehand", "give task.labels")
+    for name, stage in recipe.stages.items():
+        if isinstance(stage, CalibrateConfig) and stage.split == "train" and stage.samples > train.buffer:
+            text = f"stage {name!r} observes {stage.samples} rows, but the buffer of the streamed train split has "
+            yield Problem(("stages", name, "samples"), f"{text}{train.buffer}", "raise data.train.buffer")
 
 
 def _columns(recipe: Recipe) -> Iterator[Problem]:

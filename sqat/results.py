@@ -12,6 +12,7 @@ from sqat.display import Display
 from sqat.evaluation import evaluate_artifact
 from sqat.job import Splits
 from sqat.keys import Keys
+from sqat.processes import first_says, processes
 from sqat.small_files import read_object, replace_file
 from sqat.stages.targets import file_name
 
@@ -45,7 +46,7 @@ def closing_table(keys: Keys, splits: Splits, display: Display) -> Results:
     recipe, directory = loaded.recipe, loaded.run_directory
     split: SplitName = "test" if recipe.data.test is not None else "dev"
     content = digest(getattr(recipe.data, split), loaded.path.parent)
-    remembered = read_object(directory / FILE)
+    remembered = json.loads(first_says(json.dumps(read_object(directory / FILE))))
     rows, record = [], {}
     for label, (stage, artifact) in result_artifacts(keys).items():
         manifest = keys.manifest(stage)
@@ -63,7 +64,7 @@ def closing_table(keys: Keys, splits: Splits, display: Display) -> Results:
         figures = {name: value if isfinite(value) else str(value) for name, value in metrics.items()}
         record[label] = {"key": key, "split": split, "data": content, "size_bytes": row.size_bytes,
                          "path": str(artifact), "metrics": figures}  # fmt: skip
-    if record:
+    if record and processes().is_main_process:
         replace_file(directory / FILE, (json.dumps(record, indent=2) + "\n").encode())
     return Results(rows, split, content, directory)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from sqat.display import Display
 from sqat.errors import SqatError
-from sqat.training import first_says, processes
+from sqat.processes import first_says, processes
 
 if sys.platform != "win32":
     import fcntl

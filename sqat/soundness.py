@@ -9,14 +9,17 @@ remarked, once for each kind. Left out: activations that are always zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sqat.checkpoint import Manifest
 from sqat.errors import SqatError
 from sqat.insertion.quantizers import QUANTIZERS, Quantizers
+from sqat.processes import one_says
+from sqat.sharding import whole
 
 EXPLODED = 100.0  # times what calibration found
 SATURATED = 0.1  # share of the values beyond the bound
@@ -28,11 +31,12 @@ def check_losses(losses: Mapping[str, float], model: nn.Module, again: Callable[
     """Refuse a loss that is no number, naming the first layer that puts out one.
 
     Args:
+        losses: the same in all processes, which tell each other what they find.
         again: computes the losses of the step once more.
     """
     for name, value in losses.items():
         if not math.isfinite(value):
-            layer = first_broken(model, again)
+            layer = one_says(first_broken(model, again))
             where = f"; the first layer to put out NaN or infinity is {layer}" if layer else ""
             raise SqatError(f"the {name} loss is {value} at step {step}{where}", LOWER)
 
@@ -71,21 +75,30 @@ def plain_name(name: str) -> str:
     return name.partition(".parametrizations")[0]
 
 
-def check_gradients(model: nn.Module, step: int) -> None:
-    """Refuse gradients whose norm is no number, naming the layer nearest to the loss that has such a one.
+def check_gradients(model: nn.Module, step: int) -> Tensor:
+    """Norm of all gradients; refuse what is no number, naming the layer nearest to the loss that has such a gradient.
 
     A learned scale is named, by its site, only where no layer is to be.
     """
     scales = {f"{QUANTIZERS}.bounds.{i}": f"the scale of {site}" for i, site in enumerate(learned_bounds(model))}
     known = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     known.sort(key=lambda each: each[0] not in scales)
-    if math.isfinite(nn.utils.get_total_norm([grad for _, grad in known])):
-        return
+    norm = total_norm([grad for _, grad in known])
+    if math.isfinite(norm):
+        return norm
+    known = [(name, whole(grad)) for name, grad in known]
     broken = [name for name, grad in known if not bool(torch.isfinite(grad).all())]
     worst = broken[-1] if broken else max(known, key=lambda each: float(each[1].abs().max()))[0]
     layer = scales.get(worst, plain_name(worst.removesuffix(".weight").removesuffix(".bias")))
     what = "NaN or infinite" if broken else "too large for a number"
     raise SqatError(f"the gradient of {layer} is {what} at step {step} ({len(broken)} of {len(known)} tensors)", LOWER)
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Norm of all gradients together, those that are shared out between processes and those that are not."""
+    kinds = [[each for each in gradients if isinstance(each, DTensor) is shared] for shared in (False, True)]
+    norms = [whole(nn.utils.get_total_norm(some)) for some in kinds if some]
+    return norms[0] if len(norms) == 1 else nn.utils.get_total_norm(norms)
 
 
 def learned_bounds(model: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """A first recipe out of a data file: guess the task and the columns, write every choice down with its reason.
 
-Only the first rows are read and nothing is asked: a wrong guess is a line to change in the recipe. Left out:
+Only the first rows are read. Where somebody is there to answer, the task is asked, and the guess is what Enter says;
+any other wrong guess is a line to change in the recipe. Left out:
 cutting a dev split off a single file (the recipe says loudly that dev is train then).
 """
 
@@ -10,7 +11,7 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -67,23 +68,27 @@ def write_starter(
     dev: Path | None = None,
     sparseml: Path | None = None,
     force: bool = False,
+    ask: Callable[[str], str] | None = None,
 ) -> list[str]:
     """Write a recipe for ``data`` and return the lines that tell what was guessed.
 
     Args:
         sparseml: a recipe of SparseML or llm-compressor to take the stages from.
+        ask: tells the task, given the guess; not asked where ``task`` is given.
 
     Raises:
         SqatError: ``output`` is there already, the data cannot be read, or no task fits its columns.
     """
     if output.exists() and not force:
         raise SqatError("is there already", "give --force to overwrite it, or another --output", str(output))
-    if task is not None and task not in TASKS:
-        raise SqatError(f"no task {task!r}", f"allowed: {', '.join(TASKS)}", "--task")
+    check_task(task)
     rows = [row for _, row in islice(read_rows(data, str(data)), ROWS_READ)]
     if not rows:
         raise SqatError("holds no rows", place=str(data))
     guess = guess_task(rows, task, str(data))
+    if ask is not None and task is None and (wanted := ask(guess.task)) != guess.task:
+        check_task(wanted)
+        guess = guess_task(rows, wanted, str(data))
     splits = {
         "train": data,
         "dev": dev or neighbour(data, ("dev", "valid", "validation", "val", "eval")),
@@ -101,6 +106,12 @@ def write_starter(
     if splits["dev"] is None:
         lines.append("warning: no dev file found, so dev is train; name one with --dev before you trust a figure")
     return [*lines, f"wrote {output}, and {SCHEMA_FILE} for editors; next: sqat run {output}"]
+
+
+def check_task(task: str | None) -> None:
+    """SqatError for a task that `sqat init` does not write."""
+    if task is not None and task not in TASKS:
+        raise SqatError(f"no task {task!r}", f"allowed: {', '.join(TASKS)}", "--task")
 
 
 def guess_task(rows: Sequence[Row], task: str | None, place: str) -> Guess:

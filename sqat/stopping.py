@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import torch
 from torch import distributed
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -41,12 +40,3 @@ def noted_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is up in any process of a distributed run; all of them must ask."""
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
-        return flag
-    shared = torch.tensor(float(flag), device=device)
-    distributed.all_reduce(shared, distributed.ReduceOp.MAX)
-    return bool(shared)

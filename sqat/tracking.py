@@ -20,8 +20,8 @@ from accelerate import Accelerator
 
 from sqat.display import Display
 from sqat.errors import SqatError, first_line
+from sqat.processes import processes
 from sqat.recipe import Recipe
-from sqat.training import processes
 
 FOLDER = "tracking"  # in the run's folder, for trackers that write files
 LONGEST = 250  # characters of a value; MLflow takes no longer ones

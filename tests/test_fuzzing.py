@@ -1,23 +1,30 @@
 """Whatever stands in a recipe or a manifest: it is read, or told in one line; nothing outside the checkpoint is read.
 
-``SQAT_FUZZ=100000`` tries that many inputs of each kind.
+``SQAT_FUZZ=100000`` tries that many inputs of each kind; `scripts/fuzz` does so in minutes, by cheaper changes.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sqat.checkpoint import MANIFEST, Checkpoint, load_checkpoint, load_manifest, manifest_digest, save_checkpoint
 from sqat.errors import SqatError
+from sqat.models import load_pretrained
+from sqat.recipe import ModelConfig
 from sqat.recipe_file import load_recipe
+from tests.scripts import load_script
 
 COUNT = int(os.environ.get("SQAT_FUZZ", "100"))
 fuzzed = settings(max_examples=COUNT, database=None, suppress_health_check=list(HealthCheck))
@@ -140,3 +147,87 @@ def test_an_alias_bomb_is_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "bomb.yaml").write_text("\n".join(lines))
     with pytest.raises(SqatError, match="holds more than 10000 values once its aliases are followed"):
         load_recipe(tmp_path / "bomb.yaml")
+
+
+def test_the_fuzzer_finds_nothing(tmp_path: Path) -> None:
+    """Both kinds, both outcomes; files beside and far from the manifest's folder are never opened."""
+    command = [sys.executable, str(ROOT / "scripts/fuzzing.py"), "--inputs", "200", "--json", str(tmp_path / "f.json")]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert run.returncode == 0, run.stdout + run.stderr
+    figures = json.loads((tmp_path / "f.json").read_text())
+    outcomes = [
+        figures.get(f"{kind} {outcome}", 0) for kind in ("recipe", "manifest") for outcome in ("read", "refused")
+    ]
+    assert min(outcomes) > 0
+    assert sum(outcomes) == 200
+
+
+def test_the_fuzzer_tells_what_is_no_line(tmp_path: Path) -> None:
+    fuzzing = load_script("fuzzing")
+
+    def fail(error: Exception) -> Callable[[Path], object]:
+        def read(_: Path) -> object:
+            raise error
+
+        return read
+
+    assert fuzzing.outcome(fail(SqatError("a")), tmp_path) == "refused"
+    assert fuzzing.outcome(fail(SqatError("a\nb")), tmp_path).startswith("not one line")
+    assert fuzzing.outcome(fail(KeyError("k")), tmp_path) == "KeyError: 'k'"
+
+
+def test_no_tag_of_a_recipe_makes_anything(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    for tag in (
+        f"!!python/object/apply:pathlib.Path.touch [{made}]",
+        "!!python/name:os.system",
+        "!!binary aGk=",
+        "!x y",
+    ):
+        (tmp_path / "recipe.yaml").write_text(f"model: {tag}\n")
+        with pytest.raises(SqatError, match=r"recipe\.yaml:1: the tag .* is not allowed"):
+            load_recipe(tmp_path / "recipe.yaml")
+    assert not made.exists()
+
+
+SAID = {"trust_remote_code": False, "allow_pickle": False, "weights_only": True, "use_safetensors": True}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sqat").rglob("*.py")), ids=lambda path: path.stem)
+def test_nothing_unpickles_or_trusts_remote_code(path: Path) -> None:
+    """Whoever loads says so, and no library that runs what it reads is asked."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.keyword) and node.arg in SAID:
+            assert ast.unparse(node.value) == str(SAID[node.arg])
+        if isinstance(node, ast.Import):
+            assert not UNSAFE & {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.module not in UNSAFE
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in FORBIDDEN
+
+
+UNSAFE = {"pickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
+FORBIDDEN = {"torch.load", "eval", "exec", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system"}
+
+
+@pytest.mark.parametrize("kind", ["torch", "code"])
+def test_a_model_that_needs_unpickling_or_its_own_code_is_refused(
+    kind: str, tmp_path: Path, make_model: Callable[..., Any]
+) -> None:
+    source = tmp_path / "model"
+    make_model().save_pretrained(source)
+    if kind == "torch":
+        (source / "model.safetensors").unlink()
+        torch.save(make_model().state_dict(), source / "pytorch_model.bin")
+    else:
+        (source / "mine.py").write_text(f"open({str(tmp_path / 'made')!r}, 'w')\n")
+        config = json.loads((source / "config.json").read_text())
+        config |= {
+            "model_type": "mine",
+            "auto_map": {"AutoConfig": "mine.C", "AutoModelForSequenceClassification": "mine.M"},
+        }
+        (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SqatError):
+        load_pretrained("texts", ModelConfig(source=str(source)), tmp_path, {"num_labels": 2}, 0)
+    assert not (tmp_path / "made").exists()

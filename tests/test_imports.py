@@ -41,6 +41,8 @@ LAYERS = [
         "data",
         "tracking",
         "training",
+        "processes",
+        "sharding",
         "soundness",
         "stopping",
         "engine",
@@ -52,6 +54,9 @@ LAYERS = [
         "retrieval",
         "insertion",
         "readers",
+        "columnar",
+        "shards",
+        "streaming",
         "records",
         "images",
         "pixels",
@@ -138,9 +143,9 @@ def test_of_the_library_only_the_callback_imports_transformers() -> None:
     assert users == ["trainer.py"]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["qat", "--help"], ["--version"], ["rum"]])
-def test_quick_commands_import_nothing_heavy(arguments: list[str]) -> None:
-    code = f"import sys, sqat.cli; sqat.cli.main({arguments!r}); print(*sys.modules, file=sys.stderr)"
+def modules_after(arguments: list[str]) -> set[str]:
+    """What a command has imported when it is done."""
+    code = f"import sys, sqat.cli; sqat.cli.main({arguments!r}); print(); print(*sys.modules)"
     run = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -149,8 +154,20 @@ def test_quick_commands_import_nothing_heavy(arguments: list[str]) -> None:
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
+    return set(run.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["qat", "--help"], ["--version"], ["rum"]])
+def test_quick_commands_import_nothing_heavy(arguments: list[str]) -> None:
     heavy = {"torch", "numpy", *FRAMEWORKS} - {"typer", "rich"}
     if "--help" not in arguments[:1]:
         heavy -= {"pydantic"}  # Typer itself uses it to read the arguments of a command
-    assert not heavy & set(run.stderr.split())
-    assert "sqat.pipeline" not in run.stderr.split()
+    found = modules_after(arguments)
+    assert not heavy & found
+    assert "sqat.pipeline" not in found
+
+
+@pytest.mark.parametrize("arguments", [["schema"], ["run", "nowhere.yaml"]])
+def test_what_reads_recipes_alone_imports_no_framework(arguments: list[str]) -> None:
+    needed = {"typer", "rich", "pydantic", "yaml"}  # and torch, of which the sections of a recipe are made
+    assert not (FRAMEWORKS - needed) & modules_after(arguments)

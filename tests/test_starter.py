@@ -190,3 +190,23 @@ def test_the_rows_of_relevance_serve_retrieval_where_it_is_asked_for(shape: str,
     for stage in ("prune", "qat"):
         assert recipe.stages[stage].distill.logits == 10
         assert recipe.stages[stage].distill.task == 0
+
+
+def test_the_task_is_asked_where_somebody_can_answer(tmp_path: Path) -> None:
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows_of(40, text=words, label=lambda n: n % 3)))
+    asked: list[str] = []
+
+    def answer(guess: str) -> str:
+        asked.append(guess)
+        return "regression"
+
+    lines = write_starter(data, tmp_path / "r.yaml", ask=answer)
+    assert asked == ["classification"]
+    assert lines[0].startswith("task: regression")
+    assert load_recipe(tmp_path / "r.yaml").recipe.task.name == "regression"
+    write_starter(data, tmp_path / "s.yaml", task="classification", ask=answer)
+    assert asked == ["classification"], "whoever has said it is not asked"
+    with pytest.raises(SqatError, match="no task 'guessing'"):
+        write_starter(data, tmp_path / "t.yaml", ask=lambda _: "guessing")
+    assert not (tmp_path / "t.yaml").exists()

@@ -85,18 +85,18 @@ def test_learning_rates() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "batches", "processes", "wanted"),
+    ("config", "batches", "together", "wanted"),
     [
         ({"steps": 7}, 100, 4, 7),
         ({}, 100, 1, 100),
         ({"epochs": 0.5}, 5, 1, 3),
-        ({"epochs": 2, "gradient_accumulation": 4}, 10, 1, 5),
-        ({"epochs": 1, "gradient_accumulation": 4}, 10, 2, 2),
+        ({"epochs": 2}, 10, 4, 5),
+        ({"epochs": 1}, 10, 8, 2),
         ({"epochs": 0.001}, 10, 1, 1),
     ],
 )
-def test_steps_of_a_fit(config: dict[str, Any], batches: int, processes: int, wanted: int) -> None:
-    assert total_steps(FitConfig(**config), batches, processes) == wanted
+def test_steps_of_a_fit(config: dict[str, Any], batches: int, together: int, wanted: int) -> None:
+    assert total_steps(FitConfig(**config), batches, together) == wanted
 
 
 def test_biases_and_norms_are_not_decayed() -> None:
@@ -495,7 +495,7 @@ def test_a_damaged_state_or_one_of_another_stage_is_not_used(
     damage(bert.folder / "state")
     assert MidStage(bert.folder / "state", "key").load() is None
     assert equal(bert.run(None), unbroken)
-    said = "t: the mid-stage state is damaged, or of another run, length or number of processes: starting afresh"
+    said = "t: the mid-stage state is damaged, or of another run or length: starting afresh"
     assert bert.said == [said]
 
 

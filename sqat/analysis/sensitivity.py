@@ -22,9 +22,9 @@ from sqat.display import Display
 from sqat.errors import SqatError
 from sqat.job import logits_of, predict
 from sqat.layers import weighted_layers
+from sqat.processes import processes
 from sqat.recipe_rules import suggest
 from sqat.tasks import Task
-from sqat.training import processes
 
 OUTPUT_LOSS = "output loss"
 Judge = Callable[[Tensor], float]

@@ -29,9 +29,10 @@ def _computed(x: Tensor) -> Tensor:
 def _step_through(grad: Tensor, x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
     """Pass ``grad`` where x / scale lies strictly within (low, high), else 0, in one pass where possible."""
     grad, x = _computed(grad), _computed(x)
-    if not x.is_cpu:  # reading the scale would wait for the device
-        x, scale = x / scale, torch.ones(())
-    step = float(scale)
+    if x.is_cpu and not torch.compiler.is_compiling():
+        step = float(scale)
+    else:  # to read the scale would wait for the device, or break a compiled graph
+        x, step = x / scale, 1.0
     passed: Tensor = torch.ops.aten.hardtanh_backward(grad, x, low * step, high * step)
     return passed
 

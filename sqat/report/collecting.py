@@ -67,6 +67,7 @@ class Activation:
         width: of a bin.
         counts: values in each bin [i * width, (i + 1) * width) of |x|.
         saturated: share of the values beyond the bound.
+        covers: the |x| that 99.99 % of the values do not exceed; None where calibration did not keep it.
     """
 
     site: str
@@ -74,6 +75,7 @@ class Activation:
     width: float
     counts: list[int]
     saturated: float | None
+    covers: float | None = None
 
 
 @dataclass(frozen=True)
@@ -236,8 +238,9 @@ def read_activations(keys: Keys, stages: list[Stage], missing: list[str]) -> lis
         return []
     checkpoint = load_checkpoint(keys.directory(stage))
     found: dict[str, Any] = json.loads(checkpoint.files[HISTOGRAMS])
-    return [Activation(site, float(checkpoint.amax[manifest.sites[site].leader]), float(each["width"]),
-                       [*each["counts"]], manifest.sites[site].saturated) for site, each in found.items()]  # fmt: skip
+    bounds = {site: float(checkpoint.amax[manifest.sites[site].leader]) for site in found}
+    return [Activation(site, bounds[site], float(each["width"]), [*each["counts"]], manifest.sites[site].saturated,
+                       each.get("covers")) for site, each in found.items()]  # fmt: skip
 
 
 def read_gates(keys: Keys, stages: list[Stage]) -> list[str]:

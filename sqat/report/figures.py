@@ -12,7 +12,7 @@ import re
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from itertools import cycle
+from itertools import cycle, takewhile
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from sqat.report_row import LayerReport
 INK = "#010203"
 COLOURS = ("#4477aa", "#cc6677", "#228833", "#aa7733", "#66a5bb", "#aa3377")
 SPARSITY = "#999999"
-WIDTH = 4.7  # inches
+WIDTH = 4.5  # inches: no wider than a telephone, so that 7 points stay 7 pixels
 CELLS_WITH_NUMBERS = 100
 COLUMNS, FARTHEST = 96, 4.0  # of the strips of activations; in units of the bound
 Floats = NDArray[np.float64]
@@ -119,12 +119,17 @@ def add_second(panel: Any, stage: Stage) -> None:
 
 
 def draw_map(
-    grid: Grid, what: str, value: Callable[[LayerReport], float | None], ends: tuple[float, float] | None = None
+    grid: Grid,
+    what: str,
+    value: Callable[[LayerReport], float | None],
+    ends: tuple[float, float] | None = None,
+    form: str = ".0f",
 ) -> str:
     """A heat map of one figure of every layer.
 
     Args:
         ends: of the colours; the smallest and the largest value without them.
+        form: of the number in each cell.
     """
     values = [
         [math.nan if cell is None or (found := value(cell)) is None else found for cell in row] for row in grid.cells
@@ -133,7 +138,7 @@ def draw_map(
 
     def draw(figure: Any) -> None:
         panel = figure.subplots()
-        spread = ends or ((min(known), max(known)) if len(set(known)) > 1 else (0.0, 1.0))
+        spread = ends or ((min(known), max(known)) if len(set(known)) > 1 else (0.0, max([*known, 0.0]) or 1.0))
         mesh = panel.pcolormesh(
             values, cmap="viridis", vmin=spread[0], vmax=spread[1], edgecolors="white", linewidth=0.5
         )
@@ -144,12 +149,13 @@ def draw_map(
         panel.tick_params(length=0, labelsize=8)
         for edge in panel.spines.values():
             edge.set_visible(False)
-        figure.colorbar(mesh, ax=panel, label=what, shrink=0.9).solids.set(rasterized=False, edgecolor="face")
+        panel.set_title(what, loc="left", fontsize=9)  # beside a bar of one or two rows it would be cut
+        figure.colorbar(mesh, ax=panel).solids.set(rasterized=False, edgecolor="face")
         if len(known) <= CELLS_WITH_NUMBERS:
-            number_cells(panel, values, spread)
+            number_cells(panel, values, spread, form)
 
     rows = len(grid.rows)
-    return svg(0.9 + 0.24 * rows + (0.5 if grid.regular else 0.0), draw, f"{what} of every layer")
+    return svg(1.2 + 0.24 * rows + (0.5 if grid.regular else 0.0), draw, f"{what} of every layer")
 
 
 def draw_activations(activations: Sequence[Activation]) -> str:
@@ -163,16 +169,35 @@ def draw_activations(activations: Sequence[Activation]) -> str:
         panel = figure.subplots()
         mesh = panel.pcolormesh(edges, range(len(activations) + 1), strips, cmap="viridis", vmin=-7, vmax=0)
         panel.axvline(1, color=COLOURS[1], linewidth=1.2, label="bound")
+        mark_most(panel, activations, float(edges[-1]))
         panel.invert_yaxis()
-        panel.set_yticks([row + 0.5 for row in range(len(activations))], [each.site for each in activations])
-        panel.tick_params(axis="y", length=0, labelsize=5)
+        sites = without_prefix([each.site for each in activations])
+        panel.set_yticks([row + 0.5 for row in range(len(activations))], sites)
+        panel.tick_params(axis="y", length=0, labelsize=7)
         panel.set_xlabel(f"|x| over the bound{', last column: all beyond' if highest == FARTHEST else ''}")
         bar = figure.colorbar(mesh, ax=panel, label="share of the values", shrink=0.9, ticks=[-6, -4, -2, 0])
         bar.ax.set_yticklabels(["1e-6", "1e-4", "1 %", "all"])
         bar.solids.set(rasterized=False, edgecolor="face")
         figure.legend(loc="outside upper right", fontsize=8)
 
-    return svg(1.1 + 0.095 * len(activations), draw, "activations of every site and the bounds of int8")
+    return svg(1.1 + 0.125 * len(activations), draw, "activations of every site and the bounds of int8")
+
+
+def without_prefix(names: Sequence[str]) -> list[str]:
+    """Names without the modules that all of them begin with: the figure is narrow and its text must stay readable."""
+    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    shared = len([*takewhile(lambda level: len(set(level)) == 1, levels)])
+    return [".".join(name.split(".")[shared:]) for name in names]
+
+
+def mark_most(panel: Any, activations: Sequence[Activation], end: float) -> None:
+    """A tick in each strip where 99.99 % of the values are below it, where calibration kept it and it is in sight."""
+    found = [(each.covers / each.bound, row + 0.5) for row, each in enumerate(activations)
+             if each.covers is not None and each.covers <= end * each.bound]  # fmt: skip
+    if found:
+        panel.plot(*zip(*found, strict=True), "|", color="white", markersize=5, markeredgewidth=2.4)
+        panel.plot(*zip(*found, strict=True), "|", color="black", markersize=5, markeredgewidth=1)
+        panel.plot([], [], "|", color=INK, markersize=6, label="99.99 % of the values")
 
 
 def share_of_each(activation: Activation, edges: Floats) -> Floats:
@@ -184,14 +209,16 @@ def share_of_each(activation: Activation, edges: Floats) -> Floats:
     return np.asarray(np.diff(below) / counts.sum())
 
 
-def number_cells(panel: Any, values: Sequence[Sequence[float]], spread: tuple[float, float]) -> None:
+def number_cells(panel: Any, values: Sequence[Sequence[float]], spread: tuple[float, float], form: str) -> None:
     """Write the value into each cell, dark on light and light on dark."""
     middle = (spread[0] + spread[1]) / 2
     for row, some in enumerate(values):
         for column, each in enumerate(some):
             if math.isfinite(each):
                 colour = "black" if each > middle else "white"
-                panel.text(column + 0.5, row + 0.5, f"{each:.0f}", color=colour, ha="center", va="center", fontsize=7)
+                panel.text(
+                    column + 0.5, row + 0.5, format(each, form), color=colour, ha="center", va="center", fontsize=7
+                )
 
 
 def draw_trade(run: Run, setting: SpeedSetting) -> str:

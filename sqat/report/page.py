@@ -19,6 +19,7 @@ from sqat.report.collecting import Activation, Linted, Result, Run, Stage, colle
 from sqat.report.figures import draw_activations, draw_curves, draw_map, draw_trade
 from sqat.report.grid import make_grid
 from sqat.report.verdict import baseline_of, figure, headline, remarks
+from sqat.report_row import LayerReport
 from sqat.small_files import replace_file
 
 NAME = "report.html"
@@ -55,6 +56,8 @@ def contents(run: Run) -> dict[str, Any]:
         maps.append(draw_map(grid, "zeros, %", lambda layer: 100 * layer.zeros, (0.0, 100.0)))
         if any(layer.sqnr_db is not None for layer in run.layers):
             maps.append(draw_map(grid, "weight SQNR, dB", lambda layer: layer.sqnr_db))
+        if any(layer.saturated is not None for layer in run.layers):
+            maps.append(draw_map(grid, "saturated inputs, %", percent_saturated, form=".2g"))
     trades = [draw_trade(run, setting) for setting in run.speeds]
     fitted = [stage for stage in run.stages if stage.curves is not None]
     return {
@@ -80,6 +83,11 @@ def contents(run: Run) -> dict[str, Any]:
         "digests": digests(run),
         "show": figure,
     }
+
+
+def percent_saturated(layer: LayerReport) -> float | None:
+    """Percent of the layer's inputs that calibration saw beyond their bound."""
+    return None if layer.saturated is None else 100 * layer.saturated
 
 
 def most_clipped(activation: Activation) -> float:

@@ -1,4 +1,8 @@
-"""Post-training calibration: a bound for every activation site, from histograms of what really flows there."""
+"""Post-training calibration: a bound for every activation site, from histograms of what really flows there.
+
+Each process observes its share of the batches. Histograms count, so that those of all processes add up to the very one
+that a single process would have found.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +25,13 @@ from sqat.insertion.sites import Sites, discover_sites, observed_rows
 from sqat.job import Job, logits_of
 from sqat.layers import choose_layers, encoder_blocks
 from sqat.models import capture, use_taps
+from sqat.processes import largest, processes, summed
 from sqat.quantization.histogram import Histogram
 from sqat.recipe import CalibrateConfig
-from sqat.training import processes
 
 FOLDED_SLACK = 1e-3
-HISTOGRAMS = "histograms.json"  # of the checkpoint: site -> width and counts of 64 bins of |x|, for `sqat report`
+HISTOGRAMS = "histograms.json"  # of the checkpoint, for `sqat report`: see `summaries`
+MOST = 0.9999  # of the values: the bound of the account that we follow
 
 
 def run(config: CalibrateConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
@@ -43,7 +48,9 @@ def run(config: CalibrateConfig, parent: Checkpoint | None, job: Job) -> Checkpo
     batches = sample_batches(config, job, processor)
     fold_(model, batches[0])
     sites = discover_sites(model, batches[0].inputs, choice.chosen, blocks, config.profile)
-    histograms = observe(model, sites, blocks, shown(batches, job))
+    own = batches[processes().process_index :: processes().num_processes]
+    histograms = observe(model, sites, blocks, shown(own, job))
+    add_up_(histograms)
     bounds = {site: config.method(histogram) for site, histogram in histograms.items()}
     leaders, amax = tie(sites, bounds)
     records = {site: SiteRecord(leader=leader, saturated=histograms[sites.leaders[site]].share_beyond(amax[leader]))
@@ -128,9 +135,26 @@ def observe(
     return histograms
 
 
+def add_up_(histograms: Mapping[str, Histogram]) -> None:
+    """Let every process's histograms hold what all of them have seen."""
+    names = sorted(histograms)
+    widths = largest(torch.tensor([histograms[name].exponent for name in names]))
+    peaks = largest(torch.tensor([histograms[name].max_abs for name in names], dtype=torch.float64))
+    for name, exponent in zip(names, widths, strict=True):
+        wide = Histogram()
+        wide.exponent = int(exponent)
+        histograms[name].merge(wide)  # empty: the bins are only made as wide
+    counts = summed(torch.stack([histograms[name].counts for name in names]))
+    for name, known, peak in zip(names, counts, peaks.tolist(), strict=True):
+        histograms[name].counts, histograms[name].max_abs = known, peak
+
+
 def summaries(histograms: Mapping[str, Histogram]) -> bytes:
-    """`HISTOGRAMS`: what was seen at every leader, coarsely."""
-    found = {site: dict(zip(("width", "counts"), each.summary(), strict=True)) for site, each in histograms.items()}
+    """`HISTOGRAMS`: site -> width and counts of 64 bins of |x|, and the |x| that covers 99.99 % by the fine bins."""
+    found = {}
+    for site, each in histograms.items():
+        width, counts = each.summary()
+        found[site] = {"width": width, "counts": counts, "covers": each.upper_edge(MOST)}
     return f"{json.dumps(found)}\n".encode()
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from sqat.data import Batch
 from sqat.errors import SqatError
 from sqat.insertion.weights import WeightTransform, layer, original_weight
+from sqat.processes import in_shards
+from sqat.sharding import plain
 from sqat.sparsity.masks import Pattern
 from sqat.sparsity.schedule import Schedule, SrSte
 from sqat.sparsity.sparsegpt import SparseGPT
@@ -82,12 +84,16 @@ class Masking:
 
     def before_step(self, step: int) -> None:
         """Set the masks of a moment; what is gathered is gathered with those of the one before in place."""
-        if step not in self.moments:
-            return
+        if step in self.moments:
+            with plain(self.model):
+                self.set_masks(self.moments[step])
+
+    def set_masks(self, index: int) -> None:
+        """Set the masks of one of the schedule's sparsities."""
         leaders = shared_weights(self.model, self.transforms)
         gathered = self.gather(leaders)
         for leader in dict.fromkeys(leaders.values()):
-            self.set_mask(leader, gathered.get(leader), self.moments[step])
+            self.set_mask(leader, gathered.get(leader), index)
         for name, leader in leaders.items():
             mask_of(self.transforms[name]).copy_(mask_of(self.transforms[leader]))
 
@@ -135,6 +141,9 @@ def with_decay(loss: Loss, masking: Masking) -> Loss:
     schedule = masking.config.schedule
     if not isinstance(schedule, SrSte) or not schedule.decay:
         return loss
+    if in_shards():
+        raise SqatError("schedule sr-ste decays weights that FSDP shares out between processes",
+                        "set decay: 0, or start without --use_fsdp")  # fmt: skip
     leaders = dict.fromkeys(shared_weights(masking.model, masking.transforms).values())
 
     def decayed(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

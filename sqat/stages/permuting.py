@@ -18,6 +18,7 @@ from sqat.errors import SqatError
 from sqat.insertion.weights import linear
 from sqat.job import Job
 from sqat.layers import find_qkv
+from sqat.processes import processes
 from sqat.recipe import DistillConfig, PruneConfig
 from sqat.soundness import listed
 from sqat.sparsity.criteria import Wanda
@@ -27,7 +28,7 @@ from sqat.sparsity.sparsegpt import SparseGPT
 from sqat.stages.channels import Site, change, find_sites, head_count, outputs_of, reorder_
 from sqat.stages.masking import Gather, Judge
 from sqat.stages.statistics import undisturbed
-from sqat.training import Feed, processes
+from sqat.training import Feed
 
 ROWS = 2  # on which sites are found and outputs compared
 

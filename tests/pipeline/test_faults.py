@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,21 +43,15 @@ class Signalled(Lines):
             signal.raise_signal(signal.SIGINT)
 
 
-AFRESH = "prune: the mid-stage state is damaged, or of another run, length or number of processes: starting afresh"
+AFRESH = "prune: the mid-stage state is damaged, or of another run or length: starting afresh"
 
 
-@pytest.mark.parametrize(("world", "said"), [(1, "prune: resumed at step 3 of 20"), (2, AFRESH)])
-def test_a_state_of_another_number_of_processes_is_not_taken(
-    copy: Project, monkeypatch: pytest.MonkeyPatch, world: int, said: str
-) -> None:
-    """Its masks are due at other steps, and an epoch has another number of them."""
+@pytest.mark.parametrize(("rate", "said"), [("3.0e-4", "prune: resumed at step 3 of 20"), ("2.0e-4", AFRESH)])
+def test_a_state_of_another_recipe_is_not_taken(copy: Project, rate: str, said: str) -> None:
+    """One of another number of processes is (`tests/test_processes.py`)."""
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("signals reach the main thread only")
-    loaded = load_recipe(copy.recipe, ["stages.prune.learning_rate=3.0e-4"])
     with pytest.raises(StoppedError):
-        pipeline.run(loaded, Signalled(), last="prune")
-    wait = pipeline.processes().wait_for_everyone
-    pretended = SimpleNamespace(num_processes=world, is_main_process=True, wait_for_everyone=wait)
-    monkeypatch.setattr(pipeline, "processes", lambda: pretended)
-    pipeline.run(loaded, display := Lines(), last="prune")
+        pipeline.run(load_recipe(copy.recipe, ["stages.prune.learning_rate=3.0e-4"]), Signalled(), last="prune")
+    pipeline.run(load_recipe(copy.recipe, [f"stages.prune.learning_rate={rate}"]), display := Lines(), last="prune")
     assert said in display.lines

@@ -112,7 +112,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[.
         "calibrate": {"kind": "calibrate"},
         "qat": {"kind": "qat", "losses": {"task": 0.2}, "steps": 5},
     }
-    seen = json.dumps({site: {"width": 0.5, "counts": [70, 20, 8, 2]} for site in made.manifest.sites}).encode()
+    histogram = {"width": 0.5, "counts": [70, 20, 8, 2], "covers": 1.75}
+    seen = json.dumps(dict.fromkeys(made.manifest.sites, histogram)).encode()
     for number, (name, entries) in enumerate(parts.items(), 1):
         manifest = made.manifest.model_copy(update={"stage": name, **entries})
         bare = {"masks": {}, "amax": {}} if name == "train" else {"amax": {}} if name == "prune" else {}
@@ -169,8 +170,8 @@ def test_every_section_is_there(whole: tuple[str, Page]) -> None:
     assert [each for each in page.ids if each in SECTIONS] == SECTIONS
     assert {each.removeprefix("#") for each in page.references} <= set(page.ids)
     assert len(set(page.ids)) == len(page.ids), "an id is of one element"
-    assert page.tags.count("svg") == 1 + 3 + 2 + 1, (
-        "trade-off; losses of train, prune and qat; zeros, SQNR; activations"
+    assert page.tags.count("svg") == 1 + 3 + 3 + 1, (
+        "trade-off; losses of train, prune and qat; zeros, SQNR, saturation; activations"
     )
 
 
@@ -241,7 +242,7 @@ def test_a_bare_run_says_what_it_lacks(run: Path) -> None:
     assert "No latency beside this run" in flat
     for what in ("stage qat: has not run", "not measured", "no sqat.log", "neither latency.json"):
         assert what in flat[flat.index("What is not here") :]
-    assert page.tags.count("svg") == 2 + 2 + 1, "the losses of last steps; layers; activations"
+    assert page.tags.count("svg") == 2 + 3 + 1, "the losses of last steps; layers; activations"
 
 
 def test_a_recorded_start_and_figures_of_an_earlier_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -351,19 +352,28 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 @pytest.mark.parametrize("width", [380, 1400])
 def test_a_browser_lays_it_out_without_overflow(whole: tuple[str, Page], tmp_path: Path, width: int) -> None:
     """The page in a frame as wide as a telephone or a screen says how wide it became; this copy alone has a script."""
-    widths = "[root.scrollWidth, root.clientWidth, innerWidth].join()"
-    told = f"<script>const root = document.documentElement; parent.postMessage({widths}, '*')</script>"
+    drawn = "[...document.querySelectorAll('svg text')].map(each => parseFloat(getComputedStyle(each).fontSize)"
+    drawn += " * Math.hypot(each.getScreenCTM().a, each.getScreenCTM().b))"
+    shown = f"[root.scrollWidth, root.clientWidth, innerWidth, Math.floor(10 * Math.min(...{drawn}))].join()"
+    told = "<script>console.log('control'); const root = document.documentElement; "
+    told += f"parent.postMessage({shown}, '*')</script>"
     (tmp_path / "copy.html").write_text(whole[0].replace("</body>", f"{told}</body>"), encoding="utf-8")
     heard = "<script>addEventListener('message', event => { document.title = event.data })</script>"
     frame = tmp_path / "frame.html"
     frame.write_text(f'<title>-</title>{heard}<iframe src="copy.html" width="{width}" height="900" frameborder="0">')
     assert CHROMIUM is not None
     command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-               "--window-size=1600,1000", "--virtual-time-budget=5000", "--dump-dom", frame.as_uri()]  # fmt: skip
+               "--window-size=1600,1000", "--virtual-time-budget=5000", "--enable-logging=stderr", "--dump-dom",
+               "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+               frame.as_uri()]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    found = re.search(r"<title>(\d+),(\d+),(\d+)</title>", done.stdout)
+    found = re.search(r"<title>(\d+),(\d+),(\d+),(\d+)</title>", done.stdout)
     assert found is not None, done.stdout[:300]
     assert (found[1], found[3]) == (found[2], str(width)), "nothing reaches beyond what is seen without scrolling"
+    assert int(found[4]) >= 70, "no text of a figure is smaller than 7 pixels"
+    console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+    assert len(console) == 1, console
+    assert "control" in console[0]
 
 
 def test_the_graph_of_these_tests_is_one(tmp_path: Path) -> None:
@@ -379,9 +389,20 @@ def test_gates_and_whether_they_are_kept(whole: tuple[str, Page]) -> None:
 def test_activations_of_every_site(shared: Path, whole: tuple[str, Page]) -> None:
     text = whole[1].text.partition("What calibration saw")[0].rpartition("Activations")[2]
     sites = load_manifest(shared / "03-calibrate").sites
-    assert [site for site in sites if site not in text] == []
+    assert [site for site in sites if site.removeprefix("bert.encoder.layer.") not in text] == []
     assert "Most is clipped at " in whole[1].text
     assert "(25 %)" in whole[1].text
+    assert "99.99 % of the values" in text
+
+
+def test_saturation_of_every_layer(shared: Path, whole: tuple[str, Page]) -> None:
+    saturated = {site: each.saturated for site, each in load_manifest(shared / "04-qat").sites.items()}
+    assert "saturated inputs, %" in whole[1].text
+    rows = re.findall(r"<tr><td>([\w.]+)</td><td>\d+</td>(.*?)</tr>", whole[0], re.DOTALL)
+    cells = {name: re.findall(r"<td>(.*?)</td>", cells)[-1] for name, cells in rows}
+    shares = {name: saturated.get(f"{name}:input") for name in cells}
+    assert cells == {name: "-" if share is None else f"{100 * share:.3g}" for name, share in shares.items()}
+    assert set(shares.values()) - {None}
 
 
 def test_an_older_calibration_has_no_histograms(run: Path) -> None:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from sqat.recipe import PruneConfig, QatConfig
 from sqat.report.collecting import Activation, Stage
 from sqat.report.curves import Curves, read_log, schedule_of
-from sqat.report.figures import COLOURS, draw_curves, share_of_each
+from sqat.report.figures import (
+    COLOURS,
+    FARTHEST,
+    draw_activations,
+    draw_curves,
+    mark_most,
+    share_of_each,
+    without_prefix,
+)
 from sqat.report.grid import WIDE, make_grid, short_parts
 from sqat.report.page import points_note
 from sqat.report.verdict import figure
@@ -124,6 +134,21 @@ def test_figures_of_one_title_have_ids_of_their_own() -> None:
 
 def test_figures_that_are_no_numbers() -> None:
     assert [figure(value) for value in (0.5, math.inf, -math.inf, math.nan)] == ["0.5000", "∞", "-∞", "not a number"]
+
+
+def test_the_bound_of_most_values_is_marked_where_it_is() -> None:
+    seen = Activation("a.b:input", 2.0, 1.0, [60, 20, 10, 0, 10], 0.2)
+    far = [replace(seen, covers=None), replace(seen, covers=2.0 * FARTHEST + 0.1)]
+    assert "99.99 %" not in draw_activations(far), "not kept, or not in sight"
+    panel = Figure().subplots()
+    mark_most(panel, [*far, replace(seen, covers=3.0)], FARTHEST)
+    assert [line.get_xydata().tolist() for line in panel.lines[:2]] == [[[1.5, 2.5]]] * 2
+
+
+def test_names_lose_the_modules_they_share() -> None:
+    assert without_prefix(["bert.layer.0.query:input", "bert.layer.1.key:input"]) == ["0.query:input", "1.key:input"]
+    assert without_prefix(["a.query:input", "b.query:input"]) == ["a.query:input", "b.query:input"]
+    assert without_prefix(["alpha:input", "alpine:input"]) == ["alpha:input", "alpine:input"]
 
 
 def test_values_are_spread_over_columns_in_units_of_the_bound() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from sqat.insertion.weights import insert_weights_, original_weight
 from sqat.sparsity.criteria import Criterion, Magnitude, Taylor, Wanda
 from sqat.sparsity.masks import nm_mask, parse_pattern
 from sqat.sparsity.sparsegpt import SparseGPT
-from sqat.stages import statistics
 from sqat.stages.statistics import gather
 from sqat.training import Feed
 
@@ -122,32 +120,6 @@ def test_samples_bound_the_batches(masked: nn.Module) -> None:
         found = gather(Wanda(samples=samples), masked, LEADERS, loss, make_feed(), 0)
         wanted = gather(Wanda(), masked, LEADERS, loss, make_feed(batches), 0)
         assert all(torch.equal(found[name], wanted[name]) for name in LEADERS), samples
-
-
-@pytest.mark.parametrize("criterion", [Wanda(), SparseGPT(), Taylor(), Taylor(average="mean")])
-def test_shares_of_processes_add_up(masked: nn.Module, criterion: Criterion, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = gather(criterion, masked, LEADERS, loss, make_feed(), 0)
-    monkeypatch.setattr(statistics, "reduce", lambda tensor, how: {"sum": tensor}[how])
-    shares = []
-    for rank in range(2):
-        state = SimpleNamespace(num_processes=2, process_index=rank, device=torch.device("cpu"))
-        monkeypatch.setattr(statistics, "processes", lambda state=state: state)
-        shares.append(gather(criterion, masked, LEADERS, loss, make_feed(), 0))
-    for name in LEADERS:
-        torch.testing.assert_close(shares[0][name] + shares[1][name], alone[name])
-        assert not torch.equal(shares[0][name], alone[name])
-
-
-@pytest.mark.parametrize("criterion", [Wanda(), SparseGPT(), Taylor()])
-def test_a_process_without_a_batch_adds_nothing(masked: nn.Module, criterion: Criterion) -> None:
-    """It must give as many figures of the same shapes as the others, or these would wait for it for ever."""
-    alone = gather(criterion, masked, LEADERS, loss, make_feed(), 0)
-    if criterion.needs == "gradient-squares":
-        idle = statistics.gather_gradients(masked, LEADERS, loss, iter(()), True)
-    else:
-        idle = statistics.gather_inputs(masked, LEADERS, iter(()), criterion.needs == "gram")
-    assert list(idle) == list(alone)
-    assert all(torch.equal(idle[name], torch.zeros_like(alone[name])) for name in alone)
 
 
 def test_layers_that_share_a_weight_are_summed(masked: nn.Module) -> None:

@@ -1,0 +1,65 @@
+"""sqat's chain, of the parts that its stages are made of."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+import sqat
+from side_by_side.chain import Made, Phases
+from side_by_side.sets import Trial
+from sqat.insertion.weights import layer
+from sqat.models import capture_last
+from sqat.quantization.calibrators import Maximum, Percentile
+from sqat.recipe import DistillConfig
+from sqat.sparsity.sparsegpt import SparseGPT
+from sqat.stages.losses import distilled_loss
+from sqat.training import Loss
+
+CALIBRATIONS = {"max": Maximum(), "percentile-99.999": Percentile(coverage=0.99999)}
+
+
+def sparse(trial: Trial, teacher: nn.Module, learning_rate: float) -> Phases:
+    """Prune by SparseGPT and train with the masks; then ways to quantize what came of it."""
+    model, batches = copy.deepcopy(teacher), trial.observed()
+    masks = sqat.prune(model, "2:4", SparseGPT(), batches=batches)
+    with sqat.masked(model, masks), loss_of(trial, model, teacher) as loss:
+        trial.train(model, loss, trial.budget.sparse_steps, learning_rate)
+    scales = {name: sqat.calibrate(model, batches, method, "linear") for name, method in CALIBRATIONS.items()}
+
+    @contextmanager
+    def quantized(name: str) -> Iterator[nn.Module]:
+        student = copy.deepcopy(model)
+        with sqat.quantized(student, masks, scales[name]):
+            yield student
+
+    @contextmanager
+    def qat(name: str, rate: float) -> Iterator[Made]:
+        with quantized(name) as student:
+            with loss_of(trial, student, teacher) as loss:
+                trial.train(student, loss, trial.budget.qat_steps, rate)
+            yield Made(student, [effective(student, layer_name) for layer_name in masks.kept])
+
+    return Phases(tuple(CALIBRATIONS), quantized, qat)
+
+
+def effective(model: nn.Module, name: str) -> Tensor:
+    """The weight that is multiplied."""
+    weight = layer(model, name).weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.detach()
+
+
+@contextmanager
+def loss_of(trial: Trial, model: nn.Module, teacher: nn.Module) -> Iterator[Loss]:
+    """MiniLM relations and logits of the teacher, as stages with ``distill`` have them."""
+    captures = [capture_last(network) for network in (model, teacher)]
+    try:
+        yield distilled_loss(DistillConfig(logits=1.0, task=0.0), trial.task, teacher, captures)
+    finally:
+        for capture in captures:
+            capture.remove()

@@ -1,0 +1,278 @@
+"""What several processes do that share a fit, run as a script: ``python -m tests.crowd FOLDER``.
+
+It imports everything once and forks each group of processes (1, 2, 4, ...), which are joined by gloo; what every
+process ends with is written to ``FOLDER/<group>-<rank>.pt``, for `tests/test_processes.py` to compare.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from torch import Tensor, nn
+
+from sqat.data import Batch
+from sqat.display import Silent
+from sqat.insertion.weights import insert_weights_, original_weight, remove_weights_
+from sqat.job import predict
+from sqat.processes import in_shards, processes, turns
+from sqat.quantization.histogram import Histogram
+from sqat.recipe import FitConfig
+from sqat.sharding import plain
+from sqat.sparsity.criteria import Taylor, Wanda
+from sqat.sparsity.masks import nm_mask, parse_pattern
+from sqat.sparsity.sparsegpt import SparseGPT
+from sqat.stages.calibrate import add_up_
+from sqat.stages.statistics import gather
+from sqat.training import Evaluation, Feed, MidStage, Objective, average_norms_, fit
+
+LIMIT = 240.0  # seconds for all groups
+TOGETHER = 4  # batches of an optimizer step, whoever has them
+STEPS = 6
+STOP = 3
+QUERY = "bert.encoder.layer.0.attention.self.query"
+LAYERS = (QUERY, "bert.encoder.layer.0.intermediate.dense")
+Found = dict[str, Any]
+
+
+class KilledError(Exception):
+    """As if the process had gone."""
+
+
+class Watcher(Silent):
+    """Keeps what is said and every step's losses, and raises at one step."""
+
+    def __init__(self, stop: int) -> None:
+        self.stop, self.said, self.losses = stop, list[str](), list[float]()
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def update(self, step: int, values: Any, rate: float) -> None:
+        self.losses.append(values["task"])
+        if step == self.stop:
+            raise KilledError
+
+
+def tiny_bert() -> Any:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                     intermediate_size=32, max_position_embeddings=16)  # fmt: skip
+    return transformers.BertForSequenceClassification(config)
+
+
+def feed_of(rows: int, batch_size: int) -> Feed:
+    """Sequences of several lengths whose label is in their first token; what is drawn for a batch is in it too."""
+    random = torch.Generator().manual_seed(1)
+    ids = torch.randint(2, 30, (rows, 8), generator=random)
+    real = (torch.arange(8) < torch.randint(3, 9, (rows, 1), generator=random)).long()
+
+    def plan(epoch: int) -> list[list[int]]:
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(epoch)).tolist()
+        return [order[start : start + batch_size] for start in range(0, rows, batch_size)]
+
+    def collate(chosen: list[int]) -> Batch:
+        noisy = torch.where(torch.rand(len(chosen), 8) < 0.1, 1, ids[chosen])
+        return Batch({"input_ids": noisy, "attention_mask": real[chosen]}, ids[chosen][:, 0] % 2, real[chosen][:, 0])
+
+    return Feed(plan, collate)
+
+
+def task_loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    return {"task": nn.functional.cross_entropy(model(**batch.inputs).logits, batch.labels)}
+
+
+def hidden_loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """A loss from inside the block, which reaches neither its second half nor the head."""
+    seen: list[Tensor] = []
+    bert: Any = model.get_submodule(QUERY)
+    handle = bert.register_forward_hook(lambda module, args, output: seen.append(output))
+    model(**batch.inputs)
+    handle.remove()
+    return {"task": seen[0].square().mean()}
+
+
+def fitted(state: Path, loss: Any = task_loss, stop: int = 0, **config: Any) -> Found:
+    """A fit of `STEPS` steps, whose masks are set before the third; ``stop`` kills it."""
+    torch.manual_seed(0)
+    model, watcher = tiny_bert(), Watcher(stop)
+    ones = {name: torch.ones_like(model.get_submodule(name).weight, dtype=torch.bool) for name in LAYERS}
+    transforms = insert_weights_(model, ones, ())
+
+    def before_step(step: int) -> None:
+        if step == 2:
+            with plain(model):
+                for name, transform in transforms.items():
+                    weight = original_weight(model.get_submodule(name)).detach()
+                    transform.mask.copy_(nm_mask(weight.abs(), parse_pattern("2:4")))
+
+    known = {"batch_size": 5, "learning_rate": 0.01, "save_every": 0, "gradient_accumulation": accumulation(), **config}
+    measured = Evaluation(lambda: {"score": float(model.classifier.weight.detach().sum())}, "score")
+    try:
+        done = fit(model, loss, feed_of(24, 5), FitConfig(**known), steps=STEPS, seed=3, title="crowd",
+                   display=watcher, state=MidStage(state, "key"), evaluation=measured,
+                   before_step=before_step)  # fmt: skip
+    except KilledError:
+        return {"losses": watcher.losses}
+    masks = remove_weights_(model, transforms)
+    return {"weights": {name: tensor.clone() for name, tensor in model.state_dict().items()}, "masks": masks,
+            "losses": watcher.losses, "said": watcher.said, "samples": done.samples,
+            "score": [figures["score"] for figures in done.history]}  # fmt: skip
+
+
+def accumulation() -> int:
+    return max(1, TOGETHER // processes().num_processes)
+
+
+def whole_fits(folder: Path, group: str) -> Found:
+    """Fits from start to end, and one that is killed."""
+    fitted(folder / f"{group}-state", stop=STOP, evaluate_every=2)
+    return {"fit": fitted(folder / f"{group}-whole", evaluate_every=2),
+            "hidden": fitted(folder / f"{group}-hidden", hidden_loss)}  # fmt: skip
+
+
+def other_work(folder: Path, group: str) -> Found:
+    """What the processes share beside training."""
+    model, feed = tiny_bert(), feed_of(24, 5)
+    insert_weights_(model, {name: torch.ones_like(model.get_submodule(name).weight) > 0 for name in LAYERS}, ())
+    sums = {str(criterion): gather(criterion, model, dict(zip(LAYERS, LAYERS, strict=True)), task_loss, feed, 0)
+            for criterion in (Wanda(), SparseGPT(), Taylor(), Taylor(average="mean"))}  # fmt: skip
+    return {"sums": sums, "histograms": histograms(), "logits": logits(), "norm": norms(), "turns": [*turns(3)]}
+
+
+def histograms() -> dict[str, dict[str, Tensor]]:
+    """Of six batches of very unlike sizes."""
+    found = {"a": Histogram(), "b": Histogram(), "empty": Histogram()}
+    for number, counts in turns(6):
+        x = torch.randn(500, generator=torch.Generator().manual_seed(number)) * 10.0 ** (number - 3)
+        if counts:
+            found["a"].observe(x)
+            found["b"].observe(x.flip(0)[:7])
+    add_up_(found)
+    return {name: each.to_tensors() for name, each in found.items()}
+
+
+class Numbers:
+    """A processor whose batches are the numbers of their rows."""
+
+    def collate(self, rows: Any, indices: list[int]) -> Batch:
+        given = torch.tensor(indices)
+        return Batch({"x": given}, given, given)
+
+
+def logits() -> Tensor:
+    rows: Any = datasets.Dataset.from_dict({"length": [row % 7 for row in range(150)]})
+    processor: Any = Numbers()
+    return predict(lambda batch: torch.stack([batch.labels.sin(), batch.labels.cos()], dim=1), rows, processor)
+
+
+def norms() -> Tensor:
+    """Running mean of a batch norm that has seen another number in every process."""
+    norm = nn.BatchNorm1d(2)
+    assert norm.running_mean is not None
+    norm.running_mean.fill_(float(processes().process_index))
+    average_norms_(Objective(norm, task_loss))
+    return norm.running_mean
+
+
+def first_part(folder: Path, group: str) -> Found:
+    return whole_fits(folder, group) | other_work(folder, group)
+
+
+def resumed(folder: Path, group: str) -> Found:
+    """Fits gone on with from the states of other numbers of processes; ``group`` is e.g. ``2 after 4``."""
+    found = {}
+    for before in ("1", "2", "4", "shards"):
+        source, own = folder / f"{before}-state", folder / f"{group} after {before}"
+        if processes().is_main_process:
+            shutil.copytree(source, own)
+        processes().wait_for_everyone()
+        found[before] = fitted(own, evaluate_every=2)
+    return found
+
+
+def in_pieces(folder: Path, group: str) -> Found:
+    """Fits of a model that is shared out."""
+    assert in_shards()
+    return whole_fits(folder, group)
+
+
+GROUPS: dict[str, tuple[int, Callable[[Path, str], Found]]] = {
+    "1": (1, first_part),
+    "2": (2, first_part),
+    "4": (4, first_part),
+    "shards": (2, in_pieces),
+    "1 again": (1, resumed),
+    "2 again": (2, resumed),
+    "3 again": (3, resumed),
+    "shards again": (2, resumed),
+}
+
+
+def run_group(group: str, folder: Path) -> None:
+    """Fork the processes of a group and wait for all; SystemExit where one fails."""
+    world, work = GROUPS[group]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    os.environ.update({"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                       "LOCAL_WORLD_SIZE": str(world)})  # fmt: skip
+    os.environ["ACCELERATE_USE_FSDP"] = str("shards" in group).lower()
+    children = [fork(group, rank, work, folder) for rank in range(world)]
+    try:
+        ends = [os.waitpid(child, 0)[1] for child in children]
+    finally:
+        for child in children:
+            end(child)
+    if any(ends):
+        sys.exit(f"group {group} ended with {ends}")
+
+
+def fork(group: str, rank: int, work: Callable[[Path, str], Found], folder: Path) -> int:
+    """Start one process; returns its id."""
+    child = os.fork()
+    if child:
+        return child
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
+    if os.environ["WORLD_SIZE"] == "1":
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            del os.environ[name]
+    try:
+        torch.save(work(folder, group), folder / f"{group}-{rank}.pt")
+    except BaseException:  # told here, for the process must not go on as its parent would
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def end(child: int) -> None:
+    """Kill a process that is still there."""
+    try:
+        os.kill(child, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def give_up(number: int, frame: object) -> None:
+    raise TimeoutError
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(int(LIMIT))
+    torch.set_num_threads(1)
+    for name in GROUPS:
+        begun = time.monotonic()
+        run_group(name, Path(sys.argv[1]))
+        print(f"{name}: {time.monotonic() - begun:.1f} s", flush=True)
