@@ -1,8 +1,7 @@
 """Rows out of Parquet and Arrow files, all of them or a piece: a row group, a record batch.
 
-A source is a path, or an address that fsspec opens (``hf://...``). Rows are numbered from 1 within the file. A row
-group or an Arrow piece is in memory, and 4,096 rows of it as Python's own values. No file stays open between two rows:
-one that the garbage collector closed ended the process.
+A source is a path, or an address that fsspec opens (``hf://...``). Rows are numbered from 1 within the file. At most a
+row group is in memory, and 4,096 rows of it as Python's own values.
 """
 
 from __future__ import annotations
@@ -30,17 +29,10 @@ def read_parquet(source: str, shown: str, piece: Extent | None = None, skip: int
     Raises:
         SqatError: it cannot be read.
     """
-    pieces = list(row_groups(source, shown)) if piece is None else [piece]
-    for group, first, rows in pieces:
-        yield from numbered(batches_of_group(source, shown, group), shown, first, skip)
-        skip = max(0, skip - rows)
-
-
-def batches_of_group(source: str, shown: str, group: int) -> list[Any]:
-    """A row group in memory; the file is closed again, whatever becomes of the rows."""
+    group, first, _ = piece or (None, 1, 0)
     with told("Parquet", shown), opened(source) as file, pq.ParquetFile(file) as parquet:
-        found: list[Any] = parquet.read_row_group(group).to_batches(AT_ONCE)
-        return found
+        batches = parquet.iter_batches(AT_ONCE, row_groups=None if group is None else [group])
+        yield from numbered(batches, shown, first, skip)
 
 
 def row_groups(source: str, shown: str) -> Iterator[Extent]:
@@ -66,19 +58,15 @@ def read_arrow(source: str, shown: str, piece: Extent | None = None, skip: int =
         SqatError: it cannot be read.
     """
     where, first, _ = piece or (None, 1, 0)
-    yield from numbered(batches_of_arrow(source, shown, where), shown, first, skip)
-
-
-def batches_of_arrow(source: str, shown: str, where: int | None) -> list[Any]:
-    """One record batch in memory, or all; the file is closed again, whatever becomes of the rows."""
     with told("Arrow", shown), opened(source) as file:
         if has_mark(file):
             reader = pa.ipc.open_file(file)
-            return [
-                reader.get_batch(number) for number in (range(reader.num_record_batches) if where is None else [where])
-            ]
-        stream = pa.ipc.open_stream(file)
-        return list(stream) if where is None else [batch_at(file, where, stream.schema)]
+            chosen = range(reader.num_record_batches) if where is None else [where]
+            batches: Iterable[Any] = (reader.get_batch(number) for number in chosen)
+        else:
+            stream = pa.ipc.open_stream(file)
+            batches = stream if where is None else [batch_at(file, where, stream.schema)]
+        yield from numbered(batches, shown, first, skip)
 
 
 def record_batches(source: str, shown: str) -> Iterator[Extent]:

@@ -5,16 +5,13 @@ of that sequence, ``buffer`` rows, is checked, shuffled and cut into batches of 
 (arXiv:2206.05830 is about how near this comes to shuffling all rows). Pieces, windows and batches are functions of
 (seed, epoch, number), and how many batches an epoch has follows from the number of rows alone: a resumed run, or one
 of several processes, opens the very piece it needs. Batches are made of like numbers of characters and tokenized one
-by one, so that a process tokenizes only its own. No file is left
-half read between two windows, so one without pieces (CSV, gzip) is read from its beginning for every window. Left out:
-rows that must share a batch (queries), and reading ahead.
+by one, so that a process tokenizes only its own. Left out: rows that must share a batch (queries), and reading ahead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -46,6 +43,8 @@ class Stream:
     seed: int
     buffer: int
     check: Callable[[Iterator[Placed]], Rows]
+    position: tuple[int, int] = (-1, 0)
+    source: Iterator[Placed] = field(default_factory=lambda: iter(()))
 
     @property
     def rows(self) -> int:
@@ -53,19 +52,21 @@ class Stream:
         return self.pieces.rows
 
     def read(self, epoch: int, start: int, count: int) -> Rows:
-        """Rows from ``start`` on of an epoch, ``count`` or as many as it has.
+        """Rows from ``start`` on of an epoch, ``count`` or as many as it has; reading on from there is quick.
 
         Raises:
             SqatError: at the first bad row, or where a shard has changed since its pieces were counted.
         """
+        if (epoch, start) != self.position:
+            self.source = self.placed(epoch, start)
         count = min(count, self.rows - start)
-        with closing(self.placed(epoch, start)) as source:
-            rows = self.check(islice(source, count))
+        rows = self.check(islice(self.source, count))
         if len(rows) != count:
             raise SqatError(f"{count - len(rows)} rows are not there any more", "a shard has changed: run again")
+        self.position = (epoch, start + count)
         return rows
 
-    def placed(self, epoch: int, start: int) -> Generator[Placed, None, None]:
+    def placed(self, epoch: int, start: int) -> Iterator[Placed]:
         """Rows from ``start`` on of an epoch as they are read."""
         order = np.random.default_rng((self.seed, epoch, ORDER)).permutation(len(self.pieces.table))
         ends = self.pieces.table[order, ROWS].cumsum()
