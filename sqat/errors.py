@@ -16,9 +16,9 @@ class SqatError(Exception):
 
     def __init__(self, problem: str, hint: str = "", place: str = "") -> None:
         super().__init__(problem)
-        self.problem = problem
-        self.hint = hint
-        self.place = place
+        self.problem = printable(problem)
+        self.hint = printable(hint)
+        self.place = printable(place)
 
     def __str__(self) -> str:
         line = f"{self.place}: {self.problem}" if self.place else self.problem
@@ -35,6 +35,11 @@ class StoppedError(SqatError):
     """The user or the system asked a run to stop, and it has saved what it had."""
 
     exit_code = 130
+
+
+def printable(text: str) -> str:
+    """Text whose line breaks and control characters are written as Python writes them: names come from users' files."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def first_line(error: Exception) -> str:
