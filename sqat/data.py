@@ -29,6 +29,7 @@ from torch import Tensor
 
 from sqat.columnar import parquet_schema
 from sqat.errors import SqatError
+from sqat.images import image_file
 from sqat.readers import Placed, listed, read_rows
 from sqat.recipe import ClassificationTask, Columns, RelevanceTask, RetrievalTask, SplitConfig, Task
 from sqat.records import QUERY, Record, records_of
@@ -57,8 +58,9 @@ def load_rows(split: SplitConfig, name: SplitName, columns: Columns, task: Task,
         SqatError: at the first bad row, with its place.
     """
     shown = split.path or f"{split.hub}[{split.split or name}]"
-    source = _hub_rows(split, name, shown) if split.path is None else read_rows(folder / split.path, shown)
-    rows = rows_of(records_of(source, columns, task, split.limit, (folder / (split.path or "")).parent))
+    path = None if split.path is None else folder / split.path
+    source = _hub_rows(split, name, shown) if path is None else read_rows(path, shown)
+    rows = rows_of(records_of(source, columns, task, split.limit, None if path is None else path.parent))
     if len(rows) == 0:
         raise SqatError("no rows", "the split must hold at least one", shown)
     _check_labels(rows, name, task, shown)
@@ -241,9 +243,10 @@ def digest(split: SplitConfig, folder: Path, images: str | None = None) -> str:
         hint = "paths are relative to the recipe"
         raise SqatError(f"cannot be read: {error.strerror}", hint, split.path) from None
     if images is not None and not split.path.lower().endswith(".npz"):
-        for _, row in read_rows(folder / split.path, split.path):
-            with suppress(OSError, ValueError):  # a name that is none is told where the row is read
-                state.update(((folder / split.path).parent / str(row.get(images))).read_bytes())
+        for place, row in read_rows(folder / split.path, split.path):
+            if isinstance(name := row.get(images), str):
+                with suppress(OSError, SqatError):  # what is no image here is told where the row is read
+                    state.update(image_file(name, (folder / split.path).parent, place).read_bytes())
     return state.hexdigest()
 
 

@@ -1,9 +1,10 @@
 """Reading images: arrays out of a .npz, and image files through Pillow.
 
 A .npz is a table whose arrays are the columns, one row an image; it is never unpickled. In all other files the image
-column holds the path of an image file, relative to the file that names it. Either way a picture is [H,W,C], uint8 or
-float32 from 0 to 1, grey or RGB. Nothing is resized or cropped here. Left out: alpha (it is laid over white), moving
-pictures, and a .npz larger than memory.
+column holds the path of an image file, relative to the file that names it and in its folder, links followed: rows come
+from strangers, who may not choose what else is read on this machine. Either way a picture is [H,W,C], uint8 or float32
+from 0 to 1, grey or RGB. Nothing is resized or cropped here. Left out: alpha (it is laid over white), moving pictures,
+and a .npz larger than memory.
 """
 
 from __future__ import annotations
@@ -78,19 +79,19 @@ def described(picture: Array) -> str:
     return f"{height} x {width} with {channels} channel{'s' if channels > 1 else ''}{depth}"
 
 
-def picture_of(value: Any, name: str, folder: Path, place: str) -> Array:
+def picture_of(value: Any, name: str, folder: Path | None, place: str) -> Array:
     """The pixels [H,W,C] of a row's image, uint8 or float32 in 0..1, C 1 or 3.
 
     Args:
         value: an array [H,W] or [H,W,C], or the path of an image file.
         name: what the column is called.
-        folder: what a relative path starts from.
+        folder: of the file that has the row; None where it comes from elsewhere, and may name no file.
 
     Raises:
         SqatError: neither of the two, another shape or type, NaN or numbers beyond the range.
     """
     if isinstance(value, str):
-        return opened(folder / value, value, place)
+        return opened(image_file(value, folder, place), value, place)
     if not isinstance(value, np.ndarray):
         raise SqatError(f'"{name}" must be an array or the path of an image file, got {type(value).__name__}',
                         "set data.columns.image", place)  # fmt: skip
@@ -108,6 +109,29 @@ def picture_of(value: Any, name: str, folder: Path, place: str) -> Array:
         raise SqatError(f'"{name}" has pixels from {picture.min():.4g} to {picture.max():.4g}',
                         "scale floats to 0..1, or store uint8 0..255", place)  # fmt: skip
     return picture.astype(np.float32, copy=False)
+
+
+def image_file(name: str, folder: Path | None, place: str) -> Path:
+    """Where the image file of a row lies: in the folder of the file that has the row, or deeper; links are followed.
+
+    Raises:
+        SqatError: it lies elsewhere, is a folder or a pipe, or the name is none that a file can have.
+    """
+    if folder is None:
+        raise SqatError(f'the image "{name}" is the name of a file, and the row comes from the hub',
+                        "download the data set and give the path of the file that names its images", place)  # fmt: skip
+    try:
+        root = folder.resolve()
+        path = (root / name).resolve()
+        is_other = path.exists() and not path.is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, NUL or half a surrogate pair in it, links in a ring
+        raise SqatError(f'"{name}" is no path of a file', "name an image beside this file", place) from None
+    if not path.is_relative_to(root):
+        raise SqatError(f'the image "{name}" lies outside the folder of the file that names it, {folder}',
+                        "move the images there, or this file to a folder above them", place)  # fmt: skip
+    if is_other:
+        raise SqatError(f'the image "{name}" is no file', "name an image, not a folder", place)
+    return path
 
 
 def opened(path: Path, shown: str, place: str) -> Array:

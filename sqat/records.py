@@ -27,12 +27,12 @@ QUERY, LOOSE = -1.0, -2.0  # labels of a retrieval row that is no passage of a q
 
 
 def records_of(
-    source: Iterator[Placed], columns: Columns, task: Task, limit: int | None, folder: Path = Path()
+    source: Iterator[Placed], columns: Columns, task: Task, limit: int | None, folder: Path | None = None
 ) -> Iterator[Record]:
     """Yield the records of a split's rows, at most ``limit`` (queries, for relevance).
 
     Args:
-        folder: what the paths of image files are relative to.
+        folder: of the file that has the rows, in which the image files they name must lie; None: they name none.
 
     Raises:
         SqatError: at the first bad row, with its place.
@@ -57,19 +57,19 @@ def _texts(source: Iterator[Placed], columns: Columns, task: Task) -> Iterator[R
         yield record | {"label": label_of(row, columns.label, "label", place), "place": place}
 
 
-def _images(source: Iterator[Placed], columns: Columns, folder: Path) -> Iterator[Record]:
+def _images(source: Iterator[Placed], columns: Columns, folder: Path | None) -> Iterator[Record]:
     """Pictures with a class."""
     for place, row, record in _pixels(source, columns, folder):
         yield record | {"label": class_of(row, columns.label, "label", place), "place": place}
 
 
-def _captioned(source: Iterator[Placed], columns: Columns, folder: Path) -> Iterator[Record]:
+def _captioned(source: Iterator[Placed], columns: Columns, folder: Path | None) -> Iterator[Record]:
     """Pictures with a caption, and no label."""
     for place, row, record in _pixels(source, columns, folder):
         yield record | {"text": text_of(row, columns.text, "text", place), "place": place}
 
 
-def _pixels(source: Iterator[Placed], columns: Columns, folder: Path) -> Iterator[tuple[str, Row, Record]]:
+def _pixels(source: Iterator[Placed], columns: Columns, folder: Path | None) -> Iterator[tuple[str, Row, Record]]:
     """Place and row of each image, with its pixels as bytes and the size that all rows share."""
     first = None
     for place, row in source:

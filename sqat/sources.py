@@ -1,9 +1,13 @@
-"""Where pretrained models come from: a folder, a hub name, or a folder inside an installed package."""
+"""Where pretrained models come from: a folder, a hub name, or a folder inside an installed package.
+
+A folder may come from a stranger: what in it would make transformers read weights elsewhere is refused here.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -13,15 +17,23 @@ from sqat.checkpoint import WEIGHTS
 from sqat.errors import SqatError
 from sqat.recipe import ModelConfig
 
+ADAPTER = "adapter_config.json"
 LOADING = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what libraries raise at a bad model
 
 
 def resolve_source(source: str, folder: Path) -> str:
-    """Folder or hub name of a model source; ``package:NAME/FOLDER`` is found without importing the package."""
+    """Folder or hub name of a model source; ``package:NAME/FOLDER`` is found without importing the package.
+
+    Raises:
+        SqatError: no such folder or package, or one whose weights lie elsewhere.
+    """
     if source.startswith("package:"):
-        return package_folder(source.removeprefix("package:"), source)
+        found = package_folder(source.removeprefix("package:"), source)
+        check_own_weights(Path(found))
+        return found
     local = folder / source
     if local.is_dir():
+        check_own_weights(local)
         return str(local)
     if source.startswith((".", "/")) or source.count("/") > 1:
         raise SqatError(f"model.source is {source!r}, but there is no such folder", f"looked at {local}")
@@ -44,6 +56,25 @@ def package_folder(reference: str, source: str) -> str:
             f"model.source is {source!r}, but that folder of the package holds no model", f"looked at {found}"
         )
     return str(found)
+
+
+def check_own_weights(folder: Path) -> None:
+    """Refuse an adapter, which names the folder of its model, and an index of shards with files that are not beside it.
+
+    Raises:
+        SqatError: it is one of these.
+    """
+    if (path := folder / ADAPTER).is_file():
+        raise SqatError("is an adapter, whose weights belong to another model", "merge them and save the whole model",
+                        str(path))  # fmt: skip
+    for path in sorted(folder.glob("*.index.json")):
+        try:
+            names = list(json.loads(path.read_bytes())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise SqatError("is no index of weights", "get the model again", str(path)) from None
+        other = [name for name in names if Path(str(name)).name != name or name in ("", "..")]
+        if other:
+            raise SqatError(f"names weights outside its folder: {other[0]!r}", "get the model again", str(path))
 
 
 def source_digest(config: ModelConfig, folder: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sqat.data import Rows, digest, load_rows
 from sqat.errors import SqatError
 from sqat.pixels import ImageProcessor, augmented
 from sqat.recipe import ClassificationTask, Columns, SplitConfig
+from sqat.records import records_of
 
 TASK = ClassificationTask(name="image-classification")
 COLUMNS = Columns(image="x", label="y")
@@ -160,6 +162,83 @@ def test_mistakes_in_image_files_are_told(tmp_path: Path) -> None:
     assert 'the image "pictures/1.png" cannot be read' in told(tmp_path, "train.jsonl", FILES)
     image.fromarray(pictures(1)[0, ..., 0]).save(tmp_path / "pictures/1.png")
     assert "6 x 6 with 1 channel, the first row's is 6 x 6 with 3" in told(tmp_path, "train.jsonl", FILES)
+
+
+def naming(folder: Path, name: str) -> str:
+    """What reading a table says that names one image beside it and then ``name``."""
+    rows = [{"file": "pictures/0.png", "kind": 0}, {"file": name, "kind": 1}]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return told(folder, "train.jsonl", FILES)
+
+
+def test_a_row_names_no_image_outside_the_folder_of_its_file(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    inside, outside = tmp_path / "data", tmp_path / "data-of-another"
+    for folder in (inside, outside):
+        folder.mkdir()
+        image_files(folder, [image.fromarray(picture) for picture in pictures(2)])
+    (inside / "pictures/link.png").symlink_to(outside / "pictures/1.png")
+    (inside / "folder").symlink_to(outside / "pictures")
+    for name in (str(outside / "pictures/1.png"), "../data-of-another/pictures/1.png", "pictures/link.png",
+                 "folder/1.png", "../nowhere.png", "pictures/../../data-of-another/pictures/1.png"):  # fmt: skip
+        message = naming(inside, name)
+        assert message.startswith(
+            f'train.jsonl:2: the image "{name}" lies outside the folder of the file that names it'
+        )
+        assert message.endswith("; move the images there, or this file to a folder above them")
+    assert "lies outside" in naming(inside, "/dev/zero")
+
+
+def test_the_digest_of_a_split_leaves_its_folder_no_more_than_its_rows(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    image_files(tmp_path, [image.fromarray(pictures(1)[0])])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/link.png").symlink_to(tmp_path / "pictures/0.png")
+    rows = [{"file": name} for name in ("../pictures/0.png", "link.png", str(tmp_path / "pictures/0.png"), "/dev/zero")]
+    (tmp_path / "data/train.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    split = SplitConfig(path="data/train.jsonl")
+    before = digest(split, tmp_path, "file")  # for ever, were /dev/zero read
+    (tmp_path / "pictures/0.png").write_bytes(b"another")
+    assert digest(split, tmp_path, "file") == before
+
+
+def test_what_no_file_is_called_is_told(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    image_files(tmp_path, [image.fromarray(pictures(1)[0])])
+    (tmp_path / "ring").symlink_to(tmp_path / "ring")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("a\0b", "\ud800"):
+        assert "is no path of a file" in naming(tmp_path, name)
+    for name in ("pipe", "pictures", ""):
+        assert f'the image "{name}" is no file' in naming(tmp_path, name)
+    for name in ("ring", "x" * 5000):
+        (tmp_path / "train.jsonl").write_text(json.dumps({"file": name, "kind": 0}) + "\n")
+        assert "train.jsonl:1: " in told(tmp_path, "train.jsonl", FILES)
+
+
+def test_links_and_paths_within_the_folder_are_read(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    images = pictures(2)
+    (tmp_path / "data").mkdir()
+    image_files(tmp_path / "data", [image.fromarray(picture) for picture in images])
+    (tmp_path / "data/link.png").symlink_to("pictures/1.png")
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "data")  # the folder itself may be reached in any way
+    names = ["pictures/../pictures/0.png", "link.png", str(tmp_path / "data/pictures/0.png")]
+    rows = [{"file": name, "kind": number % 2} for number, name in enumerate(names)]
+    (tmp_path / "data/train.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    read_in = read(tmp_path, "elsewhere/train.jsonl", FILES)["pixels"]
+    assert list(read_in) == [images[number].tobytes() for number in (0, 1, 0)]
+    digest(SplitConfig(path="elsewhere/train.jsonl"), tmp_path, "file")
+
+
+def test_a_row_of_the_hub_names_no_file(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    image.fromarray(pictures(1)[0]).save(tmp_path / "0.png")
+    row = {"file": str(tmp_path / "0.png"), "kind": 0}
+    with pytest.raises(
+        SqatError, match=r"hub:row 1: the image \S+ is the name of a file, and the row comes from the hub"
+    ):
+        list(records_of(iter([("hub:row 1", row)]), FILES, TASK, None))
 
 
 PROCESSOR = ImageProcessor(6, 6, (0.5, 0.4, 0.3), (0.5, 0.25, 0.2))

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -341,6 +342,35 @@ def test_pickled_weights_are_not_read(make_source: MakeSource, tmp_path: Path) -
     (source / "model.safetensors").unlink()
     torch.save({}, source / "pytorch_model.bin")
     assert "no file named model.safetensors" in problem(load, source, tmp_path)
+
+
+def test_an_index_names_no_weights_elsewhere(make_source: MakeSource, tmp_path: Path) -> None:
+    source = make_source("bert")
+    shutil.move(source / "model.safetensors", source / "own.safetensors")
+    shutil.copy(source / "own.safetensors", source.parent / "other.safetensors")
+    index = source / "model.safetensors.index.json"
+    with safe_open(source / "own.safetensors", "pt") as tensors:
+        names = list(tensors.keys())
+
+    def pointing_to(name: object) -> None:
+        index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, name)}))
+
+    pointing_to("own.safetensors")
+    load(source, tmp_path)
+    absolute = str(source.parent / "other.safetensors")
+    for name in ("../other.safetensors", absolute, "..", 3):
+        pointing_to(name)
+        message = f"{index}: names weights outside its folder: {name!r}; get the model again"
+        assert problem(load, source, tmp_path) == message
+    for content in ("{", "[]", '{"weight_map": []}'):
+        index.write_text(content)
+        assert problem(load, source, tmp_path) == f"{index}: is no index of weights; get the model again"
+
+
+def test_an_adapter_is_no_model(make_source: MakeSource, tmp_path: Path) -> None:
+    source = make_source("bert")
+    (source / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(make_source("bert"))}))
+    assert "is an adapter, whose weights belong to another model" in problem(load, source, tmp_path)
 
 
 def test_a_folder_without_a_tokenizer(make_source: MakeSource, tmp_path: Path) -> None:
