@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import typer
 
 from sqat import __version__
-from sqat.errors import SqatError
+from sqat.errors import SqatError, near_files
 
 if TYPE_CHECKING:
     from sqat.recipe import LoadedRecipe
@@ -523,8 +523,6 @@ def log_of(loaded: LoadedRecipe) -> Path:
 def must_exist(path: Path) -> None:
     """Tell early that a file or folder is not there."""
     if not path.exists():
-        from sqat.recipe_file import near_files
-
         raise SqatError("no such file or folder", near_files(path), str(path))
 
 

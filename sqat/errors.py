@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+from pathlib import Path
+
 
 class SqatError(Exception):
     """A user's mistake (recipe, data, checkpoint, flag), told in one line.
@@ -45,3 +48,16 @@ def printable(text: str) -> str:
 def first_line(error: Exception) -> str:
     """First line of a library's message that says anything; the class's name where none does."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def near_files(path: Path) -> str:
+    """A hint that names the nearest file to one that is not there."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    names = sorted(file.name for file in folder.iterdir() if file.is_file())
+    close = get_close_matches(path.name, names, n=1)
+    recipes = [name for name in names if name.endswith(tuple(path.suffixes[:1]) or (".yaml", ".yml"))]
+    if close:
+        return f"did you mean {folder / close[0]}?"
+    return f"{folder} holds {', '.join(recipes[:5])}" if recipes else f"nothing like it is in {folder.resolve()}"

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from sqat.errors import SqatError
+from sqat.errors import SqatError, near_files
 from sqat.recipe import LoadedRecipe, Recipe
 from sqat.recipe_rules import broken_rules, suggest
 from sqat.recipe_schema import (
@@ -127,19 +127,6 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise SqatError("is not UTF-8 text", "save it as UTF-8", f"{path.name}:{line}") from None
-
-
-def near_files(path: Path) -> str:
-    """A hint that names the nearest file to one that is not there."""
-    folder = path.parent
-    if not folder.is_dir():
-        return f"there is no folder {folder}"
-    names = sorted(file.name for file in folder.iterdir() if file.is_file())
-    close = get_close_matches(path.name, names, n=1)
-    recipes = [name for name in names if name.endswith(tuple(path.suffixes[:1]) or (".yaml", ".yml"))]
-    if close:
-        return f"did you mean {folder / close[0]}?"
-    return f"{folder} holds {', '.join(recipes[:5])}" if recipes else f"nothing like it is in {folder.resolve()}"
 
 
 def graft_(tree: Node, override: str) -> None:

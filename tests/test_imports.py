@@ -157,7 +157,10 @@ def modules_after(arguments: list[str]) -> set[str]:
     return set(run.stdout.splitlines()[-1].split())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["qat", "--help"], ["--version"], ["rum"]])
+NOWHERE = [["inspect", "nowhere.onnx"], ["engine", "nowhere.onnx"], ["evaluate", "nowhere.yaml", "nowhere.onnx"]]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["qat", "--help"], ["--version"], ["rum"], *NOWHERE])
 def test_quick_commands_import_nothing_heavy(arguments: list[str]) -> None:
     heavy = {"torch", "numpy", *FRAMEWORKS} - {"typer", "rich"}
     if "--help" not in arguments[:1]:
