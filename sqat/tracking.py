@@ -3,18 +3,22 @@
 A watched display: what a fit tells its watcher goes to the trackers too, as ``stage/loss part``, over steps that count
 on from stage to stage, since some trackers refuse to go back. Metrics follow as ``stage/dev/metric`` and
 ``results/row/metric``. A tracker that fails on the way is told and given up; a training is worth more than its curves.
+What trackers print goes to standard error, for standard output is the results'. MLflow takes fewer characters in names
+than recipes and metrics have (``recall@10``); there, and there alone, others become ``_``.
 Left out: pictures, weights and system load, which the trackers' own tools have.
 """
 
 from __future__ import annotations
 
 import math
+import re
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 
@@ -25,6 +29,8 @@ from sqat.recipe import Recipe
 
 FOLDER = "tracking"  # in the run's folder, for trackers that write files
 LONGEST = 250  # characters of a value; MLflow takes no longer ones
+Value = TypeVar("Value")
+REFUSED = re.compile(r"[^\w. :/-]")  # in names, by MLflow
 
 
 @dataclass
@@ -62,7 +68,7 @@ class Tracked:
         finite = {name: float(value) for name, value in figures.items() if math.isfinite(value)}
         for tracker in [*self.trackers]:
             try:
-                tracker.log(finite, step=self.steps + step)
+                tracker.log(names_for(tracker.name, finite), step=self.steps + step)
             except Exception as error:  # noqa: PERF203  # each library has classes of its own, and a network
                 self.trackers.remove(tracker)
                 self.say(f"{tracker.name} is given up, the run goes on: {first_line(error)}")
@@ -79,30 +85,55 @@ def tracked(recipe: Recipe, directory: Path, display: Display) -> Iterator[Track
         SqatError: a tracker is not installed, or cannot begin.
     """
     for name in recipe.trackers:
-        if find_spec(name) is None:
+        if not is_installed(name):
             raise SqatError(f"the tracker {name} is not installed", f"pip install {name}, or leave it out", "trackers")
     watched = Tracked(display)
-    if recipe.trackers:
-        watched.trackers = start_trackers(recipe, directory)
     try:
+        for name in recipe.trackers:
+            watched.trackers += start_tracker(name, recipe, directory)
         yield watched
     finally:
         for tracker in watched.trackers:
             try:
-                tracker.finish()
+                with redirect_stdout(sys.stderr):
+                    tracker.finish()
             except Exception as error:  # noqa: PERF203  # what ended the run must not be hidden by it
                 display.say(f"{tracker.name}: {first_line(error)}")
 
 
-def start_trackers(recipe: Recipe, directory: Path) -> list[Any]:
-    """Trackers of the first process, told what the recipe says."""
+def is_installed(name: str) -> bool:
+    """Whether a package is there; a folder of its name, as W&B leaves where it ran, is none."""
+    found = find_spec(name)
+    return found is not None and found.origin is not None
+
+
+def start_tracker(name: str, recipe: Recipe, directory: Path) -> list[Any]:
+    """A tracker of the first process, told what the recipe says; none in the others.
+
+    Raises:
+        SqatError: it cannot begin.
+    """
     processes()  # before Accelerator, which would not find gloo by itself
+    config = names_for(name, flat(recipe.model_dump(mode="json", by_alias=True)))
     try:
-        accelerator = Accelerator(mixed_precision="no", log_with=[*recipe.trackers], project_dir=directory / FOLDER)
-        accelerator.init_trackers(recipe.name or "sqat", config=flat(recipe.model_dump(mode="json", by_alias=True)))
+        with redirect_stdout(sys.stderr):
+            accelerator = Accelerator(mixed_precision="no", log_with=name, project_dir=directory / FOLDER)
+            accelerator.init_trackers(recipe.name or "sqat", config=config)
     except Exception as error:
-        raise SqatError(f"a tracker cannot begin: {first_line(error)}", "or leave it out", "trackers") from error
+        raise SqatError(
+            f"{name} cannot begin: {first_sentence(error)}", "mend that or leave it out", "trackers"
+        ) from error
     return [*accelerator.trackers] if accelerator.is_main_process else []
+
+
+def first_sentence(error: Exception) -> str:
+    """The first sentence of a library's message, which may be a page."""
+    return re.split(r"(?<=\w)[.;] ", first_line(error))[0]
+
+
+def names_for(tracker: str, values: Mapping[str, Value]) -> dict[str, Value]:
+    """The values under names that a tracker takes."""
+    return {REFUSED.sub("_", name) if tracker == "mlflow" else name: value for name, value in values.items()}
 
 
 def flat(values: Mapping[str, Any], before: str = "") -> dict[str, str | float | bool]:

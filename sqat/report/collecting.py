@@ -239,6 +239,8 @@ def read_activations(keys: Keys, stages: list[Stage], missing: list[str]) -> lis
     checkpoint = load_checkpoint(keys.directory(stage))
     found: dict[str, Any] = json.loads(checkpoint.files[HISTOGRAMS])
     bounds = {site: float(checkpoint.amax[manifest.sites[site].leader]) for site in found}
+    if not any("covers" in each for each in found.values()):
+        missing.append(f"bounds of 99.99 %: stage {stage} was calibrated by an older sqat, which did not keep them")
     return [Activation(site, bounds[site], float(each["width"]), [*each["counts"]], manifest.sites[site].saturated,
                        each.get("covers")) for site, each in found.items()]  # fmt: skip
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import string
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from sqat import tracking
 from sqat.checkpoint import load_manifest
 from sqat.cli import main
 from sqat.display import Silent
+from sqat.errors import SqatError
+from sqat.recipe import Recipe
 from sqat.recipe_file import load_recipe
 from sqat.tracking import Tracked, flat, tracked
 
@@ -68,12 +72,78 @@ def test_trackers_are_closed_whatever_ends_the_run(
     pipeline: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = Kept()
-    monkeypatch.setattr(tracking, "start_trackers", lambda *_: [kept])
-    monkeypatch.setattr(tracking, "find_spec", lambda _: object())
+    monkeypatch.setattr(tracking, "start_tracker", lambda *_: [kept])
+    monkeypatch.setattr(tracking, "is_installed", lambda _: True)
     recipe = load_recipe(pipeline.recipe, ["trackers=[wandb]"]).recipe
     with pytest.raises(KeyboardInterrupt), tracked(recipe, tmp_path, Silent()):
         raise KeyboardInterrupt
     assert kept.over
+
+
+def test_one_that_cannot_begin_is_named_in_a_line_and_the_others_are_closed(
+    pipeline: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Kept()
+
+    def start(name: str, recipe: Recipe, directory: Path) -> list[Any]:
+        return [kept] if name == "wandb" else really(name, recipe, directory)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("no store at v1.2 of it; got 'x'. See https://example.org, then come again")
+
+    really = tracking.start_tracker
+    monkeypatch.setattr(tracking, "start_tracker", start)
+    monkeypatch.setattr(tracking, "is_installed", lambda _: True)
+    monkeypatch.setattr(tracking, "Accelerator", refuse)
+    recipe = load_recipe(pipeline.recipe, ["trackers=[wandb,mlflow]"]).recipe
+    with pytest.raises(SqatError) as raised, tracked(recipe, tmp_path, Silent()):
+        pass
+    assert raised.value.problem == "mlflow cannot begin: no store at v1.2 of it"
+    assert kept.over
+
+
+def test_what_trackers_print_is_not_among_the_results(
+    pipeline: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Loud(Kept):
+        is_main_process = True
+
+        def __init__(self, **_: object) -> None:
+            super().__init__()
+            self.trackers = [self]
+
+        def init_trackers(self, project: str, config: object) -> None:
+            print(f"{project} begins")
+
+        def finish(self) -> None:
+            print("and ends")
+
+    monkeypatch.setattr(tracking, "is_installed", lambda _: True)
+    monkeypatch.setattr(tracking, "Accelerator", Loud)
+    with tracked(load_recipe(pipeline.recipe, ["trackers=[trackio]"]).recipe, tmp_path, Silent()):
+        print("a result")
+    assert capsys.readouterr() == ("a result\n", "tiny begins\nand ends\n")
+
+
+def test_mlflow_gets_names_that_it_takes() -> None:
+    """By the pattern of mlflow.utils.validation, and with one made of every character that a keyboard has."""
+    takes = re.compile(r"^[/\w.\- :]*$")
+    figures = {"results/sparse int8 (a + b)/recall@10": 0.5, f"dev/{string.printable}": 1.0}
+    mlflow, other = Kept(), Kept()
+    mlflow.name = "mlflow"
+    Tracked(Silent(), [mlflow, other]).log(figures)
+    ((_, logged),) = mlflow.seen
+    assert [*logged.values()] == [0.5, 1.0]
+    assert all(map(takes.match, logged))
+    assert "results/sparse int8 _a _ b_/recall_10" in logged
+    assert other.seen == [(0, figures)]
+
+
+def test_a_folder_that_wandb_left_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "left_by_a_tracker").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not tracking.is_installed("left_by_a_tracker")
+    assert tracking.is_installed("json")
 
 
 @pytest.fixture
