@@ -203,14 +203,18 @@ FOOT = """\
 ## Where it breaks first
 
 - **Memory, for the decoder, on any number of GPUs.** Data parallelism keeps {state:.0f} GB of weights, gradients and
-  moments on every GPU, and distillation {teacher:.0f} GB more for the teacher. sqat has no sharding (FSDP): it cannot
-  train a 7B decoder on GPUs of 80 GB; only calibration fits. BERT-large fits, with room for larger batches.
+  moments on every GPU, and distillation {teacher:.0f} GB more for the teacher. FSDP (`accelerate launch
+  --use_fsdp`) shares out gradients and moments between steps, but sqat still holds the whole weights in each process,
+  and a teacher. This table has data parallelism only: there just calibration fits GPUs of 80 GB. BERT-large fits,
+  with room for larger batches.
 - **The network, at 1,024 GPUs.** Each GPU sends {sent:.1f} GB a step for BERT-large, {ratio:.1f} times as long as the
   step's own {step:.0f} ms. Larger batches, `gradient_accumulation` or fewer GPUs help: one node takes minutes.
 - **The data, at 1,024 GPUs.** An epoch of BERT-large's million rows is {steps} steps of {rows:,} rows: too few to
-  learn in, long before the hardware matters. And every process calibrates and evaluates all rows by itself.
-- **SparseGPT** takes the same time on any number of GPUs ({once:.0f} s, for the decoder {once_decoder:.0f} min),
-  since every process sums and inverts for itself: nothing on one GPU, more than the training itself on 1,024.
+  learn in, long before the hardware matters. Processes share the batches of calibration and evaluation, but the table
+  has calibration as on one GPU: 512 rows are too few batches for 1,024.
+- **SparseGPT** is in the table with the same time on any number of GPUs ({once:.0f} s, for the decoder
+  {once_decoder:.0f} min): nothing on one GPU, more than the training itself on 1,024. That is too much for the sums,
+  whose batches processes share, but every process still inverts and corrects for itself.
 - Masks and fake quantization move {moved:.0f} GB of memory a step of BERT-large: {moving:.0f} ms, whatever the batch.
 """
 

@@ -586,11 +586,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and turn every end into an exit code and at most one line."""
     signal.signal(signal.SIGTERM, _interrupt)
     warnings.simplefilter("ignore")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of torch's own warnings, once in every process
+    code = _run(argv)
+    if code and _shares_work():
+        _leave(code)
+    return code
+
+
+def _shares_work() -> bool:
+    """Whether a launcher started this process together with others."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    """Run a command and tell of an end that was not wished for; returns the exit code."""
     try:
         code: int = app(args=argv, prog_name="sqat", standalone_mode=False) or 0
     except (Exception, KeyboardInterrupt) as error:
         return error.exit_code if isinstance(error, typer.Exit) else _tell(error)
     return _tell(KeyboardInterrupt()) if code == INTERRUPTED else code  # new versions of Typer swallow it
+
+
+def _leave(code: int) -> None:
+    """End one process of a distributed run at once: what torch does at exit waits for processes that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -603,6 +624,8 @@ USAGE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
 
 def _tell(error: BaseException) -> int:
     """Print one line about an error and return its exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM) if _shares_work() else ():
+        signal.signal(number, signal.SIG_IGN)  # a launcher ends all processes once one has ended: this one is about to
     from sqat import console
 
     debug = os.environ.get("SQAT_DEBUG", "") not in ("", "0")

@@ -3,7 +3,7 @@
 News and progress go to standard error, results to standard output, so that ``--json`` and pipes stay clean.
 In a terminal a bar moves; anywhere else (a file, a pipe, a dumb terminal) plain lines are written now and
 then. Colours follow NO_COLOR, the width is the terminal's. Left out: processes of a distributed run other
-than the first, which say nothing.
+than the first, which say nothing but why the run fails, if they know it first.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from sqat.errors import SqatError
 
 SECONDS_BETWEEN_LINES = 10.0
 TITLE_WIDTH = 24
+LONGEST_ASKING = 10.0  # seconds, of the launcher's store
 
 
 class LineDisplay:
@@ -135,6 +137,24 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_first_to_fail() -> bool:
+    """Whether this process tells how a run ends: of those that a launcher started, the first that asks.
+
+    What comes first is the cause; a process that ends takes the others with it. The store asked is that of torchrun,
+    or of `accelerate launch`, which outlives the processes. Where there is none, all of them tell.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    from torch.distributed import DistError, TCPStore
+
+    try:
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                         timeout=timedelta(seconds=LONGEST_ASKING))  # fmt: skip
+        return store.add(f"sqat/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    except DistError:
+        return True
+
+
 @contextmanager
 def open_display(*, quiet: bool = False, log: Path | None = None) -> Iterator[Display]:
     """A display on standard error, and in the file ``log`` if given; its bar is gone when the block ends."""
@@ -188,6 +208,8 @@ def print_failure(text: str) -> None:
 
 
 def _print_failure(label: str, text: str) -> None:
+    if not is_first_to_fail():
+        return
     console = error_console()
     line = Text.assemble((f"{label}: ", "bold red"), text) if label else Text(text)
     console.print(line, soft_wrap=not console.is_terminal)
