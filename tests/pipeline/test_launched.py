@@ -1,0 +1,78 @@
+"""A launcher's processes for real: one of them is killed, the others tell it and end, and one process goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sqat import pipeline
+from sqat.recipe_file import load_recipe
+
+from .conftest import Lines, Project
+
+pytestmark = pytest.mark.pipeline
+KILLED_AT, LONGEST = 3, 120.0  # steps; seconds until then
+OVERRIDES = ["stages.prune.learning_rate=4.0e-4", "stages.prune.save_every=0"]
+
+
+def saved_step(project: Project) -> int:
+    """The step of the state that a prune stage under way has saved last."""
+    try:
+        state = json.loads((project.folder / "runs/tiny/.02-prune.state/state.json").read_bytes())
+    except OSError:
+        return 0
+    return int(state["progress"]["step"])
+
+
+def rank_of(process: Path) -> str | None:
+    """The rank of a process of this user's, None where it has none or is gone."""
+    try:
+        entries = (process / "environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return None
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry).get("RANK")
+
+
+def child(parent: int, rank: str) -> int:
+    """The process of a rank that a launcher has started."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return next(int(number) for number in children if rank_of(Path("/proc") / number) == rank)
+
+
+@pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").is_file(), reason="no list of child processes")
+def test_a_killed_process_ends_the_run_which_goes_on_in_another_number(copy: Project) -> None:
+    settings = [word for override in OVERRIDES for word in ("--set", override)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "sqat",
+               "run", str(copy.recipe), "--to", "prune", *settings]  # fmt: skip
+    run = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+    try:
+        begun = time.monotonic()
+        while saved_step(copy) < KILLED_AT and run.poll() is None and time.monotonic() - begun < LONGEST:
+            time.sleep(0.01)
+        os.kill(child(run.pid, "1"), signal.SIGKILL)
+        _, told = run.communicate(timeout=LONGEST)
+    finally:
+        run.kill()
+    assert run.returncode == 1
+    assert told.count("error: another process of this run has ended") == 1
+    assert not list(copy.folder.glob("runs/tiny/*.tmp*"))
+
+    pipeline.run(load_recipe(copy.recipe, OVERRIDES), display := Lines(), last="prune")
+    assert any(line.startswith("prune: resumed at step") for line in display.lines)
+    resumed = load_file(copy.stage("prune") / "model.safetensors")
+    alone = [*OVERRIDES, "stages.prune.gradient_accumulation=2"]
+    pipeline.run(load_recipe(copy.recipe, alone), Lines(), last="prune")
+    whole = load_file(copy.stage("prune") / "model.safetensors")
+    for name, tensor in whole.items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=1e-3, atol=2e-5)
+        assert torch.equal(resumed[name] == 0, tensor == 0), name
