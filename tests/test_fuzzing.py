@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sqat.checkpoint import MANIFEST, Checkpoint, load_checkpoint, load_manifest, manifest_digest, save_checkpoint
-from sqat.errors import SqatError
+from sqat.errors import GateError, SqatError
 from sqat.models import load_pretrained
 from sqat.recipe import ModelConfig
 from sqat.recipe_file import load_recipe
@@ -185,7 +185,7 @@ def test_the_fuzzer_tells_what_is_no_line(tmp_path: Path) -> None:
         return read
 
     assert fuzzing.outcome(fail(SqatError("a")), tmp_path) == "refused"
-    assert fuzzing.outcome(fail(SqatError("a\nb")), tmp_path).startswith("not one line")
+    assert fuzzing.outcome(fail(GateError("a")), tmp_path).startswith("not one line")
     assert fuzzing.outcome(fail(KeyError("k")), tmp_path) == "KeyError: 'k'"
 
 
