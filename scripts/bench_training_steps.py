@@ -32,7 +32,7 @@ from sqat.sparsity.masks import Pattern, nm_mask
 from sqat.stages.calibrate import observe
 from sqat.stages.losses import distilled_loss, task_loss
 from sqat.tasks.relevance import Relevance
-from sqat.training import Loss, make_optimizer, take_step
+from sqat.training import Loss, Objective, Piece, Spread, make_optimizer, take_step
 
 TASK = Relevance()
 CANDIDATES = 4  # passages of a query
@@ -63,15 +63,18 @@ class Step:
     """Takes one optimizer step a call."""
 
     def __init__(self, model: nn.Module, loss: Loss, batch: Batch) -> None:
-        self.model, self.loss, self.batch, self.config = model.train(), loss, batch, FitConfig()
-        self.optimizer = make_optimizer(model, self.config)
+        self.config = FitConfig()
+        self.optimizer = make_optimizer(model.train(), self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = RATE
-        self.accelerator, self.number = Accelerator(cpu=True), 0
+        objective = Objective(model, loss)
+        self.spread, self.number = Spread(objective, objective, Accelerator(cpu=True), None), 0
+        self.batch = batch
 
     def __call__(self) -> None:
         self.number += 1
-        take_step(self.accelerator, self.model, self.optimizer, self.loss, [self.batch], self.config, self.number)
+        pieces = [Piece(self.batch, 1.0, (0, self.number, 1))]
+        take_step(self.spread, self.optimizer, pieces, self.config, self.number)
 
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:
