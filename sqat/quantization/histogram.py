@@ -60,14 +60,13 @@ class Histogram:
         for part in _parts(x.detach(), keep):
             if not part.numel():
                 continue
-            values = part.to(torch.float32)
-            low, high = values.aminmax()  # NaN and infinity pass through
-            largest = max(-float(low), float(high))
+            values = part.to(torch.float32).abs()
+            largest = float(values.max())  # NaN and infinity pass through
             if not math.isfinite(largest):
                 count = sum(int((~part.float().isfinite()).sum()) for part in _parts(x.detach(), keep))
                 raise ValueError(f"{count} of {x.numel()} values are NaN or infinite")
             self._cover(largest)
-            bins = values.mul(1 / self.width).abs_().to(torch.int32)  # exact: the width is a power of two
+            bins = values.mul_(1 / self.width).to(torch.int32)  # exact: the width is a power of two
             self.counts += torch.bincount(bins, minlength=BINS).cpu()
 
     def _cover(self, largest: float) -> None:
@@ -153,13 +152,13 @@ class Histogram:
 
 def _parts(x: Tensor, keep: Tensor | None) -> Iterator[Tensor]:
     """Yield the kept values of ``x`` as 1-D tensors of about `PART` values."""
-    if keep is None:
+    if keep is None or bool(keep.all()):
         yield from x.reshape(-1).split(PART)
         return
     kept = keep.expand(x.shape[: keep.dim()]).flatten()
     rows = x.reshape(len(kept), x.shape[keep.dim() :].numel())
     for part in kept.nonzero().squeeze(1).split(max(1, PART // max(1, rows.shape[1]))):
-        yield rows[part].flatten()
+        yield rows.index_select(0, part).flatten()  # whole rows at a time, unlike rows[part]
 
 
 def _widened(histogram: Histogram, exponent: int) -> Tensor:
