@@ -143,7 +143,7 @@ def is_first_to_fail() -> bool:
     What comes first is the cause; a process that ends takes the others with it. The store asked is that of torchrun,
     or of `accelerate launch`, which outlives the processes. Where there is none, all of them tell.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("WORLD_SIZE", "1") == "1":
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
     from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 

@@ -8,7 +8,7 @@ Left out: a process that is lost in the middle; it ends the others, and the run 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
@@ -69,21 +69,21 @@ def largest(tensor: Tensor) -> Tensor:
 
 def over_all(tensor: Tensor, operation: distributed.ReduceOp.RedOpType) -> Tensor:
     """One tensor made of every process's."""
-    state = processes()
-    if state.num_processes == 1:
-        return tensor
-    shared = tensor.to(state.device, copy=True)
-    distributed.all_reduce(shared, operation)
-    return shared.to(tensor.device)
+    return exchanged(tensor, lambda shared: distributed.all_reduce(shared, operation))
 
 
 def of_process(tensor: Tensor, owner: int) -> Tensor:
     """The tensor that process ``owner`` has; the others' must have its shape and type."""
+    return exchanged(tensor, lambda shared: distributed.broadcast(shared, owner))
+
+
+def exchanged(tensor: Tensor, exchange: Callable[[Tensor], object]) -> Tensor:
+    """What an exchange in place makes of a copy on the device that processes talk through; where it was, as before."""
     state = processes()
     if state.num_processes == 1:
         return tensor
     shared = tensor.to(state.device, copy=True)
-    distributed.broadcast(shared, owner)
+    exchange(shared)
     return shared.to(tensor.device)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sqat.cli import main
-from sqat.recipe import FitConfig, PruneConfig, Recipe
+from sqat.recipe import FitConfig, PruneConfig, QatConfig, Recipe
 from sqat.recipe_file import load_recipe
 from sqat.sparsity.masks import parse_pattern
 
@@ -79,6 +79,12 @@ def students(recipe: Recipe) -> list[list[FitConfig]]:
     return chains
 
 
+def learns_labels(config: FitConfig) -> bool:
+    """Whether a stage's loss has a part for the labels."""
+    distill = config.distill if isinstance(config, PruneConfig | QatConfig) else None
+    return distill is None or distill.task > 0
+
+
 @pytest.mark.parametrize("name", ["query-performance", "relevance-pnr", "relevance-accuracy"])
 def test_the_students_have_equal_budgets(name: str) -> None:
     """Of steps and batches; a student without labels may have another rate."""
@@ -87,6 +93,9 @@ def test_the_students_have_equal_budgets(name: str) -> None:
     budgets = [[(s.stage, s.steps, s.batch_size) for s in chain] for chain in chains]  # type: ignore[attr-defined]
     assert len(chains) == 3
     assert budgets[0] == budgets[1] == budgets[2]
+    rates = [[s.learning_rate for s in chain] for chain in chains if all(learns_labels(s) for s in chain)]
+    assert len(rates) == (2 if name == "query-performance" else 3)
+    assert all(rate == rates[0] for rate in rates)
     prunes = [stage for chain in chains for stage in chain if isinstance(stage, PruneConfig)]
     assert [len(prune.schedule.sparsities(parse_pattern("2:4"))) > 1 for prune in prunes] == [False, True, True]
     assert [prune.distill is not None for prune in prunes] == [False, False, True]
