@@ -1,6 +1,6 @@
 """Compiles `sqat/runtime/source` to one plain shared library; everything else about the package is in pyproject.toml.
 
-The library is no Python module: it is named `libsqat_runtime.so`, exports two functions, and one build serves every
+The library is no Python module: it is named `libsqat_runtime.so`, exports plain C functions, and one build serves every
 Python 3. It is optional: without a compiler the package installs all the same, and `sqat.runtime.library` says so.
 """
 

@@ -4,10 +4,11 @@ Q(x) = clamp(round_half_even(x / s), lo, hi) * s with s = amax / 127; activation
 narrow, from -127, for kernels that multiply magnitudes), weights per output channel in [-127, 127]. As in torch's
 ops, x is multiplied by 1 / s, and the straight-through gradient is 1 where the *rounded* value lies in the range, that
 is up to half a step beyond its ends (a value within a few ulp of that half step may fall on the other side than in
-torch). Written on plain torch ops rather than torch's fused one: that branches on each element and stores a mask,
-which costs several times more on a CPU; here the forward is four passes, three of them in place, the backward is one,
-and only x is kept for it. Everything is computed in float32 (float64 for float64) and returned in the type that
-came in. Left out: zero points (all ranges are symmetric) and other bit widths.
+torch). Two ways, the same bits: `sqat.passes` where they fit, one pass forward and one backward, for which a byte a
+value is kept; else plain torch ops rather than torch's fused one, which branches on each element and stores a mask, at
+several times the cost on a CPU: four passes forward, three of them in place, one backward, and only x is kept for it.
+Everything is computed in float32 (float64 for float64) and returned in the type that came in. Left out: zero points
+(all ranges are symmetric) and other bit widths.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from sqat import passes
 
 ACTIVATION_LOW, HIGH = -128, 127  # weights use -HIGH..HIGH
 SMALLEST_AMAX = 2.0**-40  # of a fully pruned row or a learned amax driven to 0: 1 / scale stays finite
@@ -40,12 +43,20 @@ def _step_through(grad: Tensor, x: Tensor, scale: Tensor, low: float, high: floa
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, amax: Tensor, low: int) -> Tensor:
+        if passes.fit(x):
+            scale = amax / HIGH
+            step = float(scale)
+            y, inside = passes.fake_quantize(x, step, float(1 / scale), low, ((low - 0.5) * step, (HIGH + 0.5) * step))
+            ctx.save_for_backward(inside)
+            return y
         ctx.save_for_backward(x, amax)
         ctx.low = low
         return _to_grid(x, amax / HIGH, low)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        if len(ctx.saved_tensors) == 1:
+            return passes.passed(grads[0], *ctx.saved_tensors), None, None
         x, amax = ctx.saved_tensors
         inside = _step_through(grads[0], x, amax / HIGH, ctx.low - 0.5, HIGH + 0.5)
         return inside.to(x.dtype), None, None
@@ -147,6 +158,8 @@ class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mask: Tensor | None) -> Tensor:
         ctx.save_for_backward(mask)
+        if passes.fit(weight, mask):
+            return passes.fake_quantize_rows(weight, mask)
         y = _computed(weight)
         y = y.clone() if mask is None else mask.view(torch.uint8).to(y.dtype).mul_(y)
         scale = _row_scale(y)
@@ -158,7 +171,7 @@ class _FakeQuantizeWeight(torch.autograd.Function):
         (mask,) = ctx.saved_tensors
         if mask is None:
             return grads[0], None
-        return mask.view(torch.uint8).to(grads[0].dtype).mul_(grads[0]), None
+        return passes.passed(grads[0], mask), None
 
 
 def fake_quantize_weight(weight: Tensor, mask: Tensor | None) -> Tensor:

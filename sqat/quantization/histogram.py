@@ -17,6 +17,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from sqat import passes
+
 BINS = 8192
 PART = 2**18  # values counted at once: large enough for torch, small enough that memory is reused, not mapped
 FINEST = -100  # exponent of the width before any value: 1/width and width * BINS stay normal in float32
@@ -60,14 +62,18 @@ class Histogram:
         for part in _parts(x.detach(), keep):
             if not part.numel():
                 continue
-            values = part.to(torch.float32).abs()
-            largest = float(values.max())  # NaN and infinity pass through
+            values = part.to(torch.float32)
+            fit = passes.fit(values)
+            largest = passes.largest(values) if fit else float(values.abs().max())  # NaN and infinity pass through
             if not math.isfinite(largest):
                 count = sum(int((~part.float().isfinite()).sum()) for part in _parts(x.detach(), keep))
                 raise ValueError(f"{count} of {x.numel()} values are NaN or infinite")
             self._cover(largest)
-            bins = values.mul_(1 / self.width).to(torch.int32)  # exact: the width is a power of two
-            self.counts += torch.bincount(bins, minlength=BINS).cpu()
+            if fit:
+                passes.count_bins_(self.counts, values, self.width)
+            else:
+                bins = (values.abs() / self.width).to(torch.int32)  # exact: the width is a power of two
+                self.counts += torch.bincount(bins, minlength=BINS).cpu()
 
     def _cover(self, largest: float) -> None:
         """Widen the bins until ``largest`` lies in one of them."""

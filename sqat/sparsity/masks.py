@@ -4,8 +4,8 @@ A group is M neighbours along one dimension, aligned to its start (Linear [out, 
 [out, in, kh, kw]: dimension 1); the N with the largest scores are kept and ties keep the lower index,
 so a mask is a pure function of the scores on every device. Where a group fits one integer (M of 2, 4, 8)
 the ranks come from M - 1 comparisons of the scores with themselves shifted, which a CPU runs without a
-branch or a sort; other M are sorted. Left out: the order of channels, which is
-`sqat.sparsity.permutation`'s, and sparse storage, which belongs to the export.
+branch or a sort; other M are sorted. Fours are ranked by `sqat.passes` where they fit. Left out: the order of
+channels, which is `sqat.sparsity.permutation`'s, and sparse storage, which belongs to the export.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sqat import passes
+
+FOUR = 4  # what `passes.rank_fours` takes
 LANES = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # an integer with one byte for each score of a group
 
 
@@ -84,6 +87,8 @@ def _rank_by_shifts(groups: Tensor, m: int) -> Tensor:
     (256**shift - 1) * 256**i. Carries cancel, since the counts end within 0..m-1. Bytes are little-endian.
     """
     flat = groups.reshape(-1)
+    if m == FOUR and passes.fit(flat):
+        return passes.rank_fours(flat).view(groups.shape)
     wins = torch.empty(flat.shape, dtype=torch.bool, device=flat.device)
     lanes = wins.view(LANES[m])
     ranks = torch.full_like(lanes, sum((m - 1 - i) << 8 * i for i in range(m)))
@@ -122,17 +127,19 @@ def count_violations(weight_or_mask: Tensor, pattern: Pattern, dim: int = 1) -> 
 
 
 class _ApplyMask(torch.autograd.Function):
-    # A product with the mask as numbers: on a CPU torch.where and masked_fill branch on each element, and on
+    # By torch a product with the mask as numbers: on a CPU torch.where and masked_fill branch on each element, and on
     # a mask no branch can be predicted, which makes them four times slower.
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
         ctx.save_for_backward(mask)
+        if passes.fit(weight, mask):
+            return passes.mask(weight, mask)
         return mask.view(torch.uint8).to(weight.dtype).mul_(weight).add_(0.0)  # -0.0 + 0.0 is +0.0
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
-        return mask.view(torch.uint8).to(grads[0].dtype).mul_(grads[0]), None
+        return passes.passed(grads[0], mask), None
 
 
 class _ApplyMaskStraight(_ApplyMask):

@@ -9,12 +9,14 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
 from sqat import runtime
-from tests.runtime.nodes import Node, needs_library, random_linear
+from tests.runtime.nodes import Node, available, needs_library, random_linear
+from tests.runtime.passes import SIZES, check
 from tests.runtime.test_runtime_attention import node as attention_node
 from tests.runtime.test_runtime_attention import random_text
 
@@ -76,6 +78,11 @@ def test_vnni_attention_gives_the_same_bits(tokens: int, width: int, emulated: P
     same(attention_node(*random_text(tokens, 2, tokens, 2, width, 0.7), 2), emulated)
 
 
+def test_emulated_passes_agree_with_numpy(emulated: Path) -> None:
+    with patch.dict(os.environ, {"SQAT_RUNTIME_ISA": "avx512_vnni"}):
+        assert check(emulated) == len(SIZES)
+
+
 def sanitizer_runtimes() -> str:
     """Paths to preload: Python itself is built without sanitizers. Empty where gcc has none."""
     found = []
@@ -88,23 +95,27 @@ def sanitizer_runtimes() -> str:
 
 
 @pytest.mark.slow
-def test_fuzz_under_sanitizers(tmp_path: Path) -> None:
+def test_passes_and_fuzz_under_sanitizers(tmp_path: Path) -> None:
     preload = sanitizer_runtimes() if COMPILER else ""
     if not preload:
         pytest.skip("gcc has no sanitizers here")
     flags = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-sanitize=vptr")
     library = compile_library(tmp_path, *flags)
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.runtime.fuzz", str(library), "--rounds", "300"],
-        cwd=ROOT,
-        env={**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    told = re.fullmatch(r"300 rounds: (\d+) answers, (\d+) refusals\n", run.stdout)
-    assert told is not None, run.stdout
+    environment = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(ROOT)}
+
+    def said(*words: str) -> str:
+        command = [sys.executable, "-m", *words]
+        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr[-3000:]
+        return run.stdout
+
+    for name in available():
+        environment["SQAT_RUNTIME_ISA"] = name
+        assert said("tests.runtime.passes", str(library)) == f"{len(SIZES)} sizes\n"
+    del environment["SQAT_RUNTIME_ISA"]
+    answer = said("tests.runtime.fuzz", str(library), "--rounds", "300")
+    told = re.fullmatch(r"300 rounds: (\d+) answers, (\d+) refusals\n", answer)
+    assert told is not None, answer
     answers, refusals = map(int, told.groups())
     assert answers + refusals == 300
     assert answers > 300 / 5

@@ -35,10 +35,10 @@ struct Candidate {
 
 const Candidate kCandidates[] = {
 #if defined(__x86_64__)
-    {{"avx512_vnni", &kSparseVnni, &kDenseVnni, &kEpiloguesAvx512}, has_vnni},
-    {{"avx2", &kSparseAvx2, &kDenseAvx2, &kEpiloguesAvx2}, has_avx2},
+    {{"avx512_vnni", &kSparseVnni, &kDenseVnni, &kEpiloguesAvx512, &kPassesAvx512}, has_vnni},
+    {{"avx2", &kSparseAvx2, &kDenseAvx2, &kEpiloguesAvx2, &kPassesAvx2}, has_avx2},
 #endif
-    {{"scalar", &kSparseScalar, &kDenseScalar, &kEpiloguesScalar}, always},
+    {{"scalar", &kSparseScalar, &kDenseScalar, &kEpiloguesScalar, &kPassesScalar}, always},
 };
 constexpr size_t kCount = sizeof kCandidates / sizeof kCandidates[0];
 static_assert(kCount <= kEngines, "engines and candidates");

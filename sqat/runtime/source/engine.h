@@ -14,6 +14,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#define SQAT_EXPORT extern "C" __attribute__((visibility("default")))  // named in exports.map too
+
 namespace sqat {
 
 constexpr size_t kTile = 16;       // channels in a tile of weights
@@ -102,20 +104,49 @@ struct Epilogues {
   void (*context)(const int32_t* product, int32_t sum, float scale, float inverse, size_t channels, uint8_t* q);
 };
 
+// The int8 grid of one step: inverse is 1 / step; gradients pass x in (least, most).
+struct Grid {
+  float inverse;
+  float step;
+  float low;  // -128 or -127; the highest integer is 127
+  float least;
+  float most;
+};
+
+// Elementwise work of training, over tensors that lie without gaps; bytes of masks are 0 or 1. Spares a processor that
+// computes with one thread the passes of a framework's operators; see training.cpp.
+struct Passes {
+  // +0 where `kept` is 0, and for -0.
+  void (*mask)(const float* x, const uint8_t* kept, size_t values, float* y);
+  // inside, where not null: whether the gradient passes.
+  void (*fake_quantize)(const float* x, size_t values, const Grid& grid, float* y, uint8_t* inside);
+  // Every row [columns] by a step of its own, largest |x| that `kept` (where not null) leaves / 127; zeros are +0.
+  void (*fake_quantize_rows)(const float* x, const uint8_t* kept, size_t rows, size_t columns, float* y);
+  // 0 for the largest of four neighbours to 3 for the smallest, of equal ones the first before the others.
+  void (*rank_fours)(const float* x, size_t values, uint8_t* ranks);
+  // Of |x|; 0 of no values, NaN or infinity where there is one.
+  float (*largest)(const float* x, size_t values);
+  // Adds one to counts[int(|x| * inverse)] for every x, all of which must have a place there.
+  void (*count_bins)(const float* x, size_t values, float inverse, int64_t* counts);
+};
+
 struct Engine {
   const char* name;
   const Gemm* sparse;
   const Gemm* dense;
   const Epilogues* epilogues;
+  const Passes* passes;
 
   const Gemm& gemm(const Weights& weights) const { return weights.positions ? *sparse : *dense; }
 };
 
 extern const Gemm kSparseScalar, kDenseScalar;
 extern const Epilogues kEpiloguesScalar;
+extern const Passes kPassesScalar;
 #if defined(__x86_64__)
 extern const Gemm kSparseAvx2, kDenseAvx2, kSparseVnni, kDenseVnni;
 extern const Epilogues kEpiloguesAvx2, kEpiloguesAvx512;
+extern const Passes kPassesAvx2, kPassesAvx512;
 #endif
 
 }  // namespace sqat

@@ -7,8 +7,6 @@
 #include "dispatch.h"
 #include "operators.h"
 
-#define SQAT_EXPORT extern "C" __attribute__((visibility("default")))
-
 namespace sqat {
 namespace {
 

@@ -1,4 +1,4 @@
-// The float epilogues in vectors of 8 lanes; see vector_math.h.
+// The float epilogues and the passes of training in vectors of 8 lanes; see vector_math.h and passes.h.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -10,5 +10,7 @@
 
 #define SQAT_LANES 8
 #define SQAT_EPILOGUES kEpiloguesAvx2
+#define SQAT_PASSES kPassesAvx2
 #include "vector_math.h"
+#include "passes.h"
 #endif

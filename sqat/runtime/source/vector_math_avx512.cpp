@@ -1,4 +1,4 @@
-// The float epilogues in vectors of 16 lanes; see vector_math.h.
+// The float epilogues and the passes of training in vectors of 16 lanes; see vector_math.h and passes.h.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -12,5 +12,7 @@
 
 #define SQAT_LANES 16
 #define SQAT_EPILOGUES kEpiloguesAvx512
+#define SQAT_PASSES kPassesAvx512
 #include "vector_math.h"
+#include "passes.h"
 #endif

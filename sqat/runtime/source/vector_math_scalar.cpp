@@ -1,4 +1,4 @@
-// The float epilogues in vectors of 4 lanes, which every processor has or its compiler spells out; see vector_math.h.
+// The float epilogues and the passes of training in vectors of 4 lanes, which every processor has or its compiler spells out; see vector_math.h and passes.h.
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -9,4 +9,6 @@
 
 #define SQAT_LANES 4
 #define SQAT_EPILOGUES kEpiloguesScalar
+#define SQAT_PASSES kPassesScalar
 #include "vector_math.h"
+#include "passes.h"

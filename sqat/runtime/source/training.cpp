@@ -1,0 +1,38 @@
+// The passes of training for callers outside: plain C, called by sqat.passes with the addresses of torch's tensors.
+//
+// One thread each: a caller whose framework computes with several has more of its own operators. None of them can fail;
+// a caller first asks SqatInstructionSet, which tells what is wrong with SQAT_RUNTIME_ISA.
+#include "dispatch.h"
+
+namespace {
+
+const sqat::Passes& passes() {
+  static const sqat::Passes& chosen = *sqat::engine_at(sqat::choose_engine()).passes;
+  return chosen;
+}
+
+}  // namespace
+
+SQAT_EXPORT void SqatMask(const float* x, const uint8_t* kept, size_t values, float* y) noexcept {
+  passes().mask(x, kept, values, y);
+}
+
+SQAT_EXPORT void SqatFakeQuantize(const float* x, size_t values, float inverse, float step, float low, float least,
+                                  float most, float* y, uint8_t* inside) noexcept {
+  passes().fake_quantize(x, values, {inverse, step, low, least, most}, y, inside);
+}
+
+SQAT_EXPORT void SqatFakeQuantizeRows(const float* x, const uint8_t* kept, size_t rows, size_t columns,
+                                      float* y) noexcept {
+  passes().fake_quantize_rows(x, kept, rows, columns, y);
+}
+
+SQAT_EXPORT void SqatRankFours(const float* x, size_t values, uint8_t* ranks) noexcept {
+  passes().rank_fours(x, values, ranks);
+}
+
+SQAT_EXPORT float SqatLargest(const float* x, size_t values) noexcept { return passes().largest(x, values); }
+
+SQAT_EXPORT void SqatCountBins(const float* x, size_t values, float inverse, int64_t* counts) noexcept {
+  passes().count_bins(x, values, inverse, counts);
+}
