@@ -22,7 +22,7 @@ from sqat.errors import SqatError
 ADDRESS, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_float
 ARGUMENTS = {
     "SqatMask": (ADDRESS, ADDRESS, SIZE, ADDRESS),
-    "SqatFakeQuantize": (ADDRESS, SIZE, FLOAT, FLOAT, FLOAT, FLOAT, FLOAT, ADDRESS, ADDRESS),
+    "SqatFakeQuantize": (ADDRESS, SIZE, FLOAT, FLOAT, ADDRESS, ADDRESS),
     "SqatFakeQuantizeRows": (ADDRESS, ADDRESS, SIZE, SIZE, ADDRESS),
     "SqatRankFours": (ADDRESS, SIZE, ADDRESS),
     "SqatLargest": (ADDRESS, SIZE),
@@ -78,17 +78,10 @@ def passed(grad: Tensor, kept: Tensor) -> Tensor:
     return kept.view(torch.uint8).to(grad.dtype) * grad
 
 
-def fake_quantize(
-    x: Tensor, step: float, inverse: float, low: int, reach: tuple[float, float]
-) -> tuple[Tensor, Tensor]:
-    """``clamp(round(x * inverse), low, 127) * step``, and where the gradient passes (bool).
-
-    Args:
-        reach: it passes where x lies strictly between.
-    """
+def fake_quantize(x: Tensor, amax: Tensor, low: int) -> tuple[Tensor, Tensor]:
+    """``clamp(round(x * 1 / s), low, 127) * s`` with s = amax / 127, and where the gradient passes (bool)."""
     y, inside = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
-    addresses = y.data_ptr(), inside.data_ptr()
-    loaded().SqatFakeQuantize(x.data_ptr(), x.numel(), inverse, step, low, *reach, *addresses)
+    loaded().SqatFakeQuantize(x.data_ptr(), x.numel(), float(amax), low, y.data_ptr(), inside.data_ptr())
     return y, inside
 
 

@@ -180,3 +180,11 @@ def test_a_library_older_than_the_passes_is_not_taken(monkeypatch: pytest.Monkey
         assert passes.library() is None
     finally:
         passes.library.cache_clear()
+
+
+@needs_library
+def test_an_unknown_instruction_set_means_the_portable_loops(tmp_path: Path) -> None:
+    own = tmp_path / "other.so"
+    shutil.copy(runtime.library(), own)
+    with patch.dict(os.environ, {"SQAT_RUNTIME_ISA": "sse9"}):
+        assert check(own) == len(SIZES)

@@ -44,9 +44,7 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, amax: Tensor, low: int) -> Tensor:
         if passes.fit(x):
-            scale = amax / HIGH
-            step = float(scale)
-            y, inside = passes.fake_quantize(x, step, float(1 / scale), low, ((low - 0.5) * step, (HIGH + 0.5) * step))
+            y, inside = passes.fake_quantize(x, amax, low)
             ctx.save_for_backward(inside)
             return y
         ctx.save_for_backward(x, amax)

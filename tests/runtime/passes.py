@@ -21,7 +21,7 @@ from sqat import passes
 
 Floats = NDArray[np.float32]
 SIZES = (*range(1, 36), 63, 64, 65, 1000)
-STEPS = (0.25, 0.1, 2.0**-47 / 127, 3e33)
+BOUNDS = (31.75, 1.0, 2.0**-40, 3e35)
 ODD = (0.0, -0.0, np.nan, np.inf, -np.inf, 1e-45, -1e-45, 3e38, -3e38)
 BINS = 8192
 
@@ -54,10 +54,11 @@ def quantized(x: Floats, step: np.float32, low: int) -> Floats:
         return np.asarray(steps * step, np.float32)
 
 
-def check_grid(loaded: ctypes.CDLL, x: Floats, step: np.float32, low: int) -> None:
+def check_grid(loaded: ctypes.CDLL, x: Floats, amax: np.float32, low: int) -> None:
+    step = amax / np.float32(127)
     least, most = (np.float32(float(edge) * float(step)) for edge in (low - 0.5, 127.5))
     y, inside = np.empty_like(x), np.empty(x.shape, bool)
-    called(loaded.SqatFakeQuantize, x, x.size, 1 / step, step, low, least, most, y, inside)
+    called(loaded.SqatFakeQuantize, x, x.size, amax, low, y, inside)
     same_bits(y, quantized(x, step, low))
     np.testing.assert_array_equal(inside, (x > least) & (x < most))
 
@@ -111,10 +112,10 @@ def check(library: Path) -> int:
         kept = random.random(size) < 0.5
         halves = (random.integers(-260, 260, size) / 2).astype(np.float32)  # half to even, and beyond both ends
         odd = random.choice(np.array(ODD, np.float32), size)
-        for step in map(np.float32, STEPS):
+        for amax in map(np.float32, BOUNDS):
             for low in (-128, -127):
-                for values in (x, halves * step, odd):
-                    check_grid(loaded, values, step, low)
+                for values in (x, halves * (amax / np.float32(127)), odd):
+                    check_grid(loaded, values, amax, low)
         for values in (x, odd):
             check_mask(loaded, values, kept)
         for rows in (1, 3):

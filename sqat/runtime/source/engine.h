@@ -104,22 +104,13 @@ struct Epilogues {
   void (*context)(const int32_t* product, int32_t sum, float scale, float inverse, size_t channels, uint8_t* q);
 };
 
-// The int8 grid of one step: inverse is 1 / step; gradients pass x in (least, most).
-struct Grid {
-  float inverse;
-  float step;
-  float low;  // -128 or -127; the highest integer is 127
-  float least;
-  float most;
-};
-
 // Elementwise work of training, over tensors that lie without gaps; bytes of masks are 0 or 1. Spares a processor that
 // computes with one thread the passes of a framework's operators; see training.cpp.
 struct Passes {
   // +0 where `kept` is 0, and for -0.
   void (*mask)(const float* x, const uint8_t* kept, size_t values, float* y);
-  // inside, where not null: whether the gradient passes.
-  void (*fake_quantize)(const float* x, size_t values, const Grid& grid, float* y, uint8_t* inside);
+  // To multiples low to 127 of amax / 127; inside: whether the gradient passes, up to half a step beyond the ends.
+  void (*fake_quantize)(const float* x, size_t values, float amax, float low, float* y, uint8_t* inside);
   // Every row [columns] by a step of its own, largest |x| that `kept` (where not null) leaves / 127; zeros are +0.
   void (*fake_quantize_rows)(const float* x, const uint8_t* kept, size_t rows, size_t columns, float* y);
   // 0 for the largest of four neighbours to 3 for the smallest, of equal ones the first before the others.

@@ -49,22 +49,22 @@ void mask(const float* x, const uint8_t* kept, size_t values, float* y) {
   });
 }
 
-void fake_quantize(const float* x, size_t values, const Grid& grid, float* y, uint8_t* inside) {
-  const float low = grid.low;
+void fake_quantize(const float* x, size_t values, float amax, float low, float* y, uint8_t* inside) {
+  const float step = amax / kHighest, inverse = 1.0f / step;
+  const float least = static_cast<float>((low - 0.5) * step), most = static_cast<float>((kHighest + 0.5) * step);
   for_all(values, [&](size_t at, auto count) SQAT_ALWAYS {
     const Floats from = load(x + at, count);
     store(y + at, each<F>([&](size_t i) SQAT_ALWAYS {
-            F v = from.part[i] * grid.inverse;
+            F v = from.part[i] * inverse;
             v = v < low ? low - F{} : v;  // in this order a NaN stays
             v = v > kHighest ? kHighest - F{} : v;
             const F whole = v + kWhole - kWhole;
             const F sign = (F)((I)v & INT32_MIN);  // lost where v rounds to 0
-            return (F)((I)whole | (I)sign) * grid.step;
+            return (F)((I)whole | (I)sign) * step;
           }),
           count);
-    if (inside == nullptr) return;
     store_bytes(inside + at, each<I>([&](size_t i) SQAT_ALWAYS {
-                  return (from.part[i] > grid.least) & (from.part[i] < grid.most) & 1;
+                  return (from.part[i] > least) & (from.part[i] < most) & 1;
                 }),
                 count);
   });

@@ -1,13 +1,23 @@
 // The passes of training for callers outside: plain C, called by sqat.passes with the addresses of torch's tensors.
 //
-// One thread each: a caller whose framework computes with several has more of its own operators. None of them can fail;
-// a caller first asks SqatInstructionSet, which tells what is wrong with SQAT_RUNTIME_ISA.
+// One thread each: a caller whose framework computes with several has more of its own operators. None of them can fail:
+// what is wrong with SQAT_RUNTIME_ISA is told by SqatInstructionSet, here it means the portable loops.
 #include "dispatch.h"
+
+#include "ort_abi.h"
 
 namespace {
 
+const sqat::Passes& choose_passes() {
+  try {
+    return *sqat::engine_at(sqat::choose_engine()).passes;
+  } catch (const sqat::Failure&) {
+    return sqat::kPassesScalar;
+  }
+}
+
 const sqat::Passes& passes() {
-  static const sqat::Passes& chosen = *sqat::engine_at(sqat::choose_engine()).passes;
+  static const sqat::Passes& chosen = choose_passes();
   return chosen;
 }
 
@@ -17,9 +27,9 @@ SQAT_EXPORT void SqatMask(const float* x, const uint8_t* kept, size_t values, fl
   passes().mask(x, kept, values, y);
 }
 
-SQAT_EXPORT void SqatFakeQuantize(const float* x, size_t values, float inverse, float step, float low, float least,
-                                  float most, float* y, uint8_t* inside) noexcept {
-  passes().fake_quantize(x, values, {inverse, step, low, least, most}, y, inside);
+SQAT_EXPORT void SqatFakeQuantize(const float* x, size_t values, float amax, float low, float* y,
+                                  uint8_t* inside) noexcept {
+  passes().fake_quantize(x, values, amax, low, y, inside);
 }
 
 SQAT_EXPORT void SqatFakeQuantizeRows(const float* x, const uint8_t* kept, size_t rows, size_t columns,
