@@ -13,8 +13,9 @@ import matplotlib
 import torch
 
 from sqat.recipe import PruneConfig
-from sqat.sparsity.masks import nm_mask, parse_pattern
-from sqat.sparsity.schedule import GroupFraction, PerGroup
+from sqat.sparsity.masks import nm_mask
+from sqat.sparsity.pattern import parse_pattern
+from sqat.sparsity.settings import GroupFraction, PerGroup
 from sqat.stages.masking import mask_steps
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "figures"

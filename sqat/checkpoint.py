@@ -28,8 +28,9 @@ from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
 from sqat.errors import SqatError
-from sqat.sparsity.masks import count_violations, parse_pattern
+from sqat.sparsity.masks import count_violations
 from sqat.sparsity.packing import pack_bits, unpack_bits
+from sqat.sparsity.pattern import parse_pattern
 
 FORMAT = 1
 MANIFEST, WEIGHTS, STATE, RECIPE = "sqat.json", "model.safetensors", "sqat.safetensors", "recipe.yaml"

@@ -11,7 +11,8 @@ from sqat.errors import SqatError
 from sqat.models import layer_names
 from sqat.quantization.fake_quant import quantize_weight, sqnr_db
 from sqat.report_row import LayerReport
-from sqat.sparsity.masks import count_violations, parse_pattern
+from sqat.sparsity.masks import count_violations
+from sqat.sparsity.pattern import parse_pattern
 
 PATTERNS = ("1:4", "2:4", "4:8")
 

@@ -2,8 +2,8 @@
 
 This file is the whole schema and nothing else; `sqat.recipe_file` reads YAML into it and
 `sqat.recipe_rules` holds what must be true between stages. Knobs of an algorithm (a calibrator, a mask
-schedule, a distillation loss) live in that algorithm's own frozen dataclass in the core, so a new one
-appears here by being added to its file's union. A ValueError raised here starts with the key it is
+schedule, a distillation loss) live in a frozen dataclass of the core's settings, which import no torch, so a new
+one appears here by being added to their union. A ValueError raised here starts with the key it is
 about, so that the error can point at that key's line.
 """
 
@@ -27,12 +27,11 @@ from pydantic import (
 from pydantic import GetJsonSchemaHandler as JsonHandler
 from pydantic_core import CoreSchema, core_schema
 
-from sqat.distillation.minilm import MiniLMLoss, MiniLMv2
-from sqat.quantization.calibrators import Calibrator, Percentile
+from sqat.distillation.settings import MiniLMLoss, MiniLMv2
+from sqat.quantization.settings import Calibrator, Percentile
 from sqat.recipe_gates import GATES, GATES_WORDS, STRICT, Gate, Retry
-from sqat.sparsity.criteria import Criterion, Magnitude
-from sqat.sparsity.masks import parse_pattern
-from sqat.sparsity.schedule import PerGroup, Schedule
+from sqat.sparsity.pattern import parse_pattern
+from sqat.sparsity.settings import Criterion, Magnitude, PerGroup, Schedule
 
 
 def tupled(value: Any) -> Any:

@@ -25,8 +25,8 @@ from sqat.recipe import (
     RetrievalTask,
     TrainConfig,
 )
-from sqat.sparsity.masks import parse_pattern
-from sqat.sparsity.schedule import Schedule, SrSte
+from sqat.sparsity.pattern import parse_pattern
+from sqat.sparsity.settings import Schedule, SrSte
 
 
 class Problem(NamedTuple):

@@ -28,7 +28,8 @@ from torch import Tensor
 from sqat.checkpoint import LAYOUT, SIDE_FILES, WEIGHTS, Checkpoint
 from sqat.errors import SqatError
 from sqat.quantization.fake_quant import HIGH, quantize_weight
-from sqat.sparsity.masks import count_violations, parse_pattern
+from sqat.sparsity.masks import count_violations
+from sqat.sparsity.pattern import parse_pattern
 
 FOLDER = "compressed-tensors"
 CONFIG = "config.json"

@@ -25,7 +25,7 @@ from sqat.lint.verdicts import DOUBT, WANTED, Verdict, verdicts, why_float
 from sqat.lint.weights import FLOATS, HALF, Weight, kept_in_groups
 from sqat.lint.wiring import DEQUANTIZE, Wiring, label
 from sqat.report_row import LayerReport
-from sqat.sparsity.masks import Pattern
+from sqat.sparsity.pattern import Pattern
 
 GROUPS = (4, 8, 16, 32)
 HIGH = 127

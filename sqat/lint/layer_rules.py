@@ -18,7 +18,7 @@ from sqat.lint.operator_rules import feeds_gather
 from sqat.lint.sizes import GOOD_SIDE, SMALLEST_SIDE, SPARSE_INPUTS, SPARSE_OUTPUTS
 from sqat.lint.weights import FLOATS, Weight, kept_in_groups
 from sqat.lint.wiring import DEQUANTIZE, LAYOUT, PRODUCTS, QUANTIZE, Wiring, attribute, label, operator
-from sqat.sparsity.masks import Pattern, parse_pattern
+from sqat.sparsity.pattern import Pattern, parse_pattern
 
 FLOAT_INPUTS = ("LayerNormalization", "Softmax", "Gelu", "Gather")
 TWO_OF_FOUR = Pattern(2, 4)

@@ -96,7 +96,7 @@ def named_values(text: str) -> Iterable[tuple[str, float]]:
 
 def schedule_of(config: StageConfig, steps: int) -> Points:
     """Steps and sparsities of a prune stage."""
-    from sqat.sparsity.masks import parse_pattern
+    from sqat.sparsity.pattern import parse_pattern
     from sqat.stages.masking import mask_steps
 
     if not isinstance(config, PruneConfig) or not steps:

@@ -26,6 +26,7 @@ from sqat.job import Job, logits_of
 from sqat.layers import choose_layers, encoder_blocks
 from sqat.models import capture, use_taps
 from sqat.processes import largest, processes, summed
+from sqat.quantization.calibrators import find_bound
 from sqat.quantization.histogram import Histogram
 from sqat.recipe import CalibrateConfig
 
@@ -51,7 +52,7 @@ def run(config: CalibrateConfig, parent: Checkpoint | None, job: Job) -> Checkpo
     own = batches[processes().process_index :: processes().num_processes]
     histograms = observe(model, sites, blocks, shown(own, job))
     add_up_(histograms)
-    bounds = {site: config.method(histogram) for site, histogram in histograms.items()}
+    bounds = {site: find_bound(config.method, histogram) for site, histogram in histograms.items()}
     leaders, amax = tie(sites, bounds)
     records = {site: SiteRecord(leader=leader, saturated=histograms[sites.leaders[site]].share_beyond(amax[leader]))
                for site, leader in leaders.items()}  # fmt: skip

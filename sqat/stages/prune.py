@@ -17,7 +17,7 @@ from sqat.insertion.weights import insert_weights_, layer, remove_weights_
 from sqat.job import Job
 from sqat.models import capture
 from sqat.recipe import PruneConfig
-from sqat.sparsity.schedule import SrSte
+from sqat.sparsity.settings import SrSte
 from sqat.stages.losses import stage_loss
 from sqat.stages.masking import Masking, mask_steps, too_few_steps, with_decay
 from sqat.stages.patterns import choose_patterns
