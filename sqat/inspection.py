@@ -6,8 +6,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sqat.checkpoint import Checkpoint, LayerRecord, load_checkpoint
+from sqat.checkpoint import Checkpoint, load_checkpoint
 from sqat.errors import SqatError
+from sqat.manifest import LayerRecord
 from sqat.models import layer_names
 from sqat.quantization.fake_quant import quantize_weight, sqnr_db
 from sqat.report_row import LayerReport

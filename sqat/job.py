@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sqat.checkpoint import Checkpoint, Manifest
+from sqat.checkpoint import Checkpoint
 from sqat.data import (
     Batch,
     Processor,
@@ -26,6 +26,7 @@ from sqat.data import (
 )
 from sqat.display import Display
 from sqat.errors import SqatError
+from sqat.manifest import Manifest
 from sqat.models import build, check_head, load_pretrained, versions
 from sqat.pixels import augmented
 from sqat.processes import first_says, processes, summed, turns

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sqat.errors import SqatError
 from sqat.gates import foreseen, show_limits
 from sqat.job import Splits
 from sqat.keys import Keys, teacher_name
 from sqat.recipe import FitConfig, LoadedRecipe, Recipe, StageConfig
+from sqat.recipe_rules import stage_range
 from sqat.training import total_steps
 
 
@@ -47,19 +47,6 @@ def make_plan(
                                      keys.directory(name), name not in due, steps, samples, seconds,
                                      show_limits(keys, name), "" if name in due else foreseen(keys, name)))  # fmt: skip
     return plan
-
-
-def stage_range(recipe: Recipe, first: str | None, last: str | None) -> list[str]:
-    """Names of the stages from ``first`` to ``last``."""
-    names = list(recipe.stages)
-    for flag, name in (("--from", first), ("--to", last)):
-        if name is not None and name not in names:
-            raise SqatError(f"{flag} {name}: the recipe has no such stage", f"stages: {', '.join(names)}")
-    low = names.index(first) if first else 0
-    high = names.index(last) + 1 if last else len(names)
-    if low >= high:
-        raise SqatError(f"--from {first} comes after --to {last}", f"order: {', '.join(names)}")
-    return names[low:high]
 
 
 def due_stages(keys: Keys, first: str | None, last: str | None, force: bool) -> list[str]:

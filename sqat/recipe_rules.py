@@ -77,6 +77,19 @@ def pick_stage(recipe: Recipe, kind: str, name: str | None) -> str:
     return name or names[0]
 
 
+def stage_range(recipe: Recipe, first: str | None, last: str | None) -> list[str]:
+    """Names of the stages from ``first`` to ``last``; SqatError for a name that is none, and for none between them."""
+    names = list(recipe.stages)
+    for flag, name in (("--from", first), ("--to", last)):
+        if name is not None and name not in names:
+            raise SqatError(f"{flag} {name}: the recipe has no such stage", f"stages: {', '.join(names)}")
+    low = names.index(first) if first else 0
+    high = names.index(last) + 1 if last else len(names)
+    if low >= high:
+        raise SqatError(f"--from {first} comes after --to {last}", f"order: {', '.join(names)}")
+    return names[low:high]
+
+
 def ancestors(recipe: Recipe, name: str) -> list[str]:
     """Names of the stages that ``name`` starts from, the nearest first."""
     found = []

@@ -66,7 +66,7 @@ LAYERS = [
     [*CORE],
 ]
 OPEN = {"recipe", "recipe_file", "recipe_gates", "recipe_rules", "recipe_schema", "yaml_tree", "checkpoint", "errors"}
-OPEN |= {"display", "report_row", "__init__"}
+OPEN |= {"manifest", "disk", "display", "report_row", "__init__"}
 
 
 @cache

@@ -17,7 +17,7 @@ from onnx import ModelProto
 
 from sqat.errors import SqatError
 from sqat.export.files import read_onnx
-from sqat.export.graph import module_of, needs_kernels
+from sqat.export.names import module_of, needs_kernels
 from sqat.lint.checks import find, find_in
 from sqat.lint.findings import Finding
 from sqat.lint.rules import Target

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from onnx import NodeProto, TensorProto, numpy_helper
 
-from sqat.export.graph import module_of
+from sqat.export.names import module_of
 from sqat.lint.attention_rules import between_pair
 from sqat.lint.findings import Problem
 from sqat.lint.operator_rules import feeds_gather

@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqat.checkpoint import RECIPE, Manifest, load_checkpoint, load_manifest
+from sqat.checkpoint import load_checkpoint
 from sqat.display import Display
 from sqat.errors import SqatError
 from sqat.gates import foreseen, show_limits
 from sqat.inspection import inspect_checkpoint
 from sqat.keys import Keys
 from sqat.lint.inspection import Lint
+from sqat.manifest import RECIPE, Manifest, load_manifest
 from sqat.recipe import LoadedRecipe, StageConfig
 from sqat.recipe_file import load_recipe
 from sqat.report.curves import Curves, curves_of
+from sqat.report.folder import newest_stage
 from sqat.report.speeds import SpeedSetting, read_speeds
 from sqat.report_row import LayerReport
 from sqat.results import FILE, artifact_size, result_artifacts
@@ -158,13 +160,7 @@ def read_recipe(directory: Path) -> LoadedRecipe:
     Raises:
         SqatError: no stage is there.
     """
-    if not directory.is_dir():
-        raise SqatError("no such run folder", "name the folder of a run, e.g. runs/recipe", str(directory))
-    found = sorted(path for path in directory.glob("[0-9][0-9]-*/sqat.json") if (path.parent / RECIPE).is_file())
-    if not found:
-        hint = "name the folder above it" if (directory / "sqat.json").is_file() else "run the recipe first"
-        raise SqatError("the folder holds no stages of a run", hint, str(directory))
-    newest = max(found, key=lambda path: path.stat().st_mtime).parent
+    newest = newest_stage(directory)
     loaded = load_recipe(newest / RECIPE, load_manifest(newest).overrides)
     whole = directory.resolve()
     recipe = loaded.recipe.model_copy(update={"output": str(whole.parent), "name": whole.name})

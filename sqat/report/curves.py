@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from sqat.checkpoint import Manifest
+from sqat.manifest import Manifest
 from sqat.recipe import PruneConfig, StageConfig
 
 STEP = re.compile(r"(\d+)/(\d+), (.+), [\d.]+ samples/s, \S+ left$")

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from sqat.checkpoint import Checkpoint, LayerRecord, SiteRecord
+from sqat.checkpoint import Checkpoint
 from sqat.data import Batch, Processor, column, plan_batches
 from sqat.errors import SqatError
 from sqat.export.cpu_encoder import check_encoder
@@ -24,6 +24,7 @@ from sqat.insertion.quantizers import Quantizers, tap_sites
 from sqat.insertion.sites import Sites, discover_sites, observed_rows
 from sqat.job import Job, logits_of
 from sqat.layers import choose_layers, encoder_blocks
+from sqat.manifest import LayerRecord, SiteRecord
 from sqat.models import capture, use_taps
 from sqat.processes import largest, processes, summed
 from sqat.quantization.calibrators import find_bound

@@ -11,10 +11,11 @@ from functools import partial
 
 import torch
 
-from sqat.checkpoint import Checkpoint, LayerRecord
+from sqat.checkpoint import Checkpoint
 from sqat.errors import SqatError
 from sqat.insertion.weights import insert_weights_, layer, remove_weights_
 from sqat.job import Job
+from sqat.manifest import LayerRecord
 from sqat.models import capture
 from sqat.recipe import PruneConfig
 from sqat.sparsity.settings import SrSte

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sqat.checkpoint import Checkpoint, LayerRecord, Manifest, SiteRecord
+from sqat.checkpoint import Checkpoint
 from sqat.data import TextProcessor
 from sqat.export.packed import write_packed
 from sqat.insertion.quantizers import tap_sites
 from sqat.insertion.sites import discover_sites
 from sqat.layers import choose_layers, encoder_blocks
+from sqat.manifest import LayerRecord, Manifest, SiteRecord
 from sqat.models import capture, use_taps
 from sqat.recipe import Layers
 from sqat.serving.folder import FOLDER
