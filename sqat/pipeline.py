@@ -23,7 +23,7 @@ from sqat.display import Display
 from sqat.errors import SqatError
 from sqat.evaluation import evaluate_artifact
 from sqat.gates import Limit, limits_of, missed, refusal, rejected_folder
-from sqat.job import Job, Splits
+from sqat.job import Job
 from sqat.keys import Keys, attempts, is_attempt, known_manifest, made_from, stretch, teacher_name
 from sqat.manifest import Manifest, load_manifest, verify_files
 from sqat.plan import due_stages
@@ -35,6 +35,7 @@ from sqat.results import Results as Results
 from sqat.results import closing_table
 from sqat.run_lock import FILE, run_lock
 from sqat.soundness import saturation
+from sqat.splits import Splits
 from sqat.stages import calibrate, export, prune, qat, train
 from sqat.tracking import Tracked, tracked
 from sqat.training import MidStage

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sqat.gates import foreseen, show_limits
-from sqat.job import Splits
 from sqat.keys import Keys, teacher_name
 from sqat.recipe import FitConfig, LoadedRecipe, Recipe, StageConfig
 from sqat.recipe_rules import stage_range
-from sqat.training import total_steps
+from sqat.splits import Splits
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def due_stages(keys: Keys, first: str | None, last: str | None, force: bool) -> 
 def amount(config: StageConfig, recipe: Recipe, splits: Splits) -> tuple[int | None, int | None]:
     """Optimizer steps and samples of a stage; a batch is taken as full, which queries of many sizes may not fill."""
     if isinstance(config, FitConfig):
-        steps = total_steps(config, -(-splits.epoch_rows() // config.batch_size), config.gradient_accumulation)
+        steps = config.total_steps(-(-splits.epoch_rows() // config.batch_size), config.gradient_accumulation)
         return steps, steps * config.batch_size * config.gradient_accumulation
     if config.stage == "calibrate":
         return None, min(config.samples, len(splits.rows(config.split)))

@@ -10,6 +10,7 @@ about, so that the error can point at that key's line.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -334,6 +335,12 @@ class FitConfig(BaseModel):
         if self.retry is not None and not self.gates:
             raise ValueError("retry needs gates, which say when to try again")
         return self
+
+    def total_steps(self, batches: int, together: int) -> int:
+        """Optimizer steps of a fit over an epoch of ``batches`` batches, of which a step sums up ``together``."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, ceil((self.epochs or 1.0) * batches / together))
 
     def stretch(self, attempt: int) -> float:
         """Factor on the steps of the ``attempt``-th try."""

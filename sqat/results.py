@@ -10,10 +10,10 @@ from pathlib import Path
 from sqat.data import SplitName, digest
 from sqat.display import Display
 from sqat.evaluation import evaluate_artifact
-from sqat.job import Splits
 from sqat.keys import Keys
 from sqat.processes import first_says, processes
 from sqat.small_files import read_object, replace_file
+from sqat.splits import Splits
 from sqat.stages.targets import file_name
 
 FILE = "results.json"

@@ -18,11 +18,12 @@ from sqat.checkpoint import Checkpoint, load_checkpoint
 from sqat.data import Rows, column
 from sqat.display import Display
 from sqat.errors import SqatError
-from sqat.job import Job, Splits
+from sqat.job import Job
 from sqat.keys import Keys
 from sqat.layers import weighted_layers
 from sqat.recipe import LoadedRecipe
 from sqat.small_files import replace_file
+from sqat.splits import Splits
 from sqat.training import MidStage
 
 

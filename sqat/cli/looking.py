@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from sqat.cli.options import Json, Parent, Quiet, RecipeFile, Set, Verbose, load, must_exist
+from sqat.cli.options import Json, Parent, Quiet, RecipeFile, Set, Verbose, load, must_be_checkpoint, must_exist
 from sqat.errors import SqatError
 
 
@@ -60,9 +60,7 @@ def inspect(
     from sqat.tables import print_layers
 
     if path.is_dir():
-        from sqat.manifest import load_manifest
-
-        load_manifest(path)  # what is no checkpoint is told before torch is imported
+        must_be_checkpoint(path)
         from sqat.inspection import inspect_checkpoint
 
         layers = inspect_checkpoint(path)

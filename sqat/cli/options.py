@@ -78,3 +78,11 @@ def must_exist(path: Path) -> None:
     """Tell early that a file or folder is not there."""
     if not path.exists():
         raise SqatError("no such file or folder", near_files(path), str(path))
+
+
+def must_be_checkpoint(path: Path) -> None:
+    """Tell early that a folder is not there, or holds no checkpoint."""
+    must_exist(path)
+    from sqat.manifest import load_manifest
+
+    load_manifest(path)

@@ -21,7 +21,7 @@ from sqat.cli.options import (
     Targets,
     Verbose,
     load,
-    must_exist,
+    must_be_checkpoint,
 )
 from sqat.errors import SqatError
 
@@ -154,7 +154,7 @@ def run_one(
     from sqat.recipe_rules import pick_stage
 
     if parent is not None:
-        must_exist(parent)
+        must_be_checkpoint(parent)
     chosen = [*(overrides or ()), *distill_override(recipe, kind, stage, overrides or (), distill)]
     loaded = load(recipe, chosen)
     name = pick_stage(loaded.recipe, kind, stage)
