@@ -17,8 +17,10 @@ import pytest
 
 import sqat
 from sqat import cli, pipeline
+from sqat.checkpoint import Checkpoint, save_checkpoint
 from sqat.display import Display
 from sqat.errors import GateError, SqatError
+from sqat.manifest import Manifest
 from sqat.pipeline import ResultRow, Results
 from sqat.plan import PlannedStage
 from sqat.recipe import LoadedRecipe
@@ -271,7 +273,8 @@ def test_stage_commands_run_their_stage(
 
     monkeypatch.setattr(pipeline, "run_stage", fake)
     assert call(capsys, kind, "r.yaml") == (0, f"runs/r/{kind}\n", "")
-    (folder / "start").mkdir()
+    manifest = Manifest(stage="train", kind="train", key="a" * 16, base_model="tiny", seed=0)
+    save_checkpoint(Checkpoint(manifest), folder / "start")
     call(capsys, kind, "r.yaml", "--from", "start", "--output", "out", "--force")
     assert seen == [
         (kind, {"parent": None, "output": None, "force": False}),
