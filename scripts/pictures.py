@@ -39,7 +39,7 @@ from sqat.job import logits_of
 from sqat.keys import Keys
 from sqat.models import build, load_processor
 from sqat.recipe_file import load_recipe
-from sqat.results import result_artifacts
+from sqat.result_files import result_artifacts
 from sqat.sampling import Forward, captioned, pixels, seeded_noise, signals, walk
 from sqat.splits import Splits
 

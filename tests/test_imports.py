@@ -61,6 +61,7 @@ LAYERS = [
         "sampling",
         "job",
         "splits",
+        "result_files",
     ],
     [*CORE],
 ]

@@ -23,7 +23,7 @@ from sqat.keys import UNKEYED, Keys, made_from, teacher_name
 from sqat.manifest import RECIPE, WEIGHTS, Manifest
 from sqat.recipe import LoadedRecipe
 from sqat.recipe_file import load_recipe
-from sqat.results import FILE, artifact_size, result_artifacts
+from sqat.result_files import FILE, artifact_size, result_artifacts
 from sqat.small_files import read_object
 
 UNMEASURED = "not measured yet"

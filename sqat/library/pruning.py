@@ -32,7 +32,8 @@ from sqat.sparsity.settings import (
     Taylor,
     Wanda,
 )
-from sqat.stages.masking import Judge, Masking, mask_of, mask_steps, too_few_steps
+from sqat.stages.masking import Judge, Masking, mask_of
+from sqat.stages.moments import mask_steps, too_few_steps
 from sqat.stages.permuting import permute_
 from sqat.stages.statistics import sum_up, undisturbed
 

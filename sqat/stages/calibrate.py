@@ -24,7 +24,7 @@ from sqat.insertion.quantizers import Quantizers, tap_sites
 from sqat.insertion.sites import Sites, discover_sites, observed_rows
 from sqat.job import Job, logits_of
 from sqat.layers import choose_layers, encoder_blocks
-from sqat.manifest import LayerRecord, SiteRecord
+from sqat.manifest import HISTOGRAMS, LayerRecord, SiteRecord
 from sqat.models import capture, use_taps
 from sqat.processes import largest, processes, summed
 from sqat.quantization.calibrators import find_bound
@@ -32,7 +32,6 @@ from sqat.quantization.histogram import Histogram
 from sqat.recipe import CalibrateConfig
 
 FOLDED_SLACK = 1e-3
-HISTOGRAMS = "histograms.json"  # of the checkpoint, for `sqat report`: see `summaries`
 MOST = 0.9999  # of the values: the bound of the account that we follow
 
 

@@ -46,26 +46,6 @@ class Rules(Protocol):
     def recover(self) -> float: ...
 
 
-def mask_steps(config: Rules, steps: int) -> dict[int, int]:
-    """Training step -> which of the schedule's sparsities holds from it on.
-
-    Evenly spaced, the last when ``recover`` of the steps remain; schedule sr-ste chooses anew before every step.
-    """
-    schedule = config.schedule
-    if isinstance(schedule, SrSte):
-        return dict.fromkeys(range(max(1, round(schedule.until * steps))), 0)
-    count = len(schedule.steps) if isinstance(schedule.steps, tuple) else schedule.steps
-    last = min(steps - 1, round((1 - config.recover) * steps)) if count > 1 else 0
-    return {round(i * last / max(1, count - 1)): i for i in range(count)}
-
-
-def too_few_steps(moments: Mapping[int, int]) -> str:
-    """What to say where several masks fall on one step, of which only the last is set; empty where none do."""
-    planned = 1 + max(moments.values())
-    left_out = planned - len(set(moments.values()))
-    return f"too few steps before the last mask: {left_out} of {planned} masks are left out" if left_out else ""
-
-
 @dataclass(frozen=True)
 class Masking:
     """The masks under way.

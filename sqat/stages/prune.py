@@ -20,7 +20,8 @@ from sqat.models import capture
 from sqat.recipe import PruneConfig
 from sqat.sparsity.settings import SrSte
 from sqat.stages.losses import stage_loss
-from sqat.stages.masking import Masking, mask_steps, too_few_steps, with_decay
+from sqat.stages.masking import Masking, with_decay
+from sqat.stages.moments import mask_steps, too_few_steps
 from sqat.stages.patterns import choose_patterns
 from sqat.stages.permuting import permute_for_
 from sqat.stages.statistics import gather
