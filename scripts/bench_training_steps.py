@@ -28,7 +28,8 @@ from sqat.library.quantizing import Scales, calibrate
 from sqat.models import capture_last, load_pretrained
 from sqat.quantization.fake_quant import ACTIVATION_LOW, HIGH, SMALLEST_AMAX
 from sqat.recipe import DistillConfig, FitConfig, Layers, ModelConfig, QatConfig
-from sqat.sparsity.masks import Pattern, nm_mask
+from sqat.sparsity.masks import nm_mask
+from sqat.sparsity.pattern import Pattern
 from sqat.stages.calibrate import observe
 from sqat.stages.losses import distilled_loss, task_loss
 from sqat.tasks.relevance import Relevance

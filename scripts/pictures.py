@@ -35,12 +35,13 @@ from sqat.architectures.diffusion import floats
 from sqat.artifacts import config_of, open_artifact
 from sqat.checkpoint import load_checkpoint
 from sqat.data import Batch, Rows
-from sqat.job import Splits, logits_of
+from sqat.job import logits_of
 from sqat.keys import Keys
 from sqat.models import build, load_processor
 from sqat.recipe_file import load_recipe
-from sqat.results import result_artifacts
+from sqat.result_files import result_artifacts
 from sqat.sampling import Forward, captioned, pixels, seeded_noise, signals, walk
+from sqat.splits import Splits
 
 Floats = NDArray[np.float64]
 Pixels = NDArray[np.uint8]

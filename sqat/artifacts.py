@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sqat.checkpoint import SIDE_FILES, WEIGHTS, read_tensors
+from sqat.checkpoint import read_tensors
 from sqat.data import Batch
 from sqat.errors import SqatError, first_line
 from sqat.export.compressed import check_compressed
@@ -28,6 +28,7 @@ from sqat.export.cpu_graph import file_needs_kernels
 from sqat.export.runtime import run_batches, session
 from sqat.insertion.quantizers import Quantizers, insert_quantizers_
 from sqat.job import logits_of, on_device
+from sqat.manifest import SIDE_FILES, WEIGHTS
 from sqat.models import assemble, load_weights
 from sqat.quantization.fake_quant import HIGH
 from sqat.serving.folder import MANIFEST as PACKED

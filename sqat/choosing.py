@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from sqat.machine import Gpu, Machine, Processor
 
 if TYPE_CHECKING:
-    from sqat.checkpoint import Manifest
+    from sqat.manifest import Manifest
 
 SPARSE = (8, 0)  # compute capability of the first sparse tensor cores (Ampere)
 INT8 = (7, 2)  # of the first int8 tensor cores

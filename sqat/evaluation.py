@@ -17,9 +17,10 @@ from sqat.errors import SqatError
 from sqat.insertion.quantized import quantized_
 from sqat.insertion.quantizers import Quantizers
 from sqat.insertion.sites import is_activation
-from sqat.job import Splits, logits_of, on_device, predict
+from sqat.job import logits_of, on_device, predict
 from sqat.layers import encoder_blocks
 from sqat.models import build, check_head, load_processor, use_taps
+from sqat.splits import Splits
 from sqat.training import Figures
 
 LAST_BITS = 3e-7

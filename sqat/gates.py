@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from sqat.checkpoint import Manifest
 from sqat.errors import GateError, SqatError
 from sqat.keys import Keys
+from sqat.manifest import Manifest
 from sqat.recipe_gates import Gate
 
 SLACK = 1e-12  # of a difference of two figures

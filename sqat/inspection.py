@@ -6,12 +6,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sqat.checkpoint import Checkpoint, LayerRecord, load_checkpoint
+from sqat.checkpoint import Checkpoint, load_checkpoint
 from sqat.errors import SqatError
+from sqat.manifest import LayerRecord
 from sqat.models import layer_names
 from sqat.quantization.fake_quant import quantize_weight, sqnr_db
 from sqat.report_row import LayerReport
-from sqat.sparsity.masks import count_violations, parse_pattern
+from sqat.sparsity.masks import count_violations
+from sqat.sparsity.pattern import parse_pattern
 
 PATTERNS = ("1:4", "2:4", "4:8")
 

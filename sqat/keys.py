@@ -14,9 +14,9 @@ from functools import cached_property
 from pathlib import Path
 
 import sqat
-from sqat.checkpoint import FORMAT, Manifest, load_manifest
 from sqat.data import digest
 from sqat.errors import SqatError
+from sqat.manifest import FORMAT, Manifest, load_manifest
 from sqat.recipe import FitConfig, LoadedRecipe, Recipe, StageConfig
 from sqat.sources import source_digest
 

@@ -20,13 +20,14 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sqat.architectures import ARCHITECTURES, Architecture
-from sqat.checkpoint import LAYOUT, WEIGHTS, Checkpoint, layout_of
+from sqat.checkpoint import Checkpoint, layout_of
 from sqat.data import Processor
 from sqat.errors import SqatError, first_line
 from sqat.insertion.attention import byte_attention, tapped_attention
 from sqat.insertion.batch_norm import fold_batch_norms_
 from sqat.insertion.capture import Capture
 from sqat.layers import LinearOfConv1D, find_qkv, is_causal, weighted_layers
+from sqat.manifest import LAYOUT, WEIGHTS
 from sqat.recipe import ModelConfig
 from sqat.sources import LOADING, check_digest, resolve_source
 

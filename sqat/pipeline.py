@@ -17,24 +17,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sqat.checkpoint import Checkpoint, Manifest, load_checkpoint, load_manifest, save_checkpoint, verify_files
+from sqat.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from sqat.data import SplitName
 from sqat.display import Display
 from sqat.errors import SqatError
 from sqat.evaluation import evaluate_artifact
 from sqat.gates import Limit, limits_of, missed, refusal, rejected_folder
-from sqat.job import Job, Splits
+from sqat.job import Job
 from sqat.keys import Keys, attempts, is_attempt, known_manifest, made_from, stretch, teacher_name
-from sqat.plan import PlannedStage as PlannedStage
-from sqat.plan import due_stages, stage_range
-from sqat.plan import make_plan as make_plan
+from sqat.manifest import Manifest, load_manifest, verify_files
+from sqat.plan import due_stages
 from sqat.processes import first_says, processes, told_of_loss
 from sqat.recipe import FitConfig, LoadedRecipe
+from sqat.recipe_rules import stage_range
 from sqat.results import ResultRow as ResultRow
 from sqat.results import Results as Results
 from sqat.results import closing_table
 from sqat.run_lock import FILE, run_lock
 from sqat.soundness import saturation
+from sqat.splits import Splits
 from sqat.stages import calibrate, export, prune, qat, train
 from sqat.tracking import Tracked, tracked
 from sqat.training import MidStage

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sqat.errors import SqatError
 from sqat.gates import foreseen, show_limits
-from sqat.job import Splits
 from sqat.keys import Keys, teacher_name
 from sqat.recipe import FitConfig, LoadedRecipe, Recipe, StageConfig
-from sqat.training import total_steps
+from sqat.recipe_rules import stage_range
+from sqat.splits import Splits
 
 
 @dataclass(frozen=True)
@@ -49,19 +48,6 @@ def make_plan(
     return plan
 
 
-def stage_range(recipe: Recipe, first: str | None, last: str | None) -> list[str]:
-    """Names of the stages from ``first`` to ``last``."""
-    names = list(recipe.stages)
-    for flag, name in (("--from", first), ("--to", last)):
-        if name is not None and name not in names:
-            raise SqatError(f"{flag} {name}: the recipe has no such stage", f"stages: {', '.join(names)}")
-    low = names.index(first) if first else 0
-    high = names.index(last) + 1 if last else len(names)
-    if low >= high:
-        raise SqatError(f"--from {first} comes after --to {last}", f"order: {', '.join(names)}")
-    return names[low:high]
-
-
 def due_stages(keys: Keys, first: str | None, last: str | None, force: bool) -> list[str]:
     """Stages of the range that must run: forced, not current, or after one that runs."""
     recipe, due = keys.loaded.recipe, list[str]()
@@ -75,7 +61,7 @@ def due_stages(keys: Keys, first: str | None, last: str | None, force: bool) -> 
 def amount(config: StageConfig, recipe: Recipe, splits: Splits) -> tuple[int | None, int | None]:
     """Optimizer steps and samples of a stage; a batch is taken as full, which queries of many sizes may not fill."""
     if isinstance(config, FitConfig):
-        steps = total_steps(config, -(-splits.epoch_rows() // config.batch_size), config.gradient_accumulation)
+        steps = config.total_steps(-(-splits.epoch_rows() // config.batch_size), config.gradient_accumulation)
         return steps, steps * config.batch_size * config.gradient_accumulation
     if config.stage == "calibrate":
         return None, min(config.samples, len(splits.rows(config.split)))

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from sqat.errors import SqatError
-from sqat.images import read_npz
 
 Row = dict[str, Any]
 Placed = tuple[str, Row]
@@ -50,7 +49,9 @@ def read_rows(path: Path, shown: str) -> Iterator[Placed]:
     if plain.endswith(".csv"):
         return _read_csv(path, shown)
     if name.endswith(".npz"):
-        return read_npz(path, shown)
+        from sqat import images  # only such a file needs numpy
+
+        return images.read_npz(path, shown)
     raise SqatError("cannot tell the format from the ending", f"it must be {ENDINGS}", shown)
 
 

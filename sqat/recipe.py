@@ -2,14 +2,15 @@
 
 This file is the whole schema and nothing else; `sqat.recipe_file` reads YAML into it and
 `sqat.recipe_rules` holds what must be true between stages. Knobs of an algorithm (a calibrator, a mask
-schedule, a distillation loss) live in that algorithm's own frozen dataclass in the core, so a new one
-appears here by being added to its file's union. A ValueError raised here starts with the key it is
+schedule, a distillation loss) live in a frozen dataclass of the core's settings, which import no torch, so a new
+one appears here by being added to their union. A ValueError raised here starts with the key it is
 about, so that the error can point at that key's line.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,12 +28,11 @@ from pydantic import (
 from pydantic import GetJsonSchemaHandler as JsonHandler
 from pydantic_core import CoreSchema, core_schema
 
-from sqat.distillation.minilm import MiniLMLoss, MiniLMv2
-from sqat.quantization.calibrators import Calibrator, Percentile
+from sqat.distillation.settings import MiniLMLoss, MiniLMv2
+from sqat.quantization.settings import Calibrator, Percentile
 from sqat.recipe_gates import GATES, GATES_WORDS, STRICT, Gate, Retry
-from sqat.sparsity.criteria import Criterion, Magnitude
-from sqat.sparsity.masks import parse_pattern
-from sqat.sparsity.schedule import PerGroup, Schedule
+from sqat.sparsity.pattern import parse_pattern
+from sqat.sparsity.settings import Criterion, Magnitude, PerGroup, Schedule
 
 
 def tupled(value: Any) -> Any:
@@ -335,6 +335,12 @@ class FitConfig(BaseModel):
         if self.retry is not None and not self.gates:
             raise ValueError("retry needs gates, which say when to try again")
         return self
+
+    def total_steps(self, batches: int, together: int) -> int:
+        """Optimizer steps of a fit over an epoch of ``batches`` batches, of which a step sums up ``together``."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, ceil((self.epochs or 1.0) * batches / together))
 
     def stretch(self, attempt: int) -> float:
         """Factor on the steps of the ``attempt``-th try."""

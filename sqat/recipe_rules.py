@@ -25,8 +25,8 @@ from sqat.recipe import (
     RetrievalTask,
     TrainConfig,
 )
-from sqat.sparsity.masks import parse_pattern
-from sqat.sparsity.schedule import Schedule, SrSte
+from sqat.sparsity.pattern import parse_pattern
+from sqat.sparsity.settings import Schedule, SrSte
 
 
 class Problem(NamedTuple):
@@ -75,6 +75,19 @@ def pick_stage(recipe: Recipe, kind: str, name: str | None) -> str:
     if name is not None and name not in names:
         raise SqatError(f"no {kind} stage {name!r}", suggest(name, names), "--stage")
     return name or names[0]
+
+
+def stage_range(recipe: Recipe, first: str | None, last: str | None) -> list[str]:
+    """Names of the stages from ``first`` to ``last``; SqatError for a name that is none, and for none between them."""
+    names = list(recipe.stages)
+    for flag, name in (("--from", first), ("--to", last)):
+        if name is not None and name not in names:
+            raise SqatError(f"{flag} {name}: the recipe has no such stage", f"stages: {', '.join(names)}")
+    low = names.index(first) if first else 0
+    high = names.index(last) + 1 if last else len(names)
+    if low >= high:
+        raise SqatError(f"--from {first} comes after --to {last}", f"order: {', '.join(names)}")
+    return names[low:high]
 
 
 def ancestors(recipe: Recipe, name: str) -> list[str]:

@@ -10,13 +10,11 @@ from pathlib import Path
 from sqat.data import SplitName, digest
 from sqat.display import Display
 from sqat.evaluation import evaluate_artifact
-from sqat.job import Splits
 from sqat.keys import Keys
 from sqat.processes import first_says, processes
+from sqat.result_files import FILE, artifact_size, result_artifacts
 from sqat.small_files import read_object, replace_file
-from sqat.stages.targets import file_name
-
-FILE = "results.json"
+from sqat.splits import Splits
 
 
 @dataclass(frozen=True)
@@ -67,27 +65,3 @@ def closing_table(keys: Keys, splits: Splits, display: Display) -> Results:
     if record and processes().is_main_process:
         replace_file(directory / FILE, (json.dumps(record, indent=2) + "\n").encode())
     return Results(rows, split, content, directory)
-
-
-def result_artifacts(keys: Keys) -> dict[str, tuple[str, Path]]:
-    """Label -> stage and its checkpoint folder or ONNX file; the recipe's rows, or every last stage."""
-    recipe = keys.loaded.recipe
-    parents = {recipe.parent_of(name) for name in recipe.stages}
-    wanted = recipe.results or {name: name for name in recipe.stages if name not in parents}
-    found: dict[str, tuple[str, Path]] = {}
-    for label, row in wanted.items():
-        name, _, target = row.partition("/")
-        directory, config = keys.directory(name), recipe.stages[name]
-        if config.stage != "export":
-            found[label] = (name, directory)
-            continue
-        targets = (target,) if target else config.targets
-        for each in targets:
-            found[label if len(targets) == 1 else f"{label} {each}"] = (name, directory / file_name(each))
-    return found
-
-
-def artifact_size(artifact: Path) -> int:
-    """Bytes of an ONNX file, or of a checkpoint's tensors."""
-    files = [artifact] if artifact.is_file() else artifact.glob("*.safetensors")
-    return sum(file.stat().st_size for file in files)

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sqat.checkpoint import write_synced
+from sqat.disk import write_synced
 from sqat.errors import SqatError
 
 

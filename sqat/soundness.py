@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sqat.checkpoint import Manifest
 from sqat.errors import SqatError
 from sqat.insertion.quantizers import QUANTIZERS, Quantizers
+from sqat.manifest import Manifest
 from sqat.processes import one_says
 from sqat.sharding import whole
 

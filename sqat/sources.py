@@ -13,8 +13,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from sqat.checkpoint import WEIGHTS
 from sqat.errors import SqatError
+from sqat.manifest import WEIGHTS
 from sqat.recipe import ModelConfig
 
 ADAPTER = "adapter_config.json"

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from sqat.engine.report import EngineReport
     from sqat.lint.inspection import Lint
     from sqat.lint.repaired_file import Repair
-    from sqat.pipeline import PlannedStage, Results
+    from sqat.plan import PlannedStage
+    from sqat.results import Results
 
 SMALLEST_SHOWN = 1e-9  # the scale of a channel that holds nothing but zeros is smaller still
 

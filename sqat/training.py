@@ -110,13 +110,6 @@ def batches_together(config: FitConfig, state: MidStage) -> int:
     return config.gradient_accumulation * processes().num_processes if known is None else known.together
 
 
-def total_steps(config: FitConfig, batches: int, together: int) -> int:
-    """Optimizer steps of a fit over an epoch of ``batches`` batches, of which a step sums up ``together``."""
-    if config.steps is not None:
-        return config.steps
-    return max(1, math.ceil((config.epochs or 1.0) * batches / together))
-
-
 def rate_factor(config: FitConfig, step: int, steps: int) -> float:
     """Learning rate of a step (from 0) as a share of the peak: linear warm-up, then the recipe's decay to 0."""
     warmup = int(config.warmup * steps)

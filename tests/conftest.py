@@ -17,12 +17,14 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, BertTokenizerFast, PreTrainedModel
 
-from sqat.checkpoint import Checkpoint, LayerRecord, Manifest, SiteRecord
+from sqat.checkpoint import Checkpoint
 from sqat.data import TextProcessor
 from sqat.layers import choose_layers
+from sqat.manifest import LayerRecord, Manifest, SiteRecord
 from sqat.models import capture
 from sqat.recipe import Layers
-from sqat.sparsity.masks import apply_mask, nm_mask, parse_pattern
+from sqat.sparsity.masks import apply_mask, nm_mask
+from sqat.sparsity.pattern import parse_pattern
 from tests.traces import share, traced
 
 WORDS = ["red", "blue", *(f"w{i}" for i in range(58))]

@@ -30,9 +30,9 @@ from sqat.processes import in_shards, processes, turns
 from sqat.quantization.histogram import Histogram
 from sqat.recipe import FitConfig
 from sqat.sharding import plain
-from sqat.sparsity.criteria import Taylor, Wanda
-from sqat.sparsity.masks import nm_mask, parse_pattern
-from sqat.sparsity.sparsegpt import SparseGPT
+from sqat.sparsity.masks import nm_mask
+from sqat.sparsity.pattern import parse_pattern
+from sqat.sparsity.settings import SparseGPT, Taylor, Wanda
 from sqat.stages.calibrate import add_up_
 from sqat.stages.statistics import gather
 from sqat.training import Evaluation, Feed, MidStage, Objective, average_norms_, fit

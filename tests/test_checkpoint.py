@@ -20,18 +20,9 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from sqat import checkpoint as module
-from sqat.checkpoint import (
-    Checkpoint,
-    LayerRecord,
-    Manifest,
-    SiteRecord,
-    load_checkpoint,
-    load_manifest,
-    manifest_digest,
-    read_tensors,
-    save_checkpoint,
-)
+from sqat.checkpoint import Checkpoint, load_checkpoint, read_tensors, save_checkpoint
 from sqat.errors import SqatError
+from sqat.manifest import LayerRecord, Manifest, SiteRecord, load_manifest, manifest_digest
 
 PACKAGE = Path(module.__file__).parent
 REMAKE = "run the stage again with --force, or use another checkpoint"

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sqat.checkpoint import LayerRecord, Manifest
 from sqat.choosing import OTHERWISE, Facts, choose_target, explain, facts_of
 from sqat.machine import Gpu, Machine, Processor
+from sqat.manifest import LayerRecord, Manifest
 
 VNNI = Processor("AMD EPYC 9654", "x86_64", 8, frozenset({"avx2", "avx512_vnni"}))
 AVX2 = Processor("AMD EPYC 7763", "x86_64", 2, frozenset({"avx2"}))

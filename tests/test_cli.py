@@ -17,9 +17,12 @@ import pytest
 
 import sqat
 from sqat import cli, pipeline
+from sqat.checkpoint import Checkpoint, save_checkpoint
 from sqat.display import Display
 from sqat.errors import GateError, SqatError
-from sqat.pipeline import PlannedStage, ResultRow, Results
+from sqat.manifest import Manifest
+from sqat.pipeline import ResultRow, Results
+from sqat.plan import PlannedStage
 from sqat.recipe import LoadedRecipe
 
 ROOT = Path(__file__).parents[1]
@@ -243,7 +246,7 @@ def test_run_hands_its_flags_over(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_dry_run_prints_the_plan_and_runs_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pipeline, "make_plan", plan_of)
+    monkeypatch.setattr("sqat.plan.make_plan", plan_of)
     monkeypatch.setattr(pipeline, "run", raising(AssertionError("ran")))
     code, out, err = call(capsys, "run", "r.yaml", "--dry-run")
     assert (code, err) == (0, "")
@@ -270,7 +273,8 @@ def test_stage_commands_run_their_stage(
 
     monkeypatch.setattr(pipeline, "run_stage", fake)
     assert call(capsys, kind, "r.yaml") == (0, f"runs/r/{kind}\n", "")
-    (folder / "start").mkdir()
+    manifest = Manifest(stage="train", kind="train", key="a" * 16, base_model="tiny", seed=0)
+    save_checkpoint(Checkpoint(manifest), folder / "start")
     call(capsys, kind, "r.yaml", "--from", "start", "--output", "out", "--force")
     assert seen == [
         (kind, {"parent": None, "output": None, "force": False}),
@@ -367,10 +371,10 @@ def test_init_tells_its_guess(folder: Path, capsys: pytest.CaptureFixture[str]) 
     ]
 
 
-# No recipe and no torch: only what happens to the signal counts.
+# No torch: only what happens to the signal counts.
 # A background shell makes its children ignore SIGINT; the first lines undo that.
 SLOW_RUN = """
-import signal, sys, time, types, pathlib
+import signal, sys, time, types
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from sqat import cli
 def fake(loaded, display, **options):
@@ -378,7 +382,6 @@ def fake(loaded, display, **options):
     time.sleep(60)
 sys.modules["sqat.pipeline"] = types.SimpleNamespace(run=fake)
 sys.modules["sqat.tables"] = types.SimpleNamespace()
-cli.load = lambda *arguments: types.SimpleNamespace(run_directory=pathlib.Path("runs"))
 sys.exit(cli.main(["run", "r.yaml"]))
 """
 

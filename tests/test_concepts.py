@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sqat.recipe import PruneConfig
-from sqat.sparsity.schedule import PerGroup
+from sqat.sparsity.settings import PerGroup
 from tests.scripts import load_script
 
 pytest.importorskip("matplotlib")

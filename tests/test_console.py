@@ -13,7 +13,8 @@ from rich.console import Console
 
 from sqat import console, tables
 from sqat.errors import SqatError
-from sqat.pipeline import PlannedStage, ResultRow, Results
+from sqat.pipeline import ResultRow, Results
+from sqat.plan import PlannedStage
 from sqat.report_row import LayerReport
 
 LONG = "a-stage-with-a-very-long-name-indeed"

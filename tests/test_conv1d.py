@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sqat.architectures.conv1d import to_conv1d_, to_linears_
-from sqat.checkpoint import LAYOUT, WEIGHTS, Checkpoint, load_checkpoint, save_checkpoint
+from sqat.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from sqat.data import TextProcessor
 from sqat.errors import SqatError
 from sqat.export.compressed import write_compressed
@@ -23,9 +23,11 @@ from sqat.export.packed import write_packed
 from sqat.insertion.weights import layer
 from sqat.inspection import inspect_checkpoint
 from sqat.layers import LinearOfConv1D, choose_layers, find_qkv
+from sqat.manifest import LAYOUT, WEIGHTS
 from sqat.models import build, capture, capture_last
 from sqat.recipe import Layers
-from sqat.sparsity.masks import apply_mask, nm_mask, parse_pattern
+from sqat.sparsity.masks import apply_mask, nm_mask
+from sqat.sparsity.pattern import parse_pattern
 
 MakeModel = Callable[..., PreTrainedModel]
 LAST = "transformer.h.1"

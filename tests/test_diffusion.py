@@ -21,7 +21,7 @@ diffusers = pytest.importorskip("diffusers")
 from sqat.architectures import diffusion  # noqa: E402
 from sqat.architectures.captions import Captions  # noqa: E402
 from sqat.architectures.diffusion import CaptionedPictures, Diffusion, drawing_, from_config  # noqa: E402
-from sqat.checkpoint import Checkpoint, Manifest, load_checkpoint, save_checkpoint  # noqa: E402
+from sqat.checkpoint import Checkpoint, load_checkpoint, save_checkpoint  # noqa: E402
 from sqat.cli import main  # noqa: E402
 from sqat.data import load_rows  # noqa: E402
 from sqat.errors import SqatError  # noqa: E402
@@ -29,6 +29,7 @@ from sqat.export.float16 import to_float16  # noqa: E402
 from sqat.export.graph import export_float  # noqa: E402
 from sqat.export.runtime import session  # noqa: E402
 from sqat.layers import choose_layers, is_convolutional  # noqa: E402
+from sqat.manifest import Manifest  # noqa: E402
 from sqat.models import build, capture, load_pretrained  # noqa: E402
 from sqat.recipe import Columns, Layers, ModelConfig, SplitConfig, TextToImageTask  # noqa: E402
 from sqat.recipe_file import load_recipe  # noqa: E402

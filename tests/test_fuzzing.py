@@ -19,8 +19,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sqat.checkpoint import MANIFEST, Checkpoint, load_checkpoint, load_manifest, manifest_digest, save_checkpoint
+from sqat.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from sqat.errors import GateError, SqatError
+from sqat.manifest import MANIFEST, load_manifest, manifest_digest
 from sqat.models import load_pretrained
 from sqat.recipe import ModelConfig
 from sqat.recipe_file import load_recipe

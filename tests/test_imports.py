@@ -1,10 +1,8 @@
-"""Imports go one way, the core is alone with torch and its compiled passes, and `sqat --help` loads nothing heavy."""
+"""Imports go one way, the core is alone with torch and its passes; what a command imports is in `test_startup`."""
 
 from __future__ import annotations
 
 import ast
-import os
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -61,12 +59,14 @@ LAYERS = [
         "pixels",
         "sampling",
         "job",
+        "splits",
+        "result_files",
     ],
     [*CORE],
     ["passes", "runtime"],
 ]
 OPEN = {"recipe", "recipe_file", "recipe_gates", "recipe_rules", "recipe_schema", "yaml_tree", "checkpoint", "errors"}
-OPEN |= {"display", "report_row", "__init__"}
+OPEN |= {"manifest", "disk", "display", "report_row", "__init__"}
 
 
 @cache
@@ -141,36 +141,3 @@ def test_of_the_library_only_the_callback_imports_transformers() -> None:
         path.name for path in (ROOT / "sqat/library").glob("*.py") if any("transformers" in n for n in imported(path))
     ]
     assert users == ["trainer.py"]
-
-
-def modules_after(arguments: list[str]) -> set[str]:
-    """What a command has imported when it is done."""
-    code = f"import sys, sqat.cli; sqat.cli.main({arguments!r}); print(); print(*sys.modules)"
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    return set(run.stdout.splitlines()[-1].split())
-
-
-NOWHERE = [["inspect", "nowhere.onnx"], ["engine", "nowhere.onnx"], ["evaluate", "nowhere.yaml", "nowhere.onnx"]]
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["qat", "--help"], ["--version"], ["rum"], *NOWHERE])
-def test_quick_commands_import_nothing_heavy(arguments: list[str]) -> None:
-    heavy = {"torch", "numpy", *FRAMEWORKS} - {"typer", "rich"}
-    if "--help" not in arguments[:1]:
-        heavy -= {"pydantic"}  # Typer itself uses it to read the arguments of a command
-    found = modules_after(arguments)
-    assert not heavy & found
-    assert "sqat.pipeline" not in found
-
-
-@pytest.mark.parametrize("arguments", [["schema"], ["run", "nowhere.yaml"]])
-def test_what_reads_recipes_alone_imports_no_framework(arguments: list[str]) -> None:
-    needed = {"typer", "rich", "pydantic", "yaml"}  # and torch, of which the sections of a recipe are made
-    assert not (FRAMEWORKS - needed) & modules_after(arguments)

@@ -12,13 +12,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from sqat.checkpoint import Checkpoint, LayerRecord, Manifest, SiteRecord, save_checkpoint
+from sqat.checkpoint import Checkpoint, save_checkpoint
 from sqat.data import TextProcessor
 from sqat.errors import SqatError
 from sqat.inspection import inspect_checkpoint
+from sqat.manifest import LayerRecord, Manifest, SiteRecord
 from sqat.models import capture
 from sqat.report_row import LayerReport
-from sqat.sparsity.masks import apply_mask, nm_mask, parse_pattern
+from sqat.sparsity.masks import apply_mask, nm_mask
+from sqat.sparsity.pattern import parse_pattern
 
 LINEARS = (
     "attention.self.query",

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sqat.architectures.texts import load_tokenizer, set_dropout
-from sqat.checkpoint import Checkpoint, Manifest
+from sqat.checkpoint import Checkpoint
 from sqat.data import TextProcessor
 from sqat.errors import SqatError
 from sqat.layers import choose_layers, encoder_blocks, find_qkv
+from sqat.manifest import Manifest
 from sqat.models import build, capture, load_pretrained, use_taps
 from sqat.recipe import Layers, ModelConfig
 from sqat.sources import resolve_source

@@ -17,7 +17,8 @@ from sqat import passes, runtime
 from sqat.errors import SqatError
 from sqat.quantization.fake_quant import fake_quantize, fake_quantize_weight
 from sqat.quantization.histogram import Histogram
-from sqat.sparsity.masks import Pattern, apply_mask, nm_mask
+from sqat.sparsity.masks import apply_mask, nm_mask
+from sqat.sparsity.pattern import Pattern
 from tests.runtime.nodes import available, needs_library
 from tests.runtime.passes import SIZES, check
 

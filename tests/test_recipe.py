@@ -15,7 +15,7 @@ from sqat.recipe import LoadedRecipe, PruneConfig, QatConfig, TrainConfig
 from sqat.recipe_file import distill_override, load_recipe
 from sqat.recipe_rules import ancestors, pick_stage
 from sqat.recipe_schema import recipe_schema
-from sqat.sparsity.schedule import GroupFraction
+from sqat.sparsity.settings import GroupFraction
 from sqat.yaml_tree import Place, compose, resolve_scalar
 
 TARGETS = "onnx-int8, onnx-fp32, onnx-fp16, tensorrt, cpu-sparse, torch-semi-structured, compressed-tensors"

@@ -12,12 +12,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from sqat.checkpoint import Checkpoint, Manifest, load_checkpoint, save_checkpoint
+from sqat.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from sqat.data import Processor, Rows
 from sqat.errors import SqatError
 from sqat.export.float16 import to_float16
 from sqat.export.graph import export_float
 from sqat.export.runtime import session
+from sqat.manifest import Manifest
 from sqat.models import build, capture, load_pretrained
 from sqat.recipe import ModelConfig
 

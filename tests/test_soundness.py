@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sqat.checkpoint import Manifest, SiteRecord
 from sqat.data import Batch
 from sqat.errors import SqatError
 from sqat.insertion.quantizers import QUANTIZERS, Quantizers
 from sqat.insertion.weights import insert_weights_
+from sqat.manifest import Manifest, SiteRecord
 from sqat.recipe import FitConfig
 from sqat.soundness import check_gradients, saturation, weakness
 from sqat.training import Feed, MidStage, Progress, Run, fit, make_optimizer

@@ -23,9 +23,10 @@ from sqat.errors import SqatError
 from sqat.insertion.weights import insert_weights_, remove_weights_
 from sqat.layers import linear_layers
 from sqat.recipe import ClassificationTask, Columns, FitConfig, SplitConfig
-from sqat.sparsity.masks import nm_mask, parse_pattern
+from sqat.sparsity.masks import nm_mask
+from sqat.sparsity.pattern import parse_pattern
 from sqat.tasks import build_task
-from sqat.training import Evaluation, Feed, Fitted, MidStage, Progress, fit, make_optimizer, rate_factor, total_steps
+from sqat.training import Evaluation, Feed, Fitted, MidStage, Progress, fit, make_optimizer, rate_factor
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +97,7 @@ def test_learning_rates() -> None:
     ],
 )
 def test_steps_of_a_fit(config: dict[str, Any], batches: int, together: int, wanted: int) -> None:
-    assert total_steps(FitConfig(**config), batches, together) == wanted
+    assert FitConfig(**config).total_steps(batches, together) == wanted
 
 
 def test_biases_and_norms_are_not_decayed() -> None:

@@ -18,12 +18,12 @@ from safetensors import safe_open
 
 from results_page.applications import display_of
 from results_page.schema import Application, DataFile, Latency, Pictures, Row, RunRecord, Seed, Stage, read
-from sqat.checkpoint import RECIPE, WEIGHTS, Manifest
 from sqat.errors import SqatError
 from sqat.keys import UNKEYED, Keys, made_from, teacher_name
+from sqat.manifest import RECIPE, WEIGHTS, Manifest
 from sqat.recipe import LoadedRecipe
 from sqat.recipe_file import load_recipe
-from sqat.results import FILE, artifact_size, result_artifacts
+from sqat.result_files import FILE, artifact_size, result_artifacts
 from sqat.small_files import read_object
 
 UNMEASURED = "not measured yet"

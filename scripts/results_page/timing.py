@@ -32,7 +32,7 @@ from sqat.export.cpu_graph import file_needs_kernels
 from sqat.keys import Keys
 from sqat.machine import describe_processor
 from sqat.recipe import LoadedRecipe
-from sqat.results import result_artifacts
+from sqat.result_files import result_artifacts
 
 WARM_UP = 3
 Times = NDArray[np.float64]

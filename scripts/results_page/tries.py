@@ -15,9 +15,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from results_page.schema import Try
-from sqat.checkpoint import RECIPE, Manifest, load_manifest
 from sqat.errors import SqatError
 from sqat.keys import teacher_name
+from sqat.manifest import RECIPE, Manifest, load_manifest
 from sqat.recipe import Recipe
 from sqat.recipe_file import load_recipe
 from sqat.small_files import replace_file

@@ -18,7 +18,8 @@ from side_by_side.chain import Made, Phases, Sparse
 from side_by_side.rows import LEARNING_RATES, METRICS, QAT_SHARES, Comparison, Dense, Result, Settings, Try, write
 from side_by_side.sets import Trial
 from sqat.errors import SqatError
-from sqat.sparsity.masks import count_violations, parse_pattern
+from sqat.sparsity.masks import count_violations
+from sqat.sparsity.pattern import parse_pattern
 from sqat.stages.losses import task_loss
 
 

@@ -14,9 +14,9 @@ from side_by_side.chain import Made, Phases
 from side_by_side.sets import Trial
 from sqat.insertion.weights import layer
 from sqat.models import capture_last
-from sqat.quantization.calibrators import Maximum, Percentile
+from sqat.quantization.settings import Maximum, Percentile
 from sqat.recipe import DistillConfig
-from sqat.sparsity.sparsegpt import SparseGPT
+from sqat.sparsity.settings import SparseGPT
 from sqat.stages.losses import distilled_loss
 from sqat.training import Loss
 

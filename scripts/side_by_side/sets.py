@@ -21,9 +21,10 @@ from side_by_side.rows import METRICS, MODEL, Budget, Figures
 from sqat.data import Batch, Processor, SplitName, column, plan_batches
 from sqat.display import Silent
 from sqat.errors import SqatError
-from sqat.job import Splits, logits_of, predict
+from sqat.job import logits_of, predict
 from sqat.models import load_pretrained
 from sqat.recipe import FitConfig, Recipe
+from sqat.splits import Splits
 from sqat.tasks import Task
 from sqat.training import Feed, Loss, MidStage, fit
 

@@ -1,71 +1,41 @@
-"""The words of `sqat analyze` as an analysis: where it starts, which stages' sections it follows, which rows."""
+"""`sqat analyze`: where it starts, which rows it measures on, and all that it finds."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 
 from sqat.analysis.budget import Step, keep_within, list_steps, most_tries, worst_first
 from sqat.analysis.findings import Choice, Findings, Harm, LayerFinding, Sizes, tell_choice
+from sqat.analysis.options import Options, Sections, choose_sections
 from sqat.analysis.sensitivity import OUTPUT_LOSS, Damages, Probe, make_judge, run_model, total
 from sqat.analysis.treatments import Pruning, Rounding, find_pruning, find_rounding
 from sqat.checkpoint import Checkpoint, load_checkpoint
 from sqat.data import Rows, column
 from sqat.display import Display
 from sqat.errors import SqatError
-from sqat.job import Job, Splits
+from sqat.job import Job
 from sqat.keys import Keys
 from sqat.layers import weighted_layers
-from sqat.recipe import CalibrateConfig, LoadedRecipe, PruneConfig, Recipe
-from sqat.recipe_rules import ancestors, suggest
+from sqat.recipe import LoadedRecipe
 from sqat.small_files import replace_file
+from sqat.splits import Splits
 from sqat.training import MidStage
-
-SPLITS = ("train", "dev")
-
-
-@dataclass(frozen=True)
-class Options:
-    """Flags of `sqat analyze` as they were typed."""
-
-    stage: str | None = None
-    start: Path | None = None
-    prune: str | None = None
-    calibrate: str | None = None
-    samples: int = 256
-    split: str = "dev"
-    metric: str | None = None
-    budget: float | None = None
-
-
-@dataclass(frozen=True)
-class Sections:
-    """The sections of the recipe that say how layers are treated, by the names of their stages."""
-
-    prune: tuple[str, PruneConfig] | None
-    calibrate: tuple[str, CalibrateConfig] | None
-
-    def notes(self) -> list[str]:
-        """What the analysis leaves out of them."""
-        notes = ["nothing is trained after pruning or rounding: a stage's training wins most of the damage back"]
-        if self.calibrate is not None and self.calibrate[1].profile != "linear":
-            notes.append(f"int8 is that of profile linear: sites that {self.calibrate[1].profile} adds stay float")
-        return notes
 
 
 def run_analysis(loaded: LoadedRecipe, options: Options, display: Display) -> Findings:
     """Treat each layer alone, all of them, and with a budget the fewest that break it; write nothing.
 
+    Args:
+        options: that `check_options` has let pass.
+
     Raises:
-        SqatError: a flag that cannot be, no checkpoint to start from, or one that is not plain.
+        SqatError: no checkpoint to start from, or one that is not plain.
     """
-    check_options(options)
     begun, name = time.monotonic(), None if options.start is not None else start_stage(loaded, options.stage)
     sections = choose_sections(loaded.recipe, name, options)
     directory = options.start if name is None else Keys(loaded).directory(name)
@@ -76,18 +46,6 @@ def run_analysis(loaded: LoadedRecipe, options: Options, display: Display) -> Fi
     return findings.model_copy(update={"checkpoint": str(directory), "seconds": round(time.monotonic() - begun, 3)})
 
 
-def check_options(options: Options) -> None:
-    """Refuse numbers and names that cannot be."""
-    if options.samples < 1:
-        raise SqatError(f"must be at least 1, got {options.samples}", place="--samples")
-    if options.budget is not None and not (options.budget >= 0 and math.isfinite(options.budget)):
-        raise SqatError(f"must be a number of at least 0, got {options.budget:g}", place="--budget")
-    if options.split not in SPLITS:
-        raise SqatError(f"no split {options.split!r}", suggest(options.split, SPLITS), "--split")
-    if options.start is not None and options.stage is not None:
-        raise SqatError("--stage and --from both say where to start", "leave one of them out")
-
-
 def start_stage(loaded: LoadedRecipe, wanted: str | None) -> str:
     """The stage whose checkpoint is analyzed: the one named, or the last train stage that has run.
 
@@ -95,8 +53,6 @@ def start_stage(loaded: LoadedRecipe, wanted: str | None) -> str:
         SqatError: it has not run, or the recipe would not make its checkpoint any more.
     """
     keys, stages = Keys(loaded), loaded.recipe.stages
-    if wanted is not None and wanted not in stages:
-        raise SqatError(f"no stage {wanted!r}", suggest(wanted, stages), "--stage")
     trained = [name for name, config in stages.items() if config.stage == "train"]
     name = wanted or next((name for name in reversed(trained) if keys.manifest(name) is not None), None)
     if name is None:
@@ -109,32 +65,6 @@ def start_stage(loaded: LoadedRecipe, wanted: str | None) -> str:
         raise SqatError(f"this recipe would not make the checkpoint of stage {name} any more",
                         f"run `sqat run --to {name}`, or give --from CHECKPOINT", str(directory))  # fmt: skip
     return name
-
-
-def choose_sections(recipe: Recipe, start: str | None, options: Options) -> Sections:
-    """The prune stage that grows from ``start`` and the calibrate stage after it, unless others are named.
-
-    Raises:
-        SqatError: a stage that is none of its kind, or neither kind in the recipe.
-    """
-    prune = choose_stage(recipe, "prune", options.prune, [start])
-    calibrate = choose_stage(recipe, "calibrate", options.calibrate, [prune, start])
-    if prune is None and calibrate is None:
-        raise SqatError("the recipe has neither a prune nor a calibrate stage: there is nothing to analyze",
-                        f"its stages: {', '.join(recipe.stages)}", recipe.name)  # fmt: skip
-    return Sections(
-        None if prune is None else (prune, cast("PruneConfig", recipe.stages[prune])),
-        None if calibrate is None else (calibrate, cast("CalibrateConfig", recipe.stages[calibrate])),
-    )
-
-
-def choose_stage(recipe: Recipe, kind: str, wanted: str | None, after: Sequence[str | None]) -> str | None:
-    """The stage called ``wanted``; else the first of its kind that grows from one of ``after``; else the first."""
-    names = [name for name, config in recipe.stages.items() if config.stage == kind]
-    if wanted is not None and wanted not in names:
-        raise SqatError(f"no {kind} stage {wanted!r}", suggest(wanted, names), f"--{kind}")
-    grown = [name for before in after for name in names if before in ancestors(recipe, name)]
-    return wanted or next(iter([*grown, *names]), None)
 
 
 def plain_checkpoint(directory: Path) -> Checkpoint:

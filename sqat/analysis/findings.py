@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict
 
 from sqat.analysis.budget import Kept
 from sqat.analysis.sensitivity import Damages, Probe, count_multiply_adds
-from sqat.checkpoint import Figure
 from sqat.job import EVALUATION_BATCH
 from sqat.layers import weighted_layers
+from sqat.manifest import Figure
 from sqat.recipe import Layers
 
 STRICT = ConfigDict(extra="forbid")

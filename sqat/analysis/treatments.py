@@ -23,8 +23,9 @@ from sqat.insertion.sites import discover_sites
 from sqat.insertion.weights import insert_weights_, layer, original_weight, remove_weights_
 from sqat.job import Job
 from sqat.layers import choose_layers, encoder_blocks
+from sqat.quantization.calibrators import find_bound
 from sqat.recipe import CalibrateConfig, PruneConfig
-from sqat.sparsity.schedule import PerGroup
+from sqat.sparsity.settings import PerGroup
 from sqat.stages.calibrate import fold_, observe, sample_batches, shown, tie
 from sqat.stages.losses import task_loss
 from sqat.stages.masking import Masking, mask_of
@@ -115,5 +116,5 @@ def find_rounding(model: nn.Module, config: CalibrateConfig, job: Job, processor
     fold_(model, batches[0])
     sites = discover_sites(model, batches[0].inputs, chosen, blocks, "linear")
     histograms = observe(model, sites, blocks, shown(batches, job))
-    leaders, amax = tie(sites, {site: config.method(histogram) for site, histogram in histograms.items()})
+    leaders, amax = tie(sites, {site: find_bound(config.method, histogram) for site, histogram in histograms.items()})
     return Rounding(chosen, {site: torch.tensor(bound) for site, bound in amax.items()}, leaders)

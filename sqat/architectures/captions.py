@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from sqat.checkpoint import WEIGHTS
 from sqat.errors import SqatError, first_line
+from sqat.manifest import WEIGHTS
 from sqat.sources import LOADING, file_digest, resolve_source
 
 CHUNK = 64

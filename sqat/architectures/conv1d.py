@@ -2,7 +2,7 @@
 
 A Conv1D multiplies by a weight [in, out] where a linear has [out, in]; else they are one. Turned into linears when a
 model is built, they are pruned along their inputs, quantized by output and exported like any other, and nothing else
-in sqat knows of them. In the files of a checkpoint they lie as transformers has them (`sqat.checkpoint.LAYOUT`).
+in sqat knows of them. In the files of a checkpoint they lie as transformers has them (`sqat.manifest.LAYOUT`).
 """
 
 from __future__ import annotations

@@ -23,9 +23,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from sqat.architectures.texts import check_length, check_vocabulary, load_tokenizer, set_dropout
-from sqat.checkpoint import SIDE_FILES
 from sqat.data import TextProcessor
 from sqat.errors import SqatError, first_line
+from sqat.manifest import SIDE_FILES
 from sqat.recipe import ModelConfig
 from sqat.sources import LOADING
 

@@ -114,7 +114,7 @@ def read_graph(path: Path) -> tuple[bool, tuple[Input, ...]]:
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-    from sqat.export.graph import needs_kernels
+    from sqat.export.names import needs_kernels
 
     try:
         model = onnx.load(path, format="protobuf", load_external_data=False)

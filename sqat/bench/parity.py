@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from sqat.checkpoint import Figure
+from sqat.manifest import Figure
 
 Array = NDArray[Any]
 

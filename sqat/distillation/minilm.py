@@ -21,11 +21,12 @@ Shapes: B samples, T tokens, H width, A heads.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from sqat.distillation.settings import MiniLMLoss, MiniLMv1, MiniLMv2
 
 
 class QKV(NamedTuple):
@@ -85,66 +86,39 @@ def _check(student: QKV, teacher: QKV, attention_mask: Tensor, heads: int, what:
                 raise ValueError(f"{heads} {what} do not divide the {who}'s {name} width {x.shape[2]}")
 
 
-@dataclass(frozen=True)
-class MiniLMv1:
-    """Attention and value relations, head by head (arXiv:2002.10957)."""
+def relation_loss(loss: MiniLMLoss, student: QKV, teacher: QKV, attention_mask: Tensor) -> Tensor:
+    """Return the loss, a scalar; the teacher gets no gradient.
 
-    name: Literal["minilm-v1"] = "minilm-v1"
+    Args:
+        attention_mask: [B, T], non-zero at real tokens.
 
-    def __call__(self, student: QKV, teacher: QKV, attention_mask: Tensor) -> Tensor:
-        """Return the loss, a scalar; the teacher gets no gradient.
-
-        Args:
-            attention_mask: [B, T], non-zero at real tokens.
-
-        Raises:
-            ValueError: the head counts differ, shapes do not fit, or one of both is a decoder.
-        """
-        if student.heads != teacher.heads:
-            raise ValueError(
-                f"minilm-v1 needs equal head counts, got {student.heads} in the student and "
-                f"{teacher.heads} in the teacher; minilm-v2 does not"
-            )
-        _check(student, teacher, attention_mask, student.heads, "heads")
-        relations = (
-            (student.query, student.key, teacher.query, teacher.key),
-            (student.value, student.value, teacher.value, teacher.value),
-        )
-        return _divergence(relations, student.heads, attention_mask, student.causal)
-
-
-@dataclass(frozen=True)
-class MiniLMv2:
-    """QQ, KK and VV relations over ``relation_heads`` new heads (arXiv:2012.15828).
-
-    Attributes:
-        relation_heads: must divide both widths; None takes the teacher's attention heads.
+    Raises:
+        ValueError: the head counts differ (v1), ``relation_heads`` does not divide both widths (v2), shapes do not fit,
+            or one of both is a decoder.
     """
+    match loss:
+        case MiniLMv1():
+            return _attention_and_values(student, teacher, attention_mask)
+        case MiniLMv2():
+            heads = teacher.heads if loss.relation_heads is None else loss.relation_heads
+            _check(student, teacher, attention_mask, heads, "relation heads")
+            relations = (
+                (student.query, student.query, teacher.query, teacher.query),
+                (student.key, student.key, teacher.key, teacher.key),
+                (student.value, student.value, teacher.value, teacher.value),
+            )
+            return _divergence(relations, heads, attention_mask, student.causal)
 
-    name: Literal["minilm-v2"] = "minilm-v2"
-    relation_heads: int | None = None
 
-    def __post_init__(self) -> None:
-        if self.relation_heads is not None and self.relation_heads < 1:
-            raise ValueError(f"relation_heads must be at least 1, got {self.relation_heads}")
-
-    def __call__(self, student: QKV, teacher: QKV, attention_mask: Tensor) -> Tensor:
-        """Return the loss, a scalar; the teacher gets no gradient.
-
-        Args:
-            attention_mask: [B, T], non-zero at real tokens.
-
-        Raises:
-            ValueError: ``relation_heads`` does not divide both widths, shapes do not fit, or one of both is a decoder.
-        """
-        heads = teacher.heads if self.relation_heads is None else self.relation_heads
-        _check(student, teacher, attention_mask, heads, "relation heads")
-        relations = (
-            (student.query, student.query, teacher.query, teacher.query),
-            (student.key, student.key, teacher.key, teacher.key),
-            (student.value, student.value, teacher.value, teacher.value),
+def _attention_and_values(student: QKV, teacher: QKV, attention_mask: Tensor) -> Tensor:
+    if student.heads != teacher.heads:
+        raise ValueError(
+            f"minilm-v1 needs equal head counts, got {student.heads} in the student and "
+            f"{teacher.heads} in the teacher; minilm-v2 does not"
         )
-        return _divergence(relations, heads, attention_mask, student.causal)
-
-
-MiniLMLoss = MiniLMv1 | MiniLMv2
+    _check(student, teacher, attention_mask, student.heads, "heads")
+    relations = (
+        (student.query, student.key, teacher.query, teacher.key),
+        (student.value, student.value, teacher.value, teacher.value),
+    )
+    return _divergence(relations, student.heads, attention_mask, student.causal)

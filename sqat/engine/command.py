@@ -14,7 +14,7 @@ from sqat.engine.recipe import Range, Shapes, parse_range, profile_shapes, writt
 from sqat.engine.report import EngineReport, make_report
 from sqat.errors import SqatError
 from sqat.export.files import read_onnx
-from sqat.export.graph import needs_kernels
+from sqat.export.names import needs_kernels
 from sqat.machine import find_gpus
 
 BATCH: Range = (1, 8, 32)

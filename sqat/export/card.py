@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sqat.checkpoint import Manifest
+from sqat.manifest import Manifest
 
 ONNX_USE = """```python
 import onnxruntime

@@ -25,10 +25,12 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
-from sqat.checkpoint import LAYOUT, SIDE_FILES, WEIGHTS, Checkpoint
+from sqat.checkpoint import Checkpoint
 from sqat.errors import SqatError
+from sqat.manifest import LAYOUT, SIDE_FILES, WEIGHTS
 from sqat.quantization.fake_quant import HIGH, quantize_weight
-from sqat.sparsity.masks import count_violations, parse_pattern
+from sqat.sparsity.masks import count_violations
+from sqat.sparsity.pattern import parse_pattern
 
 FOLDER = "compressed-tensors"
 CONFIG = "config.json"

@@ -25,7 +25,7 @@ from onnx import ModelProto
 from sqat.errors import GateError
 from sqat.export.cpu_encoder import Encoder, Norm, Product
 from sqat.export.embeddings import quantize_rows
-from sqat.export.graph import KERNELS, needs_kernels, node_name
+from sqat.export.names import KERNELS, needs_kernels, node_name
 from sqat.export.rewriting import Array, Rewriting, module
 from sqat.quantization.fake_quant import HIGH
 

@@ -23,11 +23,11 @@ import torch
 from onnx import GraphProto, ModelProto, NodeProto
 from torch import Tensor, nn
 
+from sqat.export.names import WEIGHTED, module_of, node_name
+
 OPSET = 20
-KERNELS = "sqat"  # domain of the operators in `sqat.runtime`
 SCOPES = "pkg.torch.onnx.name_scopes"
 ROOT = "model"
-WEIGHTED = ("MatMul", "Gemm", "Conv")
 
 
 class Logits(nn.Module):
@@ -107,21 +107,6 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def node_name(module: str, op: str) -> str:
-    """``bert.layer.0.query`` + ``MatMul`` -> ``/bert/layer.0/query/MatMul``; `module_of` is its inverse."""
-    return f"/{re.sub(r'[.](?![0-9])', '/', module)}/{op}" if module else f"/{op}"
-
-
-def module_of(node: NodeProto) -> str:
-    """Dotted module name in a node's name, empty where the name holds none."""
-    return module_named(node.name)
-
-
-def module_named(name: str) -> str:
-    """``/bert/layer.0/query/MatMul`` -> ``bert.layer.0.query``."""
-    return name.rpartition("/")[0].lstrip("/").replace("/", ".")
-
-
 def name_nodes_(graph: GraphProto) -> None:
     """Name every node after the module that ran it and its operator, with a number where that repeats."""
     taken: dict[str, int] = {}
@@ -170,8 +155,3 @@ def strip_metadata_(model: ModelProto) -> None:
     ):
         del holder.metadata_props[:]
         holder.doc_string = ""
-
-
-def needs_kernels(model: ModelProto) -> bool:
-    """Whether a graph is of target cpu-sparse: it has nodes that only `sqat.runtime` computes."""
-    return any(entry.domain == KERNELS for entry in model.opset_import)

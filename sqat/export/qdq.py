@@ -27,7 +27,7 @@ from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 from torch import Tensor
 
 from sqat.errors import SqatError
-from sqat.export.graph import node_name
+from sqat.export.names import node_name
 from sqat.export.sites import Anatomy, Edge
 
 LEVELS = 127

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from sqat.export.graph import module_named, node_name
+from sqat.export.names import module_named, node_name
 
 Array = NDArray[Any]
 LAYOUT = ("Transpose", "Reshape", "Squeeze", "Unsqueeze")

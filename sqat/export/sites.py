@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from onnx import GraphProto, NodeProto
 
-from sqat.export.graph import WEIGHTED, module_of
+from sqat.export.names import WEIGHTED, module_of
 
 PRODUCT_ROLES = {"query": (0, 0), "key": (0, 1), "softmax": (1, 0), "value": (1, 1)}
 ADD_ROLE = re.compile(r"add([0-9]+)\.(left|right)")

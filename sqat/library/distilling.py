@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from sqat.data import Batch
-from sqat.distillation.minilm import MiniLMv1, MiniLMv2
+from sqat.distillation.minilm import relation_loss
+from sqat.distillation.settings import MiniLMLoss, MiniLMv1, MiniLMv2
 from sqat.errors import SqatError
 from sqat.library.choices import Inputs, model_inputs, named
 from sqat.models import capture_last
@@ -23,7 +25,7 @@ LossName = Literal["minilm-v1", "minilm-v2"]
 def distillation_loss(
     model: nn.Module,
     teacher: nn.Module,
-    loss: LossName | Relations = "minilm-v2",
+    loss: LossName | MiniLMLoss | Relations = "minilm-v2",
     *,
     qkv: Sequence[str] | None = None,
     teacher_qkv: Sequence[str] | None = None,
@@ -33,7 +35,7 @@ def distillation_loss(
     Args:
         model: the student.
         teacher: in eval mode, and another object; it gets no gradient.
-        loss: a name, one of `sqat.distillation.minilm`, or any function of two `QKV` (student, teacher) and the
+        loss: a name, one of `sqat.distillation.settings`, or any function of two `QKV` (student, teacher) and the
             attention mask [B,T] to a scalar.
         qkv: names of three linears, or one fused, of the student; default: found by their names.
         teacher_qkv: the same of the teacher.
@@ -45,7 +47,8 @@ def distillation_loss(
         SqatError: an unknown name, q, k and v that cannot be told, heads that do not fit the loss, or a teacher in
             training mode.
     """
-    relations = named("loss", loss, LOSSES)
+    chosen = named("loss", loss, LOSSES)
+    relations = partial(relation_loss, chosen) if isinstance(chosen, MiniLMLoss) else chosen
     check_teacher(model, teacher)
     student, taught = capture_last(model, qkv), capture_last(teacher, teacher_qkv)
 
@@ -75,4 +78,4 @@ def check_teacher(model: nn.Module, teacher: nn.Module) -> None:
         raise SqatError("the teacher is in training mode", "call teacher.eval()")
 
 
-LOSSES: dict[str, Relations] = {"minilm-v1": MiniLMv1(), "minilm-v2": MiniLMv2()}
+LOSSES: dict[str, MiniLMLoss] = {"minilm-v1": MiniLMv1(), "minilm-v2": MiniLMv2()}

@@ -19,11 +19,21 @@ from sqat.insertion.weights import WeightTransform, insert_weights_, layer, remo
 from sqat.layers import choose_layers
 from sqat.library.choices import Inputs, check_masks, check_plain, model_inputs, named
 from sqat.recipe import Layers
-from sqat.sparsity.criteria import Criterion, Magnitude, Taylor, Wanda
-from sqat.sparsity.masks import Pattern, count_violations, parse_pattern
-from sqat.sparsity.schedule import GroupFraction, PerGroup, Schedule, SrSte
-from sqat.sparsity.sparsegpt import SparseGPT
-from sqat.stages.masking import Judge, Masking, mask_of, mask_steps, too_few_steps
+from sqat.sparsity.masks import count_violations
+from sqat.sparsity.pattern import Pattern, parse_pattern
+from sqat.sparsity.settings import (
+    Criterion,
+    GroupFraction,
+    Magnitude,
+    PerGroup,
+    Schedule,
+    SparseGPT,
+    SrSte,
+    Taylor,
+    Wanda,
+)
+from sqat.stages.masking import Judge, Masking, mask_of
+from sqat.stages.moments import mask_steps, too_few_steps
 from sqat.stages.permuting import permute_
 from sqat.stages.statistics import sum_up, undisturbed
 
@@ -102,9 +112,9 @@ class Pruner:
     Args:
         steps: training steps to come; with too few of them masks on the way to N:M are left out, with a warning.
         pattern: ``N:M``, keep N of each M along the inputs.
-        criterion: which weights matter: a name, one of `sqat.sparsity.criteria` with settings of its own, or any
+        criterion: which weights matter: a name, one of `sqat.sparsity.settings` with knobs of its own, or any
             function from a weight [out,in] to scores of its shape, the highest of which stay.
-        schedule: ``per-group`` or ``group-fraction``, or one of `sqat.sparsity.schedule`; equal steps up to N:M.
+        schedule: ``per-group`` or ``group-fraction``, or one of `sqat.sparsity.settings`; equal steps up to N:M.
         recover: share of the steps after the last mask.
         batches: keyword arguments of the model's forward, for criteria that observe; gone through at every mask, all of
             them, so a list rather than a generator.
@@ -247,7 +257,7 @@ class Pruner:
 class Rules:
     """As of a prune stage, but with any criterion."""
 
-    criterion: Judge | SparseGPT
+    criterion: Criterion | Judge
     schedule: Schedule
     recover: float
 
@@ -271,7 +281,7 @@ class OwnCriterion:
         return scores.detach()
 
 
-def judge(criterion: CriterionName | Criterion | Scores) -> Judge | SparseGPT:
+def judge(criterion: CriterionName | Criterion | Scores) -> Criterion | Judge:
     """The criterion of a name, itself, or a function as one."""
     if isinstance(criterion, str):
         return named("criterion", criterion, CRITERIA)

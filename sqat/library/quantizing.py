@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -20,9 +21,10 @@ from sqat.layers import choose_layers, encoder_blocks, is_convolutional, weighte
 from sqat.library.choices import Inputs, check_masks, check_plain, model_inputs, named
 from sqat.library.pruning import Masks
 from sqat.models import attention_in_use, use_attention, use_taps
-from sqat.quantization.calibrators import Entropy, Maximum, MeanSquaredError, Percentile
+from sqat.quantization.calibrators import find_bound
 from sqat.quantization.fake_quant import check_amax
 from sqat.quantization.histogram import Histogram
+from sqat.quantization.settings import Calibrator, Entropy, Maximum, MeanSquaredError, Percentile
 from sqat.recipe import Layers, Profile
 from sqat.recipe_rules import suggest
 from sqat.stages.calibrate import observe, tie
@@ -54,7 +56,7 @@ class Scales:
 def calibrate(
     model: nn.Module,
     batches: Iterable[Inputs],
-    method: MethodName | Method = "percentile",
+    method: MethodName | Calibrator | Method = "percentile",
     profile: Profile = "linear",
     *,
     include: Sequence[str] | None = None,
@@ -64,7 +66,7 @@ def calibrate(
 
     Args:
         batches: keyword arguments of the model's forward; ``labels`` are left out, padding is not observed.
-        method: a name, one of `sqat.quantization.calibrators` with settings of its own, or any function from a
+        method: a name, one of `sqat.quantization.settings` with knobs of its own, or any function from a
             `Histogram` of |x| to a positive bound.
         profile: which sites are quantized: ``linear`` the inputs of linears, ``tensorrt`` also outputs, residual adds
             and attention products, ``tensorrt-full`` also what activation functions read, ``cpu`` as `sqat.runtime`.
@@ -83,7 +85,8 @@ def calibrate(
         raise SqatError("networks of convolutions are calibrated by a recipe, which folds their batch norms")
     if profile == "cpu":
         check_encoder(model)
-    chosen = named("method", method, METHODS)
+    named_method = named("method", method, METHODS)
+    chosen = partial(find_bound, named_method) if isinstance(named_method, Calibrator) else named_method
     layers = Layers(include=None if include is None else tuple(include), exclude=tuple(exclude))
     choice = choose_layers(model, layers, "quantize")
     blocks, device = encoder_blocks(model), next(model.parameters()).device
@@ -149,7 +152,7 @@ def attention_of(model: nn.Module, profile: Profile) -> Iterator[None]:
             use_attention(model, before)
 
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, Calibrator] = {
     "percentile": Percentile(),
     "max": Maximum(),
     "mse": MeanSquaredError(),

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sqat.errors import SqatError
 from sqat.library.choices import Inputs
 from sqat.library.pruning import CriterionName, Masks, ModelLoss, Progressive, Pruner, ScheduleName, Scores
-from sqat.sparsity.criteria import Criterion
+from sqat.sparsity.settings import Criterion
 
 UNKNOWN = 10**9  # steps, until the Trainer says how many
 

@@ -11,14 +11,14 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from onnx import NodeProto, TensorProto, numpy_helper
 
-from sqat.export.graph import module_of
+from sqat.export.names import module_of
 from sqat.lint.attention_rules import between_pair
 from sqat.lint.findings import Problem
 from sqat.lint.operator_rules import feeds_gather
 from sqat.lint.sizes import GOOD_SIDE, SMALLEST_SIDE, SPARSE_INPUTS, SPARSE_OUTPUTS
 from sqat.lint.weights import FLOATS, Weight, kept_in_groups
 from sqat.lint.wiring import DEQUANTIZE, LAYOUT, PRODUCTS, QUANTIZE, Wiring, attribute, label, operator
-from sqat.sparsity.masks import Pattern, parse_pattern
+from sqat.sparsity.pattern import Pattern, parse_pattern
 
 FLOAT_INPUTS = ("LayerNormalization", "Softmax", "Gelu", "Gather")
 TWO_OF_FOUR = Pattern(2, 4)

@@ -9,74 +9,46 @@ small yet normal in float16. Left out: calibration of weights, whose amax is the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from sqat.quantization.histogram import BINS, Histogram
+from sqat.quantization.settings import Calibrator, Entropy, Maximum, MeanSquaredError, Percentile
 
 ZEROS_AMAX = 2.0**-6
-SMALLEST_AMAX = 2.0**-40
+SMALLEST_AMAX = 2.0**-40  # so that 1 / scale is finite
 
 
-def _usable(amax: float, histogram: Histogram) -> float:
-    """Keep amax far enough from 0 that 1 / scale is finite."""
+def find_bound(method: Calibrator, histogram: Histogram) -> float:
+    """Return the amax > 0 that a calibrator chooses; ValueError if nothing was observed."""
     if not histogram.total:
         raise ValueError("the histogram has observed nothing")
-    return max(amax, SMALLEST_AMAX) if histogram.max_abs else ZEROS_AMAX
+    return max(_chosen(method, histogram), SMALLEST_AMAX) if histogram.max_abs else ZEROS_AMAX
 
 
-@dataclass(frozen=True)
-class Percentile:
-    """The smallest bound that covers a share of the values, at bin resolution."""
-
-    name: Literal["percentile"] = "percentile"
-    coverage: float = 0.9999
-
-    def __post_init__(self) -> None:
-        if not 0 < self.coverage <= 1:
-            raise ValueError(f"coverage must lie in (0, 1], got {self.coverage}")
-
-    def __call__(self, histogram: Histogram) -> float:
-        """Return amax > 0; ValueError if nothing was observed."""
-        return _usable(histogram.upper_edge(self.coverage), histogram)
-
-
-@dataclass(frozen=True)
-class Maximum:
-    """The largest |x| seen."""
-
-    name: Literal["max"] = "max"
-
-    def __call__(self, histogram: Histogram) -> float:
-        """Return amax > 0; ValueError if nothing was observed."""
-        return _usable(histogram.max_abs, histogram)
+def _chosen(method: Calibrator, histogram: Histogram) -> float:
+    match method:
+        case Percentile():
+            return histogram.upper_edge(method.coverage)
+        case Maximum():
+            return histogram.max_abs
+        case MeanSquaredError():
+            return _least_error(histogram, method.per_octave)
+        case Entropy():
+            merge = BINS // 2048
+            counts = histogram.counts.view(2048, merge).sum(1).double()
+            counts[0] = counts[1]
+            return min((_least_divergent(counts) * merge) * histogram.width, histogram.max_abs)
 
 
-@dataclass(frozen=True)
-class MeanSquaredError:
-    """The bound with the least expected squared error of rounding and clipping.
-
-    Candidates fall from the maximum geometrically, ``per_octave`` for each factor of two, over 12 octaves.
-    """
-
-    name: Literal["mse"] = "mse"
-    per_octave: int = 16
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.per_octave <= 1024:
-            raise ValueError(f"per_octave must lie in 1..1024, got {self.per_octave}")
-
-    def __call__(self, histogram: Histogram) -> float:
-        """Return amax > 0; ValueError if nothing was observed."""
-        used = int(histogram.counts.nonzero().max()) + 1 if histogram.total else 1
-        density = histogram.counts[:used].double() / histogram.width
-        edges = torch.arange(used + 1, dtype=torch.float64) * histogram.width
-        candidates = [histogram.max_abs * 2 ** (-i / self.per_octave) for i in range(12 * self.per_octave)]
-        errors = [float((density * _error_up_to(edges, amax / 127).diff()).sum()) for amax in candidates]
-        return _usable(candidates[min(range(len(errors)), key=errors.__getitem__)], histogram)
+def _least_error(histogram: Histogram, per_octave: int) -> float:
+    """The candidate with the least expected squared error of rounding and clipping."""
+    used = int(histogram.counts.nonzero().max()) + 1
+    density = histogram.counts[:used].double() / histogram.width
+    edges = torch.arange(used + 1, dtype=torch.float64) * histogram.width
+    candidates = [histogram.max_abs * 2 ** (-i / per_octave) for i in range(12 * per_octave)]
+    errors = [float((density * _error_up_to(edges, amax / 127).diff()).sum()) for amax in candidates]
+    return candidates[min(range(len(errors)), key=errors.__getitem__)]
 
 
 def _error_up_to(x: Tensor, scale: float) -> Tensor:
@@ -88,26 +60,6 @@ def _error_up_to(x: Tensor, scale: float) -> Tensor:
         return torch.zeros_like(x)
     k = (x / scale).round_().clamp_(max=127)
     return k * (scale**3 / 12) + (x - k * scale) ** 3 / 3
-
-
-@dataclass(frozen=True)
-class Entropy:
-    """The bound at which 128 levels keep most of the distribution's shape (least KL divergence).
-
-    As TensorRT describes it, over 2048 bins: P is the clipped histogram with the outliers put in its last
-    bin, Q spreads each level's mass evenly over the level's occupied bins. The first bin takes the count of
-    the second, as in NVIDIA's code: exact zeros cost no scale anything.
-    """
-
-    name: Literal["entropy"] = "entropy"
-
-    def __call__(self, histogram: Histogram) -> float:
-        """Return amax > 0; ValueError if nothing was observed."""
-        merge = BINS // 2048
-        counts = histogram.counts.view(2048, merge).sum(1).double()
-        counts[0] = counts[1]
-        bound = (_least_divergent(counts) * merge) * histogram.width
-        return _usable(min(bound, histogram.max_abs), histogram)
 
 
 def _least_divergent(counts: Tensor, levels: int = 128) -> int:
@@ -140,6 +92,3 @@ def _running_sum(values: Tensor) -> Tensor:
 def _xlogx(values: Tensor) -> Tensor:
     result: Tensor = torch.special.xlogy(values, values)
     return result
-
-
-Calibrator = Percentile | Maximum | MeanSquaredError | Entropy

@@ -9,24 +9,27 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from sqat.checkpoint import RECIPE, Manifest, load_checkpoint, load_manifest
+from sqat.checkpoint import load_checkpoint
 from sqat.display import Display
 from sqat.errors import SqatError
 from sqat.gates import foreseen, show_limits
 from sqat.inspection import inspect_checkpoint
 from sqat.keys import Keys
+from sqat.lint.checks import known_target
 from sqat.lint.inspection import Lint
-from sqat.recipe import LoadedRecipe, StageConfig
+from sqat.lint.repaired_file import lint_file
+from sqat.lint.rules import TARGETS
+from sqat.manifest import HISTOGRAMS, RECIPE, Manifest, load_manifest
+from sqat.recipe import LoadedRecipe, StageConfig, Target
 from sqat.recipe_file import load_recipe
 from sqat.report.curves import Curves, curves_of
+from sqat.report.folder import newest_stage
 from sqat.report.speeds import SpeedSetting, read_speeds
 from sqat.report_row import LayerReport
-from sqat.results import FILE, artifact_size, result_artifacts
+from sqat.result_files import FILE, artifact_size, file_name, result_artifacts
 from sqat.small_files import read_object
-from sqat.stages.calibrate import HISTOGRAMS
-from sqat.stages.targets import file_name
 
 LOG, RUN_RECORD = "sqat.log", "run.json"
 
@@ -158,13 +161,7 @@ def read_recipe(directory: Path) -> LoadedRecipe:
     Raises:
         SqatError: no stage is there.
     """
-    if not directory.is_dir():
-        raise SqatError("no such run folder", "name the folder of a run, e.g. runs/recipe", str(directory))
-    found = sorted(path for path in directory.glob("[0-9][0-9]-*/sqat.json") if (path.parent / RECIPE).is_file())
-    if not found:
-        hint = "name the folder above it" if (directory / "sqat.json").is_file() else "run the recipe first"
-        raise SqatError("the folder holds no stages of a run", hint, str(directory))
-    newest = max(found, key=lambda path: path.stat().st_mtime).parent
+    newest = newest_stage(directory)
     loaded = load_recipe(newest / RECIPE, load_manifest(newest).overrides)
     whole = directory.resolve()
     recipe = loaded.recipe.model_copy(update={"output": str(whole.parent), "name": whole.name})
@@ -268,18 +265,11 @@ def read_lints(results: list[Result], display: Display) -> list[Linted]:
 
 def lint_one(label: str, path: Path) -> Linted:
     """One file."""
-    from typing import get_args
-
-    from sqat.lint.repaired_file import lint_file
-    from sqat.lint.rules import Target
-    from sqat.stages.targets import TARGETS
-
-    target = next((name for name in TARGETS if file_name(name) == path.name), "")
+    target = next((name for name in get_args(Target) if file_name(name) == path.name), "")
     shown = f"{path.parent.name}/{path.name}"
-    for known in get_args(Target):
-        if known == target:
-            try:
-                return Linted(label, shown, target, lint_file(path, known))
-            except SqatError as error:
-                return Linted(label, shown, target, None, error.problem)
-    return Linted(label, shown, target or "unknown", None, "the linter has no rules for this target")
+    if target not in TARGETS:
+        return Linted(label, shown, target or "unknown", None, "the linter has no rules for this target")
+    try:
+        return Linted(label, shown, target, lint_file(path, known_target(target)))
+    except SqatError as error:
+        return Linted(label, shown, target, None, error.problem)

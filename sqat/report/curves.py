@@ -10,8 +10,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from sqat.checkpoint import Manifest
+from sqat.manifest import Manifest
 from sqat.recipe import PruneConfig, StageConfig
+from sqat.sparsity.pattern import parse_pattern
+from sqat.stages.moments import mask_steps
 
 STEP = re.compile(r"(\d+)/(\d+), (.+), [\d.]+ samples/s, \S+ left$")
 STAMP = len("2026-01-01 00:00:00 ")
@@ -96,9 +98,6 @@ def named_values(text: str) -> Iterable[tuple[str, float]]:
 
 def schedule_of(config: StageConfig, steps: int) -> Points:
     """Steps and sparsities of a prune stage."""
-    from sqat.sparsity.masks import parse_pattern
-    from sqat.stages.masking import mask_steps
-
     if not isinstance(config, PruneConfig) or not steps:
         return []
     sparsities = config.schedule.sparsities(parse_pattern(config.pattern))

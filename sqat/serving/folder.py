@@ -24,8 +24,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
-from sqat.checkpoint import manifest_digest, read_tensors
+from sqat.checkpoint import read_tensors
 from sqat.errors import SqatError
+from sqat.manifest import manifest_digest
 from sqat.quantization.fake_quant import HIGH
 from sqat.serving.linear import Scales
 from sqat.sparsity.semi_structured import Order, SemiStructured, unpack

@@ -10,44 +10,16 @@ channels, which is `sqat.sparsity.permutation`'s, and sparse storage, which belo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sqat import passes
+from sqat.sparsity.pattern import Pattern
 
 FOUR = 4  # what `passes.rank_fours` takes
 LANES = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # an integer with one byte for each score of a group
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """Keep ``n`` of each aligned group of ``m``, 1 <= n < m <= 32."""
-
-    n: int
-    m: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.n < self.m <= 32:
-            raise ValueError(f"pattern {self.n}:{self.m} must keep N of M with 1 <= N < M <= 32")
-
-    def __str__(self) -> str:
-        return f"{self.n}:{self.m}"
-
-    @property
-    def sparsity(self) -> float:
-        """Share of weights that are pruned."""
-        return (self.m - self.n) / self.m
-
-
-def parse_pattern(text: str) -> Pattern:
-    """Read ``"N:M"``; ValueError says what is allowed."""
-    n, colon, m = text.partition(":")
-    if not (colon and n.isascii() and n.isdigit() and m.isascii() and m.isdigit()):
-        raise ValueError(f"pattern {text!r} is not of the form N:M, for instance 2:4")
-    return Pattern(int(n), int(m))
 
 
 def split_groups(tensor: Tensor, m: int, dim: int) -> Tensor:

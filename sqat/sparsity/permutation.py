@@ -19,7 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sqat.sparsity.masks import Pattern, split_groups
+from sqat.sparsity.masks import split_groups
+from sqat.sparsity.pattern import Pattern
 
 ROUNDS = 200  # on pretrained weights about 20 settle it
 STARTS = 256  # columns swapped in all: small problems are swapped from random orders too, and their best is taken

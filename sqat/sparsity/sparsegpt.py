@@ -16,61 +16,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from sqat.sparsity.features import from_columns, to_columns
 from sqat.sparsity.masks import group_ranks, split_groups
+from sqat.sparsity.settings import SparseGPT
 
 BLOCK = 128  # columns swept before those to their right are brought up to date; changes the speed, not the result
 
 
-@dataclass(frozen=True)
-class SparseGPT:
-    """Prune by the Hessian of the layer's output and correct the weights that stay.
+def prune(
+    criterion: SparseGPT,
+    weight: Tensor,
+    gram: Tensor,
+    m: int,
+    choose: Callable[[Tensor], Tensor],
+    kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the mask and the corrected weight, 0 where it is pruned; both of the shape of ``weight``.
 
-    ``samples`` train rows are observed before each mask; ``damping`` is added to the diagonal of X'X, as a share of
-    its mean.
+    Args:
+        weight: [out,in] or [out,in,h,w], as it is multiplied now: 0 where it is already pruned.
+        gram: X'X of its inputs, [C,C].
+        m: size of a group.
+        choose: scores -> mask; how many it keeps of each group of ``m`` inputs is what the sweep keeps.
+        kept: bool, shape of ``weight``: False where a weight must stay pruned. None where all may be kept.
+
+    Raises:
+        ValueError: the sizes do not fit, or the damped gram matrix has no inverse.
     """
-
-    name: Literal["sparsegpt"] = "sparsegpt"
-    samples: int = 256
-    damping: float = 0.01
-    needs: ClassVar[Literal["gram"]] = "gram"
-
-    def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"samples must be at least 1, got {self.samples}")
-        if not (self.damping > 0 and math.isfinite(self.damping)):
-            raise ValueError(f"damping must be a number above 0, got {self.damping:g}")
-
-    def prune(
-        self, weight: Tensor, gram: Tensor, m: int, choose: Callable[[Tensor], Tensor], kept: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the mask and the corrected weight, 0 where it is pruned; both of the shape of ``weight``.
-
-        Args:
-            weight: [out,in] or [out,in,h,w], as it is multiplied now: 0 where it is already pruned.
-            gram: X'X of its inputs, [C,C].
-            m: size of a group.
-            choose: scores -> mask; how many it keeps of each group of ``m`` inputs is what the sweep keeps.
-            kept: bool, shape of ``weight``: False where a weight must stay pruned. None where all may be kept.
-
-        Raises:
-            ValueError: the sizes do not fit, or the damped gram matrix has no inverse.
-        """
-        precise = torch.float32 if weight.device.type == "mps" else torch.float64
-        columns = to_columns(weight.detach()).to(precise)
-        factor = inverse_factor(gram.to(precise), self.damping)
-        costs = from_columns((columns / factor.diagonal()).square(), weight.shape)
-        wanted = to_columns(choose(costs if kept is None else costs.masked_fill(~kept, 0.0)))
-        counts = split_groups(wanted, m, 1).sum(2, dtype=torch.uint8)
-        allowed = torch.ones_like(wanted) if kept is None else to_columns(kept)
-        mask, swept = sweep(columns, factor, m, counts, allowed)
-        return from_columns(mask, weight.shape), from_columns(swept, weight.shape).to(weight.dtype)
+    precise = torch.float32 if weight.device.type == "mps" else torch.float64
+    columns = to_columns(weight.detach()).to(precise)
+    factor = inverse_factor(gram.to(precise), criterion.damping)
+    costs = from_columns((columns / factor.diagonal()).square(), weight.shape)
+    wanted = to_columns(choose(costs if kept is None else costs.masked_fill(~kept, 0.0)))
+    counts = split_groups(wanted, m, 1).sum(2, dtype=torch.uint8)
+    allowed = torch.ones_like(wanted) if kept is None else to_columns(kept)
+    mask, swept = sweep(columns, factor, m, counts, allowed)
+    return from_columns(mask, weight.shape), from_columns(swept, weight.shape).to(weight.dtype)
 
 
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from sqat.checkpoint import Checkpoint, LayerRecord, SiteRecord
+from sqat.checkpoint import Checkpoint
 from sqat.data import Batch, Processor, column, plan_batches
 from sqat.errors import SqatError
 from sqat.export.cpu_encoder import check_encoder
@@ -24,13 +24,14 @@ from sqat.insertion.quantizers import Quantizers, tap_sites
 from sqat.insertion.sites import Sites, discover_sites, observed_rows
 from sqat.job import Job, logits_of
 from sqat.layers import choose_layers, encoder_blocks
+from sqat.manifest import HISTOGRAMS, LayerRecord, SiteRecord
 from sqat.models import capture, use_taps
 from sqat.processes import largest, processes, summed
+from sqat.quantization.calibrators import find_bound
 from sqat.quantization.histogram import Histogram
 from sqat.recipe import CalibrateConfig
 
 FOLDED_SLACK = 1e-3
-HISTOGRAMS = "histograms.json"  # of the checkpoint, for `sqat report`: see `summaries`
 MOST = 0.9999  # of the values: the bound of the account that we follow
 
 
@@ -51,7 +52,7 @@ def run(config: CalibrateConfig, parent: Checkpoint | None, job: Job) -> Checkpo
     own = batches[processes().process_index :: processes().num_processes]
     histograms = observe(model, sites, blocks, shown(own, job))
     add_up_(histograms)
-    bounds = {site: config.method(histogram) for site, histogram in histograms.items()}
+    bounds = {site: find_bound(config.method, histogram) for site, histogram in histograms.items()}
     leaders, amax = tie(sites, bounds)
     records = {site: SiteRecord(leader=leader, saturated=histograms[sites.leaders[site]].share_beyond(amax[leader]))
                for site, leader in leaders.items()}  # fmt: skip

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from sqat.insertion.weights import linear
 from sqat.layers import encoder_blocks, linear_layers
 from sqat.soundness import floats_in
-from sqat.sparsity.masks import Pattern
+from sqat.sparsity.pattern import Pattern
 
 T = TypeVar("T")
 ALIKE, APART = 1e-9, 1e-6  # relative change of a block's outputs in float64: none but rounding; some

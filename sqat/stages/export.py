@@ -25,7 +25,8 @@ from sqat.insertion.batch_norm import absorb_, fold_batch_norms_
 from sqat.job import Job, logits_of, predict
 from sqat.models import use_eager
 from sqat.recipe import ExportConfig
-from sqat.stages.targets import TARGETS, Source, Written, file_name
+from sqat.result_files import file_name
+from sqat.stages.targets import TARGETS, Source, Written
 from sqat.tasks.slack import slack
 from sqat.training import Figures
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from sqat.data import Batch
-from sqat.distillation.minilm import QKV
+from sqat.distillation.minilm import QKV, relation_loss
 from sqat.errors import SqatError
 from sqat.insertion.capture import Capture
 from sqat.job import Job
@@ -38,7 +39,7 @@ def stage_loss(model: nn.Module, config: DistillConfig | None, job: Job) -> Iter
     teacher.requires_grad_(False)
     captures = [capture_last(network, config.qkv) for network in (model, teacher)] if config.weight else []
     try:
-        check_relations(config.loss, captures, f"change stages.{job.name}.distill.loss")
+        check_relations(partial(relation_loss, config.loss), captures, f"change stages.{job.name}.distill.loss")
         yield distilled_loss(config, job.task, teacher, captures)
     finally:
         for capture in captures:
@@ -73,7 +74,8 @@ def distilled_loss(config: DistillConfig, task: Task, teacher: nn.Module, captur
         parts = {}
         if captures:
             student, taught = (capture.take() for capture in captures)
-            parts["minilm"] = config.weight * config.loss(student, taught, real_positions(batch, student))
+            relations = relation_loss(config.loss, student, taught, real_positions(batch, student))
+            parts["minilm"] = config.weight * relations
         if config.logits:
             parts["logits"] = config.logits * task.output_loss(logits, wanted, config.temperature)
         if config.task:

@@ -14,16 +14,18 @@ from sqat.errors import SqatError
 from sqat.insertion.weights import WeightTransform, layer, original_weight
 from sqat.processes import in_shards
 from sqat.sharding import plain
-from sqat.sparsity.masks import Pattern
-from sqat.sparsity.schedule import Schedule, SrSte
-from sqat.sparsity.sparsegpt import SparseGPT
+from sqat.sparsity import sparsegpt
+from sqat.sparsity.criteria import Scored, score
+from sqat.sparsity.pattern import Pattern
+from sqat.sparsity.schedule import choose_mask, decay_loss
+from sqat.sparsity.settings import Criterion, Schedule, SparseGPT, SrSte
 from sqat.training import Loss
 
 Gather = Callable[[Mapping[str, str]], Mapping[str, Tensor]]
 
 
 class Judge(Protocol):
-    """A criterion, or anything that is called like one."""
+    """A criterion of the user's own, which is called."""
 
     @property
     def name(self) -> str: ...
@@ -35,33 +37,13 @@ class Rules(Protocol):
     """Which weights go, how many, and when: of a recipe's prune stage, or of a loop of the user's own."""
 
     @property
-    def criterion(self) -> Judge | SparseGPT: ...
+    def criterion(self) -> Criterion | Judge: ...
 
     @property
     def schedule(self) -> Schedule: ...
 
     @property
     def recover(self) -> float: ...
-
-
-def mask_steps(config: Rules, steps: int) -> dict[int, int]:
-    """Training step -> which of the schedule's sparsities holds from it on.
-
-    Evenly spaced, the last when ``recover`` of the steps remain; schedule sr-ste chooses anew before every step.
-    """
-    schedule = config.schedule
-    if isinstance(schedule, SrSte):
-        return dict.fromkeys(range(max(1, round(schedule.until * steps))), 0)
-    count = len(schedule.steps) if isinstance(schedule.steps, tuple) else schedule.steps
-    last = min(steps - 1, round((1 - config.recover) * steps)) if count > 1 else 0
-    return {round(i * last / max(1, count - 1)): i for i in range(count)}
-
-
-def too_few_steps(moments: Mapping[int, int]) -> str:
-    """What to say where several masks fall on one step, of which only the last is set; empty where none do."""
-    planned = 1 + max(moments.values())
-    left_out = planned - len(set(moments.values()))
-    return f"too few steps before the last mask: {left_out} of {planned} masks are left out" if left_out else ""
 
 
 @dataclass(frozen=True)
@@ -114,14 +96,19 @@ class Masking:
         sparsity = schedule.sparsities(pattern)[index]
 
         def by_schedule(scores: Tensor) -> Tensor:
-            return schedule(scores, pattern, sparsity, previous)
+            return choose_mask(schedule, scores, pattern, sparsity, previous)
 
         if isinstance(criterion, SparseGPT):
             assert gathered is not None
             regrows = isinstance(schedule, SrSte) or schedule.regrow
             kept = None if regrows else previous
-            return criterion.prune(weight * previous, gathered, pattern.m, by_schedule, kept)
-        return by_schedule(criterion(weight, gathered)), weight
+            return sparsegpt.prune(criterion, weight * previous, gathered, pattern.m, by_schedule, kept)
+        return by_schedule(scores_of(criterion, weight, gathered)), weight
+
+
+def scores_of(criterion: Scored | Judge, weight: Tensor, gathered: Tensor | None) -> Tensor:
+    """Scores of the shape of a weight, by one of ours or the user's own."""
+    return score(criterion, weight, gathered) if isinstance(criterion, Scored) else criterion(weight, gathered)
 
 
 def mask_of(transform: WeightTransform) -> Tensor:
@@ -148,7 +135,7 @@ def with_decay(loss: Loss, masking: Masking) -> Loss:
 
     def decayed(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         parts = [
-            schedule.penalty(original_weight(layer(masking.model, name)), mask_of(masking.transforms[name]))
+            decay_loss(schedule, original_weight(layer(masking.model, name)), mask_of(masking.transforms[name]))
             for name in leaders
         ]
         return {**loss(model, batch), "decay": torch.stack(parts).sum()}

@@ -11,7 +11,7 @@ from sqat.errors import SqatError
 from sqat.insertion.weights import layer
 from sqat.layers import Choice, choose_layers, weighted_layers
 from sqat.recipe import PruneConfig
-from sqat.sparsity.masks import Pattern, parse_pattern
+from sqat.sparsity.pattern import Pattern, parse_pattern
 
 DENSE = "dense"
 

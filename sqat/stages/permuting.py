@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from sqat.distillation.minilm import MiniLMv2
+from sqat.distillation.settings import MiniLMv2
 from sqat.errors import SqatError
 from sqat.insertion.weights import linear
 from sqat.job import Job
@@ -21,12 +21,12 @@ from sqat.layers import find_qkv
 from sqat.processes import processes
 from sqat.recipe import DistillConfig, PruneConfig
 from sqat.soundness import listed
-from sqat.sparsity.criteria import Wanda
-from sqat.sparsity.masks import Pattern
+from sqat.sparsity.criteria import Scored
+from sqat.sparsity.pattern import Pattern
 from sqat.sparsity.permutation import find_order, kept_score
-from sqat.sparsity.sparsegpt import SparseGPT
+from sqat.sparsity.settings import Criterion, SparseGPT, Wanda
 from sqat.stages.channels import Site, change, find_sites, head_count, outputs_of, reorder_
-from sqat.stages.masking import Gather, Judge
+from sqat.stages.masking import Gather, Judge, scores_of
 from sqat.stages.statistics import undisturbed
 from sqat.training import Feed
 
@@ -73,7 +73,7 @@ def permute_(
     model: nn.Module,
     inputs: Mapping[str, Tensor],
     patterns: Mapping[str, Pattern],
-    criterion: Judge | SparseGPT,
+    criterion: Criterion | Judge,
     gather: Gather,
     fixed: Mapping[str, str] | None = None,
 ) -> list[str]:
@@ -95,7 +95,7 @@ def permute_(
     before, orders, kept = outputs_of(model, inputs), [], []
     for site in sites:
         pattern, weight = patterns[site.consumer], linear(model, site.consumer).weight.detach()
-        scores = judge(weight, gathered.get(site.consumer)).cpu()
+        scores = scores_of(judge, weight, gathered.get(site.consumer)).cpu()
         orders.append(good_order(site, scores, pattern, judge.name))
         better = scores[:, site.columns(orders[-1])]
         kept.append((kept_score(scores, pattern), kept_score(better, pattern), float(scores.double().sum())))
@@ -116,7 +116,7 @@ def gain(kept: Sequence[tuple[float, float, float]], criterion: str) -> str:
     return f": the layers that read them keep {before / whole:.1%} -> {after / whole:.1%} of their {criterion} scores"
 
 
-def judged(criterion: Judge | SparseGPT, gathered: Mapping[str, Tensor]) -> tuple[Judge, Mapping[str, Tensor]]:
+def judged(criterion: Criterion | Judge, gathered: Mapping[str, Tensor]) -> tuple[Scored | Judge, Mapping[str, Tensor]]:
     """What scores weights, and of what: wanda, whose squares are on the diagonal of X'X, for sparsegpt."""
     if isinstance(criterion, SparseGPT):
         return Wanda(), {name: gram.diagonal() for name, gram in gathered.items()}

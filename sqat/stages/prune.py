@@ -11,15 +11,17 @@ from functools import partial
 
 import torch
 
-from sqat.checkpoint import Checkpoint, LayerRecord
+from sqat.checkpoint import Checkpoint
 from sqat.errors import SqatError
 from sqat.insertion.weights import insert_weights_, layer, remove_weights_
 from sqat.job import Job
+from sqat.manifest import LayerRecord
 from sqat.models import capture
 from sqat.recipe import PruneConfig
-from sqat.sparsity.schedule import SrSte
+from sqat.sparsity.settings import SrSte
 from sqat.stages.losses import stage_loss
-from sqat.stages.masking import Masking, mask_steps, too_few_steps, with_decay
+from sqat.stages.masking import Masking, with_decay
+from sqat.stages.moments import mask_steps, too_few_steps
 from sqat.stages.patterns import choose_patterns
 from sqat.stages.permuting import permute_for_
 from sqat.stages.statistics import gather

@@ -26,9 +26,8 @@ from sqat.insertion.sites import observed_rows
 from sqat.insertion.taps import tap_linears
 from sqat.insertion.weights import layer
 from sqat.processes import of_process, processes, summed
-from sqat.sparsity.criteria import Criterion, Magnitude, Taylor, Wanda
 from sqat.sparsity.features import input_windows
-from sqat.sparsity.sparsegpt import SparseGPT
+from sqat.sparsity.settings import Criterion, Magnitude, SparseGPT, Taylor, Wanda
 from sqat.training import Feed, Loss, seed_draws
 
 

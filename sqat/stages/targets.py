@@ -36,6 +36,7 @@ from sqat.export.runtime import left_in_float, optimized_graph
 from sqat.lint.checks import verify
 from sqat.quantization.fake_quant import quantize_weight
 from sqat.recipe import FLOAT_OUTPUTS, ExportConfig
+from sqat.result_files import file_name
 
 HALF_BITS = 2.0**-11
 
@@ -78,12 +79,6 @@ class Written:
     reference: Checkpoint
     rounding: float = LAST_BITS
     notes: tuple[str, ...] = ()
-
-
-def file_name(target: str) -> str:
-    """``onnx-int8`` -> ``model.int8.onnx``; the two targets that are no graph have a folder of their own."""
-    folders = {"torch-semi-structured": "semi-structured", "compressed-tensors": "compressed-tensors"}
-    return folders.get(target, f"model.{target.removeprefix('onnx-')}.onnx")
 
 
 def write_fp32(source: Source, folder: Path) -> Written:

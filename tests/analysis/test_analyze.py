@@ -16,8 +16,9 @@ import yaml
 from torch import Tensor, nn
 
 from sqat import cli
-from sqat.analysis.command import Options, analyze, choose_rows, choose_sections, make_job, run_analysis
+from sqat.analysis.command import analyze, choose_rows, make_job, run_analysis
 from sqat.analysis.findings import Findings
+from sqat.analysis.options import Options, choose_sections
 from sqat.analysis.treatments import find_pruning, find_rounding, treated_
 from sqat.checkpoint import load_checkpoint, save_checkpoint
 from sqat.display import Silent

@@ -13,7 +13,7 @@ from onnx import ModelProto, NodeProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from sqat.export.conv1x1 import to_conv1x1
-from sqat.export.graph import module_of
+from sqat.export.names import module_of
 from sqat.export.qdq import Quantization, insert_qdq
 from sqat.export.runtime import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
 from sqat.lint.checks import find

@@ -14,7 +14,8 @@ from onnx import ModelProto, numpy_helper, parser
 from torch import nn
 
 from sqat.errors import SqatError
-from sqat.export.graph import export_float, module_of
+from sqat.export.graph import export_float
+from sqat.export.names import module_of
 from sqat.export.qdq import Quantization, insert_qdq
 from sqat.export.runtime import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
 from sqat.lint.checks import find, verify

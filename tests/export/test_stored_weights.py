@@ -14,7 +14,8 @@ from onnx.reference import ReferenceEvaluator
 
 from sqat.lint.weights import kept_in_groups
 from sqat.lint.wiring import Wiring
-from sqat.sparsity.masks import Pattern, count_violations
+from sqat.sparsity.masks import count_violations
+from sqat.sparsity.pattern import Pattern
 
 STEPS = st.lists(st.sampled_from(["Transpose", "Reshape", "Unsqueeze", "Identity", "Cast"]), max_size=5)
 

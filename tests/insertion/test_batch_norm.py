@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from sqat.insertion.batch_norm import absorb_, fold_batch_norms_, foldable, folded_norms
-from sqat.sparsity.masks import nm_mask, parse_pattern
+from sqat.sparsity.masks import nm_mask
+from sqat.sparsity.pattern import parse_pattern
 
 
 class Net(nn.Module):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from sqat.insertion.quantizers import Quantizers, insert_quantizers_
 from sqat.insertion.weights import insert_weights_
-from sqat.sparsity.masks import Pattern, nm_mask
+from sqat.sparsity.masks import nm_mask
+from sqat.sparsity.pattern import Pattern
 
 BACKENDS = [
     "aot_eager",  # forward and backward are traced and run as they are, without a compiler

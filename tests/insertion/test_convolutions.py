@@ -15,7 +15,8 @@ from sqat.insertion.bias import snap_biases_
 from sqat.insertion.quantized import quantized_
 from sqat.insertion.quantizers import Quantizers
 from sqat.insertion.sites import Sites, discover_sites
-from sqat.sparsity.masks import count_violations, nm_mask, parse_pattern
+from sqat.sparsity.masks import count_violations, nm_mask
+from sqat.sparsity.pattern import parse_pattern
 
 LAYERS = ["inner", "shortcut", "last"]
 

@@ -19,7 +19,8 @@ from sqat.insertion.sites import Sites, discover_sites, role
 from sqat.layers import choose_layers, encoder_blocks
 from sqat.models import use_eager, use_taps
 from sqat.recipe import Layers
-from sqat.sparsity.masks import nm_mask, parse_pattern
+from sqat.sparsity.masks import nm_mask
+from sqat.sparsity.pattern import parse_pattern
 
 MakeModel = Callable[..., PreTrainedModel]
 Setup = tuple[PreTrainedModel, Sites, dict[str, Tensor], dict[str, Tensor], list[str]]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sqat.insertion.weights import insert_weights_, original_weight, remove_weights_
-from sqat.sparsity.masks import nm_mask, parse_pattern
+from sqat.sparsity.masks import nm_mask
+from sqat.sparsity.pattern import parse_pattern
 
 Optimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Optimizer] = {

@@ -18,13 +18,13 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 import sqat
-from sqat.distillation.minilm import QKV, MiniLMv2
+from sqat.distillation.minilm import QKV, relation_loss
+from sqat.distillation.settings import MiniLMv2
 from sqat.export.runtime import session
-from sqat.quantization.calibrators import Percentile
 from sqat.quantization.fake_quant import quantize_weight
 from sqat.quantization.histogram import Histogram
-from sqat.sparsity.criteria import Wanda
-from sqat.sparsity.schedule import PerGroup, SrSte
+from sqat.quantization.settings import Percentile
+from sqat.sparsity.settings import PerGroup, SrSte, Wanda
 from tests.conftest import VOCABULARY, MakeModel
 
 Batches = list[dict[str, Tensor]]
@@ -353,7 +353,7 @@ def test_the_distillation_loss_is_that_of_both_models_projections(model: Any, ba
         assert hooks(model, teacher) == before + 6
         model(**batches[0])
         loss = minilm(batches[0])
-        wanted = MiniLMv2()(*(relations(network, batches[0]) for network in (model, teacher)),
+        wanted = relation_loss(MiniLMv2(), *(relations(network, batches[0]) for network in (model, teacher)),
                             batches[0]["attention_mask"])  # fmt: skip
         model(**batches[0])
         minilm(batches[0]).backward()

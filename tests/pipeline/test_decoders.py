@@ -18,7 +18,8 @@ from sqat.models import build, load_pretrained
 from sqat.pipeline import run
 from sqat.recipe import ModelConfig
 from sqat.recipe_file import load_recipe
-from sqat.sparsity.masks import count_violations, parse_pattern
+from sqat.sparsity.masks import count_violations
+from sqat.sparsity.pattern import parse_pattern
 from tests.conftest import VOCABULARY, Recorder
 
 pytestmark = pytest.mark.pipeline

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from sqat import pipeline
-from sqat.checkpoint import load_checkpoint, load_manifest, save_checkpoint
+from sqat.checkpoint import load_checkpoint, save_checkpoint
 from sqat.cli import main
 from sqat.errors import GateError, SqatError
 from sqat.gates import limit
 from sqat.keys import Keys
+from sqat.manifest import load_manifest
 from sqat.recipe_file import load_recipe
 from sqat.recipe_gates import Gate
 

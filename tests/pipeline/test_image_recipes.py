@@ -19,7 +19,8 @@ from sqat.export.runtime import left_in_float, operator_counts, optimized_graph
 from sqat.models import build
 from sqat.pipeline import run
 from sqat.recipe_file import load_recipe
-from sqat.sparsity.masks import count_violations, parse_pattern
+from sqat.sparsity.masks import count_violations
+from sqat.sparsity.pattern import parse_pattern
 
 from .conftest import Lines
 

@@ -14,7 +14,7 @@ import torch
 from sqat.cli import main
 from sqat.recipe import FitConfig, PruneConfig, QatConfig, Recipe
 from sqat.recipe_file import load_recipe
-from sqat.sparsity.masks import parse_pattern
+from sqat.sparsity.pattern import parse_pattern
 
 from .conftest import BAD, FILLER, GOOD, write_model, write_rows
 

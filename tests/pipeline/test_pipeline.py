@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from sqat import pipeline
 from sqat.checkpoint import load_checkpoint
 from sqat.errors import SqatError
+from sqat.plan import make_plan
 from sqat.recipe_file import load_recipe
 
 from .conftest import FAMILIES, Lines, Project
@@ -68,7 +69,7 @@ def test_save_every_changes_no_result_and_no_key(copy: Project) -> None:
 def test_changed_data_changes_every_key(copy: Project) -> None:
     with (copy.folder / "train.jsonl").open("a") as file:
         file.write('{"text": "good film", "label": "positive"}\n')
-    plan = pipeline.make_plan(load_recipe(copy.recipe))
+    plan = make_plan(load_recipe(copy.recipe))
     assert not any(stage.unchanged for stage in plan)
 
 
@@ -90,7 +91,7 @@ def test_other_pretrained_weights_run_everything_again(copy: Project) -> None:
     weights = load_file(copy.folder / "model" / "model.safetensors")
     save_file({name: tensor + 0.01 for name, tensor in weights.items()}, copy.folder / "model" / "model.safetensors",
               metadata={"format": "pt"})  # fmt: skip
-    assert not any(stage.unchanged for stage in pipeline.make_plan(load_recipe(copy.recipe)))
+    assert not any(stage.unchanged for stage in make_plan(load_recipe(copy.recipe)))
 
 
 def test_a_stage_never_starts_from_a_checkpoint_of_another_recipe(copy: Project) -> None:

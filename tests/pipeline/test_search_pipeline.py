@@ -16,9 +16,9 @@ from sqat.cli import main
 from sqat.errors import SqatError
 from sqat.evaluation import evaluate_artifact
 from sqat.export.runtime import session
-from sqat.job import Splits
 from sqat.pipeline import run
 from sqat.recipe_file import load_recipe
+from sqat.splits import Splits
 
 from .conftest import Lines, relevance_rows, write_model, write_rows
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from sqat import tracking
-from sqat.checkpoint import load_manifest
 from sqat.cli import main
 from sqat.display import Silent
 from sqat.errors import SqatError
+from sqat.manifest import load_manifest
 from sqat.recipe import Recipe
 from sqat.recipe_file import load_recipe
 from sqat.tracking import Tracked, flat, tracked

@@ -11,16 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from sqat.checkpoint import Checkpoint, LayerRecord, Manifest, SiteRecord
+from sqat.checkpoint import Checkpoint
 from sqat.data import TextProcessor
 from sqat.export.packed import write_packed
 from sqat.insertion.quantizers import tap_sites
 from sqat.insertion.sites import discover_sites
 from sqat.layers import choose_layers, encoder_blocks
+from sqat.manifest import LayerRecord, Manifest, SiteRecord
 from sqat.models import capture, use_taps
 from sqat.recipe import Layers
 from sqat.serving.folder import FOLDER
-from sqat.sparsity.masks import apply_mask, nm_mask, parse_pattern
+from sqat.sparsity.masks import apply_mask, nm_mask
+from sqat.sparsity.pattern import parse_pattern
 from sqat.stages.calibrate import tie
 
 VOCABULARY = 65

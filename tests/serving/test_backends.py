@@ -20,7 +20,8 @@ from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_
 from sqat.errors import SqatError
 from sqat.serving.backends import BACKENDS, Backend, Choice, CuSparseLt, Cutlass, Epilogue, Reference, needs_gpu
 from sqat.serving.plans import Plan, PlanKey
-from sqat.sparsity.masks import nm_mask, parse_pattern
+from sqat.sparsity.masks import nm_mask
+from sqat.sparsity.pattern import parse_pattern
 from sqat.sparsity.semi_structured import SemiStructured, pack
 
 INTEGERS = Epilogue("none", torch.int32)

@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from sqat.checkpoint import Checkpoint, manifest_digest
+from sqat.checkpoint import Checkpoint
 from sqat.data import TextProcessor
 from sqat.errors import SqatError
 from sqat.evaluation import served_model
 from sqat.export.packed import write_packed
 from sqat.insertion.sites import role
+from sqat.manifest import manifest_digest
 from sqat.models import PreTrainedModel
 from sqat.serving.folder import FOLDER, MANIFEST, TENSORS
 from sqat.serving.linear import SparseLinear

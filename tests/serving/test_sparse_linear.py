@@ -15,7 +15,8 @@ from sqat.quantization.fake_quant import fake_quantize, fake_quantize_weight, qu
 from sqat.serving.backends import CuSparseLt, Epilogue, Operand, Reference
 from sqat.serving.linear import Scales, SparseLinear, insert_sparse_, quantize, remove_sparse_
 from sqat.serving.plans import Plan
-from sqat.sparsity.masks import nm_mask, parse_pattern
+from sqat.sparsity.masks import nm_mask
+from sqat.sparsity.pattern import parse_pattern
 from sqat.sparsity.semi_structured import pack
 
 AMAX = torch.tensor(2.3)

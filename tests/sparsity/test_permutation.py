@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sqat.sparsity.masks import Pattern, nm_mask
+from sqat.sparsity.masks import nm_mask
+from sqat.sparsity.pattern import Pattern
 from sqat.sparsity.permutation import apart, bars, find_order, kept_score, sums_of_larger, swap_columns
 
 TWO_OF_FOUR = Pattern(2, 4)

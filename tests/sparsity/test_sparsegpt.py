@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sqat.sparsity.criteria import Magnitude, Wanda
+from sqat.sparsity import sparsegpt
+from sqat.sparsity.criteria import score
 from sqat.sparsity.features import from_columns, to_columns
-from sqat.sparsity.masks import Pattern, count_violations, nm_mask
-from sqat.sparsity.schedule import GroupFraction, PerGroup
-from sqat.sparsity.sparsegpt import SparseGPT, inverse_factor, sweep
+from sqat.sparsity.masks import count_violations, nm_mask
+from sqat.sparsity.pattern import Pattern
+from sqat.sparsity.schedule import choose_mask
+from sqat.sparsity.settings import GroupFraction, Magnitude, PerGroup, SparseGPT, Wanda
+from sqat.sparsity.sparsegpt import inverse_factor, sweep
 
 PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(1, 2), Pattern(4, 8), Pattern(2, 3)]
 
@@ -70,8 +73,8 @@ def test_the_factor_holds_the_inverses_of_what_is_left() -> None:
 
 
 def prune(weight: Tensor, x: Tensor, pattern: Pattern = PATTERNS[0], **knobs: float) -> tuple[Tensor, Tensor]:
-    rule = partial(PerGroup(steps=1), pattern=pattern, sparsity=pattern.sparsity, previous=None)
-    return SparseGPT(**knobs).prune(weight, x.T @ x, pattern.m, rule)
+    rule = partial(choose_mask, PerGroup(steps=1), pattern=pattern, sparsity=pattern.sparsity, previous=None)
+    return sparsegpt.prune(SparseGPT(**knobs), weight, x.T @ x, pattern.m, rule)
 
 
 def output_error(x: Tensor, weight: Tensor, pruned: Tensor) -> float:
@@ -84,8 +87,8 @@ def test_outputs_are_nearer_than_by_magnitude_or_wanda(pattern: Pattern) -> None
     mask, swept = prune(weight, seen, pattern)
     assert torch.equal(swept != 0, mask)
     assert count_violations(mask, pattern) == 0
-    by_wanda = weight * nm_mask(Wanda()(weight, seen.square().sum(0)), pattern)
-    by_magnitude = weight * nm_mask(Magnitude()(weight), pattern)
+    by_wanda = weight * nm_mask(score(Wanda(), weight, seen.square().sum(0)), pattern)
+    by_magnitude = weight * nm_mask(score(Magnitude(), weight), pattern)
     errors = [output_error(unseen, weight, pruned) for pruned in (swept, by_wanda, by_magnitude)]
     assert errors[0] < 0.95 * errors[1]
     assert errors[1] < errors[2]
@@ -119,8 +122,8 @@ def test_a_schedule_says_how_many_and_the_sweep_which(kind: type[PerGroup | Grou
     weight, x, pattern = weights(8, 32), activations(128, 32), Pattern(2, 4)
     schedule, previous = kind(steps=steps), torch.ones(8, 32, dtype=torch.bool)
     for sparsity in schedule.sparsities(pattern):
-        rule = partial(schedule, pattern=pattern, sparsity=sparsity, previous=previous)
-        mask, weight = SparseGPT().prune(weight * previous, x.T @ x, 4, rule, previous)
+        rule = partial(choose_mask, schedule, pattern=pattern, sparsity=sparsity, previous=previous)
+        mask, weight = sparsegpt.prune(SparseGPT(), weight * previous, x.T @ x, 4, rule, previous)
         assert int((~mask).sum()) == int((~rule(weight.abs())).sum()), "as many zeros as the schedule asks for"
         assert not (mask & ~previous).any(), "what is pruned stays pruned"
         assert not weight[~mask].any()
@@ -131,8 +134,8 @@ def test_a_schedule_says_how_many_and_the_sweep_which(kind: type[PerGroup | Grou
 def test_a_pruned_weight_may_return_where_the_schedule_regrows() -> None:
     weight, x, pattern = weights(8, 32), activations(128, 32), Pattern(2, 4)
     previous = nm_mask(-weight.abs(), Pattern(3, 4))  # the worst there is: the largest of each group is gone
-    rule = partial(PerGroup(steps=1, regrow=True), pattern=pattern, sparsity=0.5, previous=previous)
-    mask, swept = SparseGPT().prune(weight * previous, x.T @ x, 4, rule)
+    rule = partial(choose_mask, PerGroup(steps=1, regrow=True), pattern=pattern, sparsity=0.5, previous=previous)
+    mask, swept = sparsegpt.prune(SparseGPT(), weight * previous, x.T @ x, 4, rule)
     assert (mask & ~previous).any()
     assert count_violations(swept, pattern) == 0
 
@@ -140,8 +143,8 @@ def test_a_pruned_weight_may_return_where_the_schedule_regrows() -> None:
 def test_a_convolution_is_swept_as_its_unfolded_matrix() -> None:
     weight = weights(8, 8 * 9).view(8, 8, 3, 3)
     x = activations(200, 72)
-    rule = partial(PerGroup(steps=1), pattern=Pattern(2, 4), sparsity=0.5, previous=None)
-    mask, swept = SparseGPT().prune(weight, x.T @ x, 4, rule)
+    rule = partial(choose_mask, PerGroup(steps=1), pattern=Pattern(2, 4), sparsity=0.5, previous=None)
+    mask, swept = sparsegpt.prune(SparseGPT(), weight, x.T @ x, 4, rule)
     flat = to_columns(weight).clone()
     wanted_mask, wanted = prune(flat, x)
     assert torch.equal(to_columns(mask), wanted_mask)

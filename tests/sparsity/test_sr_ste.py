@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from sqat.insertion.weights import insert_weights_, original_weight, remove_weights_
-from sqat.sparsity.masks import Pattern, apply_mask, nm_mask
-from sqat.sparsity.schedule import SrSte
+from sqat.sparsity.masks import apply_mask, nm_mask
+from sqat.sparsity.pattern import Pattern
+from sqat.sparsity.schedule import choose_mask, decay_loss
+from sqat.sparsity.settings import SrSte
 
 PATTERN = Pattern(2, 4)
 
@@ -18,10 +20,10 @@ def test_one_step_is_the_formula(decay: float) -> None:
     torch.manual_seed(0)
     schedule, net, x, target = SrSte(decay=decay), nn.Linear(8, 3, bias=False), torch.randn(5, 8), torch.randn(5, 3)
     dense = net.weight.detach().double().clone()
-    mask = schedule(dense.abs(), PATTERN, 0.5, None)
+    mask = choose_mask(schedule, dense.abs(), PATTERN, 0.5, None)
     transforms = insert_weights_(net, {"": mask}, (), [""])
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    loss = (net(x) - target).square().sum() / 2 + schedule.penalty(original_weight(net), mask)
+    loss = (net(x) - target).square().sum() / 2 + decay_loss(schedule, original_weight(net), mask)
     loss.backward()
     optimizer.step()
     kept = mask.double()
@@ -47,9 +49,9 @@ def test_a_pruned_weight_that_grows_comes_back() -> None:
         assert mask is not None
         optimizer = torch.optim.SGD([weight], lr=0.05)
         for _ in range(50):
-            mask.copy_(schedule(weight.detach().abs(), PATTERN, 0.5, mask))
+            mask.copy_(choose_mask(schedule, weight.detach().abs(), PATTERN, 0.5, mask))
             optimizer.zero_grad()
-            loss = (net(x) - target).square().mean() + schedule.penalty(weight, mask)
+            loss = (net(x) - target).square().mean() + decay_loss(schedule, weight, mask)
             loss.backward()
             optimizer.step()
         losses[straight] = float(loss.detach())
@@ -59,7 +61,7 @@ def test_a_pruned_weight_that_grows_comes_back() -> None:
 def test_the_penalty_pulls_at_pruned_weights_alone() -> None:
     weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
     mask = nm_mask(weight.abs(), PATTERN)
-    SrSte(decay=0.5).penalty(weight, mask).backward()
+    decay_loss(SrSte(decay=0.5), weight, mask).backward()
     torch.testing.assert_close(weight.grad, 0.5 * weight.detach() * ~mask)
 
 
@@ -75,12 +77,12 @@ def test_straight_masks_compute_what_others_do() -> None:
 
 def test_the_mask_is_chosen_anew_whatever_was_pruned() -> None:
     scores = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
-    assert SrSte()(scores, PATTERN, 0.5, torch.tensor([[True, True, False, False]])).tolist() == [
+    assert choose_mask(SrSte(), scores, PATTERN, 0.5, torch.tensor([[True, True, False, False]])).tolist() == [
         [False, False, True, True]
     ]
     assert SrSte().sparsities(PATTERN) == (0.5,)
     with pytest.raises(ValueError, match="1 of 4 scores are not finite"):
-        SrSte()(scores.log1p().log().masked_fill(scores == 1, torch.nan), PATTERN, 0.5, None)
+        choose_mask(SrSte(), scores.log1p().log().masked_fill(scores == 1, torch.nan), PATTERN, 0.5, None)
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ from torch import nn
 
 from sqat import runtime
 from sqat.artifacts import open_onnx
-from sqat.checkpoint import LayerRecord, load_checkpoint
+from sqat.checkpoint import load_checkpoint
 from sqat.cli import main
 from sqat.errors import SqatError
 from sqat.export import cpu_graph
 from sqat.export.cpu_encoder import check_encoder, read_encoder
+from sqat.manifest import LayerRecord
 from sqat.models import build
 from sqat.pipeline import evaluate, run_stage
 from sqat.recipe_file import load_recipe

@@ -17,6 +17,7 @@ from sqat.export.runtime import parity
 from sqat.lint.checks import find
 from sqat.pipeline import evaluate, run, run_stage
 from sqat.recipe_file import load_recipe
+from sqat.result_files import file_name
 from sqat.stages import targets
 from tests.pipeline.conftest import Lines, Project
 
@@ -66,14 +67,14 @@ def test_every_target_is_written_and_measured(everything: Path) -> None:
         assert manifest["metrics"][f"dev {target}"]["accuracy"] >= 0
         assert any(note.startswith(f"{target}: 100.00% of 80 decisions equal") for note in manifest["notes"])
     card = (everything / "README.md").read_text()
-    assert all(f"| {target} | {targets.file_name(target)} |" in card for target in ALL)
+    assert all(f"| {target} | {file_name(target)} |" in card for target in ALL)
     assert all(f"### {target}" in card for target in ALL)
 
 
 @pytest.mark.parametrize("target", ALL)
 def test_an_export_is_evaluated_as_it_is_served(project: Project, everything: Path, target: str) -> None:
     loaded = load_recipe(project.recipe, QUICK)
-    found = evaluate(loaded, everything / targets.file_name(target), "dev", Lines())
+    found = evaluate(loaded, everything / file_name(target), "dev", Lines())
     known = json.loads((everything / "sqat.json").read_text())["metrics"][f"dev {target}"]
     assert found == pytest.approx(known, abs=1e-6)
 

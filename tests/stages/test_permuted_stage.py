@@ -17,7 +17,8 @@ from sqat.models import build
 from sqat.pipeline import run
 from sqat.recipe import PruneConfig
 from sqat.recipe_file import load_recipe
-from sqat.sparsity.masks import Pattern, count_violations
+from sqat.sparsity.masks import count_violations
+from sqat.sparsity.pattern import Pattern
 from tests.stages.test_prune_criteria import FIT, TEACHER, TWO_STEPS, KilledError, Killer, same
 
 pytestmark = pytest.mark.pipeline

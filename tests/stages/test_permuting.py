@@ -15,14 +15,14 @@ from torch.nn import functional as F
 
 from sqat.architectures.conv1d import to_linears_
 from sqat.data import Batch
-from sqat.distillation.minilm import QKV, MiniLMv1, MiniLMv2
+from sqat.distillation.minilm import QKV, relation_loss
+from sqat.distillation.settings import MiniLMv1, MiniLMv2
 from sqat.errors import SqatError
 from sqat.layers import find_qkv
 from sqat.recipe import DistillConfig, PruneConfig
-from sqat.sparsity.criteria import Magnitude, Wanda
-from sqat.sparsity.masks import Pattern
+from sqat.sparsity.pattern import Pattern
 from sqat.sparsity.permutation import kept_score
-from sqat.sparsity.sparsegpt import SparseGPT
+from sqat.sparsity.settings import Magnitude, SparseGPT, Wanda
 from sqat.stages.channels import Site, change, find_sites, outputs_of, reorder_
 from sqat.stages.patterns import choose_patterns
 from sqat.stages.permuting import compared_apart, judged, permute_, permute_for_
@@ -304,7 +304,9 @@ def test_value_relations_do_not_see_the_order_within_a_head(
     permuted(student, batch)
     values = find_qkv(student)[2]
     assert not torch.equal(student.get_submodule(values).weight, teacher.get_submodule(values).weight)
-    assert abs(float(loss(caught(student, batch), caught(teacher, batch), batch["attention_mask"]))) < 1e-12
+    assert (
+        abs(float(relation_loss(loss, caught(student, batch), caught(teacher, batch), batch["attention_mask"]))) < 1e-12
+    )
     config = DistillConfig(loss=loss)
     assert compared_apart(student, config) == {}
 
@@ -315,10 +317,12 @@ def test_relation_heads_that_cut_a_head_hold_its_values(make_model: MakeModel, b
     assert list(fixed) == list(find_qkv(student))
     notes = permuted(student, batch, fixed=fixed)
     assert notes[-1].endswith("attention.self.value: distillation compares it in 4 relation heads")
-    assert abs(float(loss(caught(student, batch), caught(teacher, batch), batch["attention_mask"]))) < 1e-12
+    assert (
+        abs(float(relation_loss(loss, caught(student, batch), caught(teacher, batch), batch["attention_mask"]))) < 1e-12
+    )
     free = make_model("bert").double()
     permuted(free, batch)
-    assert float(loss(caught(free, batch), caught(teacher, batch), batch["attention_mask"])) > 1e-6
+    assert float(relation_loss(loss, caught(free, batch), caught(teacher, batch), batch["attention_mask"])) > 1e-6
     assert compared_apart(student, None) == compared_apart(student, DistillConfig(loss=loss, weight=0)) == {}
 
 

@@ -19,8 +19,9 @@ from sqat.keys import Keys
 from sqat.pipeline import run
 from sqat.recipe import PruneConfig
 from sqat.recipe_file import load_recipe
-from sqat.sparsity.masks import Pattern, count_violations, nm_mask, parse_pattern
-from sqat.stages.masking import mask_steps
+from sqat.sparsity.masks import count_violations, nm_mask
+from sqat.sparsity.pattern import Pattern, parse_pattern
+from sqat.stages.moments import mask_steps
 from sqat.stages.patterns import choose_patterns
 
 pytestmark = pytest.mark.pipeline

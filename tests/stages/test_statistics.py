@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from sqat.data import Batch
 from sqat.errors import SqatError
 from sqat.insertion.weights import insert_weights_, original_weight
-from sqat.sparsity.criteria import Criterion, Magnitude, Taylor, Wanda
-from sqat.sparsity.masks import nm_mask, parse_pattern
-from sqat.sparsity.sparsegpt import SparseGPT
+from sqat.sparsity.masks import nm_mask
+from sqat.sparsity.pattern import parse_pattern
+from sqat.sparsity.settings import Criterion, Magnitude, SparseGPT, Taylor, Wanda
 from sqat.stages.statistics import gather
 from sqat.training import Feed
 

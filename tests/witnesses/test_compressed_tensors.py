@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from sqat.checkpoint import Checkpoint, LayerRecord, Manifest, SiteRecord
+from sqat.checkpoint import Checkpoint
 from sqat.data import TextProcessor
 from sqat.evaluation import served_model
 from sqat.export.compressed import check_compressed, write_compressed
+from sqat.manifest import LayerRecord, Manifest, SiteRecord
 from sqat.models import capture
 from tests.witnesses.flavours import SHAKES, build, shake
 

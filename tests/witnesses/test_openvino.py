@@ -15,7 +15,7 @@ import onnx
 import pytest
 
 from sqat.bench.candidates import openvino_core
-from sqat.export.graph import node_name
+from sqat.export.names import node_name
 from sqat.export.qdq import insert_qdq
 from sqat.export.runtime import int8_saturates
 from tests.witnesses.flavours import (
