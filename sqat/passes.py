@@ -21,12 +21,13 @@ from sqat.errors import SqatError
 
 ADDRESS, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_float
 ARGUMENTS = {
-    "SqatMask": (ADDRESS, ADDRESS, SIZE, ADDRESS),
+    "SqatMask": (ADDRESS, ADDRESS, SIZE, FLOAT, ADDRESS),
+    "SqatSelect": (ADDRESS, ADDRESS, SIZE, ADDRESS),
     "SqatFakeQuantize": (ADDRESS, SIZE, FLOAT, FLOAT, ADDRESS, ADDRESS),
     "SqatFakeQuantizeRows": (ADDRESS, ADDRESS, SIZE, SIZE, ADDRESS),
     "SqatRankFours": (ADDRESS, SIZE, ADDRESS),
     "SqatLargest": (ADDRESS, SIZE),
-    "SqatCountBins": (ADDRESS, SIZE, FLOAT, ADDRESS),
+    "SqatCountBins": (ADDRESS, SIZE, FLOAT, SIZE, ADDRESS),
 }
 
 
@@ -39,22 +40,28 @@ def library() -> ctypes.CDLL | None:
         for name, arguments in ARGUMENTS.items():
             function = getattr(loaded, name)  # kept by the library
             function.argtypes, function.restype = arguments, FLOAT if name == "SqatLargest" else None
-    except (SqatError, AttributeError):
+    except (SqatError, AttributeError, OSError):
         return None
     return loaded
 
 
 def fit(x: Tensor, kept: Tensor | None = None) -> bool:
     """Whether the passes can take a tensor and its mask: float32 and bool, on the CPU, without gaps, one thread."""
-    if torch.compiler.is_compiling() or torch.get_num_threads() != 1 or library() is None:
+    if torch.compiler.is_compiling() or torch.get_num_threads() != 1 or library() is None or is_watched():
         return False
     return lies_plain(x, torch.float32) and (kept is None or lies_plain(kept, torch.bool))
 
 
+def is_watched() -> bool:
+    """Whether torch records or replaces the operators that are called, of which the passes are none."""
+    return bool(torch._C._is_tracing() or torch._C._len_torch_dispatch_stack())
+
+
 def lies_plain(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a tensor's values are of this type and follow each other at its address; subclasses may have none."""
+    """Whether the bytes at a tensor's address are its values, of this type, one after the other."""
     plain = type(x) is Tensor or type(x) is nn.Parameter
-    return plain and x.dtype == dtype and x.is_cpu and x.is_contiguous()
+    plain = plain and x.dtype == dtype and x.is_cpu and x.is_contiguous() and not x.is_neg()
+    return plain and torch._C._has_storage(x) and (x.data_ptr() != 0 or not x.numel())  # wrapped ones have no memory
 
 
 def loaded() -> ctypes.CDLL:
@@ -65,17 +72,31 @@ def loaded() -> ctypes.CDLL:
 
 
 def mask(x: Tensor, kept: Tensor) -> Tensor:
-    """``x`` where ``kept``, +0.0 elsewhere and for -0.0; both of one shape."""
+    """``x * kept + 0.0``, so that no zero is negative; both of one shape."""
+    return times(x, kept, 0.0)
+
+
+def times(x: Tensor, kept: Tensor, added: float) -> Tensor:
+    """``x * kept + added``; adding -0.0 changes nothing."""
     y = torch.empty_like(x)
-    loaded().SqatMask(x.data_ptr(), kept.data_ptr(), x.numel(), y.data_ptr())
+    loaded().SqatMask(x.data_ptr(), kept.data_ptr(), x.numel(), added, y.data_ptr())
     return y
 
 
-def passed(grad: Tensor, kept: Tensor) -> Tensor:
-    """A gradient where ``kept``, 0 elsewhere; by torch where the gradient of this gradient is asked for."""
+def times_mask(grad: Tensor, kept: Tensor) -> Tensor:
+    """``grad * kept``; by torch where the gradient of this gradient is asked for."""
     if not torch.is_grad_enabled() and fit(grad, kept):
-        return mask(grad, kept)
-    return kept.view(torch.uint8).to(grad.dtype) * grad
+        return times(grad, kept, -0.0)
+    return kept.view(torch.uint8).to(grad.dtype).mul_(grad)
+
+
+def select(grad: Tensor, inside: Tensor) -> Tensor:
+    """``grad`` where ``inside``, else 0; by torch where the gradient of this gradient is asked for."""
+    if torch.is_grad_enabled() or not fit(grad, inside):
+        return torch.where(inside, grad, 0.0)
+    y = torch.empty_like(grad)
+    loaded().SqatSelect(grad.data_ptr(), inside.data_ptr(), grad.numel(), y.data_ptr())
+    return y
 
 
 def fake_quantize(x: Tensor, amax: Tensor, low: int) -> tuple[Tensor, Tensor]:
@@ -107,5 +128,5 @@ def largest(x: Tensor) -> float:
 
 
 def count_bins_(counts: Tensor, x: Tensor, width: float) -> None:
-    """Add to int64 ``counts`` how many |x| lie in each bin of this width; none may lie beyond the last."""
-    loaded().SqatCountBins(x.data_ptr(), x.numel(), 1 / width, counts.data_ptr())
+    """Add to int64 ``counts`` how many |x| lie in each bin of this width, what lies beyond the last in that."""
+    loaded().SqatCountBins(x.data_ptr(), x.numel(), 1 / width, counts.numel(), counts.data_ptr())

@@ -12,6 +12,9 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 from sqat import passes, runtime
 from sqat.errors import SqatError
@@ -80,7 +83,7 @@ def test_torch_gives_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert not passes.fit(x)
     want, gradient = with_gradient(CHAINS[name], x, grad)
     assert torch.equal(bits(y), bits(want))
-    assert torch.equal(passed, gradient)
+    assert torch.equal(bits(passed), bits(gradient))
 
 
 @needs_library
@@ -139,6 +142,94 @@ def test_a_gradient_of_a_gradient_is_right(name: str) -> None:
     (gradient,) = torch.autograd.grad((CHAINS[name](x) * factor).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(gradient.sum(), factor)
     assert second.item() == (gradient / 2).sum().item()
+
+
+@needs_library
+@pytest.mark.parametrize("name", CHAINS)
+def test_strides_of_a_gradient_do_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, grad = values((48, 40)) * 2, values((40, 48), 2).t()
+    grad[3, 5], grad[7] = float("inf"), float("nan")
+    found = [with_gradient(CHAINS[name], x, each)[1] for each in (grad, grad.contiguous())]
+    by_hand(monkeypatch)
+    want = with_gradient(CHAINS[name], x, grad)[1]
+    for each in found:
+        assert torch.equal(each.nan_to_num(9e9), want.nan_to_num(9e9))
+
+
+@needs_library
+def test_parts_of_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = values((50, 40))
+    part = whole[1:-1]
+    assert passes.fit(part)
+    y = fake_quantize(part, AMAX)
+    by_hand(monkeypatch)
+    assert torch.equal(bits(y), bits(fake_quantize(part, AMAX)))
+
+
+@needs_library
+def test_checkpointing_computes_the_same() -> None:
+    x = values((48, 40))
+
+    def loss(x: Tensor) -> Tensor:
+        return sum((function(x * 2).square() for function in CHAINS.values()), torch.zeros(()))
+
+    def again(x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(loss, x, use_reentrant=False)
+        return y
+
+    for got, want in zip(with_gradient(again, x, values((48, 40), 2)),
+                         with_gradient(loss, x, values((48, 40), 2)), strict=True):  # fmt: skip
+        assert torch.equal(got, want)
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["activation", "mask", "masked weight"])
+def test_tensors_without_memory_of_their_own(name: str) -> None:
+    function, x = CHAINS[name], values((48, 40))
+    want = function(x)
+    assert torch.equal(make_fx(function)(x)(x), want), "a graph of what torch has seen"
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert function(x).shape == x.shape
+    negative = torch._neg_view(x)
+    assert torch.equal(function(negative), function(negative.clone()))
+
+
+@needs_library
+def test_a_batch_of_gradients() -> None:
+    x = values((48, 40))
+    leaf = x.clone().requires_grad_()
+    (grads,) = torch.autograd.grad(fake_quantize(leaf, AMAX), leaf, torch.stack([x, x]), is_grads_batched=True)
+    (grad,) = torch.autograd.grad(fake_quantize(leaf, AMAX), leaf, x)
+    assert torch.equal(grads, torch.stack([grad, grad]))
+
+
+@needs_library
+def test_masks_under_functionalization() -> None:
+    x = values((4, 8))
+    found = torch.func.functionalize(lambda x: nm_mask(x, Pattern(2, 4)))(x)
+    assert torch.equal(found, nm_mask(x, Pattern(2, 4)))
+
+
+@needs_library
+def test_a_wide_bound_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, amax = values((48, 40)), AMAX.double() / 3
+    y = fake_quantize(x, amax)
+    by_hand(monkeypatch)
+    assert torch.equal(y, fake_quantize(x, amax))
+
+
+@needs_library
+@pytest.mark.parametrize("exponent", [-149, -100, -13, 0, 1, 127])
+def test_histograms_of_powers_of_two(exponent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    edge = torch.tensor(2.0).pow(exponent)
+    x = torch.stack([edge, edge.nextafter(torch.tensor(0.0)), -edge / 2, torch.tensor(0.0)])
+    with monkeypatch.context() as patched:
+        ours, theirs = Histogram(), Histogram()
+        ours.observe(x)
+        by_hand(patched)
+        theirs.observe(x)
+    assert torch.equal(ours.counts, theirs.counts)
+    assert ours.exponent == theirs.exponent
 
 
 @needs_library

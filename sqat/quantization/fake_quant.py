@@ -43,7 +43,7 @@ def _step_through(grad: Tensor, x: Tensor, scale: Tensor, low: float, high: floa
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, amax: Tensor, low: int) -> Tensor:
-        if passes.fit(x):
+        if passes.fit(x) and amax.dtype == torch.float32:
             y, inside = passes.fake_quantize(x, amax, low)
             ctx.save_for_backward(inside)
             return y
@@ -53,9 +53,10 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        if len(ctx.saved_tensors) == 1:
-            return passes.passed(grads[0], *ctx.saved_tensors), None, None
-        x, amax = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: checkpointing makes them anew at every look
+        if len(saved) == 1:
+            return passes.select(grads[0], saved[0]), None, None
+        x, amax = saved
         inside = _step_through(grads[0], x, amax / HIGH, ctx.low - 0.5, HIGH + 0.5)
         return inside.to(x.dtype), None, None
 
@@ -156,7 +157,7 @@ class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mask: Tensor | None) -> Tensor:
         ctx.save_for_backward(mask)
-        if passes.fit(weight, mask):
+        if weight.dim() > 1 and passes.fit(weight, mask):
             return passes.fake_quantize_rows(weight, mask)
         y = _computed(weight)
         y = y.clone() if mask is None else mask.view(torch.uint8).to(y.dtype).mul_(y)
@@ -169,7 +170,7 @@ class _FakeQuantizeWeight(torch.autograd.Function):
         (mask,) = ctx.saved_tensors
         if mask is None:
             return grads[0], None
-        return passes.passed(grads[0], mask), None
+        return passes.times_mask(grads[0], mask), None
 
 
 def fake_quantize_weight(weight: Tensor, mask: Tensor | None) -> Tensor:

@@ -21,6 +21,7 @@ from sqat import passes
 
 BINS = 8192
 PART = 2**18  # values counted at once: large enough for torch, small enough that memory is reused, not mapped
+COARSEST = 128 - 13  # exponent of the width when the last bin ends at the largest float32
 FINEST = -100  # exponent of the width before any value: 1/width and width * BINS stay normal in float32
 
 
@@ -145,13 +146,15 @@ class Histogram:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Histogram:
-        """Undo `to_tensors`; ValueError if the counts cannot be a histogram's."""
+        """Undo `to_tensors`; ValueError if counts or exponent cannot be a histogram's."""
         counts = tensors["counts"]
         if counts.shape != (BINS,) or counts.dtype != torch.int64 or bool((counts < 0).any()):
             raise ValueError(f"counts must be {BINS} int64 >= 0, got {counts.dtype} {tuple(counts.shape)}")
         histogram = cls()
         histogram.counts = counts.cpu().clone()
         histogram.exponent = int(tensors["exponent"])
+        if not FINEST <= histogram.exponent <= COARSEST:
+            raise ValueError(f"the exponent must lie in {FINEST}..{COARSEST}, got {histogram.exponent}")
         histogram.max_abs = float(tensors["max_abs"])
         return histogram
 

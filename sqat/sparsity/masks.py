@@ -111,7 +111,7 @@ class _ApplyMask(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
-        return passes.passed(grads[0], mask), None
+        return passes.times_mask(grads[0], mask), None
 
 
 class _ApplyMaskStraight(_ApplyMask):

@@ -64,10 +64,11 @@ def check_grid(loaded: ctypes.CDLL, x: Floats, amax: np.float32, low: int) -> No
 
 
 def check_rows(loaded: ctypes.CDLL, x: Floats, kept: NDArray[np.bool_] | None) -> None:
-    """Finite values only; a row of zeros has the smallest step."""
-    left = x if kept is None else np.where(kept, x, np.float32(0))
+    """A row of zeros has the smallest step; one that holds no number is none."""
+    left = x if kept is None else x * kept.astype(np.float32)
     step = np.maximum(np.abs(left).max(1, keepdims=True), np.float32(2.0**-40)) / np.float32(127)
-    want = np.rint(left * (np.float32(1) / step)) * step + np.float32(0)
+    with np.errstate(invalid="ignore"):
+        want = np.rint(left * (np.float32(1) / step)) * step + np.float32(0)
     y = np.empty_like(x)
     called(loaded.SqatFakeQuantizeRows, x, 0 if kept is None else kept, *x.shape, y)
     same_bits(y, want)
@@ -75,8 +76,12 @@ def check_rows(loaded: ctypes.CDLL, x: Floats, kept: NDArray[np.bool_] | None) -
 
 def check_mask(loaded: ctypes.CDLL, x: Floats, kept: NDArray[np.bool_]) -> None:
     y = np.empty_like(x)
-    called(loaded.SqatMask, x, kept, x.size, y)
-    same_bits(y, np.where(kept, x, np.float32(0)) + np.float32(0))
+    for added in map(np.float32, (0.0, -0.0)):
+        called(loaded.SqatMask, x, kept, x.size, added, y)
+        with np.errstate(invalid="ignore"):
+            same_bits(y, x * kept.astype(np.float32) + added)
+    called(loaded.SqatSelect, x, kept, x.size, y)
+    same_bits(y, np.where(kept, x, np.float32(0)))
 
 
 def check_ranks(loaded: ctypes.CDLL, scores: Floats) -> None:
@@ -91,8 +96,8 @@ def check_ranks(loaded: ctypes.CDLL, scores: Floats) -> None:
 def check_histogram(loaded: ctypes.CDLL, x: Floats, width: float) -> None:
     counts, want = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
     for value in x.ravel().tolist():
-        want[int(abs(value) / width)] += 1
-    called(loaded.SqatCountBins, x, x.size, 1 / width, counts)
+        want[min(int(abs(value) / width), BINS - 1)] += 1
+    called(loaded.SqatCountBins, x, x.size, 1 / width, BINS, counts)
     np.testing.assert_array_equal(counts, want)
 
 
@@ -107,12 +112,13 @@ def check_largest(loaded: ctypes.CDLL, x: Floats) -> None:
 def check(library: Path) -> int:
     """Try every pass at every size; returns how many were tried."""
     loaded, random = opened(library), np.random.default_rng(0)
+    bounds = [*BOUNDS, *np.abs(random.normal(size=20)).astype(np.float32)]
     for size in SIZES:
         x = random.normal(size=size).astype(np.float32)
         kept = random.random(size) < 0.5
         halves = (random.integers(-260, 260, size) / 2).astype(np.float32)  # half to even, and beyond both ends
         odd = random.choice(np.array(ODD, np.float32), size)
-        for amax in map(np.float32, BOUNDS):
+        for amax in map(np.float32, bounds):
             for low in (-128, -127):
                 for values in (x, halves * (amax / np.float32(127)), odd):
                     check_grid(loaded, values, amax, low)
@@ -124,10 +130,13 @@ def check(library: Path) -> int:
             check_rows(loaded, block, None)
             check_rows(loaded, block, random.random(block.shape) < 0.5)
             check_rows(loaded, block, np.zeros(block.shape, bool))
+            block[0, size // 2] = random.choice(np.array([np.nan, np.inf], np.float32))
+            check_rows(loaded, block, random.random(block.shape) < 0.5)
         scores = random.integers(-2, 3, 4 * size).astype(np.float32)
         check_ranks(loaded, scores)
         check_ranks(loaded, random.choice(np.array([0.0, -0.0, np.inf, -np.inf, 1.0], np.float32), 4 * size))
-        check_histogram(loaded, x, 2.0**-10)
+        for width in (2.0**-10, 2.0**-12, 2.0**-100):  # without and with values beyond the last bin
+            check_histogram(loaded, x, width)
         check_largest(loaded, x)
     return len(SIZES)
 

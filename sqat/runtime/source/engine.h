@@ -107,18 +107,20 @@ struct Epilogues {
 // Elementwise work of training, over tensors that lie without gaps; bytes of masks are 0 or 1. Spares a processor that
 // computes with one thread the passes of a framework's operators; see training.cpp.
 struct Passes {
-  // +0 where `kept` is 0, and for -0.
-  void (*mask)(const float* x, const uint8_t* kept, size_t values, float* y);
+  // x * kept + added: with 0 no -0 is left, with -0 it is the product alone.
+  void (*mask)(const float* x, const uint8_t* kept, size_t values, float added, float* y);
+  // x where `kept` is 1, else 0, whatever x is there.
+  void (*select)(const float* x, const uint8_t* kept, size_t values, float* y);
   // To multiples low to 127 of amax / 127; inside: whether the gradient passes, up to half a step beyond the ends.
   void (*fake_quantize)(const float* x, size_t values, float amax, float low, float* y, uint8_t* inside);
-  // Every row [columns] by a step of its own, largest |x| that `kept` (where not null) leaves / 127; zeros are +0.
+  // Every row [columns], times `kept` where that is not null, by a step of its own, its largest |x| / 127; zeros are +0.
   void (*fake_quantize_rows)(const float* x, const uint8_t* kept, size_t rows, size_t columns, float* y);
   // 0 for the largest of four neighbours to 3 for the smallest, of equal ones the first before the others.
   void (*rank_fours)(const float* x, size_t values, uint8_t* ranks);
   // Of |x|; 0 of no values, NaN or infinity where there is one.
   float (*largest)(const float* x, size_t values);
-  // Adds one to counts[int(|x| * inverse)] for every x, all of which must have a place there.
-  void (*count_bins)(const float* x, size_t values, float inverse, int64_t* counts);
+  // Adds one to counts[int(|x| * inverse)] for every x; what has no place among the bins goes to the last.
+  void (*count_bins)(const float* x, size_t values, float inverse, size_t bins, int64_t* counts);
 };
 
 struct Engine {

@@ -10,7 +10,7 @@ constexpr float kHighest = 127.0f;
 constexpr float kSmallest = 9.094947017729282e-13f;  // 2^-40
 
 SQAT_INLINE Integers bytes_from(const uint8_t* from) {
-  return each<I>([&](size_t i) SQAT_ALWAYS {
+  return each<I>([&]([[maybe_unused]] size_t i) SQAT_ALWAYS {
 #if SQAT_LANES == 16 && !defined(SQAT_EMULATE_VNNI)
     return (I)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #elif SQAT_LANES == 8
@@ -30,10 +30,6 @@ SQAT_INLINE Integers bytes_from(const uint8_t* from, size_t count) {
   return bytes_from(whole);
 }
 
-// x where `kept` is 1, +0 where it is 0.
-SQAT_INLINE Floats where(const Integers& kept, const Floats& x) {
-  return each<F>([&](size_t i) { return (F)((I)x.part[i] & -kept.part[i]); });
-}
 
 // step(at, count) for every 16 values, then for those left.
 template <typename Step>
@@ -43,9 +39,21 @@ SQAT_INLINE void for_all(size_t values, const Step& step) {
   if (at < values) step(at, values - at);
 }
 
-void mask(const float* x, const uint8_t* kept, size_t values, float* y) {
+SQAT_INLINE Floats times(const Floats& x, const uint8_t* kept, size_t count) {
+  return x * to_floats(bytes_from(kept, count));
+}
+
+void mask(const float* x, const uint8_t* kept, size_t values, float added, float* y) {
   for_all(values, [&](size_t at, auto count) SQAT_ALWAYS {
-    store(y + at, where(bytes_from(kept + at, count), load(x + at, count)) + 0.0f, count);  // -0 becomes +0
+    store(y + at, times(load(x + at, count), kept + at, count) + added, count);
+  });
+}
+
+void select(const float* x, const uint8_t* kept, size_t values, float* y) {
+  for_all(values, [&](size_t at, auto count) SQAT_ALWAYS {
+    const Floats from = load(x + at, count);
+    const Integers ones = bytes_from(kept + at, count);
+    store(y + at, each<F>([&](size_t i) SQAT_ALWAYS { return (F)((I)from.part[i] & -ones.part[i]); }), count);
   });
 }
 
@@ -74,7 +82,7 @@ float largest_of(const float* x, const uint8_t* kept, size_t values) {
   Integers highest{};  // bits of |x| are in the order of |x|, and those of a NaN are above all
   for_all(values, [&](size_t at, auto count) SQAT_ALWAYS {
     Floats from = load(x + at, count);
-    if (kept) from = where(bytes_from(kept + at, count), from);
+    if (kept) from = times(from, kept + at, count);
     highest = higher(bits(from) & INT32_MAX, highest);
   });
   int32_t found = 0;
@@ -93,7 +101,7 @@ void fake_quantize_rows(const float* x, const uint8_t* kept, size_t rows, size_t
     const float step = (largest < kSmallest ? kSmallest : largest) / kHighest, inverse = 1.0f / step;
     for_all(columns, [&](size_t at, auto count) SQAT_ALWAYS {
       Floats from = load(x + at, count);
-      if (kept) from = where(bytes_from(kept + at, count), from);
+      if (kept) from = times(from, kept + at, count);
       store(y + at, (from * inverse + kWhole - kWhole) * step + 0.0f, count);
     });
     if (kept) kept += columns;
@@ -123,21 +131,28 @@ void rank_fours(const float* x, size_t values, uint8_t* ranks) {
   });
 }
 
-void count_bins(const float* x, size_t values, float inverse, int64_t* counts) {
+void count_bins(const float* x, size_t values, float inverse, size_t bins, int64_t* counts) {
+  const int32_t last = static_cast<int32_t>(bins) - 1;
   size_t at = 0;
   for (; at + kTile <= values; at += kTile) {
     const Floats places = floats_of_bits(bits(load(x + at)) & INT32_MAX) * inverse;
-    const Integers bins = each<I>([&](size_t i) { return __builtin_convertvector(places.part[i], I); });
-    int32_t each_bin[kTile];
-    for (size_t i = 0; i < kParts; ++i) __builtin_memcpy(each_bin + i * kLanes, &bins.part[i], sizeof bins.part[i]);
+    int32_t found[kTile];
+    for (size_t i = 0; i < kParts; ++i) {
+      const F inside = places.part[i] < static_cast<float>(last) ? places.part[i] : static_cast<float>(last) - F{};
+      const I bin = __builtin_convertvector(inside, I);
+      __builtin_memcpy(found + i * kLanes, &bin, sizeof bin);
+    }
 #pragma GCC unroll 16
-    for (size_t i = 0; i < kTile; ++i) ++counts[each_bin[i]];
+    for (size_t i = 0; i < kTile; ++i) ++counts[found[i]];
   }
-  for (; at < values; ++at) ++counts[static_cast<int32_t>(__builtin_fabsf(x[at]) * inverse)];
+  for (; at < values; ++at) {
+    const float place = __builtin_fabsf(x[at]) * inverse;
+    ++counts[place < static_cast<float>(last) ? static_cast<int32_t>(place) : last];
+  }
 }
 
 }  // namespace
 
-const Passes SQAT_PASSES{mask, fake_quantize, fake_quantize_rows, rank_fours, largest, count_bins};
+const Passes SQAT_PASSES{mask, select, fake_quantize, fake_quantize_rows, rank_fours, largest, count_bins};
 
 }  // namespace sqat

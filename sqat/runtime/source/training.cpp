@@ -1,7 +1,8 @@
 // The passes of training for callers outside: plain C, called by sqat.passes with the addresses of torch's tensors.
 //
 // One thread each: a caller whose framework computes with several has more of its own operators. None of them can fail:
-// what is wrong with SQAT_RUNTIME_ISA is told by SqatInstructionSet, here it means the portable loops.
+// what is wrong with SQAT_RUNTIME_ISA is told by SqatInstructionSet, here it means the portable loops. A function whose
+// arguments change takes another name: sqat.passes knows an older library by what it lacks.
 #include "dispatch.h"
 
 #include "ort_abi.h"
@@ -23,8 +24,12 @@ const sqat::Passes& passes() {
 
 }  // namespace
 
-SQAT_EXPORT void SqatMask(const float* x, const uint8_t* kept, size_t values, float* y) noexcept {
-  passes().mask(x, kept, values, y);
+SQAT_EXPORT void SqatMask(const float* x, const uint8_t* kept, size_t values, float added, float* y) noexcept {
+  passes().mask(x, kept, values, added, y);
+}
+
+SQAT_EXPORT void SqatSelect(const float* x, const uint8_t* kept, size_t values, float* y) noexcept {
+  passes().select(x, kept, values, y);
 }
 
 SQAT_EXPORT void SqatFakeQuantize(const float* x, size_t values, float amax, float low, float* y,
@@ -43,6 +48,6 @@ SQAT_EXPORT void SqatRankFours(const float* x, size_t values, uint8_t* ranks) no
 
 SQAT_EXPORT float SqatLargest(const float* x, size_t values) noexcept { return passes().largest(x, values); }
 
-SQAT_EXPORT void SqatCountBins(const float* x, size_t values, float inverse, int64_t* counts) noexcept {
-  passes().count_bins(x, values, inverse, counts);
+SQAT_EXPORT void SqatCountBins(const float* x, size_t values, float inverse, size_t bins, int64_t* counts) noexcept {
+  passes().count_bins(x, values, inverse, bins, counts);
 }
