@@ -26,13 +26,16 @@ from sqat.data import (
 )
 from sqat.display import Display
 from sqat.errors import SqatError
+from sqat.feed import Feed
+from sqat.mid_stage import MidStage
 from sqat.models import build, check_head, load_pretrained, versions
 from sqat.pixels import augmented
 from sqat.processes import first_says, processes, summed, turns
 from sqat.recipe import FitConfig, PruneConfig, QatConfig, Recipe, StageConfig
+from sqat.spreading import Loss
 from sqat.streaming import Batches, Stream, open_stream
 from sqat.tasks import Task, build_task
-from sqat.training import Evaluation, Feed, Figures, Fitted, Loss, MidStage, batches_together, fit, total_steps
+from sqat.training import Evaluation, Figures, Fitted, batches_together, fit, total_steps
 
 EVALUATION_BATCH = 64
 

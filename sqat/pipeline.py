@@ -25,6 +25,7 @@ from sqat.evaluation import evaluate_artifact
 from sqat.gates import Limit, limits_of, missed, refusal, rejected_folder
 from sqat.job import Job, Splits
 from sqat.keys import Keys, attempts, is_attempt, known_manifest, made_from, stretch, teacher_name
+from sqat.mid_stage import MidStage
 from sqat.plan import PlannedStage as PlannedStage
 from sqat.plan import due_stages, stage_range
 from sqat.plan import make_plan as make_plan
@@ -37,7 +38,6 @@ from sqat.run_lock import FILE, run_lock
 from sqat.soundness import saturation
 from sqat.stages import calibrate, export, prune, qat, train
 from sqat.tracking import Tracked, tracked
-from sqat.training import MidStage
 
 STAGE_FOLDER = re.compile(r"\d{2,}-")
 STAGES: dict[str, Callable[[Any, Checkpoint | None, Job], Checkpoint]] = {

@@ -24,8 +24,10 @@ from torch import Tensor, nn
 
 from sqat.data import Batch
 from sqat.display import Silent
+from sqat.feed import Feed
 from sqat.insertion.weights import insert_weights_, original_weight, remove_weights_
 from sqat.job import predict
+from sqat.mid_stage import MidStage
 from sqat.processes import in_shards, processes, turns
 from sqat.quantization.histogram import Histogram
 from sqat.recipe import FitConfig
@@ -33,9 +35,10 @@ from sqat.sharding import plain
 from sqat.sparsity.criteria import Taylor, Wanda
 from sqat.sparsity.masks import nm_mask, parse_pattern
 from sqat.sparsity.sparsegpt import SparseGPT
+from sqat.spreading import Objective, average_norms_
 from sqat.stages.calibrate import add_up_
 from sqat.stages.statistics import gather
-from sqat.training import Evaluation, Feed, MidStage, Objective, average_norms_, fit
+from sqat.training import Evaluation, fit
 
 LIMIT = 240.0  # seconds for all groups
 TOGETHER = 4  # batches of an optimizer step, whoever has them

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from sqat.checkpoint import Manifest, SiteRecord
 from sqat.data import Batch
 from sqat.errors import SqatError
+from sqat.feed import Feed
 from sqat.insertion.quantizers import QUANTIZERS, Quantizers
 from sqat.insertion.weights import insert_weights_
+from sqat.mid_stage import MidStage, Progress
 from sqat.recipe import FitConfig
 from sqat.soundness import check_gradients, saturation, weakness
-from sqat.training import Feed, MidStage, Progress, Run, fit, make_optimizer
+from sqat.training import Run, fit, make_optimizer
 
 
 class Broken(nn.Module):

@@ -18,12 +18,12 @@ import pytest
 
 from sqat import data
 from sqat.errors import SqatError
+from sqat.feed import Feed
 from sqat.readers import read_rows
 from sqat.recipe import ClassificationTask, Columns, RegressionTask, SplitConfig
 from sqat.recipe_file import load_recipe
 from sqat.streaming import Batches, Stream, open_stream
 from sqat.tasks.classification import Classification
-from sqat.training import Feed
 
 TASK = ClassificationTask(labels=("bad", "good"))
 KINDS = ["parquet", "arrow", "stream.arrow", "jsonl", "jsonl.gz", "csv"]

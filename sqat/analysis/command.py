@@ -22,10 +22,10 @@ from sqat.errors import SqatError
 from sqat.job import Job, Splits
 from sqat.keys import Keys
 from sqat.layers import weighted_layers
+from sqat.mid_stage import MidStage
 from sqat.recipe import CalibrateConfig, LoadedRecipe, PruneConfig, Recipe
 from sqat.recipe_rules import ancestors, suggest
 from sqat.small_files import replace_file
-from sqat.training import MidStage
 
 SPLITS = ("train", "dev")
 

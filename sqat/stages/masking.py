@@ -17,7 +17,7 @@ from sqat.sharding import plain
 from sqat.sparsity.masks import Pattern
 from sqat.sparsity.schedule import Schedule, SrSte
 from sqat.sparsity.sparsegpt import SparseGPT
-from sqat.training import Loss
+from sqat.spreading import Loss
 
 Gather = Callable[[Mapping[str, str]], Mapping[str, Tensor]]
 

@@ -17,6 +17,7 @@ from sqat.architectures.conv1d import to_linears_
 from sqat.data import Batch
 from sqat.distillation.minilm import QKV, MiniLMv1, MiniLMv2
 from sqat.errors import SqatError
+from sqat.feed import Feed
 from sqat.layers import find_qkv
 from sqat.recipe import DistillConfig, PruneConfig
 from sqat.sparsity.criteria import Magnitude, Wanda
@@ -26,7 +27,6 @@ from sqat.sparsity.sparsegpt import SparseGPT
 from sqat.stages.channels import Site, change, find_sites, outputs_of, reorder_
 from sqat.stages.patterns import choose_patterns
 from sqat.stages.permuting import compared_apart, judged, permute_, permute_for_
-from sqat.training import Feed
 from tests.conftest import CONFIGS, MakeModel, Recorder
 
 TWO_OF_FOUR = Pattern(2, 4)
