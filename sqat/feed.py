@@ -15,7 +15,7 @@ import torch
 
 from sqat.data import Batch
 from sqat.errors import SqatError
-from sqat.processes import processes, turns
+from sqat.processes import in_shards, processes, turns
 
 
 @dataclass
@@ -79,4 +79,5 @@ def shared_work(together: int, accumulation: int) -> str:
     if world == 1 and together == accumulation:
         return ""
     kept = "" if together == accumulation * world else f" as when it began, not {accumulation * world}"
-    return f"{world} process{'es' if world > 1 else ''}, an optimizer step sums up {together} batches{kept}"
+    how = " that share the model out (FSDP)" if in_shards() else ""
+    return f"{world} process{'es' if world > 1 else ''}{how}, an optimizer step sums up {together} batches{kept}"

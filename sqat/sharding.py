@@ -7,6 +7,9 @@ That is the limit too: gradients and moments, 12 of the 16 bytes that a weight t
 model must fit into each process, and so must a teacher. Weights are not given back between a forward and its backward
 pass, for distillation reads them from inside a block.
 
+FSDP2 has no way of its own to hold whole tensors, change them and write them back (PyTorch issue 137129 asks for one),
+and its hooks take every gradient; so `plain` takes class, hooks and shares off the modules by hand, and puts them back.
+
 Learned scales are single numbers, which FSDP cannot share out: every process keeps them, and averages their gradients.
 Left out: loss parts on weights themselves (the decay of schedule sr-ste), which is refused.
 """

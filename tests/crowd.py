@@ -6,13 +6,10 @@ process ends with is written to ``FOLDER/<group>-<rank>.pt``, for `tests/test_pr
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +36,7 @@ from sqat.spreading import Objective, average_norms_
 from sqat.stages.calibrate import add_up_
 from sqat.stages.statistics import gather
 from sqat.training import Evaluation, fit
+from tests import forks
 
 LIMIT = 240.0  # seconds for all groups
 TOGETHER = 4  # batches of an optimizer step, whoever has them
@@ -226,45 +224,12 @@ GROUPS: dict[str, tuple[int, Callable[[Path, str], Found]]] = {
 def run_group(group: str, folder: Path) -> None:
     """Fork the processes of a group and wait for all; SystemExit where one fails."""
     world, work = GROUPS[group]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    os.environ.update({"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                       "LOCAL_WORLD_SIZE": str(world)})  # fmt: skip
-    os.environ["ACCELERATE_USE_FSDP"] = str("shards" in group).lower()
-    children = [fork(group, rank, work, folder) for rank in range(world)]
-    try:
-        ends = [os.waitpid(child, 0)[1] for child in children]
-    finally:
-        for child in children:
-            end(child)
-    if any(ends):
-        sys.exit(f"group {group} ended with {ends}")
 
-
-def fork(group: str, rank: int, work: Callable[[Path, str], Found], folder: Path) -> int:
-    """Start one process; returns its id."""
-    child = os.fork()
-    if child:
-        return child
-    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
-    if os.environ["WORLD_SIZE"] == "1":
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-            del os.environ[name]
-    try:
+    def kept(rank: int) -> None:
         torch.save(work(folder, group), folder / f"{group}-{rank}.pt")
-    except BaseException:  # told here, for the process must not go on as its parent would
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
 
-
-def end(child: int) -> None:
-    """Kill a process that is still there."""
-    try:
-        os.kill(child, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+    if any(ended := forks.ends(forks.start(world, kept, "shards" in group))):
+        sys.exit(f"group {group} ended with {ended}")
 
 
 def give_up(number: int, frame: object) -> None:
