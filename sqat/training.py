@@ -28,7 +28,7 @@ from sqat.errors import StoppedError
 from sqat.feed import Feed, Piece, seed_draws, shared_work, steps_of_work
 from sqat.insertion.quantizers import QUANTIZERS
 from sqat.mid_stage import MidStage, Progress
-from sqat.processes import any_process, in_shards, processes, summed
+from sqat.processes import any_process, by_first, in_shards, processes, summed
 from sqat.recipe import FitConfig
 from sqat.sharding import like, plain, whole
 from sqat.soundness import check_gradients, check_losses, check_scales, learned_bounds, weakness
@@ -117,17 +117,23 @@ class Run:
     remarked: set[str] = field(default_factory=set)
 
     def save(self) -> None:
-        """Let the first process write model, optimizer and best weights as one mid-stage state; all must call it."""
-        if not (in_shards() or processes().is_main_process):
-            return
+        """Let the first process write model, optimizer and best weights as one mid-stage state; all must call it.
+
+        Raises:
+            SqatError: it cannot be written; in all processes.
+        """
+        tensors = self.tensors() if in_shards() or processes().is_main_process else {}
+        by_first(lambda: self.state.save(tensors, self.progress))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Model, optimizer and best weights by name; where they are shared out all processes must ask."""
         with plain(self.model):
             tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for index, values in sorted(self.optimizer.state_dict()["state"].items()):  # in one order in all processes
             known = {name: value for name, value in sorted(values.items()) if isinstance(value, Tensor)}
             tensors |= {f"optimizer.{index}.{name}": whole(value) for name, value in known.items()}
-        if processes().is_main_process:
-            self.state.save({name: tensor.clone() for name, tensor in tensors.items()}, self.progress)
+        return {name: tensor.clone() for name, tensor in tensors.items()}
 
     def resume(self) -> bool:
         """Go on from the mid-stage state, if a sound one of this key is there."""

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from sqat.data import Batch
 from sqat.display import Silent
+from sqat.errors import SqatError
 from sqat.feed import Feed
 from sqat.insertion.weights import insert_weights_, original_weight, remove_weights_
 from sqat.job import predict
@@ -132,6 +134,30 @@ def fitted(state: Path, loss: Any = task_loss, stop: int = 0, **config: Any) -> 
             "score": [figures["score"] for figures in done.history]}  # fmt: skip
 
 
+class Filling(Silent):
+    """The disk of the first process is full from one step on."""
+
+    def __init__(self, disk: ExitStack) -> None:
+        self.disk = disk
+
+    def update(self, step: int, values: Any, rate: float) -> None:
+        if step == STOP and processes().is_main_process:
+            self.disk.enter_context(forks.full_disk(1000))
+
+
+def starved(state: MidStage) -> Found:
+    """How a fit ends that cannot save, and the step of the state that is there then."""
+    config = FitConfig(batch_size=5, save_every=0)
+    with ExitStack() as disk:
+        try:
+            fit(tiny_bert(), task_loss, feed_of(24, 5), config, steps=STEPS, seed=3, title="crowd",
+                display=Filling(disk), state=state)  # fmt: skip
+        except SqatError as error:
+            known = state.load()
+            return {"told": str(error), "step": known and known[1].step}
+    return {}
+
+
 def accumulation() -> int:
     return max(1, TOGETHER // processes().num_processes)
 
@@ -149,7 +175,15 @@ def other_work(folder: Path, group: str) -> Found:
     insert_weights_(model, {name: torch.ones_like(model.get_submodule(name).weight) > 0 for name in LAYERS}, ())
     sums = {str(criterion): gather(criterion, model, dict(zip(LAYERS, LAYERS, strict=True)), task_loss, feed, 0)
             for criterion in (Wanda(), SparseGPT(), Taylor(), Taylor(average="mean"))}  # fmt: skip
-    return {"sums": sums, "histograms": histograms(), "logits": logits(), "norm": norms(), "turns": [*turns(3)]}
+    full = starved(MidStage(folder / f"{group}-full", "key"))
+    return {
+        "full": full,
+        "sums": sums,
+        "histograms": histograms(),
+        "logits": logits(),
+        "norm": norms(),
+        "turns": [*turns(3)],
+    }
 
 
 def histograms() -> dict[str, dict[str, Tensor]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 def start(world: int, work: Callable[[int], object], shards: bool = False) -> list[int]:
@@ -52,3 +54,15 @@ def kill(child: int) -> None:
         os.kill(child, signal.SIGKILL)
     except ProcessLookupError:
         return
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """While open, no file of this process grows beyond ``size`` bytes: as on a disk that is full."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)

@@ -18,7 +18,7 @@ from torch import Tensor
 from sqat.errors import SqatError
 from sqat.processes import told_of_loss
 from sqat.quantization.histogram import Histogram
-from tests.crowd import GROUPS, LAYERS, LIMIT, STEPS
+from tests.crowd import GROUPS, LAYERS, LIMIT, STEPS, STOP
 
 ROOT = Path(__file__).parents[1]
 WORLDS = ("2", "4", "shards")
@@ -103,6 +103,14 @@ def test_statistics_histograms_and_logits_are_those_of_one_process(group: str, c
     for ours in crowd[group]:
         for name in ("sums", "histograms", "logits"):
             assert equal(ours[name], alone[name]), name
+
+
+@pytest.mark.parametrize("group", ["1", "2", "4"])
+def test_all_processes_tell_that_the_first_cannot_save(group: str, crowd: Crowd) -> None:
+    for process in crowd[group]:
+        assert process["full"]["step"] == STOP - 1  # the last state that could be written, whole
+        assert process["full"]["told"].endswith(f"{group}-full: the mid-stage state cannot be written: "
+                                                "File too large; free space")  # fmt: skip
 
 
 def test_the_oracles_of_what_is_shared(crowd: Crowd) -> None:

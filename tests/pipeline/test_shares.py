@@ -68,12 +68,12 @@ def test_their_histograms_are_the_same_but_for_values_at_the_edge_of_a_bin(other
 
 def test_one_of_two_is_killed_and_two_or_one_go_on(folder: Path, runs: Runs) -> None:
     ended = json.loads((folder / "ends.json").read_text())
-    assert ended == {"alone": [0], "replicas": [0, 0], "killed": [2, -9], "shares": [0, 0], "one": [0]}
-    lost = (folder / "shares/said-killed").read_text()
+    assert (ended["killed"], ended["shares"], ended["one"]) == ([2, -9], [0, 0], [0])
+    lost = (folder / "shares/killed").read_text()
     assert lost.count("error: another process of this run has ended") == 1
     how = "2 processes that share the model out (FSDP), an optimizer step sums up 2 batches"
     assert how in lost
-    said = {name: (folder / name / "said").read_text() for name in ("shares", "one")}
+    said = {name: (folder / name / "said0").read_text() for name in ("shares", "one")}
     for name, text in said.items():
         assert "prune: resumed at step" in text
         assert (how in text) == (name == "shares")
@@ -81,3 +81,11 @@ def test_one_of_two_is_killed_and_two_or_one_go_on(folder: Path, runs: Runs) -> 
     assert runs["one"]["02-prune"].masks.keys() == runs["shares"]["02-prune"].masks.keys()
     for name, mask in runs["one"]["02-prune"].masks.items():
         assert torch.equal(mask, runs["shares"]["02-prune"].masks[name])
+
+
+def test_both_tell_that_the_first_has_no_room_for_a_checkpoint(folder: Path) -> None:
+    assert json.loads((folder / "ends.json").read_text())["full"] == [2, 2]
+    for rank in (0, 1):
+        *_, last = (folder / f"full/said{rank}").read_text().splitlines()
+        assert last.endswith("/01-train: cannot be written: File too large; free space or choose another folder")
+    assert {path.name for path in (folder / "full/runs/tiny").iterdir()} == {"sqat.log"}
