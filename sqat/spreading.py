@@ -16,12 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sqat.data import Batch
 from sqat.layers import encoder_blocks
-from sqat.processes import in_shards, processes, summed
+from sqat.processes import in_shards, summed
 from sqat.sharding import Shards, send_gradients_, sharded_
 
 Loss = Callable[[nn.Module, Batch], dict[str, Tensor]]
 
-# Buffers are equal in all processes after every step (`average_norms_`). A loss may not reach every parameter; where
+# Buffers are equal in all processes after every step (`Norms`). A loss may not reach every parameter; where
 # torch looks for those, it does not deal gradients anew after the first step either, so that sums keep their order.
 REPLICAS = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
 
@@ -73,12 +73,34 @@ def spread_(objective: Objective, accelerator: Accelerator) -> Iterator[Spread]:
         yield Spread(objective, objective, accelerator, shards)
 
 
-def average_norms_(model: nn.Module) -> None:
-    """Give all processes the mean of what their batch norms have seen, so that each holds the same model."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    if not norms or processes().num_processes == 1:
-        return
-    known = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
-    mean = summed(torch.cat([*known])) / processes().num_processes
-    for buffer, part in zip(known, mean.split([len(buffer) for buffer in known]), strict=True):
-        buffer.copy_(part)
+class Norms:
+    """What a model's batch norms have seen: moved once a step, by the mean over its batches in all processes.
+
+    A norm moves at each forward pass: batch by batch it would move further in one process that has all batches of a
+    step than in several that have one each.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+        self.counts = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+        found = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+        self.seen = [buffer for buffer in found if buffer is not None]
+        self.before = [buffer.clone() for buffer in (*self.seen, *self.counts)]
+        self.means = [torch.zeros_like(buffer) for buffer in self.seen]
+
+    def note_(self, share: float) -> None:
+        """Keep where a batch has moved them, by its share of the step, and move them back."""
+        for buffer, mean in zip(self.seen, self.means, strict=True):
+            mean.add_(buffer, alpha=share)
+        for buffer, before in zip((*self.seen, *self.counts), self.before, strict=True):
+            buffer.copy_(before)
+
+    def settle_(self) -> None:
+        """Move them, in all processes alike."""
+        if not self.seen:
+            return
+        mean = summed(torch.cat(self.means))
+        for buffer, part in zip(self.seen, mean.split([len(buffer) for buffer in self.seen]), strict=True):
+            buffer.copy_(part)
+        for count in self.counts:
+            count.add_(1)

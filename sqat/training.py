@@ -32,7 +32,7 @@ from sqat.processes import any_process, by_first, in_shards, processes, summed
 from sqat.recipe import FitConfig
 from sqat.sharding import like, plain, whole
 from sqat.soundness import check_gradients, check_losses, check_scales, learned_bounds, weakness
-from sqat.spreading import REPLICAS, Loss, Objective, Spread, average_norms_, spread_
+from sqat.spreading import REPLICAS, Loss, Norms, Objective, Spread, spread_
 from sqat.stopping import noted_signals
 
 REMARK_EVERY = 100  # steps
@@ -291,6 +291,7 @@ def take_step(
         SqatError: a loss or a gradient is no number; no weight has moved then, in any process.
     """
     totals: dict[str, Tensor] = {}
+    model, norms = spread.objective.model, Norms(spread.objective.model)
     device, world = spread.accelerator.device, spread.accelerator.num_processes
     for index, piece in enumerate(pieces):
         sync = spread.unsynced() if index + 1 < len(pieces) else nullcontext()
@@ -300,10 +301,10 @@ def take_step(
                 parts = spread.called(piece.batch)
             weight = piece.share * world  # gradients are averaged over the processes
             spread.accelerator.backward(torch.stack([*parts.values()]).sum() * weight)
+        norms.note_(piece.share)
         for name, part in parts.items():
             totals[name] = totals.get(name, part.new_zeros(())) + part.detach() * piece.share
     figures = dict(zip(totals, summed(torch.stack([*totals.values()])).tolist(), strict=True))
-    model = spread.objective.model
     check_losses(figures, model, partial(compute_again, spread.objective, pieces), step)
     if spread.shards is not None:
         spread.shards.average_scalars_()
@@ -313,7 +314,7 @@ def take_step(
             nn.utils.clip_grads_with_norm_(group["params"], config.max_grad_norm, norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    average_norms_(model)
+    norms.settle_()
     return figures
 
 

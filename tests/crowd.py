@@ -34,7 +34,6 @@ from sqat.sharding import plain
 from sqat.sparsity.criteria import Taylor, Wanda
 from sqat.sparsity.masks import nm_mask, parse_pattern
 from sqat.sparsity.sparsegpt import SparseGPT
-from sqat.spreading import Objective, average_norms_
 from sqat.stages.calibrate import add_up_
 from sqat.stages.statistics import gather
 from sqat.training import Evaluation, fit
@@ -175,15 +174,10 @@ def other_work(folder: Path, group: str) -> Found:
     insert_weights_(model, {name: torch.ones_like(model.get_submodule(name).weight) > 0 for name in LAYERS}, ())
     sums = {str(criterion): gather(criterion, model, dict(zip(LAYERS, LAYERS, strict=True)), task_loss, feed, 0)
             for criterion in (Wanda(), SparseGPT(), Taylor(), Taylor(average="mean"))}  # fmt: skip
+    norm = {steps: normed(MidStage(folder / f"{group}-normed", "key"), steps) for steps in (1, STEPS)}
     full = starved(MidStage(folder / f"{group}-full", "key"))
-    return {
-        "full": full,
-        "sums": sums,
-        "histograms": histograms(),
-        "logits": logits(),
-        "norm": norms(),
-        "turns": [*turns(3)],
-    }
+    return {"full": full, "norm": norm, "sums": sums, "histograms": histograms(), "logits": logits(),
+            "turns": [*turns(3)]}  # fmt: skip
 
 
 def histograms() -> dict[str, dict[str, Tensor]]:
@@ -212,13 +206,28 @@ def logits() -> Tensor:
     return predict(lambda batch: torch.stack([batch.labels.sin(), batch.labels.cos()], dim=1), rows, processor)
 
 
-def norms() -> Tensor:
-    """Running mean of a batch norm that has seen another number in every process."""
-    norm = nn.BatchNorm1d(2)
-    assert norm.running_mean is not None
-    norm.running_mean.fill_(float(processes().process_index))
-    average_norms_(Objective(norm, task_loss))
-    return norm.running_mean
+class Normed(nn.Module):
+    """A layer behind a batch norm of what is in the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.BatchNorm1d(8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.layer(self.norm(x))
+        return logits
+
+
+def normed(state: MidStage, steps: int) -> Found:
+    """What the batch norm of a fit has seen: its buffers."""
+    torch.manual_seed(0)
+    model, config = Normed(), FitConfig(batch_size=5, gradient_accumulation=accumulation(), learning_rate=0.01)
+
+    def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"task": nn.functional.cross_entropy(model(batch.inputs["input_ids"].float()), batch.labels)}
+
+    fit(model, loss, feed_of(24, 5), config, steps=steps, seed=3, title="crowd", display=Silent(), state=state)
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
 def first_part(folder: Path, group: str) -> Found:
