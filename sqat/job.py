@@ -157,7 +157,7 @@ class Job:
 
     def streamed(self, stream: Stream, config: FitConfig, processor: Processor) -> Feed:
         """Training batches that are read as they are needed."""
-        at_once = config.gradient_accumulation * processes().num_processes
+        at_once = batches_together(config, self.state)
         batches = Batches(stream, config.batch_size, self.task.encode, at_once)
 
         def batch(numbers: list[int]) -> Batch:
