@@ -94,6 +94,7 @@ class Shards:
                 if isinstance(share, DTensor) and id(share) in whole_ones:
                     share.copy_(like(share, whole_ones.pop(id(share)).detach()))
                 module._parameters[name] = share
+        self.sharing = []
 
     def forget_(self) -> None:
         """Take away what torch has noted on the modules."""
@@ -131,7 +132,7 @@ def sharded_(objective: nn.Module, model: nn.Module, blocks: Iterable[str]) -> I
 def plain(model: nn.Module) -> Iterator[None]:
     """While open, the model is whole in every process, all of which must open it; what changes in it stays."""
     shards = SHARDED.get(model)
-    if shards is None:
+    if shards is None or shards.sharing:  # never shared out, or open already
         yield
         return
     whole_ones = shards.make_plain_()

@@ -114,7 +114,7 @@ def fitted(state: Path, loss: Any = task_loss, stop: int = 0, **config: Any) -> 
 
     def before_step(step: int) -> None:
         if step == 2:
-            with plain(model):
+            with plain(model), plain(model):  # the inner one changes nothing
                 for name, transform in transforms.items():
                     weight = original_weight(model.get_submodule(name)).detach()
                     transform.mask.copy_(nm_mask(weight.abs(), parse_pattern("2:4")))
