@@ -20,6 +20,7 @@ from bench_training import MODEL_OPTIMIZER, Group
 from torch import Tensor, nn
 
 from sqat.data import Batch
+from sqat.feed import Piece
 from sqat.insertion.quantizers import Quantizers, insert_quantizers_
 from sqat.insertion.sites import discover_sites
 from sqat.insertion.weights import insert_weights_, layer
@@ -30,10 +31,11 @@ from sqat.quantization.fake_quant import ACTIVATION_LOW, HIGH, SMALLEST_AMAX
 from sqat.recipe import DistillConfig, FitConfig, Layers, ModelConfig, QatConfig
 from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import Pattern
+from sqat.spreading import Loss, Objective, Spread
 from sqat.stages.calibrate import observe
 from sqat.stages.losses import distilled_loss, task_loss
 from sqat.tasks.relevance import Relevance
-from sqat.training import Loss, Objective, Piece, Spread, make_optimizer, take_step
+from sqat.training import make_optimizer, take_step
 
 TASK = Relevance()
 CANDIDATES = 4  # passages of a query

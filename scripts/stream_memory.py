@@ -4,24 +4,41 @@
 
 For each size a data set is generated (ten words and a class a row, Parquet shards of 250,000 rows), opened by a process
 of its own, and removed. The process reads the same number of windows of each, tokenizes every 64th batch, then opens
-the data set anew in the middle of the last epoch. RSS is the kernel's own VmHWM.
+the data set anew in the middle of the last epoch. Then `sqat run` trains, prunes, calibrates and learns on with fake
+quantization on it, a few steps each, with a tiny BERT: the whole command. RSS is the kernel's own (VmHWM, and of the
+command what it says of a process that has ended).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 WORDS = [f"w{number}" for number in range(5000)]
 SHARD, GROUP = 250_000, 10_000  # rows of a file, and of a row group in it
 BATCH, LENGTH = 32, 32
+NAMES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]  # of the tokenizer
+RECIPE = f"""model: {{source: model, max_length: {LENGTH}}}
+task: {{name: classification, labels: [bad, good]}}
+output: runs
+data:
+  train: {{path: "part-*.parquet", streaming: true}}
+  dev: {{path: part-00000.parquet, limit: 64}}
+stages:
+  train: {{steps: 20, batch_size: {BATCH}}}
+  prune: {{steps: 10, batch_size: {BATCH}}}
+  calibrate: {{samples: 64}}
+  qat: {{steps: 10, batch_size: {BATCH}}}
+"""
 
 
 def main() -> None:
@@ -46,7 +63,8 @@ def measure(rows: int, windows: int) -> dict[str, float]:
         size = sum(path.stat().st_size for path in Path(folder).glob("*.parquet")) / 1e6
         command = [sys.executable, __file__, "--inside", folder, "--windows", str(windows)]
         told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    figures = {"rows": rows, "disk_mb": round(size, 1), **json.loads(told.splitlines()[-1])}
+        whole = run(Path(folder))
+    figures = {"rows": rows, "disk_mb": round(size, 1), **json.loads(told.splitlines()[-1]), **whole}
     print(figures, flush=True)
     return figures
 
@@ -66,6 +84,23 @@ def generate(rows: int, folder: Path) -> None:
         pq.write_table(table, folder / f"part-{start // SHARD:05d}.parquet", row_group_size=GROUP)
 
 
+def run(folder: Path) -> dict[str, float]:
+    """Seconds and most memory in MB of `sqat run` on a data set, from start to end.
+
+    Raises:
+        RuntimeError: the command ends otherwise than with code 0.
+    """
+    (folder / "stream.yaml").write_text(RECIPE, encoding="utf-8")
+    begun = time.monotonic()
+    command = [sys.executable, "-m", "sqat", "run", "stream.yaml", "--quiet"]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"sqat run ended with code {process.returncode}")
+    return {"run_mb": round(used.ru_maxrss / 1024, 2), "run_s": round(time.monotonic() - begun, 2)}
+
+
 def read(folder: Path, windows: int) -> dict[str, float]:
     """What one process sees of a data set: memory in MB, times in seconds."""
     from transformers import BertTokenizerFast
@@ -75,8 +110,8 @@ def read(folder: Path, windows: int) -> dict[str, float]:
     from sqat.streaming import Batches, open_stream
     from sqat.tasks.classification import Classification
 
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    processor = TextProcessor(BertTokenizerFast(vocab={name: number for number, name in enumerate(names)}))
+    tokenizer = BertTokenizerFast(vocab={name: number for number, name in enumerate(NAMES)})
+    processor = TextProcessor(tokenizer)
     task, config = Classification(("bad", "good")), ClassificationTask(labels=("bad", "good"))
     split = SplitConfig(path="*.parquet", streaming=True)
 
@@ -106,7 +141,17 @@ def read(folder: Path, windows: int) -> dict[str, float]:
     batch(again, plan[len(plan) // 2 :][0])
     figures = {"imports_mb": imports, "peak_mb": peak(), "rows_read": done, "open_s": opening, "read_s": reading,
                "middle_s": time.monotonic() - begun}  # fmt: skip
+    write_model(tokenizer, folder / "model")
     return {name: round(value, 2) for name, value in figures.items()}
+
+
+def write_model(tokenizer: Any, folder: Path) -> None:
+    """A tiny BERT, for the whole command to start from."""
+    from transformers import BertConfig, BertModel
+
+    shape = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    tokenizer.save_pretrained(folder)
+    BertModel(BertConfig(vocab_size=len(NAMES), **shape)).save_pretrained(folder)
 
 
 def peak() -> float:

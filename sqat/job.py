@@ -25,15 +25,18 @@ from sqat.data import (
 )
 from sqat.display import Display
 from sqat.errors import SqatError
+from sqat.feed import Feed
 from sqat.manifest import Manifest
+from sqat.mid_stage import MidStage
 from sqat.models import build, check_head, load_pretrained, versions
 from sqat.pixels import augmented
 from sqat.processes import first_says, processes, summed, turns
 from sqat.recipe import FitConfig, PruneConfig, QatConfig, Recipe, StageConfig
 from sqat.splits import Splits
+from sqat.spreading import Loss
 from sqat.streaming import Batches, Stream
 from sqat.tasks import Task
-from sqat.training import Evaluation, Feed, Figures, Fitted, Loss, MidStage, batches_together, fit
+from sqat.training import Evaluation, Figures, Fitted, batches_together, fit
 
 EVALUATION_BATCH = 64
 
@@ -100,7 +103,7 @@ class Job:
 
     def streamed(self, stream: Stream, config: FitConfig, processor: Processor) -> Feed:
         """Training batches that are read as they are needed."""
-        at_once = config.gradient_accumulation * processes().num_processes
+        at_once = batches_together(config, self.state)
         batches = Batches(stream, config.batch_size, self.task.encode, at_once)
 
         def batch(numbers: list[int]) -> Batch:

@@ -26,8 +26,9 @@ from sqat.gates import Limit, limits_of, missed, refusal, rejected_folder
 from sqat.job import Job
 from sqat.keys import Keys, attempts, is_attempt, known_manifest, made_from, stretch, teacher_name
 from sqat.manifest import Manifest, load_manifest, verify_files
+from sqat.mid_stage import MidStage
 from sqat.plan import due_stages
-from sqat.processes import first_says, processes, told_of_loss
+from sqat.processes import by_first, first_says, processes, told_of_loss
 from sqat.recipe import FitConfig, LoadedRecipe
 from sqat.recipe_rules import stage_range
 from sqat.results import ResultRow as ResultRow
@@ -38,7 +39,6 @@ from sqat.soundness import saturation
 from sqat.splits import Splits
 from sqat.stages import calibrate, export, prune, qat, train
 from sqat.tracking import Tracked, tracked
-from sqat.training import MidStage
 
 STAGE_FOLDER = re.compile(r"\d{2,}-")
 STAGES: dict[str, Callable[[Any, Checkpoint | None, Job], Checkpoint]] = {
@@ -245,22 +245,24 @@ def next_attempt(trial: Trial, folder: Path, known: Manifest) -> int:
     Raises:
         GateError: it still misses one, and was the last attempt.
     """
-    miss, process = first_says(missed(trial.limits, known.metrics)), processes()
+    miss = first_says(missed(trial.limits, known.metrics))
     if miss and known.attempt >= attempts(trial.keys.loaded.recipe.stages[trial.name]):
         raise refusal(trial.name, miss, folder, trial.directory.exists() and folder != trial.directory)
     if miss or folder == trial.directory:
         return known.attempt + 1 if miss else 1
-    if process.is_main_process:
+
+    def put_in_place() -> None:
         save_checkpoint(load_checkpoint(folder), trial.directory)
-        shutil.rmtree(folder)
-    process.wait_for_everyone()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    by_first(put_in_place)
     trial.display.say(f"{trial.name}: what was set aside passes the gates now -> {trial.directory}")
     return 0
 
 
 def try_to_pass(trial: Trial, attempt: int) -> None:
     """Run a stage from an attempt on until its result passes, and put that in place."""
-    config, process = trial.keys.loaded.recipe.stages[trial.name], processes()
+    config = trial.keys.loaded.recipe.stages[trial.name]
     for number in range(attempt, attempts(config) + 1):
         if number > 1:
             trial.display.say(f"{trial.name}: attempt {number} of {attempts(config)}, with more steps")
@@ -269,10 +271,7 @@ def try_to_pass(trial: Trial, attempt: int) -> None:
             trial.display.say(f"{trial.name}: {line}")
         miss = first_says(missed(trial.limits, checkpoint.manifest.metrics))
         goal = rejected_folder(trial.directory) if miss else trial.directory
-        if process.is_main_process:
-            save_checkpoint(checkpoint, goal)
-            shutil.rmtree(trial.state, ignore_errors=True)  # only once the checkpoint is on the disk
-        process.wait_for_everyone()
+        by_first(partial(keep, checkpoint, goal, trial.state))
         figures = checkpoint.manifest.metrics.get("dev", {})
         shown = ", ".join(f"{metric} {value:.4f}" for metric, value in figures.items())
         trial.display.log({f"{trial.name}/dev/{metric}": value for metric, value in figures.items()})
@@ -281,6 +280,12 @@ def try_to_pass(trial: Trial, attempt: int) -> None:
             return
         trial.display.say(f"{trial.name}: misses a gate: {miss}")
     raise refusal(trial.name, miss, goal, trial.directory.exists())
+
+
+def keep(checkpoint: Checkpoint, goal: Path, state: Path) -> None:
+    """Save what a stage has made; its mid-stage state goes only once that is on the disk."""
+    save_checkpoint(checkpoint, goal)
+    shutil.rmtree(state, ignore_errors=True)
 
 
 def run_once(trial: Trial, attempt: int) -> Checkpoint:

@@ -7,6 +7,7 @@ Left out: a process that is lost in the middle; it ends the others, and the run 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,6 +45,23 @@ def first_says(text: str) -> str:
     said = [text]
     broadcast_object_list(said)
     return said[0]
+
+
+def by_first(work: Callable[[], object]) -> None:
+    """Let the first process do what only one may do, while the others wait.
+
+    Raises:
+        SqatError: it cannot be done, as the first process finds; in all processes, so that none waits for it in vain.
+    """
+    failed = ""
+    if processes().is_main_process:
+        try:
+            work()
+        except SqatError as error:
+            failed = json.dumps([error.problem, error.hint, error.place])
+    if failed := first_says(failed):
+        processes().wait_for_everyone()  # the first to end would cut off one that has not heard yet
+        raise SqatError(*json.loads(failed))
 
 
 def one_says(text: str) -> str:

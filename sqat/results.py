@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from sqat.data import SplitName, digest
 from sqat.display import Display
 from sqat.evaluation import evaluate_artifact
 from sqat.keys import Keys
-from sqat.processes import first_says, processes
+from sqat.processes import by_first, first_says
 from sqat.result_files import FILE, artifact_size, result_artifacts
 from sqat.small_files import read_object, replace_file
 from sqat.splits import Splits
@@ -62,6 +63,6 @@ def closing_table(keys: Keys, splits: Splits, display: Display) -> Results:
         figures = {name: value if isfinite(value) else str(value) for name, value in metrics.items()}
         record[label] = {"key": key, "split": split, "data": content, "size_bytes": row.size_bytes,
                          "path": str(artifact), "metrics": figures}  # fmt: skip
-    if record and processes().is_main_process:
-        replace_file(directory / FILE, (json.dumps(record, indent=2) + "\n").encode())
+    if record:
+        by_first(partial(replace_file, directory / FILE, (json.dumps(record, indent=2) + "\n").encode()))
     return Results(rows, split, content, directory)

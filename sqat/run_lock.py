@@ -20,7 +20,7 @@ from pathlib import Path
 
 from sqat.display import Display
 from sqat.errors import SqatError
-from sqat.processes import first_says, processes
+from sqat.processes import by_first
 
 if sys.platform != "win32":
     import fcntl
@@ -36,20 +36,20 @@ def run_lock(directory: Path, display: Display, file: str = FILE) -> Iterator[No
     Raises:
         SqatError: another run holds it, or the folder cannot be written.
     """
-    handle, told, failed = None, "", ""
-    if processes().is_main_process and sys.platform != "win32":
-        try:
+    held: list[int] = []
+
+    def take() -> None:
+        if sys.platform != "win32":
             handle, told = take_lock(directory / file)
-        except SqatError as error:
-            failed = json.dumps([error.problem, error.hint, error.place])
-    if failed := first_says(failed):
-        raise SqatError(*json.loads(failed))
+            held.append(handle)
+            if told:
+                display.say(told)
+
     try:
-        if told:
-            display.say(told)
+        by_first(take)
         yield
     finally:
-        if handle is not None:
+        for handle in held:
             release_lock(handle, directory / file)
 
 

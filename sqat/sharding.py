@@ -7,6 +7,9 @@ That is the limit too: gradients and moments, 12 of the 16 bytes that a weight t
 model must fit into each process, and so must a teacher. Weights are not given back between a forward and its backward
 pass, for distillation reads them from inside a block.
 
+FSDP2 has no way of its own to hold whole tensors, change them and write them back (PyTorch issue 137129 asks for one),
+and its hooks take every gradient; so `plain` takes class, hooks and shares off the modules by hand, and puts them back.
+
 Learned scales are single numbers, which FSDP cannot share out: every process keeps them, and averages their gradients.
 Left out: loss parts on weights themselves (the decay of schedule sr-ste), which is refused.
 """
@@ -91,6 +94,7 @@ class Shards:
                 if isinstance(share, DTensor) and id(share) in whole_ones:
                     share.copy_(like(share, whole_ones.pop(id(share)).detach()))
                 module._parameters[name] = share
+        self.sharing = []
 
     def forget_(self) -> None:
         """Take away what torch has noted on the modules."""
@@ -128,7 +132,7 @@ def sharded_(objective: nn.Module, model: nn.Module, blocks: Iterable[str]) -> I
 def plain(model: nn.Module) -> Iterator[None]:
     """While open, the model is whole in every process, all of which must open it; what changes in it stays."""
     shards = SHARDED.get(model)
-    if shards is None:
+    if shards is None or shards.sharing:  # never shared out, or open already
         yield
         return
     whole_ones = shards.make_plain_()

@@ -6,69 +6,39 @@ noise, crops) and so the whole run are functions of the seed and the number of a
 continues from its last mid-stage state to the same weights (bit for bit on a CPU with one thread), and processes that
 share the batches of a step compute what one would that takes them all, but for the rounding of sums. How many batches
 a step sums up is settled when a run begins; one that is gone on with in more or fewer processes keeps to it.
-
-The state is safetensors and JSON, written beside and renamed; nothing is unpickled. The first process writes it.
+The batches come from `sqat.feed`, are shared out by `sqat.spreading`, and what is saved is `sqat.mid_stage`'s.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
-from pathlib import Path
 
-import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_tensors
-from safetensors.torch import save as tensor_bytes
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from sqat.checkpoint import write_synced
-from sqat.data import Batch
 from sqat.display import Display
-from sqat.errors import SqatError, StoppedError
+from sqat.errors import StoppedError
+from sqat.feed import Feed, Piece, seed_draws, shared_work, steps_of_work
 from sqat.insertion.quantizers import QUANTIZERS
-from sqat.layers import encoder_blocks
-from sqat.processes import any_process, first_says, in_shards, processes, summed, turns
+from sqat.mid_stage import MidStage, Progress
+from sqat.processes import any_process, by_first, in_shards, processes, summed
 from sqat.recipe import FitConfig
-from sqat.sharding import Shards, like, plain, send_gradients_, sharded_, whole
+from sqat.sharding import like, plain, whole
 from sqat.soundness import check_gradients, check_losses, check_scales, learned_bounds, weakness
+from sqat.spreading import REPLICAS, Loss, Norms, Objective, Spread, spread_
 from sqat.stopping import noted_signals
 
 REMARK_EVERY = 100  # steps
 
 
-Loss = Callable[[nn.Module, Batch], dict[str, Tensor]]
 Figures = dict[str, float]
-
-
-@dataclass
-class Feed:
-    """Where batches come from: `plan(epoch)` gives row indices of each batch, `collate` makes one."""
-
-    plan: Callable[[int], Sequence[list[int]]]
-    collate: Callable[[list[int]], Batch]
-
-    def stream(self, start: int) -> Iterator[list[int]]:
-        """Row indices of batch ``start`` and all after it, over the epochs."""
-        epoch = 0
-        while True:
-            batches = self.plan(epoch)
-            if not batches:
-                raise SqatError("no batch of training rows is left", "look at data.train and task")
-            yield from batches[start:]
-            start = max(0, start - len(batches))
-            epoch += 1
 
 
 @dataclass
@@ -77,20 +47,6 @@ class Evaluation:
 
     measure: Callable[[], Figures]
     metric: str
-
-
-@dataclass
-class Progress:
-    """What a mid-stage state remembers beside tensors; ``together`` is how many batches a step sums up."""
-
-    step: int = 0
-    together: int = 1
-    best: float = -math.inf
-    without_gain: int = 0
-    seconds: float = 0.0
-    samples: int = 0
-    losses: Figures = field(default_factory=dict)
-    history: list[Figures] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -142,80 +98,6 @@ def make_optimizer(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)  # a sixth of the time of the default here
 
 
-class MidStage:
-    """The mid-stage state on disk: one safetensors file of tensors, one JSON that points to it.
-
-    Args:
-        directory: of its own, removed when the stage ends.
-        key: of the stage; a state of another key is not used.
-    """
-
-    def __init__(self, directory: Path, key: str) -> None:
-        self.directory, self.key = directory, key
-        self.found: list[tuple[dict[str, Tensor], Progress] | None] = []
-
-    def save(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
-        """Write the tensors, then the JSON, each beside and renamed; then drop older tensors.
-
-        Raises:
-            SqatError: the disk is full or the like; the last state is still whole.
-        """
-        content = tensor_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-        name, known = f"step-{progress.step}.safetensors", vars(progress)
-        index = {"key": self.key, "file": name, "sha256": state_digest(content, known), "progress": known}
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for target, data in ((name, content), ("state.json", json.dumps(index).encode())):
-                write_synced(self.directory / f".{target}.new", data)
-                (self.directory / f".{target}.new").rename(self.directory / target)
-            for old in self.directory.glob("step-*.safetensors"):
-                if old.name != name:
-                    old.unlink()
-        except OSError as error:
-            raise SqatError(f"the mid-stage state cannot be written: {error.strerror or error}", "free space",
-                            str(self.directory)) from error  # fmt: skip
-        finally:
-            for half in self.directory.glob(".*.new"):
-                half.unlink(missing_ok=True)
-
-    def peek(self) -> Progress | None:
-        """What the state remembers that a fit will go on from; it is read once, and kept until it is taken."""
-        if not self.found:
-            self.found = [self.load()]
-        return None if self.found[0] is None else self.found[0][1]
-
-    def take(self) -> tuple[dict[str, Tensor], Progress] | None:
-        """What `load` gives, or gave to `peek`.
-
-        Raises:
-            SqatError: the processes of this run do not all find the same.
-        """
-        known = self.peek()
-        told = "" if known is None else json.dumps(asdict(known))
-        if any(any_process(told != first_says(told))):
-            raise SqatError("not every process finds the same mid-stage state",
-                            "put the output where all hosts see it", str(self.directory))  # fmt: skip
-        return self.found.pop()
-
-    def load(self) -> tuple[dict[str, Tensor], Progress] | None:
-        """The last state; None if there is none, it is of another key, or it is damaged."""
-        try:
-            index = json.loads((self.directory / "state.json").read_bytes())
-            if index["key"] != self.key:
-                return None
-            content = (self.directory / Path(index["file"]).name).read_bytes()
-            if state_digest(content, index["progress"]) != index["sha256"]:
-                return None
-            return parse_tensors(content), Progress(**index["progress"])
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-            return None
-
-
-def state_digest(content: bytes, progress: Mapping[str, object]) -> str:
-    """sha256 of a mid-stage state: its tensors and what it remembers beside them."""
-    return hashlib.sha256(content + json.dumps(progress).encode()).hexdigest()
-
-
 @dataclass
 class Run:
     """One fit under way: what is saved, resumed and finally kept."""
@@ -228,17 +110,23 @@ class Run:
     remarked: set[str] = field(default_factory=set)
 
     def save(self) -> None:
-        """Let the first process write model, optimizer and best weights as one mid-stage state; all must call it."""
-        if not (in_shards() or processes().is_main_process):
-            return
+        """Let the first process write model, optimizer and best weights as one mid-stage state; all must call it.
+
+        Raises:
+            SqatError: it cannot be written; in all processes.
+        """
+        tensors = self.tensors() if in_shards() or processes().is_main_process else {}
+        by_first(lambda: self.state.save(tensors, self.progress))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Model, optimizer and best weights by name; where they are shared out all processes must ask."""
         with plain(self.model):
             tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for index, values in sorted(self.optimizer.state_dict()["state"].items()):  # in one order in all processes
             known = {name: value for name, value in sorted(values.items()) if isinstance(value, Tensor)}
             tensors |= {f"optimizer.{index}.{name}": whole(value) for name, value in known.items()}
-        if processes().is_main_process:
-            self.state.save({name: tensor.clone() for name, tensor in tensors.items()}, self.progress)
+        return {name: tensor.clone() for name, tensor in tensors.items()}
 
     def resume(self) -> bool:
         """Go on from the mid-stage state, if a sound one of this key is there."""
@@ -387,103 +275,6 @@ def begin(run: Run, title: str, steps: int, config: FitConfig, display: Display)
     display.begin(title, steps)
 
 
-# Buffers are equal in all processes after every step (`average_norms_`). A loss may not reach every parameter; where
-# torch looks for those, it does not deal gradients anew after the first step either, so that sums keep their order.
-REPLICAS = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
-
-
-class Objective(nn.Module):
-    """The loss as a module, so that what spreads it over processes sees which parameters the loss reaches."""
-
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        return self.loss(self.model, batch)
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The objective over all processes: each holds a replica of the model (DDP), or its shares (FSDP), or is alone.
-
-    Attributes:
-        called: computes the loss parts of a batch.
-    """
-
-    objective: Objective
-    called: nn.Module
-    accelerator: Accelerator
-    shards: Shards | None
-
-    @contextmanager
-    def unsynced(self) -> Iterator[None]:
-        """While open, gradients are only gathered: another batch of the step follows."""
-        if self.shards is None:
-            with self.accelerator.no_sync(self.called):
-                yield
-            return
-        send_gradients_(self.objective, False)
-        yield
-        send_gradients_(self.objective, True)
-
-
-@contextmanager
-def spread_(objective: Objective, accelerator: Accelerator) -> Iterator[Spread]:
-    """Spread a model over the processes; afterwards each has the whole of it."""
-    if not in_shards():
-        yield Spread(objective, accelerator.prepare(objective), accelerator, None)
-        return
-    model = objective.model
-    with sharded_(objective, model, encoder_blocks(model)) as shards:
-        yield Spread(objective, objective, accelerator, shards)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One batch of an optimizer step.
-
-    Attributes:
-        batch: on this process's device.
-        share: of the step's rows; 0 where another process has it and this one only keeps step.
-        seeds: of what the model draws for it.
-    """
-
-    batch: Batch
-    share: float
-    seeds: tuple[int, ...]
-
-
-def steps_of_work(
-    feed: Feed, together: int, seed: int, device: torch.device, step: int
-) -> Iterator[tuple[list[Piece], int]]:
-    """This process's batches of each optimizer step from ``step`` on, and the rows of that step in all processes."""
-    stream = feed.stream(step * together)
-    for first in count(step * together, together):
-        planned = [next(stream) for _ in range(together)]
-        rows, pieces = sum(map(len, planned)), []
-        for index, counts in turns(together):
-            seed_draws(seed, first + index, 0)
-            batch = feed.collate(planned[index]).to(device)
-            share = len(planned[index]) / rows if counts else 0.0
-            pieces.append(Piece(batch, share, (seed, first + index, 1)))
-        yield pieces, rows
-
-
-def seed_draws(*numbers: int) -> None:
-    """Make what torch draws from here on, on every device, a function of the numbers."""
-    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
-
-
-def shared_work(together: int, accumulation: int) -> str:
-    """What to say of a step's batches; empty where one process takes as many as the recipe says."""
-    world = processes().num_processes
-    if world == 1 and together == accumulation:
-        return ""
-    kept = "" if together == accumulation * world else f" as when it began, not {accumulation * world}"
-    return f"{world} process{'es' if world > 1 else ''}, an optimizer step sums up {together} batches{kept}"
-
-
 def take_step(
     spread: Spread, optimizer: torch.optim.Optimizer, pieces: list[Piece], config: FitConfig, step: int
 ) -> Figures:
@@ -493,6 +284,7 @@ def take_step(
         SqatError: a loss or a gradient is no number; no weight has moved then, in any process.
     """
     totals: dict[str, Tensor] = {}
+    model, norms = spread.objective.model, Norms(spread.objective.model)
     device, world = spread.accelerator.device, spread.accelerator.num_processes
     for index, piece in enumerate(pieces):
         sync = spread.unsynced() if index + 1 < len(pieces) else nullcontext()
@@ -502,10 +294,10 @@ def take_step(
                 parts = spread.called(piece.batch)
             weight = piece.share * world  # gradients are averaged over the processes
             spread.accelerator.backward(torch.stack([*parts.values()]).sum() * weight)
+        norms.note_(piece.share)
         for name, part in parts.items():
             totals[name] = totals.get(name, part.new_zeros(())) + part.detach() * piece.share
     figures = dict(zip(totals, summed(torch.stack([*totals.values()])).tolist(), strict=True))
-    model = spread.objective.model
     check_losses(figures, model, partial(compute_again, spread.objective, pieces), step)
     if spread.shards is not None:
         spread.shards.average_scalars_()
@@ -515,7 +307,7 @@ def take_step(
             nn.utils.clip_grads_with_norm_(group["params"], config.max_grad_norm, norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    average_norms_(model)
+    norms.settle_()
     return figures
 
 
@@ -524,17 +316,6 @@ def compute_again(objective: nn.Module, pieces: list[Piece]) -> None:
     for piece in pieces:
         seed_draws(*piece.seeds)
         objective(piece.batch)
-
-
-def average_norms_(model: nn.Module) -> None:
-    """Give all processes the mean of what their batch norms have seen, so that each holds the same model."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    if not norms or processes().num_processes == 1:
-        return
-    known = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
-    mean = summed(torch.cat([*known])) / processes().num_processes
-    for buffer, part in zip(known, mean.split([len(buffer) for buffer in known]), strict=True):
-        buffer.copy_(part)
 
 
 @contextmanager

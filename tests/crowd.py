@@ -6,14 +6,12 @@ process ends with is written to ``FOLDER/<group>-<rank>.pt``, for `tests/test_pr
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,11 @@ from torch import Tensor, nn
 
 from sqat.data import Batch
 from sqat.display import Silent
+from sqat.errors import SqatError
+from sqat.feed import Feed
 from sqat.insertion.weights import insert_weights_, original_weight, remove_weights_
 from sqat.job import predict
+from sqat.mid_stage import MidStage
 from sqat.processes import in_shards, processes, turns
 from sqat.quantization.histogram import Histogram
 from sqat.recipe import FitConfig
@@ -35,7 +36,8 @@ from sqat.sparsity.pattern import parse_pattern
 from sqat.sparsity.settings import SparseGPT, Taylor, Wanda
 from sqat.stages.calibrate import add_up_
 from sqat.stages.statistics import gather
-from sqat.training import Evaluation, Feed, MidStage, Objective, average_norms_, fit
+from sqat.training import Evaluation, fit
+from tests import forks
 
 LIMIT = 240.0  # seconds for all groups
 TOGETHER = 4  # batches of an optimizer step, whoever has them
@@ -112,7 +114,7 @@ def fitted(state: Path, loss: Any = task_loss, stop: int = 0, **config: Any) -> 
 
     def before_step(step: int) -> None:
         if step == 2:
-            with plain(model):
+            with plain(model), plain(model):  # the inner one changes nothing
                 for name, transform in transforms.items():
                     weight = original_weight(model.get_submodule(name)).detach()
                     transform.mask.copy_(nm_mask(weight.abs(), parse_pattern("2:4")))
@@ -129,6 +131,30 @@ def fitted(state: Path, loss: Any = task_loss, stop: int = 0, **config: Any) -> 
     return {"weights": {name: tensor.clone() for name, tensor in model.state_dict().items()}, "masks": masks,
             "losses": watcher.losses, "said": watcher.said, "samples": done.samples,
             "score": [figures["score"] for figures in done.history]}  # fmt: skip
+
+
+class Filling(Silent):
+    """The disk of the first process is full from one step on."""
+
+    def __init__(self, disk: ExitStack) -> None:
+        self.disk = disk
+
+    def update(self, step: int, values: Any, rate: float) -> None:
+        if step == STOP and processes().is_main_process:
+            self.disk.enter_context(forks.full_disk(1000))
+
+
+def starved(state: MidStage) -> Found:
+    """How a fit ends that cannot save, and the step of the state that is there then."""
+    config = FitConfig(batch_size=5, save_every=0)
+    with ExitStack() as disk:
+        try:
+            fit(tiny_bert(), task_loss, feed_of(24, 5), config, steps=STEPS, seed=3, title="crowd",
+                display=Filling(disk), state=state)  # fmt: skip
+        except SqatError as error:
+            known = state.load()
+            return {"told": str(error), "step": known and known[1].step}
+    return {}
 
 
 def accumulation() -> int:
@@ -148,7 +174,10 @@ def other_work(folder: Path, group: str) -> Found:
     insert_weights_(model, {name: torch.ones_like(model.get_submodule(name).weight) > 0 for name in LAYERS}, ())
     sums = {str(criterion): gather(criterion, model, dict(zip(LAYERS, LAYERS, strict=True)), task_loss, feed, 0)
             for criterion in (Wanda(), SparseGPT(), Taylor(), Taylor(average="mean"))}  # fmt: skip
-    return {"sums": sums, "histograms": histograms(), "logits": logits(), "norm": norms(), "turns": [*turns(3)]}
+    norm = {steps: normed(MidStage(folder / f"{group}-normed", "key"), steps) for steps in (1, STEPS)}
+    full = starved(MidStage(folder / f"{group}-full", "key"))
+    return {"full": full, "norm": norm, "sums": sums, "histograms": histograms(), "logits": logits(),
+            "turns": [*turns(3)]}  # fmt: skip
 
 
 def histograms() -> dict[str, dict[str, Tensor]]:
@@ -177,13 +206,28 @@ def logits() -> Tensor:
     return predict(lambda batch: torch.stack([batch.labels.sin(), batch.labels.cos()], dim=1), rows, processor)
 
 
-def norms() -> Tensor:
-    """Running mean of a batch norm that has seen another number in every process."""
-    norm = nn.BatchNorm1d(2)
-    assert norm.running_mean is not None
-    norm.running_mean.fill_(float(processes().process_index))
-    average_norms_(Objective(norm, task_loss))
-    return norm.running_mean
+class Normed(nn.Module):
+    """A layer behind a batch norm of what is in the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.BatchNorm1d(8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.layer(self.norm(x))
+        return logits
+
+
+def normed(state: MidStage, steps: int) -> Found:
+    """What the batch norm of a fit has seen: its buffers."""
+    torch.manual_seed(0)
+    model, config = Normed(), FitConfig(batch_size=5, gradient_accumulation=accumulation(), learning_rate=0.01)
+
+    def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"task": nn.functional.cross_entropy(model(batch.inputs["input_ids"].float()), batch.labels)}
+
+    fit(model, loss, feed_of(24, 5), config, steps=steps, seed=3, title="crowd", display=Silent(), state=state)
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
 def first_part(folder: Path, group: str) -> Found:
@@ -223,45 +267,12 @@ GROUPS: dict[str, tuple[int, Callable[[Path, str], Found]]] = {
 def run_group(group: str, folder: Path) -> None:
     """Fork the processes of a group and wait for all; SystemExit where one fails."""
     world, work = GROUPS[group]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    os.environ.update({"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                       "LOCAL_WORLD_SIZE": str(world)})  # fmt: skip
-    os.environ["ACCELERATE_USE_FSDP"] = str("shards" in group).lower()
-    children = [fork(group, rank, work, folder) for rank in range(world)]
-    try:
-        ends = [os.waitpid(child, 0)[1] for child in children]
-    finally:
-        for child in children:
-            end(child)
-    if any(ends):
-        sys.exit(f"group {group} ended with {ends}")
 
-
-def fork(group: str, rank: int, work: Callable[[Path, str], Found], folder: Path) -> int:
-    """Start one process; returns its id."""
-    child = os.fork()
-    if child:
-        return child
-    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
-    if os.environ["WORLD_SIZE"] == "1":
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-            del os.environ[name]
-    try:
+    def kept(rank: int) -> None:
         torch.save(work(folder, group), folder / f"{group}-{rank}.pt")
-    except BaseException:  # told here, for the process must not go on as its parent would
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
 
-
-def end(child: int) -> None:
-    """Kill a process that is still there."""
-    try:
-        os.kill(child, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+    if any(ended := forks.ends(forks.start(world, kept, "shards" in group))):
+        sys.exit(f"group {group} ended with {ended}")
 
 
 def give_up(number: int, frame: object) -> None:

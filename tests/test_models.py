@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -25,7 +26,7 @@ from sqat.layers import choose_layers, encoder_blocks, find_qkv
 from sqat.manifest import Manifest
 from sqat.models import build, capture, load_pretrained, use_taps
 from sqat.recipe import Layers, ModelConfig
-from sqat.sources import resolve_source
+from sqat.sources import resolve_source, source_digest
 
 MakeModel = Callable[..., PreTrainedModel]
 MakeSource = Callable[..., Path]
@@ -372,6 +373,38 @@ def test_an_adapter_is_no_model(make_source: MakeSource, tmp_path: Path) -> None
     source = make_source("bert")
     (source / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(make_source("bert"))}))
     assert "is an adapter, whose weights belong to another model" in problem(load, source, tmp_path)
+
+
+def write_adapter(folder: Path, base: Path) -> Path:
+    """A folder as peft saves one: a LoRA of one layer, the name of its model, a tokenizer, and no config of a model."""
+    folder.mkdir()
+    entries = {"base_model_name_or_path": str(base), "bias": "none", "peft_type": "LORA", "r": 2, "lora_alpha": 4,
+               "target_modules": ["query"], "task_type": "SEQ_CLS", "inference_mode": True}  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(entries))
+    layer = "base_model.model.bert.encoder.layer.0.attention.self.query"
+    tensors = {f"{layer}.lora_A.weight": torch.ones(2, 32), f"{layer}.lora_B.weight": torch.zeros(32, 2)}
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, folder)
+    return folder
+
+
+@pytest.mark.parametrize("reached", ["folder", "package"])
+def test_a_folder_as_peft_writes_it_is_an_adapter(
+    reached: str, make_source: MakeSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told as one, and neither as a folder without a config nor by the model that it names."""
+    (tmp_path / "site" / "tuned").mkdir(parents=True)
+    adapter = write_adapter(tmp_path / "site" / "tuned" / "adapter", make_source("bert"))
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    if reached == "package":
+        (adapter.parent / "__init__.py").touch()
+        shutil.copy(make_source("bert") / "config.json", adapter)  # a folder of a package is known by it
+    source = str(adapter) if reached == "folder" else "package:tuned/adapter"
+    line = (f"{adapter / 'adapter_config.json'}: is an adapter, whose weights belong to another model; merge them and "
+            "save the whole model")  # fmt: skip
+    assert problem(load, source, tmp_path) == line
+    assert problem(source_digest, ModelConfig(source=source), tmp_path) == line
 
 
 def test_a_folder_without_a_tokenizer(make_source: MakeSource, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from sqat.bench.intervals import Interval
 from sqat.checkpoint import load_checkpoint, save_checkpoint
 from sqat.errors import SqatError
 from sqat.export.runtime import session
+from sqat.keys import Keys
 from sqat.pipeline import run as run_pipeline
 from sqat.sparsity.semi_structured import pack
 
@@ -34,7 +35,7 @@ sys.path.append(str(ROOT / "scripts"))
 
 from results_page import applications, running, spread, timing, verdicts  # noqa: E402
 from results_page.__main__ import main  # noqa: E402
-from results_page.collecting import Run, packing_saves, runs_of  # noqa: E402
+from results_page.collecting import Run, packing_saves, runs_of, why_unsound  # noqa: E402
 from results_page.page import render  # noqa: E402
 from results_page.schema import (  # noqa: E402
     Application,
@@ -199,6 +200,24 @@ def test_a_row_of_another_recipe_does_not_count(copied: Path) -> None:
     assert [line for line in missing if "changed" in line] == [f"seed 0, {reason}", f"seed 1, {reason}"]
     recipe.write_text("# Only another comment.\n" + RECIPE)
     assert not any("changed" in line for line in make_page(copied)[1]["applications"]["relevance-pnr"]["missing"])
+
+
+@pytest.mark.pipeline
+def test_a_current_row_counts_whatever_the_words_of_its_recipe(copied: Path) -> None:
+    """Another name of the same data, beside a recipe in the checkpoint that this sqat does not read any more."""
+    (copied / "same.jsonl").write_bytes((copied / "train.jsonl").read_bytes())
+    recipe = copied / "relevance-pnr.yaml"
+    recipe.write_text(RECIPE.replace("train: train.jsonl", "train: same.jsonl"))
+    keys = Keys(run_of(copied, 0).load())
+    assert [why_unsound(keys, name) for name in ("train", "one-shot", "calibrate")] == ["", "", ""]
+
+    there = keys.directory("calibrate")
+    save_checkpoint(replace(load_checkpoint(there), recipe="of: another age"), there)
+    keys = Keys(run_of(copied, 0).load())
+    assert why_unsound(keys, "calibrate") == ""
+    recipe.write_text(RECIPE.replace("samples: 16", "samples: 8"))
+    changed = Keys(run_of(copied, 0).load())
+    assert why_unsound(changed, "calibrate") == "the recipe of stage calibrate has changed since"
 
 
 @pytest.mark.pipeline

@@ -131,9 +131,11 @@ def test_a_stages_folder_is_locked_with_the_run_it_stands_in(
 def test_processes_other_than_the_first_learn_of_it(
     tmp_path: Path, recorder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sqat.run_lock.processes", lambda: SimpleNamespace(is_main_process=False))
+    second = SimpleNamespace(is_main_process=False, wait_for_everyone=lambda: None)
+    monkeypatch.setattr("sqat.processes.processes", lambda: second)
+    monkeypatch.setattr("sqat.processes.first_says", lambda text: text)
     with run_lock(tmp_path, recorder):
         assert not list(tmp_path.iterdir()), "the first one holds it"
-    monkeypatch.setattr("sqat.run_lock.first_says", lambda text: json.dumps(["held", "wait", "runs"]))
+    monkeypatch.setattr("sqat.processes.first_says", lambda text: json.dumps(["held", "wait", "runs"]))
     with pytest.raises(SqatError, match="runs: held; wait"), run_lock(tmp_path, recorder):
         pass

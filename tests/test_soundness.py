@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from sqat.data import Batch
 from sqat.errors import SqatError
+from sqat.feed import Feed
 from sqat.insertion.quantizers import QUANTIZERS, Quantizers
 from sqat.insertion.weights import insert_weights_
 from sqat.manifest import Manifest, SiteRecord
+from sqat.mid_stage import MidStage, Progress
 from sqat.recipe import FitConfig
 from sqat.soundness import check_gradients, saturation, weakness
-from sqat.training import Feed, MidStage, Progress, Run, fit, make_optimizer
+from sqat.training import Run, fit, make_optimizer
 
 
 class Broken(nn.Module):

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from sqat.data import Batch
 from sqat.display import Silent
 from sqat.errors import StoppedError
+from sqat.feed import Feed
+from sqat.mid_stage import MidStage
 from sqat.processes import any_process
 from sqat.recipe import FitConfig
 from sqat.stopping import noted_signals
-from sqat.training import Evaluation, Feed, MidStage, fit
+from sqat.training import Evaluation, fit
 
 ROOT = Path(__file__).parents[1]
 
@@ -134,7 +136,7 @@ from pathlib import Path
 sys.path.insert(0, os.environ["ROOT"])
 from tests import test_stopping
 from sqat.errors import StoppedError
-from sqat.training import MidStage
+from sqat.mid_stage import MidStage
 save = MidStage.save
 MidStage.save = lambda *known: (time.sleep(1), save(*known))
 try:

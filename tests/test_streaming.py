@@ -18,12 +18,12 @@ import pytest
 
 from sqat import data
 from sqat.errors import SqatError
+from sqat.feed import Feed
 from sqat.readers import read_rows
 from sqat.recipe import ClassificationTask, Columns, RegressionTask, SplitConfig
 from sqat.recipe_file import load_recipe
 from sqat.streaming import Batches, Stream, open_stream
 from sqat.tasks.classification import Classification
-from sqat.training import Feed
 
 TASK = ClassificationTask(labels=("bad", "good"))
 KINDS = ["parquet", "arrow", "stream.arrow", "jsonl", "jsonl.gz", "csv"]
@@ -117,6 +117,27 @@ def test_what_a_resumed_run_reads_is_not_what_came_before(tmp_path: Path, monkey
     plan = batches.plan(0)
     batches.pick(plan[len(plan) - 2 :][0])
     assert 0 < len(seen) <= 20
+
+
+@pytest.mark.parametrize(("at_once", "reads"), [(8, 5), (1, 10)])
+def test_what_is_planned_at_once_is_read_once(
+    at_once: int, reads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine batches planned before the first is made: of five windows, each read again where fewer are kept."""
+    write_shards(tmp_path, "jsonl")
+    windows: list[int] = []
+    true = Stream.read
+
+    def read(stream: Stream, epoch: int, start: int, count: int) -> Any:
+        windows.append(start)
+        return true(stream, epoch, start, count)
+
+    monkeypatch.setattr(Stream, "read", read)
+    batches = Batches(stream_of(tmp_path, "jsonl", buffer=10), 5, Classification(("bad", "good")).encode, at_once)
+    planned = [*islice(batches.plan(0), 9)]
+    for numbers in planned:
+        batches.pick(numbers)
+    assert len(windows) == reads, windows
 
 
 def noted(rows: Iterator[Any], seen: list[str]) -> Iterator[Any]:

@@ -16,17 +16,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sqat import training
+from sqat import mid_stage, training
 from sqat.data import Batch, collate, column, load_rows, plan_batches, tokenize
 from sqat.display import Silent
 from sqat.errors import SqatError
+from sqat.feed import Feed
 from sqat.insertion.weights import insert_weights_, remove_weights_
 from sqat.layers import linear_layers
+from sqat.mid_stage import MidStage, Progress
 from sqat.recipe import ClassificationTask, Columns, FitConfig, SplitConfig
 from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import parse_pattern
 from sqat.tasks import build_task
-from sqat.training import Evaluation, Feed, Fitted, MidStage, Progress, fit, make_optimizer, rate_factor
+from sqat.training import Evaluation, Fitted, fit, make_optimizer, rate_factor
 
 
 @pytest.fixture(autouse=True)
@@ -538,7 +540,7 @@ def test_a_failed_save_leaves_the_last_state(
         return fake
 
     if call == "write":
-        monkeypatch.setattr(training, "write_synced", failing(training.write_synced))
+        monkeypatch.setattr(mid_stage, "write_synced", failing(mid_stage.write_synced))
     if call == "fsync":
         monkeypatch.setattr(os, "fsync", failing(os.fsync))
     if call == "rename":

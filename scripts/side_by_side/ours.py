@@ -17,8 +17,8 @@ from sqat.models import capture_last
 from sqat.quantization.settings import Maximum, Percentile
 from sqat.recipe import DistillConfig
 from sqat.sparsity.settings import SparseGPT
+from sqat.spreading import Loss
 from sqat.stages.losses import distilled_loss
-from sqat.training import Loss
 
 CALIBRATIONS = {"max": Maximum(), "percentile-99.999": Percentile(coverage=0.99999)}
 

@@ -21,12 +21,15 @@ from side_by_side.rows import METRICS, MODEL, Budget, Figures
 from sqat.data import Batch, Processor, SplitName, column, plan_batches
 from sqat.display import Silent
 from sqat.errors import SqatError
+from sqat.feed import Feed
 from sqat.job import logits_of, predict
+from sqat.mid_stage import MidStage
 from sqat.models import load_pretrained
 from sqat.recipe import FitConfig, Recipe
 from sqat.splits import Splits
+from sqat.spreading import Loss
 from sqat.tasks import Task
-from sqat.training import Feed, Loss, MidStage, fit
+from sqat.training import fit
 
 FILES = {"wikiqa": ("train-mixed", "dev-mixed", "test-mixed"), "sst2": ("train", "dev", "test")}
 TASKS: dict[str, dict[str, Any]] = {

@@ -21,10 +21,10 @@ from sqat.errors import SqatError
 from sqat.job import Job
 from sqat.keys import Keys
 from sqat.layers import weighted_layers
+from sqat.mid_stage import MidStage
 from sqat.recipe import LoadedRecipe
 from sqat.small_files import replace_file
 from sqat.splits import Splits
-from sqat.training import MidStage
 
 
 def run_analysis(loaded: LoadedRecipe, options: Options, display: Display) -> Findings:

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from sqat.checkpoint import load_checkpoint
 from sqat.display import Display
 from sqat.errors import SqatError
-from sqat.gates import foreseen, show_limits
+from sqat.gates import limits_of, missed, show_limits
 from sqat.inspection import inspect_checkpoint
 from sqat.keys import Keys
 from sqat.lint.checks import known_target
@@ -100,7 +100,7 @@ class Run:
         metric: the recipe's own, higher is better.
         layers: of the checkpoint of ``layers_of``, the last one that was pruned or quantized.
         activations: of the last calibrate stage.
-        gates: each stage's limits and whether its result keeps them.
+        gates: each stage's limits, and whether its result keeps them.
         record: how `scripts/results` started it; empty where it did not.
         missing: what a report would show and the folder does not have.
     """
@@ -244,13 +244,20 @@ def read_activations(keys: Keys, stages: list[Stage], missing: list[str]) -> lis
 
 def read_gates(keys: Keys, stages: list[Stage]) -> list[str]:
     """Each stage's gates in words, and whether what lies in its folder keeps them."""
-    lines = []
-    for stage in stages:
-        if stage.config.gates and stage.manifest is not None:
-            miss = foreseen(keys, stage.name)
-            lines.append(f"{stage.name} ({'; '.join(show_limits(keys, stage.name))}): "
-                         + (f"misses it: {miss}" if miss else "kept"))  # fmt: skip
-    return lines
+    return [f"{stage.name} ({'; '.join(show_limits(keys, stage.name))}): {judged(keys, stage)}"
+            for stage in stages if stage.config.gates]  # fmt: skip
+
+
+def judged(keys: Keys, stage: Stage) -> str:
+    """Whether a stage keeps its gates, or why that cannot be said."""
+    if stage.manifest is None:
+        return "not judged, since it has not run"
+    try:
+        limits = limits_of(keys, stage.name, keys.manifest(keys.loaded.recipe.parent_of(stage.name)))
+    except SqatError as error:
+        return f"not judged: {error.problem}"
+    miss = missed(limits, stage.manifest.metrics)
+    return f"misses it: {miss}" if miss else "kept"
 
 
 def read_lints(results: list[Result], display: Display) -> list[Linted]:

@@ -16,8 +16,8 @@ from sqat.insertion.capture import Capture
 from sqat.job import Job
 from sqat.models import build, capture_last
 from sqat.recipe import DistillConfig
+from sqat.spreading import Loss
 from sqat.tasks import Task
-from sqat.training import Loss
 
 
 def task_loss(task: Task) -> Loss:

@@ -19,7 +19,7 @@ from sqat.sparsity.criteria import Scored, score
 from sqat.sparsity.pattern import Pattern
 from sqat.sparsity.schedule import choose_mask, decay_loss
 from sqat.sparsity.settings import Criterion, Schedule, SparseGPT, SrSte
-from sqat.training import Loss
+from sqat.spreading import Loss
 
 Gather = Callable[[Mapping[str, str]], Mapping[str, Tensor]]
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sqat.distillation.settings import MiniLMv2
 from sqat.errors import SqatError
+from sqat.feed import Feed
 from sqat.insertion.weights import linear
 from sqat.job import Job
 from sqat.layers import find_qkv
@@ -28,7 +29,6 @@ from sqat.sparsity.settings import Criterion, SparseGPT, Wanda
 from sqat.stages.channels import Site, change, find_sites, head_count, outputs_of, reorder_
 from sqat.stages.masking import Gather, Judge, scores_of
 from sqat.stages.statistics import undisturbed
-from sqat.training import Feed
 
 ROWS = 2  # on which sites are found and outputs compared
 

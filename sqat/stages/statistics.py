@@ -22,13 +22,14 @@ from torch.nn.utils import parametrize
 
 from sqat.data import Batch
 from sqat.errors import SqatError
+from sqat.feed import Feed, seed_draws
 from sqat.insertion.sites import observed_rows
 from sqat.insertion.taps import tap_linears
 from sqat.insertion.weights import layer
 from sqat.processes import of_process, processes, summed
 from sqat.sparsity.features import input_windows
 from sqat.sparsity.settings import Criterion, Magnitude, SparseGPT, Taylor, Wanda
-from sqat.training import Feed, Loss, seed_draws
+from sqat.spreading import Loss
 
 
 def gather(

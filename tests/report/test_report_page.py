@@ -406,11 +406,54 @@ def test_saturation_of_every_layer(shared: Path, whole: tuple[str, Page]) -> Non
     assert set(shares.values()) - {None}
 
 
+def save_again(folder: Path, **changes: Any) -> None:
+    """A checkpoint once more, in its own place, with something changed."""
+    checkpoint = load_checkpoint(folder)
+    shutil.rmtree(folder)
+    save_checkpoint(replace(checkpoint, **changes), folder)
+
+
+def test_a_recipe_without_gates_is_said_to_have_none(run: Path) -> None:
+    for folder in run.glob("??-*"):
+        save_again(folder, recipe=RECIPE.replace(", gates: {accuracy: {max_drop: 0.5}}", ""))
+    verdict = page_of(run)[1].text.partition("Quality and speed")[0]
+    assert "The recipe sets no gates." in verdict
+    assert "Gates:" not in verdict
+
+
+@pytest.mark.parametrize(
+    ("gone", "line"),
+    [
+        ("02-prune", "not judged, since it has not run."),
+        ("01-train", "not judged: the gate accuracy of stage prune has no parent to compare with."),
+    ],
+)  # fmt: skip
+def test_a_gate_that_cannot_be_judged_is_neither_kept_nor_missing(gone: str, line: str, run: Path) -> None:
+    shutil.rmtree(run / gone)
+    text = re.sub(r"\s+", " ", page_of(run)[1].text).partition("Quality and speed")[0]
+    assert f"Gates: prune (accuracy at most 0.5 below train): {line}" in text
+    assert "sets no gates" not in text
+
+
+def test_a_calibration_that_kept_no_bounds_of_most_values(run: Path, whole: tuple[str, Page]) -> None:
+    """One older than they are: strips without ticks, and the page says why."""
+    file = "histograms.json"
+    known = load_checkpoint(run / "03-calibrate").files
+    bare = {site: {"width": each["width"], "counts": each["counts"]} for site, each in json.loads(known[file]).items()}
+    save_again(run / "03-calibrate", files={**known, file: json.dumps(bare).encode()})
+    text = page_of(run)[1].text
+    line = "bounds of 99.99 %: stage calibrate was calibrated by an older sqat, which did not keep them"
+    assert line in text
+    assert line not in whole[1].text
+    for said in ("99.99 % of the values", "The ticks are the bounds of the 99.99 % rule"):
+        assert said in whole[1].text
+        assert said not in text
+    assert "right of the line values are clipped" in text
+
+
 def test_an_older_calibration_has_no_histograms(run: Path) -> None:
-    checkpoint = load_checkpoint(run / "03-calibrate")
-    files = {name: content for name, content in checkpoint.files.items() if name != "histograms.json"}
-    shutil.rmtree(run / "03-calibrate")
-    save_checkpoint(replace(checkpoint, files=files), run / "03-calibrate")
+    files = load_checkpoint(run / "03-calibrate").files
+    save_again(run / "03-calibrate", files={name: files[name] for name in files if name != "histograms.json"})
     text = page_of(run)[1].text
     assert "No calibrate stage with histograms is here" in text
     assert "activations: stage calibrate was calibrated by an older sqat" in text

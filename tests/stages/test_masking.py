@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from sqat.data import Batch
 from sqat.errors import SqatError
+from sqat.feed import Feed
 from sqat.insertion.weights import insert_weights_, layer, original_weight, remove_weights_
 from sqat.recipe import PruneConfig
 from sqat.sparsity.masks import count_violations, nm_mask
 from sqat.sparsity.pattern import Pattern
 from sqat.stages.masking import Masking, shared_weights, with_decay
 from sqat.stages.statistics import gather
-from sqat.training import Feed
 
 PATTERN = Pattern(2, 4)
 ALIKE = {"kernel": "kernel", "first": "first", "second": "second"}

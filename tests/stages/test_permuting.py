@@ -18,6 +18,7 @@ from sqat.data import Batch
 from sqat.distillation.minilm import QKV, relation_loss
 from sqat.distillation.settings import MiniLMv1, MiniLMv2
 from sqat.errors import SqatError
+from sqat.feed import Feed
 from sqat.layers import find_qkv
 from sqat.recipe import DistillConfig, PruneConfig
 from sqat.sparsity.pattern import Pattern
@@ -26,7 +27,6 @@ from sqat.sparsity.settings import Magnitude, SparseGPT, Wanda
 from sqat.stages.channels import Site, change, find_sites, outputs_of, reorder_
 from sqat.stages.patterns import choose_patterns
 from sqat.stages.permuting import compared_apart, judged, permute_, permute_for_
-from sqat.training import Feed
 from tests.conftest import CONFIGS, MakeModel, Recorder
 
 TWO_OF_FOUR = Pattern(2, 4)

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from sqat.data import Batch
 from sqat.errors import SqatError
+from sqat.feed import Feed
 from sqat.insertion.weights import insert_weights_, original_weight
 from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import parse_pattern
 from sqat.sparsity.settings import Criterion, Magnitude, SparseGPT, Taylor, Wanda
 from sqat.stages.statistics import gather
-from sqat.training import Feed
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 KEY = "bert.encoder.layer.0.attention.self.key"
