@@ -25,8 +25,7 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
-from sqat.disk import sync_directory
-from sqat.disk import write_synced as write_synced
+from sqat.disk import sync_directory, write_synced
 from sqat.errors import SqatError
 from sqat.manifest import (
     LAYOUT,

@@ -17,7 +17,7 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
-from sqat.checkpoint import write_synced
+from sqat.disk import write_synced
 from sqat.errors import SqatError
 from sqat.processes import any_process, first_says
 
