@@ -1,5 +1,5 @@
 // The elementwise passes of training in vectors of 16 lanes; included by one source for each instruction set, after
-// sixteen.h. Each reads its tensors once, where a chain of a framework's operators reads them once for every operator.
+// vector_math.h. Each reads its tensors once, where a chain of a framework's operators reads them once for every operator.
 //
 // The same bits as that chain in every instruction set: elementwise IEEE, no contraction, half to even. A NaN stays one.
 namespace sqat {
@@ -30,27 +30,18 @@ SQAT_INLINE Integers bytes_from(const uint8_t* from, size_t count) {
   return bytes_from(whole);
 }
 
-
-// step(at, count) for every 16 values, then for those left.
-template <typename Step>
-SQAT_INLINE void for_all(size_t values, const Step& step) {
-  size_t at = 0;
-  for (; at + kTile <= values; at += kTile) step(at, std::integral_constant<size_t, kTile>{});
-  if (at < values) step(at, values - at);
-}
-
 SQAT_INLINE Floats times(const Floats& x, const uint8_t* kept, size_t count) {
   return x * to_floats(bytes_from(kept, count));
 }
 
 void mask(const float* x, const uint8_t* kept, size_t values, float added, float* y) {
-  for_all(values, [&](size_t at, auto count) SQAT_ALWAYS {
+  for_steps(values, [&](size_t at, auto count) SQAT_ALWAYS {
     store(y + at, times(load(x + at, count), kept + at, count) + added, count);
   });
 }
 
 void select(const float* x, const uint8_t* kept, size_t values, float* y) {
-  for_all(values, [&](size_t at, auto count) SQAT_ALWAYS {
+  for_steps(values, [&](size_t at, auto count) SQAT_ALWAYS {
     const Floats from = load(x + at, count);
     const Integers ones = bytes_from(kept + at, count);
     store(y + at, each<F>([&](size_t i) SQAT_ALWAYS { return (F)((I)from.part[i] & -ones.part[i]); }), count);
@@ -60,7 +51,7 @@ void select(const float* x, const uint8_t* kept, size_t values, float* y) {
 void fake_quantize(const float* x, size_t values, float amax, float low, float* y, uint8_t* inside) {
   const float step = amax / kHighest, inverse = 1.0f / step;
   const float least = static_cast<float>((low - 0.5) * step), most = static_cast<float>((kHighest + 0.5) * step);
-  for_all(values, [&](size_t at, auto count) SQAT_ALWAYS {
+  for_steps(values, [&](size_t at, auto count) SQAT_ALWAYS {
     const Floats from = load(x + at, count);
     store(y + at, each<F>([&](size_t i) SQAT_ALWAYS {
             F v = from.part[i] * inverse;
@@ -80,7 +71,7 @@ void fake_quantize(const float* x, size_t values, float amax, float low, float* 
 
 float largest_of(const float* x, const uint8_t* kept, size_t values) {
   Integers highest{};  // bits of |x| are in the order of |x|, and those of a NaN are above all
-  for_all(values, [&](size_t at, auto count) SQAT_ALWAYS {
+  for_steps(values, [&](size_t at, auto count) SQAT_ALWAYS {
     Floats from = load(x + at, count);
     if (kept) from = times(from, kept + at, count);
     highest = higher(bits(from) & INT32_MAX, highest);
@@ -99,7 +90,7 @@ void fake_quantize_rows(const float* x, const uint8_t* kept, size_t rows, size_t
   for (size_t row = 0; row < rows; ++row, x += columns, y += columns) {
     const float largest = largest_of(x, kept, columns);
     const float step = (largest < kSmallest ? kSmallest : largest) / kHighest, inverse = 1.0f / step;
-    for_all(columns, [&](size_t at, auto count) SQAT_ALWAYS {
+    for_steps(columns, [&](size_t at, auto count) SQAT_ALWAYS {
       Floats from = load(x + at, count);
       if (kept) from = times(from, kept + at, count);
       store(y + at, (from * inverse + kWhole - kWhole) * step + 0.0f, count);
@@ -121,7 +112,7 @@ SQAT_INLINE I beaten_by(F x, I lane) {
 void rank_fours(const float* x, size_t values, uint8_t* ranks) {
   I lane;
   for (size_t i = 0; i < kLanes; ++i) lane[i] = static_cast<int32_t>(i);
-  for_all(values, [&](size_t at, auto count) SQAT_ALWAYS {
+  for_steps(values, [&](size_t at, auto count) SQAT_ALWAYS {
     const Floats from = load(x + at, count);
     store_bytes(ranks + at, each<I>([&](size_t i) SQAT_ALWAYS {
                   const F v = from.part[i];
