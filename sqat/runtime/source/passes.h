@@ -1,7 +1,7 @@
 // The elementwise passes of training in vectors of 16 lanes; included by one source for each instruction set, after
-// vector_math.h. Each reads its tensors once, where a chain of a framework's operators reads them once for every operator.
+// vector_math.h. Each reads its tensors once, where a chain of a framework's operators reads them once for every one.
 //
-// The same bits as that chain in every instruction set: elementwise IEEE, no contraction, half to even. A NaN stays one.
+// The same bits as that chain in every instruction set: elementwise IEEE, no contraction, half to even. NaN stays NaN.
 namespace sqat {
 namespace {
 
