@@ -42,6 +42,7 @@ TABLE: dict[str, tuple[int, set[str]]] = {
     "qat good.yaml --from empty": (2, YAML),
     "export good.yaml --target nothing": (2, YAML),
     "evaluate good.yaml nowhere.onnx": (2, TYPER),
+    "evaluate good.yaml train.jsonl": (2, TYPER),
     "evaluate bad.yaml empty": (2, YAML),
     "inspect nowhere.onnx": (2, TYPER),
     "inspect empty": (2, TYPER),
@@ -52,6 +53,7 @@ TABLE: dict[str, tuple[int, set[str]]] = {
     "bench one.onnx --batch x": (2, {*TYPER, "numpy"}),
     "bench one.onnx --backend nothing": (2, {*TYPER, "numpy", "onnx"}),
     "report empty": (2, TYPER),
+    "init train.jsonl --dev nowhere.jsonl": (2, TYPER),
     "init train.jsonl": (0, YAML),
     "schema": (0, YAML),
 }

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from sqat.cli.options import Json, Parent, Quiet, RecipeFile, Set, Verbose, load, must_be_checkpoint, must_exist
+from sqat.cli.options import Json, Parent, Quiet, RecipeFile, Set, Verbose, load, must_be_artifact, must_be_checkpoint
 from sqat.errors import SqatError
 
 
@@ -24,7 +24,7 @@ def evaluate(
     if split not in ("test", "dev"):
         raise SqatError(f"no split {split!r}", "allowed: test, dev", "--split")
     name: Literal["test", "dev"] = "dev" if split == "dev" else "test"
-    must_exist(artifact)
+    must_be_artifact(artifact)
     loaded = load(recipe, overrides)
     if split == "test" and loaded.recipe.data.test is None:
         raise SqatError("the recipe has no test split", "add data.test or give --split dev", recipe.name)
@@ -49,9 +49,7 @@ def inspect(
     verbose: Verbose = 0,
 ) -> None:
     """Show each layer, and what keeps it from running sparse."""
-    must_exist(path)
-    if not path.is_dir() and path.suffix != ".onnx":
-        raise SqatError("is neither a checkpoint folder nor an .onnx file", place=str(path))
+    must_be_artifact(path)
     if output is not None and not fix:
         raise SqatError("names a file for --fix, which was not given", place="--output")
     if fix or target is not None:

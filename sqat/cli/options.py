@@ -80,6 +80,13 @@ def must_exist(path: Path) -> None:
         raise SqatError("no such file or folder", near_files(path), str(path))
 
 
+def must_be_artifact(path: Path) -> None:
+    """Tell early that something is not there, or neither a folder nor an ONNX file."""
+    must_exist(path)
+    if not path.is_dir() and path.suffix != ".onnx":
+        raise SqatError("is neither a checkpoint folder nor an .onnx file", place=str(path))
+
+
 def must_be_checkpoint(path: Path) -> None:
     """Tell early that a folder is not there, or holds no checkpoint."""
     must_exist(path)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sqat.cli.options import Quiet, Verbose
+from sqat.cli.options import Quiet, Verbose, must_exist
 
 
 def report(
@@ -51,6 +51,8 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="overwrite the recipe")] = False,
 ) -> None:
     """Guess task and columns of a data file and write a recipe; in a terminal the task is asked."""
+    if dev is not None:
+        must_exist(dev)
     from sqat import console, starter
 
     def ask(guess: str) -> str:

@@ -19,12 +19,24 @@ Inputs = Mapping[str, Tensor]
 
 
 def named(what: str, given: str | T, known: Mapping[str, T]) -> T:
-    """What a name means; anything else is itself."""
-    if not isinstance(given, str):
-        return given
-    if given not in known:
-        raise SqatError(f"there is no {what} {given!r}", suggest(given, known))
-    return known[given]
+    """What a name means; settings of our own, and functions, are themselves.
+
+    Raises:
+        SqatError: it is none of that, or a class made from our settings, whose own code nothing would call.
+    """
+    if isinstance(given, str):
+        if given not in known:
+            raise SqatError(f"there is no {what} {given!r}", suggest(given, known))
+        return known[given]
+    kinds = [type(each) for each in known.values()]
+    base = next((kind for kind in kinds if isinstance(given, kind)), None)
+    kind = type(given).__name__
+    if base is not None and type(given) is not base:
+        raise SqatError(f"{what} {kind} is made from {base.__name__}, of which only the settings are read",
+                        "give a function instead")  # fmt: skip
+    if base is None and not callable(given):
+        raise SqatError(f"{what} is a {kind}", f"take one of {', '.join(known)}, its settings or a function")
+    return given
 
 
 def model_inputs(batch: Inputs, device: torch.device, labels: bool = False) -> dict[str, Tensor]:

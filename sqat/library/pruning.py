@@ -283,16 +283,15 @@ class OwnCriterion:
 
 def judge(criterion: CriterionName | Criterion | Scores) -> Criterion | Judge:
     """The criterion of a name, itself, or a function as one."""
-    if isinstance(criterion, str):
-        return named("criterion", criterion, CRITERIA)
-    return criterion if isinstance(criterion, Criterion) else OwnCriterion(criterion)
+    chosen = named("criterion", criterion, CRITERIA)
+    return chosen if isinstance(chosen, Criterion) else OwnCriterion(chosen)
 
 
 def progressive(schedule: ScheduleName | Schedule) -> Progressive:
     """The schedule of a name, or itself; sr-ste is none, for its decay is a part of the loss."""
     found: Schedule = named("schedule", schedule, SCHEDULES)
     if isinstance(found, SrSte):
-        raise SqatError("schedule sr-ste needs a recipe: it adds to the loss", f"take one of {', '.join(SCHEDULES)}")
+        raise SqatError("schedule sr-ste needs a recipe: it adds to the loss", "take per-group or group-fraction")
     return found
 
 
@@ -321,4 +320,4 @@ CRITERIA: dict[str, Criterion] = {
     "taylor": Taylor(),
     "sparsegpt": SparseGPT(),
 }
-SCHEDULES: dict[str, Schedule] = {"per-group": PerGroup(), "group-fraction": GroupFraction()}
+SCHEDULES: dict[str, Schedule] = {"per-group": PerGroup(), "group-fraction": GroupFraction(), "sr-ste": SrSte()}

@@ -279,6 +279,33 @@ def test_a_model_is_changed_once_at_a_time(model: Any, batches: Batches) -> None
     assert_pruned(model, masks)
 
 
+class OwnPercentile(Percentile):
+    def __call__(self, histogram: Histogram) -> float:
+        return 1.0
+
+
+class OwnWanda(Wanda):
+    def __call__(self, weight: Tensor, gathered: Tensor | None) -> Tensor:
+        return weight
+
+
+class OwnRelations(MiniLMv2):
+    def __call__(self, student: QKV, teacher: QKV, attention_mask: Tensor) -> Tensor:
+        return student.query.sum()
+
+
+def test_code_in_a_class_made_from_our_settings_is_not_ignored(
+    model: Any, make_model: MakeModel, batches: Batches
+) -> None:
+    for wrong in (
+        lambda: sqat.calibrate(model, batches, method=OwnPercentile()),
+        lambda: sqat.prune(model, criterion=OwnWanda(), batches=batches),
+        lambda: sqat.distillation_loss(model, make_model().eval(), OwnRelations()).__enter__(),
+    ):
+        with pytest.raises(sqat.SqatError, match=r"Own\w+ is made from \w+, of which .*; give a function instead$"):
+            wrong()
+
+
 def test_what_does_not_fit_is_told_in_a_line(model: Any, make_model: MakeModel, batches: Batches) -> None:
     masks = sqat.prune(model)
     for wrong in (
@@ -291,8 +318,13 @@ def test_what_does_not_fit_is_told_in_a_line(model: Any, make_model: MakeModel, 
             sqat.SqatError, match=r"^there is no .*; did you mean '(magnitude|per-group|percentile|linear)'"
         ):
             wrong()
-    with pytest.raises(sqat.SqatError, match="schedule sr-ste needs a recipe"):
-        sqat.Pruner(model, 4, schedule=SrSte())  # type: ignore[arg-type]
+    for schedule in (SrSte(), "sr-ste"):
+        with pytest.raises(sqat.SqatError, match="schedule sr-ste needs a recipe"):
+            sqat.Pruner(model, 4, schedule=schedule)  # type: ignore[arg-type]
+    with pytest.raises(sqat.SqatError, match=r"^criterion is a int; take one of magnitude, .*, its settings or a func"):
+        sqat.prune(model, criterion=3)  # type: ignore[arg-type]
+    with pytest.raises(sqat.SqatError, match=r"^method is a NoneType; "):
+        sqat.calibrate(model, batches, method=None)  # type: ignore[arg-type]
     with pytest.raises(sqat.SqatError, match="there is no batch"):
         sqat.calibrate(model, [])
     with pytest.raises(ValueError, match="steps must be at least 1"):
