@@ -10,6 +10,7 @@ import tarfile
 import zipfile
 from email.parser import HeaderParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,8 +41,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         copy.parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_file():
             copy.write_bytes((ROOT / name).read_bytes())
+    careful: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from 3.11.4
     with tarfile.open(build("sdist", folder / "clone", folder)) as archive:
-        archive.extractall(folder / "unpacked", filter="data")
+        archive.extractall(folder / "unpacked", **careful)
     (source,) = (folder / "unpacked").iterdir()
     return build("wheel", source, folder)
 

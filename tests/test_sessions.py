@@ -17,7 +17,7 @@ if sys.platform == "win32":
 session = load_script("record_session")
 RECORDED = Path(__file__).parents[1] / "recipes/figures/session.txt"
 COLOUR = re.compile(r"\x1b\[[\d;]*(3[0-8]|9[0-7])[\d;]*m")
-FIGURE = re.compile(r"\d+(\.\d+)?(e-?\d+)?|inf")
+FIGURE = re.compile(r"(?<=data )[0-9a-f]+(?=,)|\d+(\.\d+)?(e-?\d+)?|inf")  # a digest of compressed files is zlib's too
 MISTAKES = {
     "no such recipe": ("run", "missing.yaml"),
     "an unknown flag": ("run", "r.yaml", "--qiet"),
