@@ -7,7 +7,19 @@ from typing import Annotated, Literal
 
 import typer
 
-from sqat.cli.options import Json, Parent, Quiet, RecipeFile, Set, Verbose, load, must_be_artifact, must_be_checkpoint
+from sqat.cli.options import (
+    Json,
+    JsonFile,
+    Parent,
+    PlotFile,
+    Quiet,
+    RecipeFile,
+    Set,
+    Verbose,
+    load,
+    must_be_artifact,
+    must_be_checkpoint,
+)
 from sqat.errors import SqatError
 
 
@@ -106,12 +118,8 @@ def analyze(
     budget: Annotated[
         float | None, typer.Option("--budget", metavar="X", help="choose layers so that the damage is at most this")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="write all figures", show_default=False)
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="draw them (.png, .svg)", show_default=False)
-    ] = None,
+    json_file: JsonFile = None,
+    plot: PlotFile = None,
     overrides: Set = None,
     quiet: Quiet = False,
     verbose: Verbose = 0,

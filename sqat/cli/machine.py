@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sqat.cli.options import Json, Quiet, Verbose, must_exist
+from sqat.cli.options import Json, JsonFile, PlotFile, Quiet, Verbose, must_exist
 from sqat.errors import SqatError
 
 
@@ -86,12 +86,8 @@ def bench(
         float, typer.Option("--within", metavar="%", help="go on until each ratio's 95 % interval is as narrow")
     ] = 2.0,
     max_seconds: Annotated[float, typer.Option("--max-seconds", metavar="S", help="of one size, at most")] = 60.0,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="write all figures", show_default=False)
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="draw them (.png, .svg)", show_default=False)
-    ] = None,
+    json_file: JsonFile = None,
+    plot: PlotFile = None,
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:

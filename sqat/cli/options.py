@@ -35,6 +35,10 @@ Set = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="run even what is unchanged")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write all figures", show_default=False)]
+PlotFile = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE", help="draw them (.png, .svg)", show_default=False)
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="only results and errors")]
 Verbose = Annotated[
     int,

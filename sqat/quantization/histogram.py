@@ -21,7 +21,7 @@ from sqat import passes
 
 BINS = 8192
 PART = 2**18  # values counted at once: large enough for torch, small enough that memory is reused, not mapped
-COARSEST = 128 - 13  # exponent of the width when the last bin ends at the largest float32
+COARSEST = 128 - int(math.log2(BINS))  # exponent of the width when the last bin ends at the largest float32
 FINEST = -100  # exponent of the width before any value: 1/width and width * BINS stay normal in float32
 
 

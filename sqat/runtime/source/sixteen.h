@@ -1,4 +1,5 @@
-// Sixteen floats or integers as vectors of SQAT_LANES: 4 x 4, 2 x 8 or 1 x 16. Included by vector_math.h, for passes.h too.
+// Sixteen floats or integers as vectors of SQAT_LANES: 4 x 4, 2 x 8 or 1 x 16. Included by vector_math.h,
+// for passes.h too.
 //
 // Every operation is done on all parts before the next one: the parts do not wait for each other, which keeps a
 // processor busy whose scheduler would fill up with one long chain.

@@ -1,4 +1,5 @@
-// The float epilogues and the passes of training in vectors of 4 lanes, which every processor has or its compiler spells out; see vector_math.h and passes.h.
+// The float epilogues and the passes of training in vectors of 4 lanes, which every processor has or its compiler spells
+// out; see vector_math.h and passes.h.
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
