@@ -33,8 +33,8 @@ import numpy as np
 
 from sqat import runtime
 from sqat.bench.candidates import openvino_core
+from sqat.checkpoint.small_files import replace_file
 from sqat.errors import SqatError
-from sqat.small_files import replace_file
 
 Run = Callable[[dict[str, Any]], object]
 SHAPES = "1x16,1x128,8x128,32x64,8x384"

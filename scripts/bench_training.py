@@ -30,9 +30,9 @@ from pathlib import Path
 import numpy as np
 
 from sqat.bench.intervals import Interval, median_interval
+from sqat.checkpoint.small_files import replace_file
 from sqat.errors import SqatError
-from sqat.machine import describe_processor
-from sqat.small_files import replace_file
+from sqat.hardware.machine import describe_processor
 
 Call = Callable[[], object]
 GROUPS = ("steps", "calibration", "masks", "memory")

@@ -1,9 +1,9 @@
 """Candidates of `bench_training.py`: training steps, calibration and masks, each made as its stage makes it.
 
-Every candidate of the steps has a model of its own, of the same weights, and takes `sqat.training.take_step` on one
-batch: forward, backward, the checks, clipping, AdamW. The prune and QAT ones go through what the stages insert. The two
-other quantizers are Model Optimizer's (its own insertion, calibrated on the same batch) and torch's fused ones in the
-place of ours; they have no masks, so the row to compare them to is `QAT step, dense`.
+Every candidate of the steps has a model of its own, of the same weights, and takes `sqat.training.loop.take_step` on
+one batch: forward, backward, the checks, clipping, AdamW. The prune and QAT ones go through what the stages insert.
+The two other quantizers are Model Optimizer's (its own insertion, calibrated on the same batch) and torch's fused
+ones in the place of ours; they have no masks, so the row to compare them to is `QAT step, dense`.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from accelerate import Accelerator
 from bench_training import MODEL_OPTIMIZER, Group
 from torch import Tensor, nn
 
-from sqat.data import Batch
-from sqat.feed import Piece
-from sqat.insertion.quantizers import Quantizers, insert_quantizers_
-from sqat.insertion.sites import discover_sites
-from sqat.insertion.weights import insert_weights_, layer
-from sqat.layers import choose_layers, encoder_blocks
-from sqat.library.quantizing import Scales, calibrate
-from sqat.models import capture_last, load_pretrained
+from sqat.api.quantizing import Scales, calibrate
+from sqat.compress.losses import distilled_loss, task_loss
+from sqat.data.dataset import Batch
+from sqat.models.layer_selection import choose_layers, encoder_blocks
+from sqat.models.loading import capture_last, load_pretrained
+from sqat.modules.activation_quantizers import Quantizers, insert_quantizers_
+from sqat.modules.parametrize import insert_weights_, layer
+from sqat.modules.sites import discover_sites
 from sqat.quantization.fake_quant import ACTIVATION_LOW, HIGH, SMALLEST_AMAX
-from sqat.recipe import DistillConfig, FitConfig, Layers, ModelConfig, QatConfig
+from sqat.recipe.schema import DistillConfig, FitConfig, Layers, ModelConfig, QatConfig
 from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import Pattern
-from sqat.spreading import Loss, Objective, Spread
 from sqat.stages.calibrate import observe
-from sqat.stages.losses import distilled_loss, task_loss
 from sqat.tasks.relevance import Relevance
-from sqat.training import make_optimizer, take_step
+from sqat.training.batches import Piece
+from sqat.training.data_parallel import Loss, Objective, Spread
+from sqat.training.loop import make_optimizer, take_step
 
 TASK = Relevance()
 CANDIDATES = 4  # passages of a query
@@ -143,8 +143,8 @@ def fused(step: Step) -> Callable[[], None]:
 def fused_quantizers() -> Iterator[None]:
     """Let the inserted quantizers call torch's operators."""
     with (
-        patch("sqat.insertion.quantizers.fake_quantize", fused_activation),
-        patch("sqat.insertion.weights.fake_quantize_weight", fused_weight),
+        patch("sqat.modules.activation_quantizers.fake_quantize", fused_activation),
+        patch("sqat.modules.parametrize.fake_quantize_weight", fused_weight),
     ):
         yield
 

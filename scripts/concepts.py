@@ -12,11 +12,11 @@ from typing import Any
 import matplotlib
 import torch
 
-from sqat.recipe import PruneConfig
+from sqat.recipe.schema import PruneConfig
 from sqat.sparsity.masks import nm_mask
+from sqat.sparsity.moments import mask_steps
 from sqat.sparsity.pattern import parse_pattern
 from sqat.sparsity.settings import GroupFraction, PerGroup
-from sqat.stages.moments import mask_steps
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "figures"
 INK, STAYS, GOES, TEACHES = "#30363d", "#e08214", "#f2f2f2", "#2c7bb6"

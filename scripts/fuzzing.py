@@ -22,9 +22,17 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from sqat.checkpoint.manifest import (
+    MANIFEST,
+    LayerRecord,
+    Manifest,
+    SiteRecord,
+    load_manifest,
+    manifest_digest,
+    verify_files,
+)
 from sqat.errors import SqatError
-from sqat.manifest import MANIFEST, LayerRecord, Manifest, SiteRecord, load_manifest, manifest_digest, verify_files
-from sqat.recipe_file import load_recipe
+from sqat.recipe.loader import load_recipe
 
 RECIPES = (
     """\

@@ -31,17 +31,17 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from sqat.architectures.diffusion import floats
-from sqat.artifacts import config_of, open_artifact
-from sqat.checkpoint import load_checkpoint
-from sqat.data import Batch, Rows
-from sqat.job import logits_of
-from sqat.keys import Keys
-from sqat.models import build, load_processor
-from sqat.recipe_file import load_recipe
-from sqat.result_files import result_artifacts
-from sqat.sampling import Forward, captioned, pixels, seeded_noise, signals, walk
-from sqat.splits import Splits
+from sqat.checkpoint.store import load_checkpoint
+from sqat.data.dataset import Batch, Rows
+from sqat.evaluation.artifacts import config_of, open_artifact
+from sqat.evaluation.inference import logits_of
+from sqat.models.diffusion import floats
+from sqat.models.loading import build, load_processor
+from sqat.models.rectified_flow import Forward, captioned, pixels, seeded_noise, signals, walk
+from sqat.pipeline.fingerprint import Keys
+from sqat.pipeline.result_files import result_artifacts
+from sqat.recipe.loader import load_recipe
+from sqat.tasks.splits import Splits
 
 Floats = NDArray[np.float64]
 Pixels = NDArray[np.uint8]

@@ -150,7 +150,7 @@ def rows_of(queries: list[Query], corpus: list[str], settings: Settings) -> Iter
 
 def summary(split: str, queries: list[Query], rows: list[dict[str, Any]], content: bytes) -> list[str]:
     """What the labels of a split are, and what predicts them for nothing."""
-    from sqat import metrics
+    from sqat.tasks import metrics
 
     labels = np.array([row["label"] for row in rows])
     answered = sum(any(query.grades.values()) for query in queries)

@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from sqat.recipe import STAGE_KINDS
-from sqat.recipe_schema import SCHEMA_FILE, describe, recipe_schema, schema_text, union_of, variants
+from sqat.recipe.json_schema import SCHEMA_FILE, describe, recipe_schema, schema_text, union_of, variants
+from sqat.recipe.schema import STAGE_KINDS
 
 Schema = Mapping[str, Any]
 PAGE = Path(__file__).parents[1] / "recipes" / "REFERENCE.md"

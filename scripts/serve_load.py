@@ -26,8 +26,8 @@ from bench_runtime import random_feeds, size_of
 from numpy.typing import NDArray
 
 from sqat import runtime
+from sqat.checkpoint.small_files import replace_file
 from sqat.errors import SqatError
-from sqat.small_files import replace_file
 
 Array = NDArray[Any]
 REQUESTS = 24  # different ones

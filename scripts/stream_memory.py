@@ -105,9 +105,9 @@ def read(folder: Path, windows: int) -> dict[str, float]:
     """What one process sees of a data set: memory in MB, times in seconds."""
     from transformers import BertTokenizerFast
 
-    from sqat.data import TextProcessor
-    from sqat.recipe import ClassificationTask, Columns, SplitConfig
-    from sqat.streaming import Batches, open_stream
+    from sqat.data.dataset import TextProcessor
+    from sqat.data.streaming import Batches, open_stream
+    from sqat.recipe.schema import ClassificationTask, Columns, SplitConfig
     from sqat.tasks.classification import Classification
 
     tokenizer = BertTokenizerFast(vocab={name: number for number, name in enumerate(NAMES)})

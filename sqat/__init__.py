@@ -1,6 +1,6 @@
 """sqat: sparse quantization-aware training of transformers, from one recipe to an int8 2:4 ONNX file.
 
-For loops of one's own, `sqat.library` has the same things as functions; they are names of this package too.
+For loops of one's own, `sqat.api` has the same things as functions; they are names of this package too.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sqat.api.distilling import distillation_loss
+    from sqat.api.exporting import export_onnx
+    from sqat.api.pruning import Masks, Pruner, masked, prune
+    from sqat.api.quantizing import Scales, calibrate, quantized
+    from sqat.api.trainer import SparseCallback
     from sqat.errors import GateError, SqatError
-    from sqat.library.distilling import distillation_loss
-    from sqat.library.exporting import export_onnx
-    from sqat.library.pruning import Masks, Pruner, masked, prune
-    from sqat.library.quantizing import Scales, calibrate, quantized
-    from sqat.library.trainer import SparseCallback
 
 __version__ = "0.1.0"
 __all__ = [
@@ -49,14 +49,14 @@ def __dir__() -> list[str]:
 HOMES = {
     "GateError": "sqat.errors",
     "SqatError": "sqat.errors",
-    "Masks": "sqat.library.pruning",
-    "Pruner": "sqat.library.pruning",
-    "masked": "sqat.library.pruning",
-    "prune": "sqat.library.pruning",
-    "Scales": "sqat.library.quantizing",
-    "calibrate": "sqat.library.quantizing",
-    "quantized": "sqat.library.quantizing",
-    "distillation_loss": "sqat.library.distilling",
-    "export_onnx": "sqat.library.exporting",
-    "SparseCallback": "sqat.library.trainer",
+    "Masks": "sqat.api.pruning",
+    "Pruner": "sqat.api.pruning",
+    "masked": "sqat.api.pruning",
+    "prune": "sqat.api.pruning",
+    "Scales": "sqat.api.quantizing",
+    "calibrate": "sqat.api.quantizing",
+    "quantized": "sqat.api.quantizing",
+    "distillation_loss": "sqat.api.distilling",
+    "export_onnx": "sqat.api.exporting",
+    "SparseCallback": "sqat.api.trainer",
 }

@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, BertTokenizerFast, PreTrainedModel
 
-from sqat.checkpoint import Checkpoint
-from sqat.data import TextProcessor
-from sqat.layers import choose_layers
-from sqat.manifest import LayerRecord, Manifest, SiteRecord
-from sqat.models import capture
-from sqat.recipe import Layers
+from sqat.checkpoint.manifest import LayerRecord, Manifest, SiteRecord
+from sqat.checkpoint.store import Checkpoint
+from sqat.data.dataset import TextProcessor
+from sqat.models.layer_selection import choose_layers
+from sqat.models.loading import capture
+from sqat.recipe.schema import Layers
 from sqat.sparsity.masks import apply_mask, nm_mask
 from sqat.sparsity.pattern import parse_pattern
 from tests.traces import share, traced
@@ -99,8 +99,8 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     own = tmp_path_factory.getbasetemp()
     share((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "traces")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sqat.stages.targets.export_float", traced)
-        patch.setattr("sqat.library.exporting.export_float", traced)
+        patch.setattr("sqat.export.targets.export_float", traced)
+        patch.setattr("sqat.api.exporting.export_float", traced)
         yield
 
 

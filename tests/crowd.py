@@ -1,7 +1,7 @@
 """What several processes do that share a fit, run as a script: ``python -m tests.crowd FOLDER``.
 
 It imports everything once and forks each group of processes (1, 2, 4, ...), which are joined by gloo; what every
-process ends with is written to ``FOLDER/<group>-<rank>.pt``, for `tests/test_processes.py` to compare.
+process ends with is written to ``FOLDER/<group>-<rank>.pt``, for `tests/test_distributed.py` to compare.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from sqat.data import Batch
-from sqat.display import Silent
+from sqat.compress.statistics import gather
+from sqat.data.dataset import Batch
+from sqat.distributed import in_shards, processes, turns
 from sqat.errors import SqatError
-from sqat.feed import Feed
-from sqat.insertion.weights import insert_weights_, original_weight, remove_weights_
-from sqat.job import predict
-from sqat.mid_stage import MidStage
-from sqat.processes import in_shards, processes, turns
+from sqat.evaluation.inference import predict
+from sqat.modules.parametrize import insert_weights_, original_weight, remove_weights_
+from sqat.progress import Silent
 from sqat.quantization.histogram import Histogram
-from sqat.recipe import FitConfig
-from sqat.sharding import plain
+from sqat.recipe.schema import FitConfig
 from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import parse_pattern
 from sqat.sparsity.settings import SparseGPT, Taylor, Wanda
 from sqat.stages.calibrate import add_up_
-from sqat.stages.statistics import gather
-from sqat.training import Evaluation, fit
+from sqat.training.batches import Feed
+from sqat.training.fsdp import plain
+from sqat.training.loop import Evaluation, fit
+from sqat.training.resume_state import MidStage
 from tests import forks
 
 LIMIT = 240.0  # seconds for all groups

@@ -27,10 +27,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from sqat import cli, pipeline  # noqa: F401  (imported once, for all forks)
-from sqat.checkpoint import load_checkpoint
+from sqat.checkpoint.store import load_checkpoint
 from sqat.errors import SqatError
+from sqat.export import targets
 from sqat.export.graph import export_float
-from sqat.stages import targets
 
 RECIPE = """model:
   config: {model_type: vit, image_size: 8, patch_size: 2, num_channels: 1, hidden_size: 32, num_hidden_layers: 1,

@@ -14,8 +14,8 @@ from results_page.page import render
 from results_page.running import run_all, status_of, tell
 from results_page.schema import Application, ResultsFile, read, write
 from results_page.tries import add_try, read_tries, try_of
+from sqat.checkpoint.small_files import replace_file
 from sqat.errors import SqatError
-from sqat.small_files import replace_file
 
 RECIPES = Path("recipes")
 FAILED, MISTAKE = 1, 2

@@ -18,13 +18,13 @@ from safetensors import safe_open
 
 from results_page.applications import display_of
 from results_page.schema import Application, DataFile, Latency, Pictures, Row, RunRecord, Seed, Stage, read
+from sqat.checkpoint.manifest import RECIPE, WEIGHTS, Manifest
+from sqat.checkpoint.small_files import read_object
 from sqat.errors import SqatError
-from sqat.keys import UNKEYED, Keys, made_from, teacher_name
-from sqat.manifest import RECIPE, WEIGHTS, Manifest
-from sqat.recipe import LoadedRecipe
-from sqat.recipe_file import load_recipe
-from sqat.result_files import FILE, artifact_size, result_artifacts
-from sqat.small_files import read_object
+from sqat.pipeline.fingerprint import UNKEYED, Keys, made_from, teacher_name
+from sqat.pipeline.result_files import FILE, artifact_size, result_artifacts
+from sqat.recipe.loader import load_recipe
+from sqat.recipe.schema import LoadedRecipe
 
 UNMEASURED = "not measured yet"
 RECORD, LATENCY, PICTURES = "run.json", "latency.json", "pictures.json"

@@ -23,7 +23,7 @@ from pathlib import Path
 from results_page.collecting import RECORD, Run, collect_seed
 from results_page.schema import RunRecord, read, write
 from sqat.errors import SqatError
-from sqat.machine import describe_processor
+from sqat.hardware.machine import describe_processor
 
 LOCK, LOG = ".results.lock", "results.log"
 PACKAGES = ("sqat", "torch", "transformers", "sentence-transformers", "diffusers", "datasets", "numpy", "onnx",

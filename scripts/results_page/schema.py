@@ -23,9 +23,9 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sqat.bench.intervals import Interval
+from sqat.checkpoint.manifest import Figure
+from sqat.checkpoint.small_files import replace_file
 from sqat.errors import SqatError
-from sqat.manifest import Figure
-from sqat.small_files import replace_file
 
 STRICT = ConfigDict(extra="forbid")
 

@@ -25,14 +25,14 @@ from results_page.applications import DENSE, display_of
 from results_page.collecting import LATENCY, Run, collect_seed, digests
 from results_page.running import versions
 from results_page.schema import Latency, Setting, Timing, write
-from sqat.artifacts import open_onnx
 from sqat.bench.intervals import median_ratio
 from sqat.errors import SqatError
+from sqat.evaluation.artifacts import open_onnx
 from sqat.export.cpu_graph import file_needs_kernels
-from sqat.keys import Keys
-from sqat.machine import describe_processor
-from sqat.recipe import LoadedRecipe
-from sqat.result_files import result_artifacts
+from sqat.hardware.machine import describe_processor
+from sqat.pipeline.fingerprint import Keys
+from sqat.pipeline.result_files import result_artifacts
+from sqat.recipe.schema import LoadedRecipe
 
 WARM_UP = 3
 Times = NDArray[np.float64]

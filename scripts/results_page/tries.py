@@ -15,12 +15,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from results_page.schema import Try
+from sqat.checkpoint.manifest import RECIPE, Manifest, load_manifest
+from sqat.checkpoint.small_files import replace_file
 from sqat.errors import SqatError
-from sqat.keys import teacher_name
-from sqat.manifest import RECIPE, Manifest, load_manifest
-from sqat.recipe import Recipe
-from sqat.recipe_file import load_recipe
-from sqat.small_files import replace_file
+from sqat.pipeline.fingerprint import teacher_name
+from sqat.recipe.loader import load_recipe
+from sqat.recipe.schema import Recipe
 
 
 def read_tries(path: Path) -> list[Try]:

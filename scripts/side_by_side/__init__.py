@@ -11,7 +11,7 @@ Chains from a fine-tuned dense model to a 2:4 sparse int8 one:
   `mtq.quantize`, QAT with the same distillation, as its own BERT example chains them (chained_optimizations: the
   teacher's logits alone, 256 samples to calibrate, a tenth of the learning rate for QAT).
 
-What both share: the training loop (`sqat.training.fit`), so AdamW, warm-up, clipping, order of batches and random
+What both share: the training loop (`sqat.training.loop.fit`), so AdamW, warm-up, clipping, order of batches and random
 numbers too; bf16 autocast while training, float32 when measured; which layers are treated (the encoder's linears, by
 their weights and inputs); the rows that are observed. The first seed chooses settings on dev, by five tries for each
 chain, which are all in the JSON file; test decides nothing.

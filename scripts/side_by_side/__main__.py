@@ -11,9 +11,9 @@ from pathlib import Path
 from side_by_side import __doc__ as about
 from side_by_side.rows import CHAINS, METRICS, MODEL, SEEDS, Budget, Comparison, read
 from side_by_side.table import render
+from sqat.checkpoint.small_files import check_json
 from sqat.errors import SqatError
-from sqat.machine import describe_processor, version_of
-from sqat.small_files import check_json
+from sqat.hardware.machine import describe_processor, version_of
 
 MISTAKE = 2
 PACKAGES = ("sqat", "nvidia-modelopt", "torch", "transformers")

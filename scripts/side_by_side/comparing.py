@@ -17,10 +17,10 @@ from side_by_side import ours
 from side_by_side.chain import Made, Phases, Sparse
 from side_by_side.rows import LEARNING_RATES, METRICS, QAT_SHARES, Comparison, Dense, Result, Settings, Try, write
 from side_by_side.sets import Trial
+from sqat.compress.losses import task_loss
 from sqat.errors import SqatError
 from sqat.sparsity.masks import count_violations
 from sqat.sparsity.pattern import parse_pattern
-from sqat.stages.losses import task_loss
 
 
 def chains(names: tuple[str, ...]) -> dict[str, Sparse]:

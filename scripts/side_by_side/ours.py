@@ -12,13 +12,13 @@ from torch import Tensor, nn
 import sqat
 from side_by_side.chain import Made, Phases
 from side_by_side.sets import Trial
-from sqat.insertion.weights import layer
-from sqat.models import capture_last
+from sqat.compress.losses import distilled_loss
+from sqat.models.loading import capture_last
+from sqat.modules.parametrize import layer
 from sqat.quantization.settings import Maximum, Percentile
-from sqat.recipe import DistillConfig
+from sqat.recipe.schema import DistillConfig
 from sqat.sparsity.settings import SparseGPT
-from sqat.spreading import Loss
-from sqat.stages.losses import distilled_loss
+from sqat.training.data_parallel import Loss
 
 CALIBRATIONS = {"max": Maximum(), "percentile-99.999": Percentile(coverage=0.99999)}
 

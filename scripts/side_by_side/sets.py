@@ -18,18 +18,18 @@ import torch
 from torch import nn
 
 from side_by_side.rows import METRICS, MODEL, Budget, Figures
-from sqat.data import Batch, Processor, SplitName, column, plan_batches
-from sqat.display import Silent
+from sqat.data.dataset import Batch, Processor, SplitName, column, plan_batches
 from sqat.errors import SqatError
-from sqat.feed import Feed
-from sqat.job import logits_of, predict
-from sqat.mid_stage import MidStage
-from sqat.models import load_pretrained
-from sqat.recipe import FitConfig, Recipe
-from sqat.splits import Splits
-from sqat.spreading import Loss
+from sqat.evaluation.inference import logits_of, predict
+from sqat.models.loading import load_pretrained
+from sqat.progress import Silent
+from sqat.recipe.schema import FitConfig, Recipe
 from sqat.tasks import Task
-from sqat.training import fit
+from sqat.tasks.splits import Splits
+from sqat.training.batches import Feed
+from sqat.training.data_parallel import Loss
+from sqat.training.loop import fit
+from sqat.training.resume_state import MidStage
 
 FILES = {"wikiqa": ("train-mixed", "dev-mixed", "test-mixed"), "sst2": ("train", "dev", "test")}
 TASKS: dict[str, dict[str, Any]] = {

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from side_by_side.chain import Made, Phases
 from side_by_side.sets import Trial
-from sqat.data import Batch
-from sqat.layers import choose_layers
-from sqat.recipe import Layers
+from sqat.data.dataset import Batch
+from sqat.models.layer_selection import choose_layers
+from sqat.recipe.schema import Layers
 
 CALIBRATIONS = {"max": mtq.INT8_DEFAULT_CFG, "smoothquant": mtq.INT8_SMOOTHQUANT_CFG}
 HEAD = "classifier"

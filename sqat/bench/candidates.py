@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 
 from sqat import runtime
 from sqat.bench.inputs import Feeds, Input, inputs_of_config
+from sqat.checkpoint.small_files import read_object
 from sqat.errors import SqatError, first_line
-from sqat.small_files import read_object
 
 Run = Callable[[Feeds], NDArray[Any]]
 
@@ -181,7 +181,7 @@ def why_absent(backend: str) -> str:
 
 def why_no_tensorrt() -> str:
     """Why ONNX Runtime's TensorRT provider cannot be used."""
-    from sqat.machine import execution_providers, find_gpus
+    from sqat.hardware.machine import execution_providers, find_gpus
 
     try:
         gpus = find_gpus()
@@ -237,11 +237,11 @@ def open_torch(path: Path, threads: int, stack: ExitStack) -> Run:
     """A checkpoint, or a folder of an export, on the device torch has."""
     import torch
 
-    from sqat.artifacts import is_export, open_artifact
-    from sqat.checkpoint import load_checkpoint
-    from sqat.data import Batch
-    from sqat.evaluation import served_model
-    from sqat.job import logits_of
+    from sqat.checkpoint.store import load_checkpoint
+    from sqat.data.dataset import Batch
+    from sqat.evaluation.artifacts import is_export, open_artifact
+    from sqat.evaluation.evaluate import served_model
+    from sqat.evaluation.inference import logits_of
 
     before = torch.get_num_threads()
     stack.callback(torch.set_num_threads, before)
@@ -267,7 +267,7 @@ def open_torch(path: Path, threads: int, stack: ExitStack) -> Run:
 
 
 def open_onnxruntime(path: Path, threads: int, stack: ExitStack) -> Run:
-    from sqat.export.runtime import session
+    from sqat.runtime.sessions import session
 
     return feeding(session(path, threads=threads))
 

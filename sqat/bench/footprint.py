@@ -19,8 +19,8 @@ from sqat.errors import SqatError, first_line
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 LIBRARIES = {
-    "torch": ("torch", "sqat.evaluation", "transformers"),
-    "onnxruntime": ("sqat.export.runtime",),
+    "torch": ("torch", "sqat.evaluation.evaluate", "transformers"),
+    "onnxruntime": ("sqat.runtime.sessions",),
     "openvino": ("openvino",),
     "tensorrt": ("onnxruntime",),
     "sqat": ("onnxruntime",),

@@ -22,9 +22,9 @@ from sqat.bench.inputs import Feeds, Input, Limits, draw_inputs, limits_of, usua
 from sqat.bench.intervals import Interval, median_interval, median_ratio
 from sqat.bench.parity import Parity, compare, is_classifier
 from sqat.bench.rounds import Effort, Timed, time_rounds
-from sqat.display import Display
 from sqat.errors import SqatError, first_line
-from sqat.machine import describe_processor, version_of
+from sqat.hardware.machine import describe_processor, version_of
+from sqat.progress import Display
 
 STRICT = ConfigDict(extra="forbid")
 PACKAGES = ("sqat", "torch", "onnxruntime", "openvino", "transformers")

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from sqat.manifest import Figure
+from sqat.checkpoint.manifest import Figure
 
 Array = NDArray[Any]
 

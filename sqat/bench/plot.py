@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sqat.bench.measuring import Report, Setting, size_text
-from sqat.plots import blank_figure, save_figure
+from sqat.plots.figure import blank_figure, save_figure
 
 BAR, TAIL, BASELINE = "#3b6ea5", "#b5541c", "#8a8f98"
 PANEL, LINE = 0.7, 0.34  # inches a panel and a candidate

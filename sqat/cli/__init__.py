@@ -1,4 +1,4 @@
-"""The command line: thin commands over `sqat.pipeline` and its neighbours, and the one place that exits.
+"""The command line: thin commands over `sqat.pipeline.runner` and its neighbours, and the one place that exits.
 
 `commands` lists them all; each is a function of `running`, `looking`, `machine` or `writing`. Heavy imports (torch,
 transformers, pydantic, Rich) are inside their bodies, so that ``--help`` is quick, and behind what can be checked

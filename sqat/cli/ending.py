@@ -63,7 +63,7 @@ def _tell(error: BaseException) -> int:
     """Print one line about an error and return its exit code."""
     for number in (signal.SIGINT, signal.SIGTERM) if _shares_work() else ():
         signal.signal(number, signal.SIG_IGN)  # a launcher ends all processes once one has ended: this one is about to
-    from sqat import console
+    from sqat.cli import console
 
     debug = os.environ.get("SQAT_DEBUG", "") not in ("", "0")
     if debug and not isinstance(error, USAGE_ERROR | KeyboardInterrupt):
@@ -93,7 +93,7 @@ def usage_line(error: typer.BadParameter) -> str:
 
 def _tell_fault(error: BaseException, debug: bool) -> int:
     """What nobody foresaw: a path that cannot be written is the user's to mend, all else is this program's fault."""
-    from sqat import console
+    from sqat.cli import console
 
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

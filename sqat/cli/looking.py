@@ -40,7 +40,8 @@ def evaluate(
     loaded = load(recipe, overrides)
     if split == "test" and loaded.recipe.data.test is None:
         raise SqatError("the recipe has no test split", "add data.test or give --split dev", recipe.name)
-    from sqat import console, pipeline, tables
+    from sqat.cli import console, tables
+    from sqat.pipeline import runner as pipeline
 
     with console.open_display(quiet=quiet) as display:
         metrics = pipeline.evaluate(loaded, artifact, name, display)
@@ -67,11 +68,11 @@ def inspect(
     if fix or target is not None:
         inspect_for(target or "tensorrt", path, fix, output, json)
         return
-    from sqat.tables import print_layers
+    from sqat.cli.tables import print_layers
 
     if path.is_dir():
         must_be_checkpoint(path)
-        from sqat.inspection import inspect_checkpoint
+        from sqat.evaluation.inspection import inspect_checkpoint
 
         layers = inspect_checkpoint(path)
     else:
@@ -87,9 +88,9 @@ def inspect_for(target: str, path: Path, fix: bool, output: Path | None, json: b
         raise SqatError(
             "a checkpoint folder has no graph to lint or fix", "name the .onnx file of an export", str(path)
         )
+    from sqat.cli.tables import print_findings
     from sqat.lint.checks import known_target
     from sqat.lint.repaired_file import lint_file, repair_file, require
-    from sqat.tables import print_findings
 
     rules = known_target(target)
     lint, repair = repair_file(path, rules, output) if fix else (lint_file(path, rules), None)
@@ -126,20 +127,20 @@ def analyze(
 ) -> None:
     """Show what pruning and int8 harm in each layer, untrained."""
     loaded = load(recipe, overrides)
-    from sqat.analysis.options import Options, check_options
-    from sqat.plots import check_plot
-    from sqat.small_files import check_json
+    from sqat.analyze.options import Options, check_options
+    from sqat.checkpoint.small_files import check_json
+    from sqat.plots.figure import check_plot
 
     options = Options(stage, parent, prune_stage, calibrate_stage, samples, split, metric, budget)
     check_options(options, loaded.recipe)
     check_json(json_file)
     check_plot(plot)
-    from sqat import console
-    from sqat.analysis import command
+    from sqat.analyze import command
+    from sqat.cli import console
 
     with console.open_display(quiet=quiet) as display:
         findings = command.run_analysis(loaded, options, display)
-    from sqat.machine_tables import print_sensitivity
+    from sqat.cli.machine_tables import print_sensitivity
 
     print_sensitivity(findings)  # first: a full disk does not take them from who waited for them
     command.write_findings(findings, json_file, plot)

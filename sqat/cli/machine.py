@@ -36,8 +36,8 @@ def engine(
 ) -> None:
     """Build a TensorRT engine; tell which layers run sparse."""
     must_exist(model)
-    from sqat import console, tables
-    from sqat.engine import command
+    from sqat.cli import console, tables
+    from sqat.tensorrt import command
 
     if log is not None or layers is not None:
         if output or batch or sequence:
@@ -54,8 +54,8 @@ def engine(
 
 def doctor(json: Json = False, verbose: Verbose = 0) -> None:
     """Show what this machine has, and what targets and backends lack."""
-    from sqat.doctor import diagnose
-    from sqat.machine_tables import print_diagnosis
+    from sqat.cli.machine_tables import print_diagnosis
+    from sqat.hardware.doctor import diagnose
 
     print_diagnosis(diagnose(), as_json=json)
 
@@ -92,10 +92,10 @@ def bench(
     verbose: Verbose = 0,
 ) -> None:
     """Time checkpoints and ONNX files in every backend here."""
-    from sqat import console
     from sqat.bench import command
-    from sqat.plots import check_plot
-    from sqat.small_files import check_json
+    from sqat.checkpoint.small_files import check_json
+    from sqat.cli import console
+    from sqat.plots.figure import check_plot
 
     options = command.Options(
         artifacts, batch, sequence, threads, baseline, backends or [], rounds, min_seconds, within, max_seconds
@@ -104,7 +104,7 @@ def bench(
     check_plot(plot)
     with console.open_display(quiet=quiet) as display:
         report = command.run_bench(options, display)
-    from sqat.machine_tables import print_bench
+    from sqat.cli.machine_tables import print_bench
 
     print_bench(report)  # first: a full disk does not take them from who waited for them
     command.write_report(report, json_file, plot)

@@ -15,7 +15,7 @@ import typer
 from sqat.errors import SqatError, near_files
 
 if TYPE_CHECKING:
-    from sqat.recipe import LoadedRecipe
+    from sqat.recipe.schema import LoadedRecipe
 
 
 def _set_verbosity(count: int) -> int:
@@ -73,7 +73,7 @@ Targets = Annotated[
 
 def load(recipe: Path, overrides: Sequence[str] | None) -> LoadedRecipe:
     """Read a recipe whose local files must be there, so that the last split is not missed hours later."""
-    from sqat.recipe_file import load_recipe
+    from sqat.recipe.loader import load_recipe
 
     return load_recipe(recipe, overrides or (), check_files=True)
 
@@ -94,6 +94,6 @@ def must_be_artifact(path: Path) -> None:
 def must_be_checkpoint(path: Path) -> None:
     """Tell early that a folder is not there, or holds no checkpoint."""
     must_exist(path)
-    from sqat.manifest import load_manifest
+    from sqat.checkpoint.manifest import load_manifest
 
     load_manifest(path)

@@ -26,7 +26,7 @@ from sqat.cli.options import (
 from sqat.errors import SqatError
 
 if TYPE_CHECKING:
-    from sqat.recipe import LoadedRecipe
+    from sqat.recipe.schema import LoadedRecipe
 
 
 def run(
@@ -42,13 +42,14 @@ def run(
 ) -> None:
     """Run every stage of a recipe; unchanged ones are skipped."""
     loaded = load(recipe, overrides)
-    from sqat.recipe_rules import stage_range
+    from sqat.recipe.cross_checks import stage_range
 
     stage_range(loaded.recipe, first, last)
     if dry_run:
         print_plan(loaded, first, last, force, json)
         return
-    from sqat import console, pipeline, tables
+    from sqat.cli import console, tables
+    from sqat.pipeline import runner as pipeline
 
     with console.open_display(quiet=quiet, log=log_of(loaded)) as display:
         results = pipeline.run(loaded, display, first=first, last=last, force=force)
@@ -133,7 +134,8 @@ def export(
 
 def print_plan(loaded: LoadedRecipe, first: str | None, last: str | None, force: bool, json: bool) -> None:
     """Say what a run would do."""
-    from sqat import plan, tables
+    from sqat.cli import tables
+    from sqat.pipeline import plan
 
     tables.print_plan(plan.make_plan(loaded, first=first, last=last, force=force), as_json=json)
 
@@ -150,15 +152,16 @@ def run_one(
     distill: bool | None = None,
 ) -> None:
     """Run the one stage of ``kind`` that the recipe has, or the one called ``stage``."""
-    from sqat.recipe_file import distill_override
-    from sqat.recipe_rules import pick_stage
+    from sqat.recipe.cross_checks import pick_stage
+    from sqat.recipe.loader import distill_override
 
     if parent is not None:
         must_be_checkpoint(parent)
     chosen = [*(overrides or ()), *distill_override(recipe, kind, stage, overrides or (), distill)]
     loaded = load(recipe, chosen)
     name = pick_stage(loaded.recipe, kind, stage)
-    from sqat import console, pipeline
+    from sqat.cli import console
+    from sqat.pipeline import runner as pipeline
 
     with console.open_display(quiet=quiet, log=log_of(loaded)) as display:
         directory = pipeline.run_stage(loaded, name, display, parent=parent, output=output, force=force)
@@ -172,17 +175,18 @@ def choose_targets(
     """What ``--target`` means, as a ``--set``; for auto the machine, the choice and the reasons are printed."""
     from typing import get_args
 
-    from sqat.recipe import Target
-    from sqat.recipe_file import targets_override
-    from sqat.recipe_rules import pick_stage, suggest
+    from sqat.recipe.cross_checks import pick_stage, suggest
+    from sqat.recipe.loader import targets_override
+    from sqat.recipe.schema import Target
 
     for name in names:
         if name not in (known := (*get_args(Target), "auto")):
             raise SqatError(f"no target {name!r}", suggest(name, known), "--target")
     if "auto" in names:
-        from sqat import console, pipeline
-        from sqat.choosing import choose_target, explain, facts_of
-        from sqat.machine import describe_machine
+        from sqat.cli import console
+        from sqat.hardware.choosing import choose_target, explain, facts_of
+        from sqat.hardware.machine import describe_machine
+        from sqat.pipeline import runner as pipeline
 
         loaded = load(recipe, [*overrides, "results={}"])
         manifest = pipeline.parent_manifest(loaded, pick_stage(loaded.recipe, "export", stage), parent)

@@ -26,7 +26,7 @@ def report(
     from sqat.report.folder import newest_stage
 
     newest_stage(run_folder)
-    from sqat import console
+    from sqat.cli import console
     from sqat.report.page import write_page
 
     with console.open_display(quiet=quiet) as display:
@@ -53,7 +53,8 @@ def init(
     """Guess task and columns of a data file and write a recipe; in a terminal the task is asked."""
     if dev is not None:
         must_exist(dev)
-    from sqat import console, starter
+    from sqat.cli import console
+    from sqat.init import starter
 
     def ask(guess: str) -> str:
         return str(typer.prompt(f"task: {', '.join(starter.TASKS)}?", default=guess, err=True))
@@ -68,12 +69,12 @@ def schema(
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="default: print it")] = None,
 ) -> None:
     """Print the JSON schema of recipes, for editors and for reading."""
-    from sqat.console import print_text
-    from sqat.recipe_schema import schema_text
+    from sqat.cli.console import print_text
+    from sqat.recipe.json_schema import schema_text
 
     if output is None:
         print_text(schema_text().rstrip())
     else:
-        from sqat.small_files import replace_file
+        from sqat.checkpoint.small_files import replace_file
 
         replace_file(output, schema_text().encode())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sqat.manifest import Manifest
+from sqat.checkpoint.manifest import Manifest
 
 ONNX_USE = """```python
 import onnxruntime
@@ -25,7 +25,7 @@ from transformers import AutoImageProcessor
 images = AutoImageProcessor.from_pretrained(".")
 inputs = images(Image.open("image.png"), return_tensors="np")"""
 NOISE = """
-inputs = ...  # by name: a noisy picture, its time and the caption's embedding, as sqat.sampling prepares them"""
+inputs = ...  # by name: a noisy picture, its time and the caption's embedding, as sqat.models.rectified_flow says"""
 INPUTS = {
     "texts": TEXTS.format(second='["second text"], '),
     "sentences": TEXTS.format(second=""),
@@ -52,7 +52,7 @@ TENSORRT_USE = """`bash build_engine.sh` (trtexec) or `python build_engine.py` b
 enabled and the optimization profile of the recipe; `sqat engine {file}` also tells which layers chose a sparse kernel.
 """
 PACKED_USE = """```python
-from sqat.serving.load import load_model
+from sqat.torch_sparse.load import load_model
 
 model, processor = load_model("{file}")  # sparse kernels on an Ampere GPU or later, a reference elsewhere
 ```

@@ -25,9 +25,9 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
-from sqat.checkpoint import Checkpoint
+from sqat.checkpoint.manifest import LAYOUT, SIDE_FILES, WEIGHTS
+from sqat.checkpoint.store import Checkpoint
 from sqat.errors import SqatError
-from sqat.manifest import LAYOUT, SIDE_FILES, WEIGHTS
 from sqat.quantization.fake_quant import HIGH, quantize_weight
 from sqat.sparsity.masks import count_violations
 from sqat.sparsity.pattern import parse_pattern

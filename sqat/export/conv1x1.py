@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx import ModelProto
 
-from sqat.export.rewriting import Rewriting, known, live_scales, maker, module, stored, weight_chain
+from sqat.export.onnx_edit import Rewriting, known, live_scales, maker, module, stored, weight_chain
 
 PAIR = ("QuantizeLinear", "DequantizeLinear")
 UNARY = (*PAIR, "Gelu", "Relu", "Tanh", "Sigmoid", "Erf", "Cast")

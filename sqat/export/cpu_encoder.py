@@ -5,9 +5,9 @@ one: integers and scales of its linears, its norms, and the steps of its activat
 
 Why a table of names: a kernel does the work of several modules (q, k and v; a linear with the residual add and the
 norm behind it), and which belong together only the family's own code says. A linear's output is ``sum * scale + bias``
-with scale = input step * weight step, as `sqat.insertion.kernels` has it: nothing is folded that would round in another
-place than the trained model does. Left out: layers of which a linear stays float, relative and rotary positions,
-decoders.
+with scale = input step * weight step, as `sqat.modules.served_arithmetic` has it: nothing is folded that would round
+in another place than the trained model does. Left out: layers of which a linear stays float, relative and rotary
+positions, decoders.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from sqat.errors import SqatError
 from sqat.export.cpu_packing import Packed, pack
-from sqat.insertion.weights import linear
-from sqat.layers import encoder_blocks
-from sqat.models import PreTrainedModel, attention_heads
+from sqat.models.layer_selection import encoder_blocks
+from sqat.models.loading import PreTrainedModel, attention_heads
+from sqat.modules.parametrize import linear
 from sqat.quantization.fake_quant import HIGH, quantize_weight
 
 Floats = NDArray[np.float32]

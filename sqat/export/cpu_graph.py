@@ -26,7 +26,7 @@ from sqat.errors import GateError
 from sqat.export.cpu_encoder import Encoder, Norm, Product
 from sqat.export.embeddings import quantize_rows
 from sqat.export.names import KERNELS, needs_kernels, node_name
-from sqat.export.rewriting import Array, Rewriting, module
+from sqat.export.onnx_edit import Array, Rewriting, module
 from sqat.quantization.fake_quant import HIGH
 
 VERSION = 1

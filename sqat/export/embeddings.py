@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sqat.errors import SqatError
 from sqat.export.float16 import half
-from sqat.export.rewriting import Array, Rewriting, module, stored
+from sqat.export.onnx_edit import Array, Rewriting, module, stored
 from sqat.quantization.fake_quant import HIGH, SMALLEST_AMAX
 
 TableForm = Literal["fp16", "int8"]

@@ -25,7 +25,7 @@ import onnx_ir as ir
 from onnx import ModelProto
 
 from sqat.errors import SqatError
-from sqat.export.rewriting import Array, Rewriting, known, live_scales, maker, module, stored, weight_chain
+from sqat.export.onnx_edit import Array, Rewriting, known, live_scales, maker, module, stored, weight_chain
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 STORED: dict[ir.DataType | None, np.dtype[Any]] = {FLOAT: np.dtype(np.float32), HALF: np.dtype(np.float16)}

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx import ModelProto
 
-from sqat.export.rewriting import LAYOUT, Rewriting, known, maker, stored, weight_chain
+from sqat.export.onnx_edit import LAYOUT, Rewriting, known, maker, stored, weight_chain
 
 
 def fold_attention_scale(model: ModelProto) -> ModelProto:

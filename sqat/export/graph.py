@@ -54,7 +54,7 @@ def export_float(model: nn.Module, inputs: Mapping[str, Tensor], output: str = "
 
     Returns:
         ModelProto of opset 20; inputs in the given order, one output [batch, ...]. It may hold more than
-        2 GB: see `sqat.export.files`.
+        2 GB: see `sqat.export.onnx_files`.
 
     Raises:
         ValueError: an input has another shape or the model is in training mode.

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnx import ModelProto
 
 from sqat.errors import SqatError
-from sqat.export.rewriting import Rewriting, module
+from sqat.export.onnx_edit import Rewriting, module
 
 OPSET = 17
 DEFAULTS = {"Cast": "saturate", "QuantizeLinear": "saturate", "Split": "num_outputs"}

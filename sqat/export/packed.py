@@ -17,11 +17,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sqat.checkpoint import Checkpoint
+from sqat.checkpoint.manifest import LAYOUT, SIDE_FILES, LayerRecord
+from sqat.checkpoint.store import Checkpoint
 from sqat.errors import SqatError
-from sqat.manifest import LAYOUT, SIDE_FILES, LayerRecord
+from sqat.export.packed_folder import FOLDER, TYPES, PackedLayer, SparseManifest, folder_files
 from sqat.quantization.fake_quant import HIGH, fake_quantize_weight, quantize_weight
-from sqat.serving.folder import FOLDER, TYPES, PackedLayer, SparseManifest, folder_files
 from sqat.sparsity.semi_structured import SMALLEST, SemiStructured, pack, why_not
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from onnx import ModelProto
 
 from sqat.errors import GateError, SqatError
-from sqat.export.files import check_file
+from sqat.export.onnx_files import check_file
 from sqat.lint.findings import Finding
 from sqat.lint.fixes import REPAIRED, fix
 from sqat.lint.inference import structure_error, typing_error

@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from sqat.errors import SqatError
-from sqat.export.files import read_onnx
 from sqat.export.names import module_of, needs_kernels
+from sqat.export.onnx_files import read_onnx
 from sqat.lint.checks import find, find_in
 from sqat.lint.findings import Finding
+from sqat.lint.report_row import LayerReport
 from sqat.lint.rules import Target
 from sqat.lint.verdicts import DOUBT, WANTED, Verdict, verdicts, why_float
 from sqat.lint.weights import FLOATS, HALF, Weight, kept_in_groups
 from sqat.lint.wiring import DEQUANTIZE, Wiring, label
-from sqat.report_row import LayerReport
 from sqat.sparsity.pattern import Pattern
 
 GROUPS = (4, 8, 16, 32)

@@ -15,9 +15,9 @@ from sqat.export.names import module_of
 from sqat.lint.attention_rules import between_pair
 from sqat.lint.findings import Problem
 from sqat.lint.operator_rules import feeds_gather
-from sqat.lint.sizes import GOOD_SIDE, SMALLEST_SIDE, SPARSE_INPUTS, SPARSE_OUTPUTS
 from sqat.lint.weights import FLOATS, Weight, kept_in_groups
 from sqat.lint.wiring import DEQUANTIZE, LAYOUT, PRODUCTS, QUANTIZE, Wiring, attribute, label, operator
+from sqat.sparsity.hardware_limits import GOOD_SIDE, SMALLEST_SIDE, SPARSE_INPUTS, SPARSE_OUTPUTS
 from sqat.sparsity.pattern import Pattern, parse_pattern
 
 FLOAT_INPUTS = ("LayerNormalization", "Softmax", "Gelu", "Gather")

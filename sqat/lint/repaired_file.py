@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx import ModelProto, TensorProto
 
 from sqat.errors import GateError, SqatError
-from sqat.export.files import data_path, read_onnx, write_onnx
+from sqat.export.onnx_files import data_path, read_onnx, write_onnx
 from sqat.lint.findings import Change, plural
 from sqat.lint.fixes import fix
 from sqat.lint.inspection import Lint, lint

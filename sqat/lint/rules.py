@@ -4,7 +4,7 @@ What: a check is a small function over the wiring that yields what breaks it, wi
 asked, how grave a breach is for each target, and what to do. The checks look at the finished file only: the writer
 obeys the rules by construction, so a check of its own data would prove nothing. A rule with several rows is told
 apart by severity or advice. Left out: patterns that a checkpoint claims (`sqat.lint.checks`), and what only a
-runtime can tell (`sqat.export.runtime.left_in_float`).
+runtime can tell (`sqat.runtime.sessions.left_in_float`).
 """
 
 from __future__ import annotations

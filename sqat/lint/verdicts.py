@@ -17,10 +17,10 @@ from sqat.lint.findings import Finding
 from sqat.lint.layer_rules import is_sparse
 from sqat.lint.operator_rules import is_integer
 from sqat.lint.rules import Target
-from sqat.lint.sizes import SMALLEST_SIDE
 from sqat.lint.tensorrt_rules import IN_DOUBT
 from sqat.lint.weights import FLOATS, HALF, Weight
 from sqat.lint.wiring import DEQUANTIZE, PRODUCTS, QUANTIZE, Wiring, label, operator
+from sqat.sparsity.hardware_limits import SMALLEST_SIDE
 
 SPARSE_INT8, DENSE_INT8, SPARSE_FP16, FLOAT, REFUSED = "sparse int8", "dense int8", "sparse fp16", "float", "refused"
 DOUBT = "?"

@@ -4,11 +4,11 @@ Q(x) = clamp(round_half_even(x / s), lo, hi) * s with s = amax / 127; activation
 narrow, from -127, for kernels that multiply magnitudes), weights per output channel in [-127, 127]. As in torch's
 ops, x is multiplied by 1 / s, and the straight-through gradient is 1 where the *rounded* value lies in the range, that
 is up to half a step beyond its ends (a value within a few ulp of that half step may fall on the other side than in
-torch). Two ways, the same bits: `sqat.passes` where they fit, one pass forward and one backward, for which a byte a
-value is kept; else plain torch ops rather than torch's fused one, which branches on each element and stores a mask, at
-several times the cost on a CPU: four passes forward, three of them in place, one backward, and only x is kept for it.
-Everything is computed in float32 (float64 for float64) and returned in the type that came in. Left out: zero points
-(all ranges are symmetric) and other bit widths.
+torch). Two ways, the same bits: `sqat.runtime.kernels` where they fit, one pass forward and one backward, for which a
+byte a value is kept; else plain torch ops rather than torch's fused one, which branches on each element and stores a
+mask, at several times the cost on a CPU: four passes forward, three of them in place, one backward, and only x is
+kept for it. Everything is computed in float32 (float64 for float64) and returned in the type that came in. Left out:
+zero points (all ranges are symmetric) and other bit widths.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqat import passes
+from sqat.runtime import kernels as passes
 
 ACTIVATION_LOW, HIGH = -128, 127  # weights use -HIGH..HIGH
+LAST_BITS = 3e-7  # relative error of a sum in float32, which runtimes round each in its own way
 SMALLEST_AMAX = 2.0**-40  # of a fully pruned row or a learned amax driven to 0: 1 / scale stays finite
 
 

@@ -17,7 +17,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from sqat import passes
+from sqat.runtime import kernels as passes
 
 BINS = 8192
 PART = 2**18  # values counted at once: large enough for torch, small enough that memory is reused, not mapped

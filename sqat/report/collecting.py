@@ -11,25 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from sqat.checkpoint import load_checkpoint
-from sqat.display import Display
+from sqat.checkpoint.manifest import HISTOGRAMS, RECIPE, Manifest, load_manifest
+from sqat.checkpoint.small_files import read_object
+from sqat.checkpoint.store import load_checkpoint
 from sqat.errors import SqatError
-from sqat.gates import limits_of, missed, show_limits
-from sqat.inspection import inspect_checkpoint
-from sqat.keys import Keys
+from sqat.evaluation.inspection import inspect_checkpoint
+from sqat.export.file_names import file_name
 from sqat.lint.checks import known_target
 from sqat.lint.inspection import Lint
 from sqat.lint.repaired_file import lint_file
+from sqat.lint.report_row import LayerReport
 from sqat.lint.rules import TARGETS
-from sqat.manifest import HISTOGRAMS, RECIPE, Manifest, load_manifest
-from sqat.recipe import LoadedRecipe, StageConfig, Target
-from sqat.recipe_file import load_recipe
+from sqat.pipeline.fingerprint import Keys
+from sqat.pipeline.quality_gates import limits_of, missed, show_limits
+from sqat.pipeline.result_files import FILE, artifact_size, result_artifacts
+from sqat.progress import Display
+from sqat.recipe.loader import load_recipe
+from sqat.recipe.schema import LoadedRecipe, StageConfig, Target
 from sqat.report.curves import Curves, curves_of
 from sqat.report.folder import newest_stage
 from sqat.report.speeds import SpeedSetting, read_speeds
-from sqat.report_row import LayerReport
-from sqat.result_files import FILE, artifact_size, file_name, result_artifacts
-from sqat.small_files import read_object
 
 LOG, RUN_RECORD = "sqat.log", "run.json"
 

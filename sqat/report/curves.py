@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from sqat.manifest import Manifest
-from sqat.recipe import PruneConfig, StageConfig
+from sqat.checkpoint.manifest import Manifest
+from sqat.recipe.schema import PruneConfig, StageConfig
+from sqat.sparsity.moments import mask_steps
 from sqat.sparsity.pattern import parse_pattern
-from sqat.stages.moments import mask_steps
 
 STEP = re.compile(r"(\d+)/(\d+), (.+), [\d.]+ samples/s, \S+ left$")
 STAMP = len("2026-01-01 00:00:00 ")

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sqat.lint.report_row import LayerReport
 from sqat.report.collecting import Activation, Run, Stage
 from sqat.report.grid import Grid
 from sqat.report.speeds import SpeedSetting
-from sqat.report_row import LayerReport
 
 INK = "#010203"
 COLOURS = ("#4477aa", "#cc6677", "#228833", "#aa7733", "#66a5bb", "#aa3377")

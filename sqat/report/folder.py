@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sqat.checkpoint.manifest import MANIFEST, RECIPE
 from sqat.errors import SqatError
-from sqat.manifest import MANIFEST, RECIPE
 
 
 def newest_stage(directory: Path) -> Path:

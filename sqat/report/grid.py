@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sqat.report_row import LayerReport
+from sqat.lint.report_row import LayerReport
 
 BLOCK = re.compile(r"^(.*?\.\d+)\.(.+)$")
 FILLED, WIDE = 0.7, 12

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from sqat import __version__
-from sqat.display import Display
+from sqat.checkpoint.small_files import replace_file
 from sqat.errors import SqatError
+from sqat.lint.report_row import LayerReport
+from sqat.progress import Display
 from sqat.report.collecting import Activation, Linted, Result, Run, Stage, collect
 from sqat.report.figures import draw_activations, draw_curves, draw_map, draw_trade
 from sqat.report.grid import make_grid
 from sqat.report.verdict import baseline_of, figure, headline, remarks
-from sqat.report_row import LayerReport
-from sqat.small_files import replace_file
 
 NAME = "report.html"
 SEVERAL = 5  # findings of one file that are shown before the rest is counted

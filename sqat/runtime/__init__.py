@@ -5,8 +5,8 @@ What: `session` opens an ONNX file of the target ``cpu-sparse`` as an ordinary `
 
 Why a library of custom ops: ONNX Runtime keeps threads, memory and the API its users know, and needs one
 registration line. The sources are in ``source/``; they are compiled when sqat is installed, if there is a compiler.
-The library has the elementwise passes of training too (`sqat.passes`). Left out: graphs of other export targets, which
-`onnxruntime` runs alone.
+The library has the elementwise passes of training too (`sqat.runtime.kernels`). Left out: graphs of other export
+targets, which `onnxruntime` runs alone.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A group is M neighbours along one dimension, aligned to its start (Linear [out, 
 [out, in, kh, kw]: dimension 1); the N with the largest scores are kept and ties keep the lower index,
 so a mask is a pure function of the scores on every device. Where a group fits one integer (M of 2, 4, 8)
 the ranks come from M - 1 comparisons of the scores with themselves shifted, which a CPU runs without a
-branch or a sort; other M are sorted. Fours are ranked by `sqat.passes` where they fit. Left out: the order of
+branch or a sort; other M are sorted. Fours are ranked by `sqat.runtime.kernels` where they fit. Left out: the order of
 channels, which is `sqat.sparsity.permutation`'s, and sparse storage, which belongs to the export.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqat import passes
+from sqat.runtime import kernels as passes
 from sqat.sparsity.pattern import Pattern
 
 FOUR = 4  # what `passes.rank_fours` takes

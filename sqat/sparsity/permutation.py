@@ -1,8 +1,9 @@
 """An order of channels in which groups of M keep more of their scores under N:M.
 
 What a group keeps depends on which columns share it: two columns that matter to the same rows compete, two that matter
-to different rows do not. Where columns may be put in any order (`sqat.stages.channels` says where), a better partition
-into groups keeps more (Pool & Yu, "Channel Permutations for N:M Sparsity", NeurIPS 2021; the search here is another).
+to different rows do not. Where columns may be put in any order (`sqat.compress.channels` says where), a better
+partition into groups keeps more (Pool & Yu, "Channel Permutations for N:M Sparsity", NeurIPS 2021; the search here is
+another).
 
 Columns of different groups are swapped as long as that gains. Without column i a group keeps the N - 1 largest of the
 others in each row for certain, and of the column x in i's place whatever exceeds their N-th largest b_i: it keeps a

@@ -13,23 +13,24 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from sqat.checkpoint import Checkpoint
-from sqat.data import Batch, Processor, column, plan_batches
+from sqat.checkpoint.manifest import HISTOGRAMS, LayerRecord, SiteRecord
+from sqat.checkpoint.store import Checkpoint
+from sqat.data.dataset import Batch, Processor, column, plan_batches
+from sqat.distributed import largest, processes, summed
 from sqat.errors import SqatError
+from sqat.evaluation.inference import logits_of
 from sqat.export.cpu_encoder import check_encoder
-from sqat.insertion.batch_norm import fold_batch_norms_
-from sqat.insertion.bias import snap_biases_
-from sqat.insertion.quantized import quantized_
-from sqat.insertion.quantizers import Quantizers, tap_sites
-from sqat.insertion.sites import Sites, discover_sites, observed_rows
-from sqat.job import Job, logits_of
-from sqat.layers import choose_layers, encoder_blocks
-from sqat.manifest import HISTOGRAMS, LayerRecord, SiteRecord
-from sqat.models import capture, use_taps
-from sqat.processes import largest, processes, summed
+from sqat.models.layer_selection import choose_layers, encoder_blocks
+from sqat.models.loading import capture, use_taps
+from sqat.modules.activation_quantizers import Quantizers, tap_sites
+from sqat.modules.batch_norm import fold_batch_norms_
+from sqat.modules.bias import snap_biases_
+from sqat.modules.quantized import quantized_
+from sqat.modules.sites import Sites, discover_sites, observed_rows
 from sqat.quantization.calibrators import find_bound
 from sqat.quantization.histogram import Histogram
-from sqat.recipe import CalibrateConfig
+from sqat.recipe.schema import CalibrateConfig
+from sqat.stages.context import Job
 
 FOLDED_SLACK = 1e-3
 MOST = 0.9999  # of the values: the bound of the account that we follow

@@ -1,6 +1,6 @@
 """Export to the files of the engines and, at once, the proof that each is the model: nothing is kept of one that fails.
 
-Each target (`sqat.stages.targets`) is written, run on the CPU, and compared with the torch model on real dev rows.
+Each target (`sqat.export.targets`) is written, run on the CPU, and compared with the torch model on real dev rows.
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from sqat.architectures import ARCHITECTURES
-from sqat.artifacts import open_artifact
-from sqat.checkpoint import Checkpoint
-from sqat.data import Processor, Rows, column
+from sqat.checkpoint.store import Checkpoint
+from sqat.data.dataset import Processor, Rows, column
 from sqat.errors import GateError, SqatError
-from sqat.evaluation import rounded_otherwise, served_model
+from sqat.evaluation.artifacts import open_artifact
+from sqat.evaluation.evaluate import rounded_otherwise, served_model
+from sqat.evaluation.inference import logits_of, predict
 from sqat.export.card import model_card
-from sqat.export.runtime import parity
-from sqat.insertion.batch_norm import absorb_, fold_batch_norms_
-from sqat.job import Job, logits_of, predict
-from sqat.models import use_eager
-from sqat.recipe import ExportConfig
-from sqat.result_files import file_name
-from sqat.stages.targets import TARGETS, Source, Written
+from sqat.export.file_names import file_name
+from sqat.export.targets import TARGETS, Source, Written
+from sqat.lint.checks import verify
+from sqat.models.architectures import ARCHITECTURES
+from sqat.models.loading import use_eager
+from sqat.modules.batch_norm import absorb_, fold_batch_norms_
+from sqat.recipe.schema import ExportConfig
+from sqat.runtime.sessions import left_in_float, optimized_graph, parity
+from sqat.stages.context import Job
 from sqat.tasks.slack import slack
-from sqat.training import Figures
+from sqat.training.loop import Figures
 
 NOISE_FACTOR = 3
 SHAKES = 8
@@ -82,6 +84,7 @@ def run(config: ExportConfig, parent: Checkpoint | None, job: Job) -> Checkpoint
         for target in config.targets:
             job.display.say(f"{job.name}: writing {target}")
             written = TARGETS[target](source, folder)
+            check_graph(folder / file_name(target), written, parent)
             found, metrics[f"dev {target}"] = prove(folder / file_name(target), written, dev, config, job)
             notes.append(f"{target}: {found}")
             job.display.say(f"{job.name}: {notes[-1]}")
@@ -98,6 +101,21 @@ def run(config: ExportConfig, parent: Checkpoint | None, job: Job) -> Checkpoint
         source.output,
     )
     return Checkpoint(manifest, {**parent.files, **files, "README.md": card.encode()})
+
+
+def check_graph(path: Path, written: Written, parent: Checkpoint) -> None:
+    """Check a written graph by the rules of its target.
+
+    Raises:
+        GateError: it breaks a rule, or ONNX Runtime would compute a product in float.
+    """
+    if written.graph is None:
+        return
+    patterns = {name: record.pattern for name, record in parent.manifest.layers.items() if record.pattern}
+    verify(written.graph, patterns, written.rules, path)
+    if written.runs_in_int8 and (float_products := left_in_float(optimized_graph(path))):
+        raise GateError(f"ONNX Runtime would run {float_products[0]} of {path.name} in float",
+                        "this is a fault of the exporter: please report it with the recipe")  # fmt: skip
 
 
 def sequence_range(config: ExportConfig, longest: int) -> tuple[int, int, int]:

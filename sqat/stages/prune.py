@@ -11,20 +11,20 @@ from functools import partial
 
 import torch
 
-from sqat.checkpoint import Checkpoint
+from sqat.checkpoint.manifest import LayerRecord
+from sqat.checkpoint.store import Checkpoint
+from sqat.compress.losses import stage_loss
+from sqat.compress.masking import Masking, with_decay
+from sqat.compress.patterns import choose_patterns
+from sqat.compress.permuting import permute_for_
+from sqat.compress.statistics import gather
 from sqat.errors import SqatError
-from sqat.insertion.weights import insert_weights_, layer, remove_weights_
-from sqat.job import Job
-from sqat.manifest import LayerRecord
-from sqat.models import capture
-from sqat.recipe import PruneConfig
+from sqat.models.loading import capture
+from sqat.modules.parametrize import insert_weights_, layer, remove_weights_
+from sqat.recipe.schema import PruneConfig
+from sqat.sparsity.moments import mask_steps, too_few_steps
 from sqat.sparsity.settings import SrSte
-from sqat.stages.losses import stage_loss
-from sqat.stages.masking import Masking, with_decay
-from sqat.stages.moments import mask_steps, too_few_steps
-from sqat.stages.patterns import choose_patterns
-from sqat.stages.permuting import permute_for_
-from sqat.stages.statistics import gather
+from sqat.stages.context import Job
 
 
 def run(config: PruneConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
@@ -43,10 +43,10 @@ def run(config: PruneConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
     moments = mask_steps(config, job.steps(config, feed))
     if remark := too_few_steps(moments):
         job.display.say(f"{job.name}: {remark}")
-    with stage_loss(model, config.distill, job) as loss:
+    with stage_loss(model, config.distill, job.task, job.teacher, job.name) as loss:
         gathered = partial(gather, config.criterion, model, loss=loss, feed=feed, seed=job.recipe.seed)
         if config.permute:
-            notes += permute_for_(config, model, patterns, old, feed, gathered, job)
+            notes += permute_for_(config, model, patterns, old, feed, gathered, job.recipe.seed, job.display, job.name)
         transforms = insert_weights_(model, {**masks, **kept}, (), masks if learns_all else ())
         masking = Masking(model, {name: transforms[name] for name in masks}, patterns, config, moments, gathered)
         fitted = job.fit(model, processor, with_decay(loss, masking), config, masking.before_step,

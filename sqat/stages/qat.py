@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from sqat.checkpoint import Checkpoint
+from sqat.checkpoint.store import Checkpoint, quantized_layers
+from sqat.compress.losses import stage_loss
 from sqat.errors import SqatError
-from sqat.evaluation import quantized_layers, quantizers_of
-from sqat.insertion.bias import snap_biases_
-from sqat.insertion.quantized import quantized_
-from sqat.job import Job
-from sqat.layers import encoder_blocks
-from sqat.models import capture, use_taps
-from sqat.recipe import QatConfig
-from sqat.stages.losses import stage_loss
+from sqat.evaluation.evaluate import quantizers_of
+from sqat.models.layer_selection import encoder_blocks
+from sqat.models.loading import capture, use_taps
+from sqat.modules.bias import snap_biases_
+from sqat.modules.quantized import quantized_
+from sqat.recipe.schema import QatConfig
+from sqat.stages.context import Job
 
 
 def run(config: QatConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
@@ -24,7 +24,7 @@ def run(config: QatConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
     quantizers = quantizers_of(parent, learned=config.activation_scales == "learned")
     with (
         quantized_(model, parent.masks, quantized_layers(parent), quantizers, encoder_blocks(model)),
-        stage_loss(model, config.distill, job) as loss,
+        stage_loss(model, config.distill, job.task, job.teacher, job.name) as loss,
     ):
         fitted = job.fit(model, processor, loss, config)
         snap_biases_(model, quantized_layers(parent), quantizers.amax(), quantizers.leaders)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from sqat.checkpoint import Checkpoint
+from sqat.checkpoint.store import Checkpoint
+from sqat.compress.losses import task_loss
 from sqat.errors import SqatError
-from sqat.job import Job
-from sqat.models import capture
-from sqat.recipe import TrainConfig
-from sqat.stages.losses import task_loss
+from sqat.models.loading import capture
+from sqat.recipe.schema import TrainConfig
+from sqat.stages.context import Job
 
 
 def run(config: TrainConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:

@@ -1,7 +1,7 @@
 """Tasks: what a head puts out, what it learns from, and how it is measured.
 
 A task is a frozen dataclass made from its recipe section and the train rows; stages and the training loop
-know only the protocol below. Another task is one file here, one section in `sqat.recipe` and one line in
+know only the protocol below. Another task is one file here, one section in `sqat.recipe.schema` and one line in
 `build_task`.
 """
 
@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from sqat import recipe
-from sqat.data import Batch, Rows
+from sqat.data.dataset import Batch, Rows
+from sqat.recipe import schema as recipe
 from sqat.tasks.classification import Classification
 from sqat.tasks.performance import QueryPerformance
 from sqat.tasks.regression import Regression
@@ -26,7 +26,7 @@ class Task(Protocol):
 
     @property
     def architecture(self) -> str:
-        """Kind of model that the task is for, a key of `sqat.architectures`."""
+        """Kind of model that the task is for, a key of `sqat.models.architectures`."""
 
     @property
     def metric(self) -> str:

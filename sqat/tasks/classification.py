@@ -14,12 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sqat import metrics
-from sqat.data import Batch, Rows, column
+from sqat.data.dataset import Batch, Rows, column
+from sqat.data.text_files import listed
+from sqat.distillation.outputs import logit_loss
 from sqat.errors import SqatError
-from sqat.readers import listed
-from sqat.recipe import ClassificationTask
-from sqat.tasks.outputs import logit_loss
+from sqat.recipe.schema import ClassificationTask
+from sqat.tasks import metrics
 from sqat.tasks.slack import slack
 
 

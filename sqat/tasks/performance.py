@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss, softplus
 
-from sqat import metrics
-from sqat.data import Batch, Rows, column
-from sqat.tasks.outputs import logit_loss
+from sqat.data.dataset import Batch, Rows, column
+from sqat.distillation.outputs import logit_loss
+from sqat.tasks import metrics
 from sqat.tasks.slack import slack
 
 

@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from sqat import metrics
-from sqat.data import Batch, Rows, column
-from sqat.tasks.outputs import logit_loss
+from sqat.data.dataset import Batch, Rows, column
+from sqat.distillation.outputs import logit_loss
+from sqat.tasks import metrics
 from sqat.tasks.slack import slack
 
 

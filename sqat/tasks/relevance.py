@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
-from sqat import metrics
-from sqat.data import Batch, Rows, column, grade_range
-from sqat.recipe import RelevanceTask
-from sqat.tasks.outputs import logit_loss
+from sqat.data.dataset import Batch, Rows, column, grade_range
+from sqat.distillation.outputs import logit_loss
+from sqat.recipe.schema import RelevanceTask
+from sqat.tasks import metrics
 from sqat.tasks.slack import slack
 
 

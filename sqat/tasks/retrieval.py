@@ -6,9 +6,9 @@ in dev and test. The loss is InfoNCE (multiple-negatives ranking, arXiv:1705.006
 among all passages of the batch at a temperature; other positives of the query, and texts that the model reads as one
 of them, are no negatives. Distillation is 1 - cosine between the embeddings, which needs no labels.
 
-The metrics search all passages of the split (`sqat.retrieval`); ``rerank-ndcg@10`` and ``pnr`` put only a query's own
-candidates in order, as a cross-encoder would (`sqat.metrics.ranking`), where some query has good and bad ones.
-Left out: negatives of other processes, prompts before a text (write them into the data).
+The metrics search all passages of the split (`sqat.tasks.retrieval_metrics`); ``rerank-ndcg@10`` and ``pnr`` put only
+a query's own candidates in order, as a cross-encoder would (`sqat.tasks.metrics.ranking`), where some query has good
+and bad ones. Left out: negatives of other processes, prompts before a text (write them into the data).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize, softplus
 
-from sqat import metrics
-from sqat.data import Batch, Rows, column
-from sqat.recipe import RetrievalTask
-from sqat.records import LOOSE as LOOSE
-from sqat.records import QUERY as QUERY
-from sqat.retrieval import Floats, retrieval, similarities
+from sqat.data.dataset import Batch, Rows, column
+from sqat.data.records import LOOSE as LOOSE
+from sqat.data.records import QUERY as QUERY
+from sqat.recipe.schema import RetrievalTask
+from sqat.tasks import metrics
+from sqat.tasks.retrieval_metrics import Floats, retrieval, similarities
 from sqat.tasks.slack import slack
 
 Integers = NDArray[np.int64]

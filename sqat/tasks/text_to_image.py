@@ -1,5 +1,5 @@
-"""Pictures from captions by rectified flow (`sqat.sampling`): squared error of the picture, weighted by 1 / (1 - t)^2,
-which makes it that of the velocity.
+"""Pictures from captions by rectified flow (`sqat.models.rectified_flow`): squared error of the picture, weighted by
+1 / (1 - t)^2, which makes it that of the velocity.
 
 Measured on fixed noise and times, a function of each row's number, so that two models, and two runs, see the same:
 ``velocity-mse`` is the loss there (lower is better), ``explained`` is 1 - velocity-mse / variance of the velocity,
@@ -16,9 +16,9 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from sqat import metrics
-from sqat.data import Batch, Rows
-from sqat.sampling import CUT, NUMBER, along, fixed_draws, remaining, signals
+from sqat.data.dataset import Batch, Rows
+from sqat.models.rectified_flow import CUT, NUMBER, along, fixed_draws, remaining, signals
+from sqat.tasks import metrics
 from sqat.tasks.slack import slack
 
 

@@ -17,7 +17,7 @@ from sqat.bench.candidates import Candidate, candidates_of, open_all, read_artif
 from sqat.bench.inputs import Input, Limits, draw_inputs, inputs_of_config, limits_of, usual_tokens
 from sqat.bench.measuring import Grid, all_inputs, settings_of
 from sqat.bench.parity import compare, is_classifier
-from sqat.checkpoint import Checkpoint, save_checkpoint
+from sqat.checkpoint.store import Checkpoint, save_checkpoint
 from sqat.errors import SqatError
 
 from .graphs import VOCABULARY, write_classifier, write_pictures

@@ -18,10 +18,10 @@ from sqat.bench.candidates import candidates_of, read_artifacts
 from sqat.bench.measuring import Grid, Report, measure, pinned
 from sqat.bench.parity import Parity
 from sqat.bench.rounds import Effort, Timed
-from sqat.checkpoint import Checkpoint, save_checkpoint
-from sqat.data import TextProcessor
-from sqat.display import Silent
+from sqat.checkpoint.store import Checkpoint, save_checkpoint
+from sqat.data.dataset import TextProcessor
 from sqat.errors import SqatError
+from sqat.progress import Silent
 from sqat.runtime import LIBRARY
 from tests.export.cpu_models import calibrated, exported, texts
 from tests.export.test_cpu_sparse import FAMILIES, LENGTHS

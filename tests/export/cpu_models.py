@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sqat import runtime
-from sqat.checkpoint import Checkpoint
+from sqat.checkpoint.manifest import LayerRecord, Manifest, SiteRecord
+from sqat.checkpoint.store import Checkpoint
 from sqat.errors import SqatError
-from sqat.evaluation import served_model
-from sqat.insertion.quantizers import tap_sites
-from sqat.insertion.sites import discover_sites
-from sqat.layers import choose_layers, encoder_blocks
-from sqat.manifest import LayerRecord, Manifest, SiteRecord
-from sqat.models import capture, use_eager, use_taps
-from sqat.recipe import ExportConfig, Layers
+from sqat.evaluation.evaluate import served_model
+from sqat.export.targets import Source, write_cpu_sparse
+from sqat.models.layer_selection import choose_layers, encoder_blocks
+from sqat.models.loading import capture, use_eager, use_taps
+from sqat.modules.activation_quantizers import tap_sites
+from sqat.modules.sites import discover_sites
+from sqat.recipe.schema import ExportConfig, Layers
 from sqat.sparsity.masks import apply_mask, nm_mask
 from sqat.sparsity.pattern import parse_pattern
-from sqat.stages.targets import Source, write_cpu_sparse
 from tests.export.cpu_oracle import interpret
 
 Inputs = dict[str, Tensor]

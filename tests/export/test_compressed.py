@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from sqat.checkpoint import Checkpoint
+from sqat.checkpoint.manifest import LayerRecord, SiteRecord
+from sqat.checkpoint.store import Checkpoint
 from sqat.errors import SqatError
 from sqat.export.compressed import check_compressed, check_contents, write_compressed
-from sqat.manifest import LayerRecord, SiteRecord
 
 FAMILIES = ("bert", "roberta", "distilbert", "electra", "mpnet", "modernbert")
 MakeCheckpoint = Callable[..., Checkpoint]

@@ -15,8 +15,8 @@ from onnx.reference import ReferenceEvaluator
 from sqat.export.conv1x1 import to_conv1x1
 from sqat.export.names import module_of
 from sqat.export.qdq import Quantization, insert_qdq
-from sqat.export.runtime import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
 from sqat.lint.checks import find
+from sqat.runtime.sessions import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
 
 BATCHES = [(1, 2, "right"), (3, 9, "right"), (4, 20, "left"), (2, 33, "right"), (8, 16, "left")]
 TENSORRT = ("output", *ATTENTION, "add")

@@ -10,7 +10,7 @@ from graph_edits import found, judged, parsed, sparse
 from onnx import ModelProto, numpy_helper
 
 from sqat.export.qdq import Quantization, insert_qdq
-from sqat.export.runtime import left_in_float, operator_counts, optimized_graph, run_batches, session
+from sqat.runtime.sessions import left_in_float, operator_counts, optimized_graph, run_batches, session
 
 CHAIN = """agraph (float[batch, 32, 8, 8] x) => (float[batch, 32, 8, 8] y)
 <float s = {0.01}, int8 z1 = {0}, int8 z2 = {0}, int8 z3 = {0}, int8 z4 = {0}> {

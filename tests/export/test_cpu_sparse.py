@@ -13,17 +13,16 @@ import pytest
 import torch
 import transformers
 
-from sqat.architectures.sentences import Pooling, SentenceProcessor, pooled
-from sqat.checkpoint import Checkpoint
-from sqat.data import TextProcessor
+from sqat.checkpoint.store import Checkpoint
+from sqat.data.dataset import TextProcessor
 from sqat.errors import GateError
 from sqat.export.cpu_graph import made as first_node
-from sqat.export.files import check_file
-from sqat.export.rewriting import Rewriting
-from sqat.export.runtime import operator_counts
-from sqat.recipe import Layers
+from sqat.export.onnx_edit import Rewriting
+from sqat.export.onnx_files import check_file
+from sqat.models.sentence import Pooling, SentenceProcessor, pooled
+from sqat.recipe.schema import Layers
+from sqat.runtime.sessions import operator_counts
 from tests.conftest import BASE
-from tests.engine.encoder import encoder
 from tests.export.cpu_models import (
     ENGINES,
     Inputs,
@@ -37,6 +36,7 @@ from tests.export.cpu_models import (
     with_states,
 )
 from tests.export.cpu_oracle import unpack
+from tests.tensorrt.encoder import encoder
 
 pytestmark = pytest.mark.pipeline
 LENGTHS = (12, 9, 5, 12, 7, 3, 2, 11)

@@ -16,8 +16,8 @@ from sqat.errors import SqatError
 from sqat.export.embeddings import TableForm, Widened, quantize_rows, store_embeddings, stored_tables
 from sqat.export.float16 import to_float16
 from sqat.export.qdq import insert_qdq
-from sqat.export.runtime import operator_counts, parity, run_batches, session
 from sqat.lint.checks import find
+from sqat.runtime.sessions import operator_counts, parity, run_batches, session
 
 TENSORRT = ("output", *ATTENTION, "add")
 BATCHES = [(1, 2, "right"), (3, 9, "right"), (4, 8, "left"), (2, 33, "right"), (8, 7, "left")]

@@ -23,8 +23,8 @@ from sqat.export.conv1x1 import to_conv1x1
 from sqat.export.float16 import to_float16
 from sqat.export.folding import fold_attention_scale
 from sqat.export.qdq import Quantization, insert_qdq
-from sqat.export.runtime import parity, run_batches, session
 from sqat.lint.checks import find
+from sqat.runtime.sessions import parity, run_batches, session
 
 TENSORRT = ("output", *ATTENTION, "add")
 # Left padding up to ModernBERT's window: a row that sees nothing is an average of all in float32, and not in half.

@@ -14,8 +14,8 @@ from onnx.reference import ReferenceEvaluator
 from sqat.bench.candidates import openvino_core
 from sqat.export.folding import fold_attention_scale
 from sqat.export.qdq import insert_qdq
-from sqat.export.runtime import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
 from sqat.lint.checks import find
+from sqat.runtime.sessions import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
 
 BATCHES = [(1, 2, "right"), (3, 9, "right"), (4, 20, "left"), (2, 33, "right"), (8, 16, "left")]
 PROFILES = {"tensorrt": ("output", *ATTENTION, "add"), "linear": (), "outputs": ("output",)}

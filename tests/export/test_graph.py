@@ -15,7 +15,7 @@ from torch import nn
 
 from sqat.export.graph import export_float, quiet
 from sqat.export.names import WEIGHTED, module_of, node_name
-from sqat.export.runtime import run_batches, session
+from sqat.runtime.sessions import run_batches, session
 
 NAMES = st.lists(st.from_regex(r"[A-Za-z_][A-Za-z_0-9]{0,5}|[0-9]{1,2}", fullmatch=True), max_size=6)
 

@@ -14,7 +14,7 @@ from conftest import ATTENTION, Family
 from graph_edits import ENCODER, SELF, bypass, change, node, tied
 
 from sqat import cli
-from sqat.export.files import read_onnx
+from sqat.export.onnx_files import read_onnx
 from sqat.export.qdq import insert_qdq
 
 Command = Callable[..., tuple[int, list[str], str]]

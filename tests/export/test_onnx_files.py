@@ -11,10 +11,10 @@ from conftest import Family
 from onnx import ModelProto, numpy_helper
 
 from sqat.errors import SqatError
-from sqat.export import files
-from sqat.export.files import check_file, is_large, on_disk, read_onnx, write_onnx
+from sqat.export import onnx_files as files
+from sqat.export.onnx_files import check_file, is_large, on_disk, read_onnx, write_onnx
 from sqat.export.qdq import insert_qdq
-from sqat.export.runtime import operator_counts, optimized_graph, run_batches, session
+from sqat.runtime.sessions import operator_counts, optimized_graph, run_batches, session
 
 
 @pytest.fixture

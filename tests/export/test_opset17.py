@@ -14,7 +14,7 @@ from sqat.errors import SqatError
 from sqat.export.conv1x1 import to_conv1x1
 from sqat.export.opset17 import to_opset17
 from sqat.export.qdq import insert_qdq
-from sqat.export.runtime import parity, run_batches, session
+from sqat.runtime.sessions import parity, run_batches, session
 
 
 def one_gelu(approximate: str) -> ModelProto:

@@ -14,7 +14,7 @@ from safetensors.torch import load
 from torch import Tensor
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
 
-from sqat.checkpoint import Checkpoint
+from sqat.checkpoint.store import Checkpoint
 from sqat.errors import SqatError
 from sqat.export.packed import write_packed
 from sqat.quantization.fake_quant import quantize_weight

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 
 from sqat.errors import SqatError
-from sqat.export.runtime import (
+from sqat.runtime.sessions import (
     int8_saturates,
     left_in_float,
     operator_counts,

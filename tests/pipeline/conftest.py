@@ -120,8 +120,8 @@ class Lines:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Any]:
     """A tiny project whose whole recipe has run, and its results; read it, do not change it."""
-    from sqat.pipeline import run
-    from sqat.recipe_file import load_recipe
+    from sqat.pipeline.runner import run
+    from sqat.recipe.loader import load_recipe
 
     torch.set_num_threads(1)
     project = Project(tmp_path_factory.mktemp("finished"), profile="tensorrt")

@@ -11,13 +11,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
-from sqat.checkpoint import load_checkpoint
-from sqat.data import TextProcessor
+from sqat.checkpoint.store import load_checkpoint
+from sqat.data.dataset import TextProcessor
 from sqat.errors import SqatError
-from sqat.models import build, load_pretrained
-from sqat.pipeline import run
-from sqat.recipe import ModelConfig
-from sqat.recipe_file import load_recipe
+from sqat.models.loading import build, load_pretrained
+from sqat.pipeline.runner import run
+from sqat.recipe.loader import load_recipe
+from sqat.recipe.schema import ModelConfig
 from sqat.sparsity.masks import count_violations
 from sqat.sparsity.pattern import parse_pattern
 from tests.conftest import VOCABULARY, Recorder

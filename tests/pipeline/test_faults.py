@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from sqat import pipeline
 from sqat.errors import SqatError, StoppedError
-from sqat.recipe_file import load_recipe
+from sqat.pipeline import runner as pipeline
+from sqat.recipe.loader import load_recipe
 
 from .conftest import Lines, Project
 
@@ -48,7 +48,7 @@ AFRESH = "prune: the mid-stage state is damaged, or of another run or length: st
 
 @pytest.mark.parametrize(("rate", "said"), [("3.0e-4", "prune: resumed at step 3 of 20"), ("2.0e-4", AFRESH)])
 def test_a_state_of_another_recipe_is_not_taken(copy: Project, rate: str, said: str) -> None:
-    """One of another number of processes is (`tests/test_processes.py`)."""
+    """One of another number of processes is (`tests/test_distributed.py`)."""
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("signals reach the main thread only")
     with pytest.raises(StoppedError):

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from sqat import pipeline
-from sqat.checkpoint import load_checkpoint, save_checkpoint
+from sqat.checkpoint.manifest import load_manifest
+from sqat.checkpoint.store import load_checkpoint, save_checkpoint
 from sqat.cli import main
 from sqat.errors import GateError, SqatError
-from sqat.gates import limit
-from sqat.keys import Keys
-from sqat.manifest import load_manifest
-from sqat.recipe_file import load_recipe
-from sqat.recipe_gates import Gate
+from sqat.pipeline import runner as pipeline
+from sqat.pipeline.fingerprint import Keys
+from sqat.pipeline.quality_gates import limit
+from sqat.recipe.gates import Gate
+from sqat.recipe.loader import load_recipe
 
 from .conftest import Lines, Project
 

@@ -13,12 +13,12 @@ import torch
 from onnx import numpy_helper
 from transformers import AutoModelForImageClassification
 
-from sqat.checkpoint import Checkpoint, load_checkpoint
+from sqat.checkpoint.store import Checkpoint, load_checkpoint
 from sqat.cli import main
-from sqat.export.runtime import left_in_float, operator_counts, optimized_graph
-from sqat.models import build
-from sqat.pipeline import run
-from sqat.recipe_file import load_recipe
+from sqat.models.loading import build
+from sqat.pipeline.runner import run
+from sqat.recipe.loader import load_recipe
+from sqat.runtime.sessions import left_in_float, operator_counts, optimized_graph
 from sqat.sparsity.masks import count_violations
 from sqat.sparsity.pattern import parse_pattern
 

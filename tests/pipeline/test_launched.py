@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sqat import pipeline
-from sqat.recipe_file import load_recipe
+from sqat.pipeline import runner as pipeline
+from sqat.recipe.loader import load_recipe
 
 from .conftest import Lines, Project
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from sqat.cli import main
-from sqat.recipe import FitConfig, PruneConfig, QatConfig, Recipe
-from sqat.recipe_file import load_recipe
+from sqat.recipe.loader import load_recipe
+from sqat.recipe.schema import FitConfig, PruneConfig, QatConfig, Recipe
 from sqat.sparsity.pattern import parse_pattern
 
 from .conftest import BAD, FILLER, GOOD, write_model, write_rows

@@ -16,11 +16,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from sqat import pipeline
-from sqat.checkpoint import load_checkpoint
+from sqat.checkpoint.store import load_checkpoint
 from sqat.errors import SqatError
-from sqat.plan import make_plan
-from sqat.recipe_file import load_recipe
+from sqat.pipeline import runner as pipeline
+from sqat.pipeline.plan import make_plan
+from sqat.recipe.loader import load_recipe
 
 from .conftest import FAMILIES, Lines, Project
 

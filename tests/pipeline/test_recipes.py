@@ -40,7 +40,7 @@ def test_every_shipped_recipe_has_a_test() -> None:
 @pytest.mark.parametrize("recipe", [path for path in RECIPES if path.stem not in ELSEWHERE], ids=lambda path: path.stem)
 def test_every_relevance_recipe_runs(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The recipe as shipped but for the model, the data files and the length of its fits."""
-    from sqat.recipe_file import load_recipe
+    from sqat.recipe.loader import load_recipe
 
     torch.set_num_threads(1)
     write_model(tmp_path / "model", "bert", layers=1)

@@ -11,14 +11,14 @@ import onnx
 import pytest
 import torch
 
-from sqat.checkpoint import load_checkpoint
+from sqat.checkpoint.store import load_checkpoint
 from sqat.cli import main
 from sqat.errors import SqatError
-from sqat.evaluation import evaluate_artifact
-from sqat.export.runtime import session
-from sqat.pipeline import run
-from sqat.recipe_file import load_recipe
-from sqat.splits import Splits
+from sqat.evaluation.evaluate import evaluate_artifact
+from sqat.pipeline.runner import run
+from sqat.recipe.loader import load_recipe
+from sqat.runtime.sessions import session
+from sqat.tasks.splits import Splits
 
 from .conftest import Lines, relevance_rows, write_model, write_rows
 

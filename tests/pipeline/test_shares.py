@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sqat.checkpoint import Checkpoint, load_checkpoint
+from sqat.checkpoint.store import Checkpoint, load_checkpoint
 
 pytestmark = pytest.mark.pipeline
 ROOT = Path(__file__).parents[2]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sqat import pipeline
-from sqat.checkpoint import Checkpoint, load_checkpoint
-from sqat.recipe_file import load_recipe
+from sqat.checkpoint.store import Checkpoint, load_checkpoint
+from sqat.pipeline import runner as pipeline
+from sqat.recipe.loader import load_recipe
 
 from .conftest import Lines, Project, classification_rows, write_rows
 

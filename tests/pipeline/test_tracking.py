@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from sqat import tracking
+from sqat.checkpoint.manifest import load_manifest
 from sqat.cli import main
-from sqat.display import Silent
 from sqat.errors import SqatError
-from sqat.manifest import load_manifest
-from sqat.recipe import Recipe
-from sqat.recipe_file import load_recipe
-from sqat.tracking import Tracked, flat, tracked
+from sqat.progress import Silent
+from sqat.recipe.loader import load_recipe
+from sqat.recipe.schema import Recipe
+from sqat.training import tracking
+from sqat.training.tracking import Tracked, flat, tracked
 
 from .conftest import Lines, Project
 
@@ -183,7 +183,7 @@ def test_tensorboard_has_the_losses_and_the_metrics(pipeline: Project) -> None:
 
 def untracked_key(project: Project) -> str:
     """The key of the train stage without trackers."""
-    from sqat.keys import Keys
+    from sqat.pipeline.fingerprint import Keys
 
     return Keys(load_recipe(project.recipe)).planned["train"]
 

@@ -17,9 +17,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sqat.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from sqat.checkpoint.manifest import load_manifest
+from sqat.checkpoint.store import Checkpoint, load_checkpoint, save_checkpoint
 from sqat.cli import main
-from sqat.manifest import load_manifest
 from sqat.report.speeds import read_speeds
 from tests.bench.graphs import CONFIG, save, write_classifier
 

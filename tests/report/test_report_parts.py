@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 from matplotlib.figure import Figure
 
-from sqat.recipe import PruneConfig, QatConfig
+from sqat.lint.report_row import LayerReport
+from sqat.recipe.schema import PruneConfig, QatConfig
 from sqat.report.collecting import Activation, Stage
 from sqat.report.curves import Curves, read_log, schedule_of
 from sqat.report.figures import (
@@ -24,7 +25,6 @@ from sqat.report.figures import (
 from sqat.report.grid import WIDE, make_grid, short_parts
 from sqat.report.page import points_note
 from sqat.report.verdict import figure
-from sqat.report_row import LayerReport
 from sqat.sparsity.settings import PerGroup
 
 BEGUN = """\

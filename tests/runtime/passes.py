@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sqat import passes
+from sqat.runtime import kernels as passes
 
 Floats = NDArray[np.float32]
 SIZES = (*range(1, 36), 63, 64, 65, 1000)

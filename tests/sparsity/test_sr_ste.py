@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sqat.insertion.weights import insert_weights_, original_weight, remove_weights_
+from sqat.modules.parametrize import insert_weights_, original_weight, remove_weights_
 from sqat.sparsity.masks import apply_mask, nm_mask
 from sqat.sparsity.pattern import Pattern
 from sqat.sparsity.schedule import choose_mask, decay_loss

@@ -12,17 +12,16 @@ import torch
 from torch import nn
 
 from sqat import runtime
-from sqat.artifacts import open_onnx
-from sqat.checkpoint import load_checkpoint
+from sqat.checkpoint.manifest import LayerRecord
+from sqat.checkpoint.store import load_checkpoint
 from sqat.cli import main
 from sqat.errors import SqatError
-from sqat.export import cpu_graph
+from sqat.evaluation.artifacts import open_onnx
+from sqat.export import cpu_graph, targets
 from sqat.export.cpu_encoder import check_encoder, read_encoder
-from sqat.manifest import LayerRecord
-from sqat.models import build
-from sqat.pipeline import evaluate, run_stage
-from sqat.recipe_file import load_recipe
-from sqat.stages import targets
+from sqat.models.loading import build
+from sqat.pipeline.runner import evaluate, run_stage
+from sqat.recipe.loader import load_recipe
 from tests.export.cpu_oracle import interpret
 from tests.pipeline.conftest import Lines, Project
 
@@ -34,7 +33,7 @@ class Interpreted:
     """What the code uses of an InferenceSession, by the numpy interpreter."""
 
     def __init__(self, path: Path) -> None:
-        from sqat.export.files import read_onnx
+        from sqat.export.onnx_files import read_onnx
 
         self.model = read_onnx(path)
 

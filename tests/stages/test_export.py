@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from sqat.errors import GateError
-from sqat.evaluation import rounded_otherwise
+from sqat.evaluation.evaluate import rounded_otherwise
+from sqat.export import targets
 from sqat.export.qdq import Quantization
-from sqat.pipeline import run, run_stage
-from sqat.recipe_file import load_recipe
-from sqat.stages import targets
+from sqat.pipeline.runner import run, run_stage
+from sqat.recipe.loader import load_recipe
 from sqat.tasks.classification import Classification
 from tests.pipeline.conftest import Lines, Project
 

@@ -13,12 +13,12 @@ import torch
 
 from sqat.cli import main
 from sqat.errors import GateError, SqatError
-from sqat.export.runtime import parity
+from sqat.export import targets
+from sqat.export.file_names import file_name
 from sqat.lint.checks import find
-from sqat.pipeline import evaluate, run, run_stage
-from sqat.recipe_file import load_recipe
-from sqat.result_files import file_name
-from sqat.stages import targets
+from sqat.pipeline.runner import evaluate, run, run_stage
+from sqat.recipe.loader import load_recipe
+from sqat.runtime.sessions import parity
 from tests.pipeline.conftest import Lines, Project
 
 pytestmark = pytest.mark.pipeline

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from sqat.checkpoint import load_checkpoint
-from sqat.display import Silent
-from sqat.pipeline import run
-from sqat.recipe_file import load_recipe
+from sqat.checkpoint.store import load_checkpoint
+from sqat.pipeline.runner import run
+from sqat.progress import Silent
+from sqat.recipe.loader import load_recipe
 
 
 def test_a_second_stage_keeps_what_the_first_pruned(make_source: Callable[..., Path], data_folder: Path) -> None:

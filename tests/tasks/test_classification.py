@@ -6,9 +6,9 @@ import datasets
 import pytest
 import torch
 
-from sqat.data import Batch, Rows
+from sqat.data.dataset import Batch, Rows
 from sqat.errors import SqatError
-from sqat.recipe import ClassificationTask
+from sqat.recipe.schema import ClassificationTask
 from sqat.tasks import build_task
 from sqat.tasks.classification import Classification
 

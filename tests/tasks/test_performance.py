@@ -16,11 +16,10 @@ from hypothesis import strategies as st
 from sklearn.metrics import ndcg_score
 from torchmetrics.functional.regression import kendall_rank_corrcoef, spearman_corrcoef
 
-from sqat import metrics
-from sqat.data import Batch, Rows, SplitName, load_rows
+from sqat.data.dataset import Batch, Rows, SplitName, load_rows
 from sqat.errors import SqatError
-from sqat.recipe import Columns, QueryPerformanceTask, SplitConfig
-from sqat.tasks import build_task
+from sqat.recipe.schema import Columns, QueryPerformanceTask, SplitConfig
+from sqat.tasks import build_task, metrics
 from sqat.tasks.performance import QueryPerformance
 
 LABELS = st.lists(st.sampled_from([0.0, 0.25, 0.3, 1.0]), min_size=1, max_size=12)

@@ -6,8 +6,8 @@ import datasets
 import pytest
 import torch
 
-from sqat.data import Batch, Rows
-from sqat.recipe import RegressionTask
+from sqat.data.dataset import Batch, Rows
+from sqat.recipe.schema import RegressionTask
 from sqat.tasks import build_task
 from sqat.tasks.regression import Regression
 

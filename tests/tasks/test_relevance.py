@@ -18,13 +18,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torchmetrics.functional.classification import binary_auroc
 
-from sqat import metrics
-from sqat.data import Batch, Rows, SplitName, load_rows
+from sqat.data.dataset import Batch, Rows, SplitName, load_rows
 from sqat.errors import SqatError
-from sqat.pipeline import run
-from sqat.recipe import Columns, RelevanceTask, SplitConfig
-from sqat.recipe_file import load_recipe
-from sqat.tasks import build_task
+from sqat.pipeline.runner import run
+from sqat.recipe.loader import load_recipe
+from sqat.recipe.schema import Columns, RelevanceTask, SplitConfig
+from sqat.tasks import build_task, metrics
 from sqat.tasks.relevance import Relevance
 
 Queries = list[list[float]]

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sqat.data import Batch, Rows
-from sqat.recipe import RetrievalTask
+from sqat.data.dataset import Batch, Rows
+from sqat.recipe.schema import RetrievalTask
 from sqat.tasks import build_task
 from sqat.tasks.retrieval import LOOSE, QUERY, Retrieval
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from datasets import Dataset
 
-from sqat.data import Batch, load_rows
+from sqat.data.dataset import Batch, load_rows
 from sqat.errors import SqatError
-from sqat.recipe import Columns, SplitConfig, TextToImageTask
-from sqat.sampling import LATEST, fixed_draws, on_path
+from sqat.models.rectified_flow import LATEST, fixed_draws, on_path
+from sqat.recipe.schema import Columns, SplitConfig, TextToImageTask
 from sqat.tasks import build_task
 from sqat.tasks.text_to_image import TextToImage
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from sqat.checkpoint import Checkpoint
-from sqat.data import TextProcessor
-from sqat.evaluation import served_model
+from sqat.checkpoint.manifest import LayerRecord, Manifest, SiteRecord
+from sqat.checkpoint.store import Checkpoint
+from sqat.data.dataset import TextProcessor
+from sqat.evaluation.evaluate import served_model
 from sqat.export.compressed import check_compressed, write_compressed
-from sqat.manifest import LayerRecord, Manifest, SiteRecord
-from sqat.models import capture
+from sqat.models.loading import capture
 from tests.witnesses.flavours import SHAKES, build, shake
 
 compressed_tensors = pytest.importorskip("compressed_tensors")

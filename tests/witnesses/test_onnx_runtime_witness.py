@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
-from sqat.export.runtime import left_in_float, operator_counts, optimized_graph, run_batches, session
+from sqat.runtime.sessions import left_in_float, operator_counts, optimized_graph, run_batches, session
 from tests.witnesses.flavours import (
     FAMILIES,
     FLAVOURS,

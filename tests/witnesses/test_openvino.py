@@ -17,7 +17,7 @@ import pytest
 from sqat.bench.candidates import openvino_core
 from sqat.export.names import node_name
 from sqat.export.qdq import insert_qdq
-from sqat.export.runtime import int8_saturates
+from sqat.runtime.sessions import int8_saturates
 from tests.witnesses.flavours import (
     FAMILIES,
     FLAVOURS,

@@ -1,8 +1,8 @@
-// The passes of training for callers outside: plain C, called by sqat.passes with the addresses of torch's tensors.
+// The passes of training for callers outside: plain C, called by sqat.runtime.kernels with the addresses of torch's tensors.
 //
 // One thread each: a caller whose framework computes with several has more of its own operators. None of them can fail:
 // what is wrong with SQAT_RUNTIME_ISA is told by SqatInstructionSet, here it means the portable loops. A function whose
-// arguments change takes another name: sqat.passes knows an older library by what it lacks.
+// arguments change takes another name: sqat.runtime.kernels knows an older library by what it lacks.
 #include "dispatch.h"
 
 #include "ort_abi.h"

@@ -1,0 +1,120 @@
+"""What pruning and int8 would do to each layer of a model, found once, and put on any of them for a while.
+
+Masks, corrected weights and bounds are those of a stage that prunes at once and of one that calibrates right after
+the dense model: no weight is trained. Kept per layer are a mask (a byte a weight) and, where the criterion moves the
+weights that stay (sparsegpt), these. Left out: sites of other profiles than linear, rounding of biases, bounds
+observed with the masks in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from sqat.compress.losses import task_loss
+from sqat.compress.masking import Masking, mask_of
+from sqat.compress.patterns import choose_patterns
+from sqat.compress.permuting import permute_for_
+from sqat.compress.statistics import gather
+from sqat.data.dataset import Processor
+from sqat.models.layer_selection import choose_layers, encoder_blocks
+from sqat.modules.activation_quantizers import Quantizers
+from sqat.modules.parametrize import insert_weights_, layer, original_weight, remove_weights_
+from sqat.modules.quantized import quantized_
+from sqat.modules.sites import discover_sites
+from sqat.quantization.calibrators import find_bound
+from sqat.recipe.schema import CalibrateConfig, PruneConfig
+from sqat.sparsity.settings import PerGroup
+from sqat.stages.calibrate import fold_, observe, sample_batches, shown, tie
+from sqat.stages.context import Job
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Masks of the layers that are pruned, and their weights where the criterion moved them."""
+
+    patterns: dict[str, str] = field(default_factory=dict)
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    corrected: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Layers whose weights and inputs are int8: bound of each leading site, and the leader of each site."""
+
+    layers: list[str] = field(default_factory=list)
+    bounds: dict[str, Tensor] = field(default_factory=dict)
+    leaders: dict[str, str] = field(default_factory=dict)
+
+    def quantizers(self, names: Collection[str]) -> Quantizers:
+        """Fake quantizers of the sites of the named layers alone."""
+        leaders = {site: to for site, to in self.leaders.items() if site.rpartition(":")[0] in names}
+        return Quantizers({to: self.bounds[to] for to in leaders.values()}, leaders)
+
+
+@contextmanager
+def treated_(
+    model: nn.Module, pruning: Pruning, rounding: Rounding, pruned: Collection[str], quantized: Collection[str]
+) -> Iterator[None]:
+    """Prune and quantize the named layers; afterwards every weight has the bits it had before."""
+    saved = copy_weights(model, pruned)
+    masks = {name: pruning.masks[name] for name in pruned}
+    try:
+        set_weights_(model, {name: pruning.corrected[name] for name in pruned if name in pruning.corrected})
+        with quantized_(model, masks, quantized, rounding.quantizers(quantized), encoder_blocks(model)):
+            yield
+    finally:
+        set_weights_(model, saved)
+
+
+def copy_weights(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    """Copies of the named layers' weights."""
+    return {name: layer(model, name).weight.detach().clone() for name in names}
+
+
+def set_weights_(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Write weights into their layers, bit by bit."""
+    with torch.no_grad():
+        for name, weight in weights.items():
+            layer(model, name).weight.copy_(weight)
+
+
+def find_pruning(model: nn.Module, config: PruneConfig, job: Job, processor: Processor) -> Pruning:
+    """Choose the masks of a prune stage as if it had one step; the model is left as it was, permuted if asked for."""
+    patterns, _ = choose_patterns(model, config)
+    loss, feed, seed = task_loss(job.task), job.feed(config, processor), job.recipe.seed
+    gathered = partial(gather, config.criterion, model, loss=loss, feed=feed, seed=seed)
+    if config.permute:
+        permute_for_(config, model, patterns, (), feed, gathered, seed, job.display, job.name)
+    saved = copy_weights(model, patterns)
+    ones = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in saved.items()}
+    transforms, at_once = insert_weights_(model, ones, ()), config.model_copy(update={"schedule": PerGroup(steps=1)})
+    masking = Masking(model, transforms, patterns, at_once, {0: 0}, gathered)
+    try:
+        masking.before_step(0)
+        masks = {name: mask_of(transform).clone() for name, transform in transforms.items()}
+        moved = {name: original_weight(layer(model, name)).detach().clone() for name, weight in saved.items()
+                 if not torch.equal(original_weight(layer(model, name)), weight)}  # fmt: skip
+    finally:
+        remove_weights_(model, transforms)
+        set_weights_(model, saved)
+    return Pruning({name: str(pattern) for name, pattern in patterns.items()}, masks, moved)
+
+
+def find_rounding(model: nn.Module, config: CalibrateConfig, job: Job, processor: Processor) -> Rounding:
+    """Calibrate the inputs of the linears (of convolutions outputs too) as a calibrate stage of profile linear does.
+
+    Batch norms are folded first, as that stage folds them, and stay so.
+    """
+    chosen, blocks = choose_layers(model, config.layers, "quantize").chosen, encoder_blocks(model)
+    batches = sample_batches(config, job, processor)
+    fold_(model, batches[0])
+    sites = discover_sites(model, batches[0].inputs, chosen, blocks, "linear")
+    histograms = observe(model, sites, blocks, shown(batches, job))
+    leaders, amax = tie(sites, {site: find_bound(config.method, histogram) for site, histogram in histograms.items()})
+    return Rounding(chosen, {site: torch.tensor(bound) for site, bound in amax.items()}, leaders)

@@ -1,0 +1,81 @@
+"""MiniLM distillation in a loop of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sqat.api.choices import Inputs, model_inputs, named
+from sqat.compress.losses import Relations, check_relations, real_positions
+from sqat.data.dataset import Batch
+from sqat.distillation.minilm import relation_loss
+from sqat.distillation.settings import MiniLMLoss, MiniLMv1, MiniLMv2
+from sqat.errors import SqatError
+from sqat.models.loading import capture_last
+
+LossName = Literal["minilm-v1", "minilm-v2"]
+
+
+@contextmanager
+def distillation_loss(
+    model: nn.Module,
+    teacher: nn.Module,
+    loss: LossName | MiniLMLoss | Relations = "minilm-v2",
+    *,
+    qkv: Sequence[str] | None = None,
+    teacher_qkv: Sequence[str] | None = None,
+) -> Iterator[Callable[[Inputs], Tensor]]:
+    """Catch q, k and v of the last block of student and teacher while a block of code trains the student.
+
+    Args:
+        model: the student.
+        teacher: in eval mode, and another object; it gets no gradient.
+        loss: a name, one of `sqat.distillation.settings`, or any function of two `QKV` (student, teacher) and the
+            attention mask [B,T] to a scalar.
+        qkv: names of three linears, or one fused, of the student; default: found by their names.
+        teacher_qkv: the same of the teacher.
+
+    Yields:
+        A function from the batch that the student has just seen to the loss, a scalar; it runs the teacher.
+
+    Raises:
+        SqatError: an unknown name, q, k and v that cannot be told, heads that do not fit the loss, or a teacher in
+            training mode.
+    """
+    chosen = named("loss", loss, LOSSES)
+    relations = partial(relation_loss, chosen) if isinstance(chosen, MiniLMLoss) else chosen
+    check_teacher(model, teacher)
+    student, taught = capture_last(model, qkv), capture_last(teacher, teacher_qkv)
+
+    def of_batch(batch: Inputs) -> Tensor:
+        if not student.outputs:
+            raise SqatError("the student has not seen this batch", "call model(**batch) before")
+        inputs = model_inputs(batch, next(teacher.parameters()).device)
+        with torch.no_grad():
+            teacher(**inputs)
+        none = torch.empty(0)
+        seen = student.take()
+        return relations(seen, taught.take(), real_positions(Batch(inputs, none, none), seen))
+
+    try:
+        check_relations(relations, (student, taught), "give another loss")
+        yield of_batch
+    finally:
+        student.remove()
+        taught.remove()
+
+
+def check_teacher(model: nn.Module, teacher: nn.Module) -> None:
+    """A teacher is not the student, and says the same of a batch each time."""
+    if teacher is model:
+        raise SqatError("student and teacher are one model", "teach with a copy: copy.deepcopy(model).eval()")
+    if teacher.training:
+        raise SqatError("the teacher is in training mode", "call teacher.eval()")
+
+
+LOSSES: dict[str, MiniLMLoss] = {"minilm-v1": MiniLMv1(), "minilm-v2": MiniLMv2()}

@@ -1,0 +1,161 @@
+"""Calibration and fake quantization in a loop of one's own."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sqat.api.choices import Inputs, check_masks, check_plain, model_inputs, named
+from sqat.api.pruning import Masks
+from sqat.compress.statistics import undisturbed
+from sqat.errors import SqatError
+from sqat.export.cpu_encoder import check_encoder
+from sqat.models.layer_selection import choose_layers, encoder_blocks, is_convolutional, weighted_layers
+from sqat.models.loading import attention_in_use, use_attention, use_taps
+from sqat.modules.activation_quantizers import Quantizers
+from sqat.modules.quantized import quantized_
+from sqat.modules.sites import discover_sites
+from sqat.quantization.calibrators import find_bound
+from sqat.quantization.fake_quant import check_amax
+from sqat.quantization.histogram import Histogram
+from sqat.quantization.settings import Calibrator, Entropy, Maximum, MeanSquaredError, Percentile
+from sqat.recipe.cross_checks import suggest
+from sqat.recipe.schema import Layers, Profile
+from sqat.stages.calibrate import observe, tie
+
+MethodName = Literal["percentile", "max", "mse", "entropy"]
+Method = Callable[[Histogram], float]
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What is quantized to int8, and with which scale (bound / 127).
+
+    Attributes:
+        amax: leader site -> positive 0-d float32 bound.
+        leaders: site -> the site whose bound it has.
+        layers: whose weights are quantized, each row by its own maximum.
+        profile: as in `calibrate`.
+        left: layer or site -> why it stays float.
+    """
+
+    amax: Mapping[str, Tensor]
+    leaders: Mapping[str, str]
+    layers: tuple[str, ...]
+    profile: Profile
+    left: Mapping[str, str]
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Inputs],
+    method: MethodName | Calibrator | Method = "percentile",
+    profile: Profile = "linear",
+    *,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+) -> Scales:
+    """Observe batches in eval mode and choose the bound of every activation site; the model stays as it is.
+
+    Args:
+        batches: keyword arguments of the model's forward; ``labels`` are left out, padding is not observed.
+        method: a name, one of `sqat.quantization.settings` with knobs of its own, or any function from a
+            `Histogram` of |x| to a positive bound.
+        profile: which sites are quantized: ``linear`` the inputs of linears, ``tensorrt`` also outputs, residual adds
+            and attention products, ``tensorrt-full`` also what activation functions read, ``cpu`` as `sqat.runtime`.
+        include: globs over layer names; default: every linear of the encoder that is large enough.
+        exclude: globs of what is taken out again.
+
+    Raises:
+        SqatError: no batch, an unknown name, a glob that matches nothing, a network of convolutions, or a model that
+            already has masks or quantizers.
+        ValueError: a value that is not finite, or a bound that is not positive.
+    """
+    check_plain(model)
+    if profile not in PROFILES:
+        raise SqatError(f"there is no profile {profile!r}", suggest(profile, PROFILES))
+    if is_convolutional(model):
+        raise SqatError("networks of convolutions are calibrated by a recipe, which folds their batch norms")
+    if profile == "cpu":
+        check_encoder(model)
+    named_method = named("method", method, METHODS)
+    chosen = partial(find_bound, named_method) if isinstance(named_method, Calibrator) else named_method
+    layers = Layers(include=None if include is None else tuple(include), exclude=tuple(exclude))
+    choice = choose_layers(model, layers, "quantize")
+    blocks, device = encoder_blocks(model), next(model.parameters()).device
+    with undisturbed(model, 0), attention_of(model, profile):
+        stream = (model_inputs(batch, device) for batch in batches)
+        if (first := next(stream, None)) is None:
+            raise SqatError("there is no batch to calibrate with", "give some of the training batches")
+        sites = discover_sites(model, first, choice.chosen, blocks, profile)
+        histograms = observe(model, sites, blocks, itertools.chain([first], stream))
+    leaders, amax = tie(sites, {site: float(chosen(histogram)) for site, histogram in histograms.items()})
+    bounds = {site: torch.tensor(bound, dtype=torch.float32) for site, bound in amax.items()}
+    for site, bound in bounds.items():
+        check_amax(bound, site)
+    return Scales(bounds, leaders, tuple(choice.chosen), profile, {**choice.left, **sites.left})
+
+
+@contextmanager
+def quantized(model: nn.Module, masks: Masks | None, scales: Scales) -> Iterator[None]:
+    """Fake-quantize a model, and hold its masks, while a block of code trains or measures it.
+
+    Gradients go straight through. Afterwards weights are plain floats again, pruned ones +0.0; the scales stay as they
+    were. An optimizer may be made before the block or in it: it holds the same parameters.
+
+    Args:
+        masks: of `prune`; None for a dense model.
+
+    Raises:
+        SqatError: masks or scales are not this model's, or it already has some.
+    """
+    kept = {} if masks is None else masks.kept
+    check_plain(model)
+    check_masks(model, kept)
+    check_scales(model, scales)
+    quantizers = Quantizers(scales.amax, scales.leaders, kernels=scales.profile == "cpu")
+    with (
+        attention_of(model, scales.profile),
+        quantized_(model, kept, scales.layers, quantizers, encoder_blocks(model)),
+    ):
+        yield
+
+
+def check_scales(model: nn.Module, scales: Scales) -> None:
+    """Refuse scales of other layers or sites than the model's, or without the bound of a site."""
+    layers, modules = weighted_layers(model), dict(model.named_modules())
+    strange = [f"{name}, which is no layer" for name in scales.layers if name not in layers]
+    strange += [f"{site}, which is no site" for site in scales.leaders if site.rpartition(":")[0] not in modules]
+    if strange:
+        raise SqatError(f"the scales name {strange[0]} of this model", "calibrate this model")
+    if missing := [f"{leader}, whose bound {site} has" for site, leader in scales.leaders.items()
+                   if leader not in scales.amax]:  # fmt: skip
+        raise SqatError(f"the scales have no bound of {missing[0]}", "calibrate this model")
+
+
+@contextmanager
+def attention_of(model: nn.Module, profile: Profile) -> Iterator[None]:
+    """The attention that a profile can tap; the model's own is put back."""
+    before = attention_in_use(model)
+    tapped = profile != "linear" and use_taps(model, profile)
+    try:
+        yield
+    finally:
+        if tapped and before is not None:
+            use_attention(model, before)
+
+
+METHODS: dict[str, Calibrator] = {
+    "percentile": Percentile(),
+    "max": Maximum(),
+    "mse": MeanSquaredError(),
+    "entropy": Entropy(),
+}
+PROFILES: tuple[Profile, ...] = ("linear", "tensorrt", "tensorrt-full", "cpu")

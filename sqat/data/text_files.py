@@ -1,0 +1,185 @@
+"""Rows out of files: JSONL, CSV, Parquet, Arrow and .npz, one row at a time, each with the place it came from.
+
+A row is a dict as the file has it, its place is ``file:line`` (``file:row N`` in Parquet and Arrow, where lines do not
+exist), so that whatever is wrong with a row can be told where it stands. Lines are decoded one by one: a bad
+byte, a broken object or a truncated gzip stream is reported at its own line. Left out: delimiters other than
+the comma, JSON arrays, nested CSV.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from sqat.errors import SqatError
+
+Row = dict[str, Any]
+Placed = tuple[str, Row]
+
+LINES = 1024  # rows of a JSONL file that are sought as one
+ENDINGS = ".jsonl, .jsonl.gz, .json, .json.gz, .csv, .csv.gz, .parquet, .arrow or .npz"
+
+
+def read_rows(path: Path, shown: str) -> Iterator[Placed]:
+    """Yield (place, row) for every row of a file; its ending gives the format.
+
+    Args:
+        path: the file.
+        shown: what the file is called in places, usually the path as the recipe has it.
+
+    Raises:
+        SqatError: no such file, an unknown ending, or the first thing in it that cannot be read.
+    """
+    if not path.is_file():
+        raise SqatError("no such file", _nearest_file(path), shown)
+    name = path.name.lower()
+    plain = name.removesuffix(".gz")
+    if name.endswith((".parquet", ".arrow")):
+        from sqat.data import arrow_files as columnar  # only such a file needs pyarrow
+
+        return (columnar.read_parquet if name.endswith(".parquet") else columnar.read_arrow)(str(path), shown)
+    if plain.endswith((".jsonl", ".json")):
+        return read_jsonl(path, shown)
+    if plain.endswith(".csv"):
+        return _read_csv(path, shown)
+    if name.endswith(".npz"):
+        from sqat.data import image_files as images  # only such a file needs numpy
+
+        return images.read_npz(path, shown)
+    raise SqatError("cannot tell the format from the ending", f"it must be {ENDINGS}", shown)
+
+
+def _nearest_file(path: Path) -> str:
+    if path.is_dir():
+        return "it is a folder; name the file in it"
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}; paths are relative to the recipe"
+    names = [entry.name for entry in path.parent.iterdir() if entry.is_file()]
+    near = get_close_matches(path.name, names, n=1)
+    return f'did you mean "{near[0]}"?' if near else f"paths are relative to the recipe; looked in {path.parent}"
+
+
+def _lines(path: Path, shown: str, where: int = 0, first: int = 1) -> Iterator[str]:
+    """Decoded lines with their ends; whatever breaks is told with the number of the line it breaks in."""
+    number = first - 1
+    opener = gzip.open if path.name.lower().endswith(".gz") else open
+    try:
+        with opener(path, "rb") as file:
+            file.seek(where)
+            for number, line in enumerate(file, first):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise SqatError(
+            f"byte 0x{byte:02x} at column {error.start + 1} is not UTF-8",
+            "save the file as UTF-8",
+            f"{shown}:{number}",
+        ) from None
+    except EOFError:
+        raise SqatError(
+            "the gzip stream ends too early", "the file is cut short; copy it again", f"{shown}:{number + 1}"
+        ) from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise SqatError(f"not a gzip file: {error}", "is the ending right?", f"{shown}:{number + 1}") from None
+    except OSError as error:
+        raise SqatError(f"cannot be read: {error.strerror or error}", "check its permissions", shown) from None
+
+
+def read_jsonl(path: Path, shown: str, where: int = 0, first: int = 1) -> Iterator[Placed]:
+    """Yield (place, row) for the lines from byte ``where`` on, which is where line ``first`` begins."""
+    for number, line in enumerate(_lines(path, shown, where, first), first):
+        place = f"{shown}:{number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.rstrip())
+        except (ValueError, RecursionError) as error:
+            at = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise SqatError(f"not JSON: {at}", "the file must hold one JSON object a line", place) from None
+        if not isinstance(row, dict):
+            raise SqatError(
+                f"a line must hold a JSON object, this one holds {kind(row)}",
+                "write one object a line",
+                place,
+            )
+        yield place, row
+
+
+def line_runs(path: str, shown: str, size: int = LINES) -> Iterator[tuple[int, int, int]]:
+    """Runs of ``size`` rows of a JSONL file: the byte and number of the first line of each, and its rows.
+
+    Nothing is parsed, and lines without anything in them are no rows.
+    """
+    where, first, rows, byte = 0, 1, 0, 0
+    for number, line in enumerate(_raw_lines(Path(path), shown), 1):
+        if rows == size:
+            yield where, first, rows
+            where, first, rows = byte, number, 0
+        rows += bool(line.decode("utf-8-sig" if number == 1 else "utf-8", "replace").strip())
+        byte += len(line)
+    yield where, first, rows
+
+
+def _raw_lines(path: Path, shown: str) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            yield from file
+    except OSError as error:
+        raise SqatError(f"cannot be read: {error.strerror or error}", "check its permissions", shown) from None
+
+
+def _read_csv(path: Path, shown: str) -> Iterator[Placed]:
+    """Yield a row per record; the place is the record's first line, also where a quoted field has several."""
+    reader = csv.reader(_lines(path, shown), strict=True)
+    header: list[str] = []
+    start = 1
+    try:
+        for fields in reader:
+            place, start = f"{shown}:{start}", reader.line_num + 1
+            if not fields:
+                continue
+            if not header:
+                header = _checked_header(fields, place)
+                continue
+            if len(fields) != len(header):
+                raise SqatError(
+                    f"{len(fields)} fields under a header of {len(header)}",
+                    "put text with commas or line ends in double quotes",
+                    place,
+                )
+            yield place, dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise SqatError(f"not CSV: {error}", "use commas and double quotes", f"{shown}:{start}") from None
+
+
+def _checked_header(fields: list[str], place: str) -> list[str]:
+    twice = {name for name in fields if fields.count(name) > 1}
+    if twice:
+        raise SqatError(f"the header has {listed(twice)} more than once", "give each column its own name", place)
+    return fields
+
+
+def listed(names: set[str] | list[str]) -> str:
+    """Names in quotes with commas between: ``"a", "b"``."""
+    return ", ".join(f'"{name}"' for name in sorted(names))
+
+
+def kind(value: object) -> str:
+    """What a value is, in the words of the file: ``null``, ``true``, ``the number 3``, ``the text "x"``."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return f"the number {value:.6g}" if isinstance(value, float) else "a whole number"
+    if isinstance(value, str):
+        return f'the text "{value[:40]}{"..." if len(value) > 40 else ""}"'
+    if isinstance(value, dict):
+        return "an object"
+    return "a list" if isinstance(value, list) else f"a {type(value).__name__}"

@@ -1,0 +1,127 @@
+"""Whatever an export wrote, as a function from batches to logits, on this machine.
+
+What: an ONNX file runs in ONNX Runtime (with the kernels of `sqat.runtime` where it asks for them), a
+semi-structured folder through its sparse linears, a compressed-tensors folder as its config says: integers times
+scales, inputs of the quantized linears rounded.
+
+Why not transformers for the last: it needs a package that not everyone has. Where it is there, a test shows that both
+compute the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sqat.checkpoint.manifest import SIDE_FILES, WEIGHTS
+from sqat.checkpoint.store import read_tensors
+from sqat.data.dataset import Batch
+from sqat.errors import SqatError, first_line
+from sqat.evaluation.inference import logits_of, on_device
+from sqat.export.compressed import check_compressed
+from sqat.export.cpu_graph import file_needs_kernels
+from sqat.export.packed_folder import MANIFEST as PACKED
+from sqat.models.loading import assemble, load_weights
+from sqat.modules.activation_quantizers import Quantizers, insert_quantizers_
+from sqat.quantization.fake_quant import HIGH
+from sqat.runtime.sessions import run_batches, session
+from sqat.torch_sparse.load import load_model
+
+CONFIG = "config.json"
+Forward = Callable[[Batch], Tensor]
+
+
+def config_of(artifact: Path) -> Path:
+    """The config.json that describes an ONNX file or a folder."""
+    return artifact.with_name(CONFIG) if artifact.suffix == ".onnx" else artifact / CONFIG
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is one that an export wrote for a runtime, and no checkpoint."""
+    return (folder / PACKED).is_file() or "quantization_config" in read_config(folder / CONFIG)
+
+
+def open_artifact(artifact: Path, device: str | None = None) -> Forward:
+    """Logits [B,C] float32 of a batch by an exported file or folder.
+
+    Args:
+        device: of a semi-structured folder; None takes a GPU, and its sparse kernels, where there is one.
+
+    Raises:
+        SqatError: it cannot be read or run here.
+    """
+    if artifact.suffix == ".onnx":
+        return partial(onnx_logits, open_onnx(artifact))
+    if (artifact / PACKED).is_file():
+        model, _ = load_model(artifact, device)
+        return partial(logits_of, model)
+    return partial(logits_of, open_compressed(artifact))
+
+
+def open_onnx(path: Path, threads: int = 0) -> Any:
+    """An ONNX Runtime session of a file, with the compiled kernels where it has nodes of their domain.
+
+    Args:
+        threads: of one operator; 0 = one per core.
+
+    Raises:
+        SqatError: it cannot be loaded, or the kernels are not there.
+    """
+    if not file_needs_kernels(path):
+        return session(path, threads=threads)
+    from sqat import runtime  # only such a file needs what is compiled
+
+    runtime.instruction_set()
+    try:
+        return runtime.session(path, threads=threads)
+    except Exception as error:  # onnxruntime's own classes are private and differ between versions
+        raise SqatError(f"ONNX Runtime cannot load the model: {first_line(error)}", place=str(path)) from error
+
+
+def onnx_logits(runtime: Any, batch: Batch) -> Tensor:
+    """Logits [B,C] of one batch by an ONNX Runtime session."""
+    arrays: Mapping[str, np.ndarray] = {name: tensor.numpy() for name, tensor in batch.inputs.items()}
+    return torch.from_numpy(run_batches(runtime, [arrays]))
+
+
+def open_compressed(folder: Path) -> nn.Module:
+    """The model of a compressed-tensors folder with its integers and rounded inputs.
+
+    Raises:
+        SqatError: the folder is not as rule C22 has it.
+    """
+    if broken := check_compressed(folder):
+        raise SqatError(f"the compressed-tensors folder breaks rule C22: {broken[0]}", "export it again", str(folder))
+    config = read_config(folder / CONFIG)
+    config.pop("quantization_config", None)
+    paths = [path for path in folder.rglob("*") if path.suffix in SIDE_FILES]
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+    model, _ = on_device(*assemble({**files, CONFIG: json.dumps(config).encode()}, str(folder)))
+    tensors = read_tensors((folder / WEIGHTS).read_bytes(), folder / WEIGHTS)
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_scale")}
+    amax = {}
+    for name in [name for name in scales if name.endswith(".weight_scale")]:
+        layer = name.removesuffix(".weight_scale")
+        tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"].float() * scales[name]
+        amax[f"{layer}:input"] = scales[f"{layer}.input_scale"].reshape(()) * HIGH
+    load_weights(model, tensors, str(folder))
+    insert_quantizers_(model, Quantizers(amax, {site: site for site in amax}), [])
+    return model
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json; empty where there is none."""
+    try:
+        config: Any = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise SqatError(f"cannot be read as JSON ({error})", place=str(path)) from error
+    return config if isinstance(config, dict) else {}

@@ -1,0 +1,45 @@
+"""A model's logits for the rows of a split, on this process's device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from sqat.data.dataset import Batch, Processor, Rows, column, ordered_batches
+from sqat.distributed import processes, summed, turns
+
+EVALUATION_BATCH = 64
+
+
+def on_device(model: nn.Module, processor: Processor) -> tuple[nn.Module, Processor]:
+    """Move a model to this process's device."""
+    nn.Module.to(model, processes().device)
+    return model, processor
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits [B, ...] of a torch model, on its own device."""
+    device = next(model.parameters()).device
+    logits: Tensor = model(**batch.to(device).inputs).logits
+    return logits
+
+
+def predict(forward: Callable[[Batch], Tensor], rows: Rows, processor: Processor) -> Tensor:
+    """Logits [N, ...] float32 on the CPU of every row, in the order of the rows; all processes share the batches.
+
+    Args:
+        forward: logits of one batch, by torch or by any runtime.
+    """
+    batches = ordered_batches(column(rows, "length").tolist(), EVALUATION_BATCH)
+    logits: Tensor | None = None
+    with torch.no_grad():
+        for number, counts in turns(len(batches)):
+            found = forward(processor.collate(rows, batches[number])).float().cpu()
+            if logits is None:
+                logits = found.new_zeros(len(rows), *found.shape[1:])
+            if counts:
+                logits.index_copy_(0, torch.tensor(batches[number]), found)
+    assert logits is not None  # a split has rows
+    return summed(logits)

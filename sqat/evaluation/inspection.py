@@ -1,0 +1,73 @@
+"""`sqat inspect` of a checkpoint: what was done to every linear layer, measured on the weights themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from sqat.checkpoint.manifest import LayerRecord
+from sqat.checkpoint.store import Checkpoint, load_checkpoint
+from sqat.errors import SqatError
+from sqat.lint.report_row import LayerReport
+from sqat.models.loading import layer_names
+from sqat.quantization.fake_quant import quantize_weight, sqnr_db
+from sqat.sparsity.masks import count_violations
+from sqat.sparsity.pattern import parse_pattern
+
+PATTERNS = ("1:4", "2:4", "4:8")
+
+
+def inspect_checkpoint(directory: Path) -> list[LayerReport]:
+    """A row per linear layer and convolution of a checkpoint, in the model's order.
+
+    Raises:
+        SqatError: not a sound checkpoint, or one that holds only ONNX files.
+    """
+    checkpoint = load_checkpoint(directory)
+    if not checkpoint.weights:
+        files = ", ".join(sorted(name for name in checkpoint.files if name.endswith(".onnx")))
+        raise SqatError("the folder is an export without torch weights", f"inspect the file: {files}", str(directory))
+    return [report(checkpoint, name) for name in layer_names(checkpoint, str(directory))]
+
+
+def report(checkpoint: Checkpoint, name: str) -> LayerReport:
+    """The row of one layer."""
+    weight = checkpoint.weights[f"{name}.weight"]
+    record = checkpoint.manifest.layers.get(name, LayerRecord(dense_because="no prune stage yet"))
+    site = checkpoint.manifest.sites.get(f"{name}:input")
+    scale, sqnr = None, None
+    if record.quantized:
+        integers, scales = quantize_weight(weight)
+        scale = (float(scales.min()), float(scales.max()))
+        sqnr = sqnr_db(weight, integers * scales.reshape(-1, *[1] * (integers.dim() - 1)))
+    return LayerReport(
+        name=name,
+        shape=tuple(weight.shape),
+        pattern=found_pattern(weight, record.pattern),
+        zeros=float((weight == 0).double().mean()),
+        weight_scale=scale,
+        input_amax=None if site is None else float(checkpoint.amax[site.leader]),
+        sqnr_db=sqnr,
+        saturated=None if site is None else site.saturated,
+        reason=why_left(record),
+    )
+
+
+def found_pattern(weight: Tensor, claimed: str) -> str:
+    """The sparsest N:M that the weight obeys along its inputs, of the usual ones and the claimed, or ``dense``."""
+    patterns = [parse_pattern(text) for text in dict.fromkeys((claimed, *PATTERNS)) if text]
+    for pattern in sorted(patterns, key=lambda pattern: -pattern.sparsity):
+        if weight.shape[1] % pattern.m == 0 and not count_violations(weight, pattern):
+            return str(pattern)
+    return "dense"
+
+
+def why_left(record: LayerRecord) -> str:
+    """Reasons to have left the layer dense or float, one text."""
+    reasons = []
+    if not record.pattern and record.dense_because:
+        reasons.append(f"dense: {record.dense_because}")
+    if not record.quantized and record.float_because:
+        reasons.append(f"float: {record.float_because}")
+    return "; ".join(reasons)

@@ -1,0 +1,222 @@
+"""The folder of the target `torch-semi-structured`: what is in it, and reading it back verified.
+
+    sparse.safetensors   of each packed layer L: `L.values`, `L.metadata` as the kernels take them, and of int8 ones
+                         `L.weight_scale` [N] and `L.input_scale` []; the bounds `SITE.amax` of the activation sites
+                         that no packed layer quantizes itself; every other tensor of the model under its own name
+    sparse.json          below: format version, each layer's type, shape and backends, why the others are dense, sha256
+    config.json, tokenizer files
+
+Why not `model.safetensors`: transformers would load the dense half of such a file and invent the rest, with no more
+than a warning. Nothing is unpickled. Left out: files in shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import save as tensor_bytes
+from torch import Tensor
+
+from sqat.checkpoint.manifest import manifest_digest
+from sqat.checkpoint.store import read_tensors
+from sqat.errors import SqatError
+from sqat.quantization.fake_quant import HIGH
+from sqat.sparsity.semi_structured import Order, SemiStructured, unpack
+
+FORMAT = 1
+FOLDER, MANIFEST, TENSORS = "semi-structured", "sparse.json", "sparse.safetensors"
+REMAKE = "export it again"
+
+
+Type = Literal["int8", "float16", "bfloat16"]
+
+
+class PackedLayer(BaseModel):
+    """One packed linear of ``shape`` (N, K).
+
+    ``order`` is that of its metadata; ``backends`` can take it as far as its shape goes.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Type
+    shape: tuple[int, int]
+    pattern: str
+    order: Order
+    backends: tuple[str, ...]
+
+
+class SparseManifest(BaseModel):
+    """`sparse.json`.
+
+    ``dense``: linears that are not packed, and why. ``sites``: activation site -> the site whose bound it has, of those
+    that stay fake-quantized. ``bytes``: of the packed layers' weights, as packed and in other types.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int = FORMAT
+    key: str
+    base_model: str
+    versions: dict[str, str]
+    layers: dict[str, PackedLayer]
+    dense: dict[str, str]
+    sites: dict[str, str]
+    bytes: dict[str, int]
+    files: dict[str, str] = {}
+    sha256: str = ""
+
+
+class Scales(NamedTuple):
+    """Of an int8 layer: ``input`` float32 [], ``weight`` float32 [N], all positive."""
+
+    input: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A folder in memory.
+
+    Attributes:
+        layers: packed weights by layer.
+        scales: of the int8 ones.
+        dense: the model's other tensors by its own names.
+        amax: leader site -> 0-d float32 bound.
+        files: config and tokenizer files by name.
+        place: for messages.
+    """
+
+    manifest: SparseManifest
+    layers: dict[str, SemiStructured]
+    scales: dict[str, Scales]
+    dense: dict[str, Tensor]
+    amax: dict[str, Tensor]
+    files: dict[str, bytes]
+    place: str
+
+
+def folder_files(
+    manifest: SparseManifest, tensors: Mapping[str, Tensor], others: Mapping[str, bytes]
+) -> dict[str, bytes]:
+    """Contents of the folder by name, digests filled in.
+
+    Args:
+        others: config and tokenizer files.
+    """
+    content = tensor_bytes({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
+    files = {**others, TENSORS: content}
+    digests = {name: hashlib.sha256(files[name]).hexdigest() for name in sorted(files)}
+    entries: dict[str, Any] = manifest.model_copy(update={"files": digests}).model_dump(mode="json")
+    entries["sha256"] = manifest_digest(entries)
+    return {**files, MANIFEST: (json.dumps(entries, indent=2) + "\n").encode()}
+
+
+def read_folder(folder: Path) -> Packed:
+    """Read a folder and verify all it claims.
+
+    Raises:
+        SqatError: it is none, a file is missing or changed, or a tensor is not what `sparse.json` says.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise SqatError(
+            f"the folder has no {MANIFEST}", "give the one that target torch-semi-structured wrote", str(folder)
+        )
+    manifest = parse_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
+    contents = {name: read_named(folder, name) for name in manifest.files}
+    for name, digest in manifest.files.items():
+        if hashlib.sha256(contents[name]).hexdigest() != digest:
+            raise SqatError(f"the content is not what the sha256 in {MANIFEST} says: the file was changed or damaged",
+                            REMAKE, str(folder / name))  # fmt: skip
+    tensors = read_tensors(contents.pop(TENSORS, b""), folder / TENSORS)
+    return sort_tensors(manifest, tensors, contents, str(folder / TENSORS))
+
+
+def read_named(folder: Path, name: str) -> bytes:
+    """One file of the folder, which may not lie elsewhere."""
+    parts = name.split("/")
+    if len(parts) > 2 or {"", ".", ".."} & set(parts):  # one folder deep, as a sentence encoder's are
+        raise SqatError(f"{MANIFEST} names a file outside the folder: {name!r}", REMAKE, str(folder))
+    try:
+        return (folder / name).read_bytes()
+    except OSError as error:
+        raise SqatError(f"cannot be read: {error.strerror or error}", "keep the folder's files together",
+                        str(folder / name)) from error  # fmt: skip
+
+
+def parse_manifest(content: bytes, path: Path) -> SparseManifest:
+    """`sparse.json` from its content."""
+    try:
+        raw: Any = json.loads(content)
+    except ValueError as error:
+        raise SqatError(f"cannot be read as JSON ({error})", REMAKE, str(path)) from error
+    version = raw.get("format") if isinstance(raw, dict) else None
+    if not isinstance(version, int) or not 1 <= version <= FORMAT:
+        raise SqatError(f"has format {version!r}, this sqat reads {FORMAT}", "export it with this version", str(path))
+    try:
+        manifest = SparseManifest.model_validate(raw)
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise SqatError(f"the entry {where} is not valid", REMAKE, str(path)) from error
+    if manifest_digest(raw) != manifest.sha256:
+        raise SqatError("is not what its own sha256 says: it was changed or damaged", REMAKE, str(path))
+    return manifest
+
+
+def sort_tensors(
+    manifest: SparseManifest, tensors: Mapping[str, Tensor], files: dict[str, bytes], place: str
+) -> Packed:
+    """Tell the tensors apart and check each packed layer and each bound."""
+    rest = dict(tensors)
+    layers, scales, amax = {}, {}, {}
+    try:
+        for name, layer in manifest.layers.items():
+            layers[name] = take_weight(rest, name, layer)
+            if layer.type == "int8":
+                scales[name] = take_scales(rest, name, layer.shape[0])
+        for leader in dict.fromkeys(manifest.sites.values()):
+            amax[leader] = positive(rest.pop(f"{leader}.amax"), (), f"the bound of {leader}")
+    except KeyError as error:
+        raise SqatError(f"the tensor {error.args[0]} is missing", REMAKE, place) from error
+    except ValueError as error:
+        raise SqatError(str(error), REMAKE, place) from error
+    return Packed(manifest, layers, scales, rest, amax, files, place)
+
+
+def take_weight(tensors: dict[str, Tensor], name: str, layer: PackedLayer) -> SemiStructured:
+    """Take a layer's packed weight out; ValueError if it is not the one described, or no 2:4 weight."""
+    weight = SemiStructured(tensors.pop(f"{name}.values"), tensors.pop(f"{name}.metadata"), layer.order)
+    if weight.shape != layer.shape or weight.values.dtype != TYPES[layer.type]:
+        raise ValueError(f"{name} is {weight.values.dtype} {list(weight.shape)}, {MANIFEST} says {layer.type} "
+                         f"{list(layer.shape)}")  # fmt: skip
+    if layer.type == "int8" and bool((weight.values < -HIGH).any()):
+        raise ValueError(f"{name} holds -128, int8 weights are within [-127, 127] (rule B7)")
+    try:
+        unpack(weight)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return weight
+
+
+def take_scales(tensors: dict[str, Tensor], name: str, outputs: int) -> Scales:
+    """Take an int8 layer's scales out."""
+    weight, x = tensors.pop(f"{name}.weight_scale"), tensors.pop(f"{name}.input_scale")
+    return Scales(positive(x, (), f"the input scale of {name}"), positive(weight, (outputs,), f"the scales of {name}"))
+
+
+def positive(tensor: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
+    """A float32 tensor of a shape, finite and above 0; else ValueError."""
+    sound = tensor.dtype == torch.float32 and tensor.shape == shape
+    if not sound or not bool((tensor.isfinite() & (tensor > 0)).all()):
+        raise ValueError(f"{what} must be float32 {list(shape)}, finite and positive")
+    return tensor
+
+
+TYPES: dict[Type, torch.dtype] = {"int8": torch.int8, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -1,0 +1,1 @@
+"""The machine: its processor, GPUs and libraries, and which export targets it can run."""

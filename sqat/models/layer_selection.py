@@ -1,0 +1,189 @@
+"""Which linear layers and convolutions of a model are treated, and which make the last block's q, k and v.
+
+Found by rule from the module tree, not by a table per family: the encoder is the list of alike blocks that holds
+the most linear weights, and a block's q, k and v are told by the linears' own names. A network of
+convolutions has no such blocks: there every layer counts but the first, which reads the image, and the last.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+from torch import nn
+
+from sqat.errors import SqatError
+from sqat.recipe.schema import Layers
+from sqat.sparsity.hardware_limits import SMALLEST_SIDE, SPARSE_INPUTS, SPARSE_OUTPUTS
+
+
+class LinearOfConv1D(nn.Linear):
+    """A linear that stands for a Conv1D, whose weight is [in, out] in the model's own files."""
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear by name, in module order; a module reached twice counts once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+Layer: TypeAlias = nn.Linear | nn.Conv2d
+
+
+def weighted_layers(model: nn.Module) -> dict[str, Layer]:
+    """Every linear and 2-d convolution by name, in module order; a module reached twice counts once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+
+
+def is_convolutional(model: nn.Module) -> bool:
+    """Whether the model is a network of convolutions: a transformer has one or two, which cut an image in patches."""
+    return sum(isinstance(layer, nn.Conv2d) for layer in weighted_layers(model).values()) > 2
+
+
+def outside(model: nn.Module) -> dict[str, str]:
+    """Layers that are left alone unless the recipe names them, and why: the outermost two, or all but the encoder's."""
+    names = list(weighted_layers(model))
+    if is_convolutional(model):
+        return dict.fromkeys((names[0], names[-1]), "first or last layer of the network")
+    blocks = tuple(f"{block}." for block in encoder_blocks(model))
+    return {name: "outside the encoder blocks (rule B8)" for name in names if not name.startswith(blocks)}
+
+
+def encoder_blocks(model: nn.Module) -> list[str]:
+    """Names of the repeated blocks: the ModuleList of alike modules that holds the most linear weights.
+
+    None in a convolutional model.
+    """
+    if is_convolutional(model):
+        return []
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [(name, module) for name, module in found if len({type(block) for block in module}) == 1]
+    best = max(lists, key=lambda item: linear_weights(item[1]), default=None)
+    if best is None or linear_weights(best[1]) == 0:
+        raise SqatError("no encoder blocks with linear layers were found in the model",
+                        f"{type(model).__name__} is not a transformer encoder that sqat can treat")  # fmt: skip
+    return [f"{best[0]}.{index}" for index in range(len(best[1]))]
+
+
+def linear_weights(module: nn.Module) -> int:
+    return sum(layer.weight.numel() for layer in linear_layers(module).values())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which layers a stage treats, and why the others are left alone."""
+
+    chosen: list[str]
+    left: dict[str, str]
+
+
+def choose_layers(
+    model: nn.Module, layers: Layers, purpose: str, multiple: int = 4, multiples: Mapping[str, int] | None = None
+) -> Choice:
+    """Apply the recipe's globs and rule B8.
+
+    Args:
+        purpose: ``prune`` (in % 16, out % 8, in % ``multiple``) or ``quantize`` (in and out >= 16); of a convolution,
+            its channels.
+        multiple: M of the N:M pattern.
+        multiples: of layers whose pattern has another.
+
+    Raises:
+        SqatError: a glob that matches nothing, or nothing left to treat.
+    """
+    found = weighted_layers(model)
+    check_globs((*(layers.include or ()), *layers.exclude), found)
+    outer, multiples = outside(model), multiples or {}
+    chosen, left = [], {}
+    for name, module in found.items():
+        wanted = multiples.get(name, multiple)
+        if reason := why_left(name, module, layers, outer.get(name, ""), purpose, wanted):
+            left[name] = reason
+        else:
+            chosen.append(name)
+    if not chosen:
+        raise SqatError(f"no layer is left to {purpose}: {next(iter(left.values()))}", "widen layers.include")
+    return Choice(chosen, left)
+
+
+def why_left(name: str, module: Layer, layers: Layers, outside: str, purpose: str, multiple: int) -> str:
+    """Reason to leave a layer alone; empty to treat it."""
+    if any(fnmatchcase(name, glob) for glob in layers.exclude):
+        return "excluded by the recipe"
+    if layers.include is None and outside:
+        return outside
+    if layers.include is not None and not any(fnmatchcase(name, glob) for glob in layers.include):
+        return "not included by the recipe"
+    if isinstance(module, nn.Conv2d) and module.groups > 1:
+        return f"grouped convolution ({module.groups} groups): no sparse kernel takes it"
+    outputs, inputs = module.weight.shape[:2]
+    if purpose == "prune" and (outputs % SPARSE_OUTPUTS or inputs % SPARSE_INPUTS or inputs % multiple):
+        return (
+            f"[{outputs}, {inputs}] is not a multiple of [{SPARSE_OUTPUTS}, {max(SPARSE_INPUTS, multiple)}] (rule B8)"
+        )
+    if purpose == "quantize" and min(outputs, inputs) < SMALLEST_SIDE:
+        return f"[{outputs}, {inputs}] is smaller than {SMALLEST_SIDE} (rule B8)"
+    return ""
+
+
+def check_globs(globs: Iterable[str], found: Mapping[str, Layer]) -> None:
+    """A pattern that matches nothing is an error."""
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in found):
+            some = ", ".join(list(found)[:3])
+            raise SqatError(
+                f"layers: {glob!r} matches no layer",
+                f"the model has {some}, ... ({len(found)} in all)",
+            )
+
+
+QKV_NAME = re.compile(r"^(?:w_?)?(q|k|v|query|key|value)(?:_?(?:proj|projection|lin|linear|layer))?$", re.IGNORECASE)
+
+
+FUSED_NAME = re.compile(r"^(?:w_?)?qkv(?:_?(?:proj|projection|lin|linear|layer))?$", re.IGNORECASE)
+
+
+def is_fused_conv1d(name: str, layer: nn.Linear) -> bool:
+    """GPT-2's own name for q, k and v side by side; in other families it is also that of interleaved heads."""
+    return isinstance(layer, LinearOfConv1D) and name.endswith(".c_attn")
+
+
+def is_causal(model: nn.Module, layer: str) -> bool:
+    """Whether the attention that a q, k or v linear belongs to reads only what stands before; transformers says so."""
+    return bool(getattr(model.get_submodule(layer.rpartition(".")[0]), "is_causal", False))
+
+
+def find_qkv(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Names of the linears that make the last block's q, k and v: three, or one fused.
+
+    The rule: in the last encoder block, the linears whose own name is q/k/v or query/key/value with an
+    ordinary suffix (`q_lin`, `key_proj`, `Wqkv` fused). ``names`` overrides it.
+    """
+    found = linear_layers(model)
+    if names is not None:
+        unknown = [name for name in names if name not in found]
+        if unknown or len(names) not in (1, 3):
+            raise SqatError(
+                f"distill.qkv names {unknown[0] if unknown else len(names)}",
+                "give three linear layers or one fused",
+            )
+        return tuple(names)
+    blocks = encoder_blocks(model)
+    if not blocks:
+        raise SqatError("MiniLM distillation needs attention, and the model is a network of convolutions",
+                        "set distill.weight: 0 and distill.logits, or distill: null")  # fmt: skip
+    last = f"{blocks[-1]}."
+    inside = [name for name in found if name.startswith(last)]
+    roles: dict[str, list[str]] = {"q": [], "k": [], "v": []}
+    for name in inside:
+        if match := QKV_NAME.match(name.rsplit(".", 1)[1]):
+            roles[match[1][0].lower()].append(name)
+    fused = [name for name in inside if FUSED_NAME.match(name.rsplit(".", 1)[1]) or is_fused_conv1d(name, found[name])]
+    if all(len(matches) == 1 for matches in roles.values()):
+        return tuple(matches[0] for matches in roles.values())
+    if len(fused) == 1 and not any(roles.values()):
+        return (fused[0],)
+    raise SqatError("which linears make q, k and v of the last block cannot be told from their names",
+                    f"set distill.qkv to three (or one fused) of: {', '.join(inside)}")  # fmt: skip

@@ -1,0 +1,240 @@
+"""Models: how they turn into checkpoints and back, whatever their kind (`sqat.models.architectures`).
+
+No model is built by code that comes with it, and only safetensors are read.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel as PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from sqat.checkpoint.manifest import LAYOUT, WEIGHTS
+from sqat.checkpoint.store import Checkpoint, layout_of
+from sqat.data.dataset import Processor
+from sqat.errors import SqatError, first_line
+from sqat.models.architectures import ARCHITECTURES, Architecture
+from sqat.models.layer_selection import LinearOfConv1D, find_qkv, is_causal, weighted_layers
+from sqat.models.sources import LOADING, check_digest, resolve_source
+from sqat.modules.attention import byte_attention, tapped_attention
+from sqat.modules.batch_norm import fold_batch_norms_
+from sqat.modules.qkv_hooks import Capture
+from sqat.recipe.schema import ModelConfig
+
+TAPPED, BYTES = "sqat_tapped", "sqat_bytes"
+DIFFUSERS_INDEX = "diffusion_pytorch_model.safetensors.index.json"  # tells diffusers in which file the weights are
+ALL_ATTENTION_FUNCTIONS.register(TAPPED, tapped_attention)
+ALL_ATTENTION_FUNCTIONS.register(BYTES, byte_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(TAPPED, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+ALL_MASK_ATTENTION_FUNCTIONS.register(BYTES, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+def load_pretrained(
+    kind: str, config: ModelConfig, folder: Path, head: Mapping[str, Any], seed: int
+) -> tuple[nn.Module, Processor]:
+    """Build the model that the recipe starts from, with a fresh head, and its processor.
+
+    Args:
+        kind: of the architecture, as in `sqat.models.architectures`.
+        folder: what relative sources are relative to.
+        head: config entries of the head: num_labels, id2label, problem_type, ...
+        seed: of the initial weights.
+
+    Raises:
+        SqatError: no such model, or one that the kind cannot take.
+    """
+    source = ""
+    if config.source is not None:
+        source = resolve_source(config.source, folder)
+        check_digest(config, source)
+    if config.text_encoder is not None and (folder / config.text_encoder).is_dir():
+        config = config.model_copy(update={"text_encoder": str((folder / config.text_encoder).resolve())})
+    torch.manual_seed(seed)
+    return ARCHITECTURES[kind].pretrained(config, source, head)
+
+
+def architecture_of(folder: Path) -> Architecture:
+    """The kind of model whose files lie in a folder."""
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return next(kind for kind in ARCHITECTURES.values() if kind.claims(names))
+
+
+def capture(model: nn.Module, processor: Processor) -> tuple[dict[str, bytes], dict[str, Tensor]]:
+    """Config and processor files, and plain weights; a tied weight is kept once, under its first name.
+
+    Linears that stand for a Conv1D are named in the file `LAYOUT`, where there are any.
+    """
+    weights: dict[str, Tensor] = {}
+    seen: set[tuple[int, int, tuple[int, ...]]] = set()
+    persistent = model.state_dict()
+    for name, tensor in persistent.items():
+        address = (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
+        if tensor.numel() and address in seen:
+            continue
+        seen.add(address)
+        weights[name] = tensor.detach().cpu().clone()
+    with tempfile.TemporaryDirectory() as scratch:
+        save_config(model, Path(scratch))
+        processor.save(Path(scratch))
+        found = [path for path in sorted(Path(scratch).rglob("*")) if path.is_file()]
+        files = {path.relative_to(scratch).as_posix(): path.read_bytes() for path in found}
+    if names := [name for name, module in model.named_modules() if isinstance(module, LinearOfConv1D)]:
+        files[LAYOUT] = layout_of(names)
+    return files, weights
+
+
+def save_config(model: nn.Module, folder: Path) -> None:
+    """Write config.json, in the form of transformers or of diffusers."""
+    if isinstance(model, PreTrainedModel):
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+    else:
+        save: Any = model.save_config
+        save(folder)
+        files = {"metadata": {}, "weight_map": dict.fromkeys(model.state_dict(), WEIGHTS)}
+        (folder / DIFFUSERS_INDEX).write_text(json.dumps(files), encoding="utf-8")
+
+
+def build(checkpoint: Checkpoint, place: str = "checkpoint") -> tuple[nn.Module, Processor]:
+    """Model (plain weights, eval mode, a calibrated one's batch norms folded) and processor of a checkpoint."""
+    model, processor = assemble(checkpoint.files, place)
+    load_weights(model, checkpoint.weights, place)
+    if checkpoint.amax:
+        fold_batch_norms_(model)
+    return model, processor
+
+
+def assemble(files: Mapping[str, bytes], place: str) -> tuple[nn.Module, Processor]:
+    """Model (random weights, eval mode) and processor by the config and processor files of a checkpoint."""
+    with unpacked(files) as folder:
+        kind = architecture_of(folder)
+        model = skeleton(kind, folder, place)
+        return model.eval(), kind.processor(folder, place)
+
+
+@contextmanager
+def unpacked(files: Mapping[str, bytes]) -> Iterator[Path]:
+    """Side files of a checkpoint in a folder of their own."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, content in files.items():
+            path = Path(scratch) / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+        yield Path(scratch)
+
+
+def skeleton(kind: Architecture, folder: Path, place: str) -> nn.Module:
+    """Model with random weights, by the config in a folder.
+
+    Raises:
+        SqatError: the config cannot be read.
+    """
+    try:
+        return kind.model(folder)
+    except LOADING as error:
+        raise SqatError(
+            f"the checkpoint's model cannot be built: {first_line(error)}", "was it made by sqat?", place
+        ) from error
+
+
+def layer_names(checkpoint: Checkpoint, place: str = "checkpoint") -> list[str]:
+    """Names of a checkpoint's linears and convolutions in the model's order, from its config alone."""
+    with unpacked(checkpoint.files) as folder, torch.device("meta"):
+        return list(weighted_layers(skeleton(architecture_of(folder), folder, place)))
+
+
+def load_processor(folder: Path) -> Processor:
+    """The processor (a tokenizer, for texts) that lies in a folder."""
+    return architecture_of(folder).processor(folder, str(folder))
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], place: str) -> None:
+    """Copy weights into a model; only tied names may be absent."""
+    own = model.state_dict()
+    wrong = [n for n, t in weights.items() if n in own and own[n].shape != t.shape]
+    unknown = [name for name in weights if name not in own]
+    if wrong or unknown:
+        name = (wrong + unknown)[0]
+        raise SqatError(f"the weight {name} does not fit the config", "the files do not belong together", place)
+    model.load_state_dict(dict(weights), strict=False)
+    if isinstance(model, PreTrainedModel):
+        model.tie_weights()
+    loaded = {own[name].data_ptr() for name in weights}
+    missing = [name for name, tensor in own.items() if tensor.data_ptr() not in loaded]
+    if missing:
+        raise SqatError(f"the weight {missing[0]} is missing", "the files do not belong together", place)
+
+
+def use_taps(model: nn.Module, profile: str = "tensorrt") -> bool:
+    """Switch to a profile's tapped attention; False where the family does not go through the attention interface."""
+    if not isinstance(model, PreTrainedModel) or not model._can_set_attn_implementation():
+        return False
+    model.set_attn_implementation(BYTES if profile == "cpu" else TAPPED)
+    return True
+
+
+def use_attention(model: nn.Module, name: str) -> None:
+    """Switch to an implementation of transformers' attention, where the model has one."""
+    if isinstance(model, PreTrainedModel):
+        model.set_attn_implementation(name)
+
+
+def attention_in_use(model: nn.Module) -> str | None:
+    """The implementation that a model's attention goes through."""
+    return str(model.config._attn_implementation) if isinstance(model, PreTrainedModel) else None
+
+
+def use_eager(model: nn.Module) -> None:
+    """Switch to eager attention, for the exporter."""
+    use_attention(model, "eager")
+
+
+def attention_heads(model: nn.Module) -> int:
+    """Number of attention heads, from the config (every transformers config maps its own name to this one)."""
+    config: Any = model.config
+    return int(config.num_attention_heads)
+
+
+def capture_last(model: nn.Module, qkv: Sequence[str] | None = None) -> Capture:
+    """Catch q, k and v of a model's last block, found by their names or named by ``qkv``."""
+    names, heads = find_qkv(model, qkv), attention_heads(model)
+    shared = getattr(model.config, "num_key_value_heads", None)  # of families that know grouped queries
+    return Capture(model, names, heads, shared, is_causal(model, names[0]))
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide what a model computes."""
+    import sqat
+
+    return {"sqat": sqat.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def check_head(config: bytes, outputs: int, fields: Mapping[str, Any], place: str) -> None:
+    """Refuse a model whose head is not the task's: another number of outputs, or other labels in another order.
+
+    Args:
+        config: content of the model's config.json.
+        outputs: logits the task expects; 0 where the model has no head.
+        fields: the task's entries of the config; ``id2label`` is compared where it is given.
+    """
+    if outputs == 0:
+        return
+    parsed: dict[str, Any] = json.loads(config)
+    found = [label for _, label in sorted(parsed.get("id2label", {}).items(), key=lambda item: int(item[0]))]
+    wanted = [label for _, label in sorted(fields.get("id2label", {}).items())]
+    count = len(found) or 2  # transformers leaves out the default of two outputs
+    if count != outputs or (wanted and found and found != wanted):
+        raise SqatError(f"the model's outputs are {', '.join(found) or count}, but the recipe's task has "
+                        f"{', '.join(wanted) or outputs}", "use the recipe it was trained with", place)  # fmt: skip

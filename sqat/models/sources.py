@@ -1,0 +1,114 @@
+"""Where pretrained models come from: a folder, a hub name, or a folder inside an installed package.
+
+A folder may come from a stranger: what in it would make transformers read weights elsewhere is refused here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from sqat.checkpoint.manifest import WEIGHTS
+from sqat.errors import SqatError
+from sqat.recipe.schema import ModelConfig
+
+ADAPTER = "adapter_config.json"
+LOADING = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what libraries raise at a bad model
+
+
+def resolve_source(source: str, folder: Path) -> str:
+    """Folder or hub name of a model source; ``package:NAME/FOLDER`` is found without importing the package.
+
+    Raises:
+        SqatError: no such folder or package, or one whose weights lie elsewhere.
+    """
+    if source.startswith("package:"):
+        found = package_folder(source.removeprefix("package:"), source)
+        check_own_weights(Path(found))
+        return found
+    local = folder / source
+    if local.is_dir():
+        check_own_weights(local)
+        return str(local)
+    if source.startswith((".", "/")) or source.count("/") > 1:
+        raise SqatError(f"model.source is {source!r}, but there is no such folder", f"looked at {local}")
+    return source
+
+
+def package_folder(reference: str, source: str) -> str:
+    """Folder inside an installed package."""
+    name, _, inner = reference.partition("/")
+    spec = importlib.util.find_spec(name) if re.fullmatch(r"\w+", name) else None
+    if spec is None or not spec.submodule_search_locations:
+        raise SqatError(
+            f"model.source is {source!r}, but no package {name!r} is installed",
+            f"pip install {name.replace('_', '-')}, or name a folder or a hub model",
+        )
+    root = Path(next(iter(spec.submodule_search_locations))).resolve()
+    found = (root / inner).resolve()
+    if not found.is_relative_to(root) or not (found / "config.json").is_file():
+        raise SqatError(
+            f"model.source is {source!r}, but that folder of the package holds no model", f"looked at {found}"
+        )
+    return str(found)
+
+
+def check_own_weights(folder: Path) -> None:
+    """Refuse an adapter, which names the folder of its model, and an index of shards with files that are not beside it.
+
+    Raises:
+        SqatError: it is one of these.
+    """
+    if (path := folder / ADAPTER).is_file():
+        raise SqatError("is an adapter, whose weights belong to another model", "merge them and save the whole model",
+                        str(path))  # fmt: skip
+    for path in sorted(folder.glob("*.index.json")):
+        try:
+            names = list(json.loads(path.read_bytes())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise SqatError("is no index of weights", "get the model again", str(path)) from None
+        other = [name for name in names if Path(str(name)).name != name or name in ("", "..")]
+        if other:
+            raise SqatError(f"names weights outside its folder: {other[0]!r}", "get the model again", str(path))
+
+
+def source_digest(config: ModelConfig, folder: Path) -> str:
+    """sha256 over the files of local models; a hub model is known by name and revision, which the recipe says."""
+    hasher = hashlib.sha256()
+    for name in (config.source, config.text_encoder):
+        source = Path(resolve_source(name, folder)) if name is not None else None
+        if source is None or not source.is_dir():
+            continue
+        for path in sorted([*source.glob("*"), *source.glob("*/config.json")]):
+            if path.suffix in (".json", ".txt", ".model", ".safetensors"):
+                hasher.update(f"{path.relative_to(source)} {file_digest(path)}\n".encode())
+    return hasher.hexdigest()
+
+
+def check_digest(config: ModelConfig, source: str) -> None:
+    """Compare the sha256 of the weights file with the recipe's, where it gives one."""
+    if config.sha256 is None:
+        return
+    path = Path(source) / WEIGHTS
+    if not path.is_file():
+        raise SqatError(
+            "model.sha256 is given, but the source has no local model.safetensors", "drop it or use a folder"
+        )
+    digest = file_digest(path)
+    if digest != config.sha256:
+        raise SqatError(f"model.safetensors has sha256 {digest}, but the recipe says {config.sha256}",
+                        "use the version the recipe was made for", str(path))  # fmt: skip
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, read in blocks."""
+    hasher = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            hasher.update(block)
+    return hasher.hexdigest()

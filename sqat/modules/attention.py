@@ -1,0 +1,97 @@
+"""Attention with a tap on each operand of its two products: q, k, softmax and v.
+
+The arithmetic is that of eager attention; transformers calls it through its attention interface (registered
+in `sqat.models.loading`), so no model code is copied. A module without a tap runs it unchanged.
+
+`byte_attention` is that of profile `cpu`, whose kernels keep the weight of a key as a byte: round(255 exp(s - max)),
+0 where masked. The products' sum is divided by that of the bytes, so these need neither a scale nor a tap. In eval mode
+it is the kernels' own, bit for bit (`sqat.modules.served_arithmetic`).
+
+Shapes: B batch, h heads, T queries, S keys, d head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sqat.modules.hooks import ATTENTION_TAP
+from sqat.modules.served_arithmetic import ATTENTION_STEP, LARGEST_BYTE, attend_as_served, left_out
+from sqat.quantization.fake_quant import round_through
+
+
+def tapped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Return attention output [B,T,h,d] and probabilities [B,h,T,S].
+
+    Grouped-query models pass fewer key and value heads; they are repeated before the products, as eager does.
+    The keyword arguments are those of other backends (sliding windows reach us inside the mask).
+    """
+    tap = getattr(module, ATTENTION_TAP, None)  # set on some modules only, and only while tapped
+    query, key, value = operands(tap, query, key, value)
+    scores = scores_of(query, key, attention_mask, scaling)
+    probabilities = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    if tap is not None:
+        probabilities = tap("softmax", probabilities)
+    dropped = nn.functional.dropout(probabilities, p=dropout, training=module.training)
+    return torch.matmul(dropped, value).transpose(1, 2).contiguous(), probabilities
+
+
+def byte_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Do as `tapped_attention` with softmax in bytes; a query without any key gets zeros."""
+    query, key, value = operands(getattr(module, ATTENTION_TAP, None), query, key, value)
+    step = getattr(module, ATTENTION_STEP, None)
+    if step is not None and not module.training:
+        return attend_as_served(query, key, value, attention_mask, scaling_of(query, scaling), step)
+    bytes_ = byte_weights(scores_of(query, key, attention_mask, scaling), attention_mask)
+    total = bytes_.sum(-1, keepdim=True).clamp(min=1)
+    dropped = nn.functional.dropout(bytes_, p=dropout, training=module.training).to(value.dtype)
+    output = (torch.matmul(dropped, value) / total).to(value.dtype)
+    return output.transpose(1, 2).contiguous(), bytes_ / total
+
+
+def operands(tap: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of every head, through their taps."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    return (query, key, value) if tap is None else (tap("query", query), tap("key", key), tap("value", value))
+
+
+def scores_of(query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float | None) -> Tensor:
+    """Scores [B,h,T,S], those of masked keys far below all others."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling_of(query, scaling)
+    return scores if attention_mask is None else scores + attention_mask
+
+
+def scaling_of(query: Tensor, scaling: float | None) -> float:
+    """What scores are multiplied by; 1 / sqrt(d) unless the model says otherwise."""
+    return float(query.shape[-1] ** -0.5) if scaling is None else scaling
+
+
+def byte_weights(scores: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """round(255 exp(s - max)) as floats, with a gradient straight through; 0 at masked keys."""
+    largest = scores.detach().amax(-1, keepdim=True)  # moves numerator and denominator alike: no gradient
+    weights = round_through((scores - largest).float().exp() * LARGEST_BYTE)
+    if attention_mask is None:
+        return weights
+    return weights.masked_fill(left_out(attention_mask), 0.0)

@@ -1,0 +1,303 @@
+"""What must be true between the parts of a recipe: who may start from whom, which names must exist.
+
+Each rule yields the path of the key it is about, so that the error can point at its line. The schema
+alone (`sqat.recipe.schema`) cannot say these things. Left out: files and columns, which only the data know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from typing import NamedTuple, get_args
+
+from sqat.errors import SqatError
+from sqat.recipe.schema import (
+    FLOAT_OUTPUTS,
+    CalibrateConfig,
+    ClassificationTask,
+    DistillConfig,
+    ExportConfig,
+    FitConfig,
+    PruneConfig,
+    QatConfig,
+    Recipe,
+    RelevanceTask,
+    RetrievalTask,
+    TrainConfig,
+)
+from sqat.sparsity.pattern import parse_pattern
+from sqat.sparsity.settings import Schedule, SrSte
+
+
+class Problem(NamedTuple):
+    """A broken rule: the key it is about (or would be, if it were given), what is wrong, what to do."""
+
+    path: tuple[str, ...]
+    text: str
+    hint: str = ""
+
+
+def suggest(got: str, allowed: Iterable[str]) -> str:
+    """The nearest of the allowed names, and all of them."""
+    names = list(allowed)
+    close = get_close_matches(got.lower(), names, n=1, cutoff=0.6)
+    listed = f"allowed: {', '.join(names)}" if names else ""
+    return f"did you mean {close[0]!r}? {listed}" if close else listed
+
+
+def broken_rules(recipe: Recipe) -> list[Problem]:
+    """Everything wrong between the parts of ``recipe``; broken parents hide what hangs on them."""
+    parents = list(_parents(recipe))
+    stages = [] if parents else [p for name in recipe.stages for p in _stage(recipe, name)]
+    return [
+        *parents,
+        *stages,
+        *_results(recipe),
+        *_columns(recipe),
+        *_batches(recipe),
+        *_pictures(recipe),
+        *_streams(recipe),
+    ]
+
+
+def pick_stage(recipe: Recipe, kind: str, name: str | None) -> str:
+    """The stage of ``kind`` called ``name``, or the only one there is.
+
+    Raises:
+        SqatError: there is none, or several and no name.
+    """
+    names = [other for other, stage in recipe.stages.items() if stage.stage == kind]
+    if not names:
+        raise SqatError(f"the recipe has no {kind} stage", f"its stages: {', '.join(recipe.stages)}", recipe.name)
+    if name is None and len(names) > 1:
+        text = f"the recipe has {len(names)} {kind} stages: {', '.join(names)}"
+        raise SqatError(text, f"choose one, e.g. --stage {names[0]}", recipe.name)
+    if name is not None and name not in names:
+        raise SqatError(f"no {kind} stage {name!r}", suggest(name, names), "--stage")
+    return name or names[0]
+
+
+def stage_range(recipe: Recipe, first: str | None, last: str | None) -> list[str]:
+    """Names of the stages from ``first`` to ``last``; SqatError for a name that is none, and for none between them."""
+    names = list(recipe.stages)
+    for flag, name in (("--from", first), ("--to", last)):
+        if name is not None and name not in names:
+            raise SqatError(f"{flag} {name}: the recipe has no such stage", f"stages: {', '.join(names)}")
+    low = names.index(first) if first else 0
+    high = names.index(last) + 1 if last else len(names)
+    if low >= high:
+        raise SqatError(f"--from {first} comes after --to {last}", f"order: {', '.join(names)}")
+    return names[low:high]
+
+
+def ancestors(recipe: Recipe, name: str) -> list[str]:
+    """Names of the stages that ``name`` starts from, the nearest first."""
+    found = []
+    parent = recipe.parent_of(name)
+    while parent is not None:
+        found.append(parent)
+        parent = recipe.parent_of(parent)
+    return found
+
+
+def _parents(recipe: Recipe) -> Iterator[Problem]:
+    before: list[str] = []
+    for name, stage in recipe.stages.items():
+        path, parent = ("stages", name, "from"), stage.parent
+        possible = [other for other in before if not isinstance(recipe.stages[other], ExportConfig)]
+        if parent is not None and parent not in before:
+            late = "is not a stage before it" if parent in recipe.stages else "is no stage"
+            yield Problem(path, f"stage {name!r} starts from {parent!r}, which {late}", suggest(parent, possible))
+        elif parent is not None and parent not in possible:
+            text = f"stage {name!r} starts from {parent!r}, an export, which holds no model to go on with"
+            yield Problem(path, text, suggest(parent, possible))
+        before.append(name)
+
+
+def _stage(recipe: Recipe, name: str) -> Iterator[Problem]:
+    stage, line = recipe.stages[name], ancestors(recipe, name)
+    kinds = {recipe.stages[other].stage for other in line}
+    path = ("stages", name)
+    undone = {"train": {"prune", "calibrate", "qat"}, "prune": {"calibrate", "qat"}}.get(stage.stage, set()) & kinds
+    if undone:
+        first = next(other for other in line if recipe.stages[other].stage in undone)
+        text = f"stage {name!r} would undo what {first!r} did, {_chain(line)}"
+        yield Problem((*path, "from"), text, "the order is train, prune, calibrate, qat, export")
+    if isinstance(stage, QatConfig) and "calibrate" not in kinds:
+        text = f"stage {name!r} needs a calibrate stage among those it starts from, {_chain(line)}"
+        yield Problem((*path, "from"), text, "add a calibrate stage before it")
+    if isinstance(stage, ExportConfig):
+        yield from _targets(recipe, name, stage, line)
+    yield from _gates(recipe, name)
+    if isinstance(stage, PruneConfig):
+        yield from _schedule(path, stage)
+    if isinstance(stage, PruneConfig | QatConfig) and stage.distill is not None:
+        yield from _distill(recipe, name, stage.distill, line)
+
+
+def _targets(recipe: Recipe, name: str, stage: ExportConfig, line: list[str]) -> Iterator[Problem]:
+    path, before = ("stages", name, "targets"), [recipe.stages[other] for other in line]
+    profile = next((other.profile for other in before if isinstance(other, CalibrateConfig)), None)
+    for target in stage.targets:
+        if target in INT8_TARGETS and profile is None and not any(isinstance(other, QatConfig) for other in before):
+            text = f"{target} needs a calibrate or qat stage among those {name!r} starts from, {_chain(line)}"
+            yield Problem(path, text, "export onnx-fp32, or add a calibrate stage before it")
+        elif target == "tensorrt" and profile in FLOAT_OUTPUTS:
+            text = f"tensorrt needs the outputs of linears quantized too, and the calibrate stage has profile {profile}"
+            yield Problem(path, text, "set its profile: tensorrt, or export onnx-int8")
+        elif target == "cpu-sparse" and profile not in ("cpu", None):
+            text = f"cpu-sparse needs the scales of profile cpu, and the calibrate stage has profile {profile}"
+            yield Problem(path, text, "set its profile: cpu, or export onnx-int8")
+        elif target == "cpu-sparse" and stage.embeddings == "fp16":
+            text = "cpu-sparse stores the word embeddings as fp32 or int8, not as fp16"
+            yield Problem(("stages", name, "embeddings"), text, "set it to int8")
+        elif target == "torch-semi-structured" and not any(isinstance(other, PruneConfig) for other in before):
+            text = f"{target} needs a prune stage among those {name!r} starts from, {_chain(line)}"
+            yield Problem(path, text, "add a prune stage before it")
+
+
+def _gates(recipe: Recipe, name: str) -> Iterator[Problem]:
+    """Metrics are the task's where more is better, and what a gate compares with has run before."""
+    task, before = recipe.task, list(recipe.stages)[: list(recipe.stages).index(name)]
+    metrics = list(get_args(type(task).model_fields["metric"].annotation))
+    if isinstance(task, RelevanceTask) and task.loss == "pairwise":
+        metrics.remove("pair-accuracy")
+    for metric, gate in recipe.stages[name].gates.items():
+        path = ("stages", name, "gates", metric)
+        if metric not in metrics:
+            yield Problem(path, f"no metric {metric!r} of the task {task.name}", suggest(metric, metrics))
+        if gate.against is not None and gate.against not in before:
+            text = f"the gate of stage {name!r} compares with {gate.against!r}, which is no stage before it"
+            yield Problem((*path, "against"), text, suggest(gate.against, before))
+        elif gate.max_drop is not None and gate.against is None and recipe.parent_of(name) is None:
+            text = f"stage {name!r} starts from the pretrained model, which has no figures to compare with"
+            yield Problem((*path, "max_drop"), text, "give min instead" + (", or against" if before else ""))
+
+
+INT8_TARGETS = ("onnx-int8", "tensorrt", "cpu-sparse", "compressed-tensors")
+
+
+def _schedule(path: tuple[str, ...], stage: PruneConfig) -> Iterator[Problem]:
+    where = ".".join(path)
+    for pattern in sorted({stage.pattern, *stage.patterns.values()} - {"dense"}):
+        if problem := misfit(stage.schedule, pattern):
+            yield Problem((*path, "schedule", "steps"), f"{where}.schedule: {problem}")
+    if not isinstance(stage.schedule, SrSte):
+        return
+    if stage.criterion.needs != "nothing":
+        text = f"{where}: schedule sr-ste chooses masks before every step, so {stage.criterion.name} would observe anew"
+        yield Problem((*path, "criterion"), f"{text} each time", "sr-ste takes the criterion magnitude")
+    if "recover" in stage.model_fields_set:
+        text = f"{where}: recover means nothing to schedule sr-ste"
+        yield Problem((*path, "recover"), text, "schedule.until is the share of the steps in which masks change")
+
+
+def misfit(schedule: Schedule, pattern: str) -> str:
+    """Why a schedule cannot end at a pattern; empty if it can."""
+    try:
+        schedule.sparsities(parse_pattern(pattern))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _distill(recipe: Recipe, name: str, distill: DistillConfig, line: list[str]) -> Iterator[Problem]:
+    dense = [other for other in line if _is_dense(recipe, other)]
+    path = ("stages", name, "distill")
+    if not (distill.weight or distill.logits or distill.task):
+        yield Problem(
+            path, f"every part of the loss of stage {name!r} has weight 0", "give one of weight, logits, task"
+        )
+    teacher = distill.teacher
+    if teacher is not None and teacher not in dense:
+        why = "is no stage" if teacher not in recipe.stages else "is not dense and among those it starts from"
+        text = f"the teacher {teacher!r} of stage {name!r} {why}"
+        yield Problem((*path, "teacher"), text, suggest(teacher, dense) or "add a train stage before it")
+    elif not dense:
+        text = f"stage {name!r} distils, but none of the stages it starts from, {_chain(line)}, is a train stage"
+        yield Problem(path, text, "add a train stage before it to teach, or set distill: null")
+
+
+def _is_dense(recipe: Recipe, name: str) -> bool:
+    return all(isinstance(recipe.stages[other], TrainConfig) for other in (name, *ancestors(recipe, name)))
+
+
+def _chain(line: list[str]) -> str:
+    return f"({' <- '.join(line)})" if line else "(none: it starts from the pretrained model)"
+
+
+def _results(recipe: Recipe) -> Iterator[Problem]:
+    for label, row in recipe.results.items():
+        name, slash, target = row.partition("/")
+        stage, path = recipe.stages.get(name), ("results", label)
+        targets = stage.targets if isinstance(stage, ExportConfig) else ()
+        if stage is None:
+            yield Problem(path, f"{name!r} is no stage", suggest(name, recipe.stages))
+        elif slash and target not in targets:
+            hint = suggest(target, targets) if targets else f"write {name}"
+            yield Problem(path, f"stage {name!r} has no target {target!r}", hint)
+        elif not slash and len(targets) > 1:
+            rows = " or ".join(f"{name}/{target}" for target in targets)
+            yield Problem(path, f"stage {name!r} writes {len(targets)} files: say which", f"write {rows}")
+
+
+def _batches(recipe: Recipe) -> Iterator[Problem]:
+    if not isinstance(recipe.task, RetrievalTask):
+        return
+    texts = 2 + recipe.task.negatives
+    for name, stage in recipe.stages.items():
+        if isinstance(stage, FitConfig) and stage.batch_size < texts:
+            text = f"a query, its positive and its negatives are {texts} texts, and stage {name!r} has batches of "
+            hint = f"set it to {texts} or more, or lower task.negatives"
+            yield Problem(("stages", name, "batch_size"), f"{text}{stage.batch_size}", hint)
+
+
+def _pictures(recipe: Recipe) -> Iterator[Problem]:
+    task, model = recipe.task.name, recipe.model
+    if model.config is not None and task not in ("image-classification", "text-to-image"):
+        text = f"the task {task} starts from pretrained weights and a tokenizer, which model.config has not"
+        yield Problem(("model", "config"), text, "give model.source")
+    if model.text_encoder is not None and task != "text-to-image":
+        yield Problem(("model", "text_encoder"), f"the task {task} has no captions", "leave it out")
+    if recipe.data.augment is not None and task != "image-classification":
+        yield Problem(("data", "augment"), f"the task {task} does not vary images", "leave it out")
+
+
+STREAMED = ("classification", "regression", "query-performance")  # tasks whose rows are texts, each by itself
+
+
+def _streams(recipe: Recipe) -> Iterator[Problem]:
+    """What needs all rows at once cannot be had of a split that is streamed."""
+    for name, split in (("dev", recipe.data.dev), ("test", recipe.data.test)):
+        if split is not None and split.streaming:
+            yield Problem(("data", name, "streaming"), f"data.{name} is measured as a whole", "only train is streamed")
+    train, path = recipe.data.train, ("data", "train", "streaming")
+    if not train.streaming:
+        return
+    if recipe.task.name not in STREAMED:
+        text = f"the rows of the task {recipe.task.name} do not each stand alone as a text"
+        yield Problem(path, text, f"streamed are {', '.join(STREAMED)}")
+    if isinstance(recipe.task, ClassificationTask) and recipe.task.labels is None:
+        yield Problem(path, "the classes of a streamed split are not known beforehand", "give task.labels")
+    for name, stage in recipe.stages.items():
+        if isinstance(stage, CalibrateConfig) and stage.split == "train" and stage.samples > train.buffer:
+            text = f"stage {name!r} observes {stage.samples} rows, but the buffer of the streamed train split has "
+            yield Problem(("stages", name, "samples"), f"{text}{train.buffer}", "raise data.train.buffer")
+
+
+def _columns(recipe: Recipe) -> Iterator[Problem]:
+    ranking = isinstance(recipe.task, RelevanceTask | RetrievalTask)
+    foreign: tuple[str, ...] = ("text", "text_pair") if ranking else ("query", "passage", "group", "candidates")
+    if pictures := recipe.task.name == "image-classification":
+        foreign = ("text", "text_pair", *foreign)
+    for key in foreign:
+        if key in recipe.data.columns.model_fields_set:
+            text = f"the column {key!r} means nothing to the task {recipe.task.name}"
+            hint = (
+                "its columns are query, passage, label, group, candidates"
+                if ranking
+                else "its columns are image, label"
+                if pictures
+                else "its columns are text, text_pair, label"
+            )
+            yield Problem(("data", "columns", key), text, hint)

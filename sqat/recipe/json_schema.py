@@ -1,0 +1,174 @@
+"""What the recipe's JSON schema allows at a key, in plain words and as a list of names.
+
+The schema comes from pydantic; error messages, ``--set`` and ``sqat schema`` all read this one source, so
+they cannot disagree with what is checked. Only the constructs the recipe uses are known here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, TypeAlias
+
+from sqat.recipe.schema import STAGE_KINDS, Recipe
+from sqat.recipe.yaml_nodes import Node
+
+SCHEMA_FILE = "recipe.schema.json"  # what the first line of a recipe names for editors, beside the recipe
+Schema: TypeAlias = dict[str, Any]
+KeyPath: TypeAlias = tuple[str | int, ...]
+
+
+@cache
+def recipe_schema() -> Schema:
+    """The JSON schema of a recipe file: every key with its type, bounds, default and description."""
+    schema = Recipe.model_json_schema(by_alias=True)
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **_untitled(schema)}
+    stages = schema["properties"]["stages"]
+    (pattern, stage), *_ = stages["patternProperties"].items()
+    kinds = "|".join(STAGE_KINDS)
+    stages["patternProperties"] = {pattern.replace("^", f"^(?!({kinds})$)"): {**stage, "required": ["stage"]}}
+    stages["properties"] = {
+        kind: {"anyOf": [{"$ref": ref}, {"type": "null"}]} for kind, ref in stage["discriminator"]["mapping"].items()
+    }
+    stages["additionalProperties"] = False
+    return schema
+
+
+def schema_text() -> str:
+    """The schema as a file has it, for editors."""
+    return json.dumps(recipe_schema(), indent=2) + "\n"
+
+
+def _untitled(value: Any) -> Any:
+    """Drop the titles pydantic makes up; a property called ``title`` would be a mapping and stays."""
+    if isinstance(value, list):
+        return [_untitled(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: _untitled(item) for key, item in value.items() if not (key == "title" and isinstance(item, str))}
+
+
+def schema_at(path: KeyPath, tree: Node) -> Schema:
+    """The schema of the value at ``path``; the tree tells which variant of a union is meant."""
+    schema, node = recipe_schema(), tree
+    for depth, key in enumerate(path):
+        chosen = variant(schema, node, path[depth - 1] if depth else None)
+        schema = _below(chosen, key)
+        node = node.child(key) or Node(node.place, None)
+    return schema
+
+
+def variants(schema: Schema) -> Iterator[Schema]:
+    """The alternatives of a schema, references followed."""
+    if "$ref" in schema:
+        yield recipe_schema()["$defs"][schema["$ref"].rsplit("/", 1)[-1]]
+    elif "anyOf" in schema or "oneOf" in schema:
+        for part in (*schema.get("anyOf", ()), *schema.get("oneOf", ())):
+            yield from variants(part)
+    else:
+        yield schema
+
+
+def variant(schema: Schema, node: Node, name: str | int | None = None) -> Schema:
+    """The alternative that ``node`` is meant to be: by its discriminator, else by its shape.
+
+    Args:
+        name: key of ``node``, which stands for the discriminator of a stage named by its kind.
+    """
+    union = union_of(schema)
+    if union is not None:
+        key, refs = union["propertyName"], union["mapping"]
+        tag = node.child(key) or Node(node.place, node.value)
+        default = schema.get("default")
+        fallback = default[key] if isinstance(default, dict) else name
+        ref = refs.get(tag.value if isinstance(tag.value, str) else fallback)
+        if ref is not None:
+            return next(variants({"$ref": ref}))
+    wanted = "object" if isinstance(node.value, dict) else "array" if isinstance(node.value, list) else None
+    options = [option for option in variants(schema) if option.get("type") != "null"]
+    return next((option for option in options if option.get("type") == wanted), options[0] if options else {})
+
+
+def union_of(schema: Schema) -> Schema | None:
+    """The discriminator of a schema that is a tagged union, also of its short or optional form."""
+    if "discriminator" in schema:
+        found: Schema = schema["discriminator"]
+        return found
+    return next((part["discriminator"] for part in schema.get("anyOf", ()) if "discriminator" in part), None)
+
+
+def _below(schema: Schema, key: str | int) -> Schema:
+    found: Schema = {}
+    if isinstance(key, int):
+        found = schema.get("items") or next(iter(schema.get("prefixItems", ())), {})
+    elif key in schema.get("properties", {}):
+        found = schema["properties"][key]
+    elif "patternProperties" in schema:
+        found = next(iter(schema["patternProperties"].values()))
+    elif isinstance(schema.get("additionalProperties"), dict):
+        found = schema["additionalProperties"]
+    return found
+
+
+def is_open(schema: Schema) -> bool:
+    """Whether the mapping's keys are the user's own: names of stages, labels of results."""
+    return "patternProperties" in schema or isinstance(schema.get("additionalProperties"), dict)
+
+
+def describe(schema: Schema) -> str:
+    """What a value must be, to follow the word 'needs'."""
+    union = union_of(schema)
+    options = list(variants(schema))
+    if union is not None:
+        phrases = [f"one of {', '.join(union['mapping'])}"]
+    elif "short" in schema:
+        phrases = [f"a text or a mapping with the key {schema['short']!r}"]
+    else:
+        phrases = [_describe_one(option) for option in options if option.get("type") != "null"]
+    if any(option.get("type") == "null" for option in options):
+        phrases.append("null")
+    return " or ".join(dict.fromkeys(phrases))
+
+
+def choices(schema: Schema) -> list[str]:
+    """The names a value may take, where it may only take some."""
+    union = union_of(schema)
+    if union is not None:
+        return list(union["mapping"])
+    return [str(name) for option in variants(schema) for name in (*option.get("enum", ()), *_const(option))]
+
+
+def _const(schema: Schema) -> list[str]:
+    return [schema["const"]] if "const" in schema else []
+
+
+def _describe_one(schema: Schema) -> str:
+    names = choices(schema)
+    if names:
+        return f"one of {', '.join(names)}" if len(names) > 1 else names[0]
+    kind = schema.get("type")
+    if kind in ("integer", "number"):
+        return f"{'a whole number' if kind == 'integer' else 'a number'}{_range(schema)}"
+    if kind == "array":
+        least = f" with at least {schema['minItems']} entry" if "minItems" in schema else ""
+        plural = {"string": "texts", "number": "numbers", "integer": "whole numbers"}
+        if "prefixItems" in schema:
+            return f"a list of {len(schema['prefixItems'])} {plural[schema['prefixItems'][0]['type']]}"
+        item = schema["items"]
+        named = "enum" in item or "const" in item
+        return f"a list{least}, each {describe(item)}" if named else f"a list{least} of {plural[item['type']]}"
+    if kind == "string":
+        return f"a text of {schema['words']}" if "words" in schema else "a text"
+    least = f" with at least {schema['minProperties']} entry" if "minProperties" in schema else ""
+    return {"boolean": "true or false", "null": "null"}.get(str(kind), f"a mapping{least}")
+
+
+def _range(schema: Schema) -> str:
+    low, high = schema.get("minimum"), schema.get("maximum")
+    above, below = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
+    if low is not None and high is not None:
+        return f" from {low:g} to {high:g}" if high < 1e6 else f" from {low:g} to {high}"
+    start = f"of at least {low:g}" if low is not None else f"above {above:g}" if above is not None else ""
+    end = f"at most {high:g}" if high is not None else f"below {below:g}" if below is not None else ""
+    return "".join(f" {part}" for part in (start, "and" if start and end else "", end) if part)

@@ -1,0 +1,83 @@
+"""The batches of an optimizer step: where they come from, what is drawn for them, and which process takes them.
+
+What is drawn for a batch (crops, noise, dropout) is a function of the seed and of the batch's number, so that it is
+the same in whichever process, and after however many stops, its turn comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+import torch
+
+from sqat.data.dataset import Batch
+from sqat.distributed import in_shards, processes, turns
+from sqat.errors import SqatError
+
+
+@dataclass
+class Feed:
+    """Where batches come from: `plan(epoch)` gives row indices of each batch, `collate` makes one."""
+
+    plan: Callable[[int], Sequence[list[int]]]
+    collate: Callable[[list[int]], Batch]
+
+    def stream(self, start: int) -> Iterator[list[int]]:
+        """Row indices of batch ``start`` and all after it, over the epochs."""
+        epoch = 0
+        while True:
+            batches = self.plan(epoch)
+            if not batches:
+                raise SqatError("no batch of training rows is left", "look at data.train and task")
+            yield from batches[start:]
+            start = max(0, start - len(batches))
+            epoch += 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One batch of an optimizer step.
+
+    Attributes:
+        batch: on this process's device.
+        share: of the step's rows; 0 where another process has it and this one only keeps step.
+        seeds: of what the model draws for it.
+    """
+
+    batch: Batch
+    share: float
+    seeds: tuple[int, ...]
+
+
+def steps_of_work(
+    feed: Feed, together: int, seed: int, device: torch.device, step: int
+) -> Iterator[tuple[list[Piece], int]]:
+    """This process's batches of each optimizer step from ``step`` on, and the rows of that step in all processes."""
+    stream = feed.stream(step * together)
+    for first in count(step * together, together):
+        planned = [next(stream) for _ in range(together)]
+        rows, pieces = sum(map(len, planned)), []
+        for index, counts in turns(together):
+            seed_draws(seed, first + index, 0)
+            batch = feed.collate(planned[index]).to(device)
+            share = len(planned[index]) / rows if counts else 0.0
+            pieces.append(Piece(batch, share, (seed, first + index, 1)))
+        yield pieces, rows
+
+
+def seed_draws(*numbers: int) -> None:
+    """Make what torch draws from here on, on every device, a function of the numbers."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
+def shared_work(together: int, accumulation: int) -> str:
+    """What to say of a step's batches; empty where one process takes as many as the recipe says."""
+    world = processes().num_processes
+    if world == 1 and together == accumulation:
+        return ""
+    kept = "" if together == accumulation * world else f" as when it began, not {accumulation * world}"
+    how = " that share the model out (FSDP)" if in_shards() else ""
+    return f"{world} process{'es' if world > 1 else ''}{how}, an optimizer step sums up {together} batches{kept}"

@@ -1,0 +1,439 @@
+"""The commands: what they hand to the pipeline, what they print, and the code they end with."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sqat
+from sqat import cli
+from sqat.checkpoint.manifest import Manifest
+from sqat.checkpoint.store import Checkpoint, save_checkpoint
+from sqat.errors import GateError, SqatError
+from sqat.pipeline import runner as pipeline
+from sqat.pipeline.plan import PlannedStage
+from sqat.pipeline.runner import ResultRow, Results
+from sqat.progress import Display
+from sqat.recipe.schema import LoadedRecipe
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """\
+model: {source: tiny}
+task: classification
+data: {train: train.jsonl, dev: dev.jsonl}
+stages:
+  train:
+  prune:
+  calibrate:
+  qat:
+  export:
+"""
+COMMANDS = [
+    "run",
+    "train",
+    "prune",
+    "calibrate",
+    "qat",
+    "export",
+    "evaluate",
+    "inspect",
+    "analyze",
+    "engine",
+    "doctor",
+    "bench",
+    "report",
+    "init",
+    "schema",
+]
+
+Fake = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a recipe and its data; 80 columns, no colours, the usual signals afterwards."""
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    for name in ("train", "dev", "test"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "a b", "label": "x"}\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("SQAT_DEBUG", "FORCE_COLOR", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    return tmp_path
+
+
+def plan_of(loaded: LoadedRecipe, **options: Any) -> list[PlannedStage]:
+    return [
+        PlannedStage(1, "train", "train", None, "a" * 16, Path("runs/r/01-train"), True, 100, 3200, 61.0),
+        PlannedStage(2, "prune", "prune", "train", "b" * 16, Path("runs/r/02-prune"), False, 100, 3200, None),
+    ]
+
+
+def results_of(loaded: LoadedRecipe, display: Display, **options: Any) -> Results:
+    display.begin("train", 4)
+    display.update(4, {"loss": 0.5}, 10.0)
+    display.end()
+    display.say("train: done")
+    rows = [
+        ResultRow("dense fp32", "train", {"accuracy": 0.9, "pnr": float("inf")}, 90_900_000, Path("runs/r/01-train")),
+        ResultRow("sparse int8", "export", {"accuracy": 0.8}, 24_900_000, Path("runs/r/05-export/model.onnx")),
+    ]
+    return Results(rows, "dev", "c" * 64, Path("runs/r"))
+
+
+def raising(error: BaseException) -> Fake:
+    def fake(*arguments: Any, **options: Any) -> Any:
+        raise error
+
+    return fake
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = cli.main(arguments)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_help_lists_every_command_and_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "--help")
+    assert code == 0
+    assert [line.split()[0] for line in out.partition("Commands:\n")[2].splitlines()] == COMMANDS
+    for command in COMMANDS:
+        code, out, _ = call(capsys, command, "--help")
+        assert code == 0
+        assert max(len(line) for line in out.splitlines()) <= 80
+    assert "--install-completion" in call(capsys)[1]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, "--version") == (0, f"sqat {sqat.__version__}\n", "")
+
+
+BAD_CALLS = [
+    (["rum"], "error: No such command 'rum'. Did you mean 'run'? (see sqat --help)"),
+    (["run"], "error: Missing argument 'RECIPE' (see sqat run --help)"),
+    (["run", "r.yaml", "--forse"], "error: No such option: --forse"),
+    (["run", "x.yaml"], "error: x.yaml: no such recipe; did you mean r.yaml?"),
+    (["run", "."], "error: .: is a folder, not a recipe; name a file in it: r.yaml"),
+    (["run", "r.yaml", "--set", "seed=x"],
+     "error: --set seed: seed needs a whole number from 0 to 4294967295, got 'x'"),
+    (["run", "r.yaml", "--set", "data.dev=no.jsonl"], "error: --set data.dev: data.dev: no file no.jsonl"),
+    (["run", "r.yaml", "--from", "qta", "--dry-run"], "error: --from qta: the recipe has no such stage"),
+    (["train", "r.yaml", "--from", "gone"], "error: gone: no such file or folder"),
+    (["qat", "r.yaml", "--stage", "prune"], "error: --stage: no qat stage 'prune'; allowed: qat"),
+    (["evaluate", "r.yaml", "gone.onnx"], "error: gone.onnx: no such file or folder"),
+    (["evaluate", "r.yaml", ".", "--split", "train"], "error: --split: no split 'train'; allowed: test, dev"),
+    (["evaluate", "r.yaml", "."], "error: r.yaml: the recipe has no test split; add data.test or give --split dev"),
+    (["inspect", "gone"], "error: gone: no such file or folder"),
+    (["inspect", "r.yaml"], "error: r.yaml: is neither a checkpoint folder nor an .onnx file"),
+    (["init", "gone.jsonl"], "error: gone.jsonl: no such file"),
+    (["init", "train.jsonl", "--task", "ranking"],
+     "error: --task: no task 'ranking'; allowed: classification, regression, relevance"),
+    (["init", "train.jsonl", "-o", "r.yaml"],
+     "error: r.yaml: is there already; give --force to overwrite it, or another --output"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "expected"), BAD_CALLS, ids=[" ".join(case[0]) for case in BAD_CALLS])
+def test_a_mistake_is_one_line_and_code_2(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = call(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(expected)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (SqatError("bad row", "mend it", "train.jsonl:7"), 2, "error: train.jsonl:7: bad row; mend it\n"),
+        (GateError("parity lost", "", "export"), 3, "error: export: parity lost\n"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on from the last saved state\n"),
+        (OSError(28, "No space left on device", "runs/r"), 2, "error: runs/r: No space left on device\n"),
+        (ZeroDivisionError("oh\nno"), 1,
+         "internal error: ZeroDivisionError (oh); run it again with -vv or SQAT_DEBUG=1 for the traceback\n"),
+        (KeyError(), 1, "internal error: KeyError; run it again with -vv or SQAT_DEBUG=1 for the traceback\n"),
+    ],
+)  # fmt: skip
+def test_every_end_has_its_code_and_line(
+    error: BaseException, code: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline, "run", raising(error))
+    assert call(capsys, "run", "r.yaml") == (code, "", line)
+
+
+def test_tracebacks_only_on_demand(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(pipeline, "run", raising(SqatError("bad")))
+    monkeypatch.setenv("SQAT_DEBUG", "1")
+    code, _, err = call(capsys, "run", "r.yaml")
+    assert code == 2
+    assert err.startswith("Traceback") and err.endswith("error: bad\n")  # noqa: PT018
+    monkeypatch.setenv("SQAT_DEBUG", "0")
+    assert call(capsys, "run", "r.yaml")[2] == "error: bad\n"
+    monkeypatch.delenv("SQAT_DEBUG")
+    assert "Traceback" not in call(capsys, "run", "r.yaml", "-v")[2]
+    assert "Traceback" in call(capsys, "run", "r.yaml", "-vv")[2]
+
+
+def test_run_prints_the_results(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(pipeline, "run", results_of)
+    code, out, err = call(capsys, "run", "r.yaml")
+    assert code == 0
+    assert re.search(r"^dense fp32 +0\.9000 +inf +90\.9 +runs/r/01-train *$", out, re.MULTILINE)
+    assert re.search(r"^sparse int8 +0\.8000 +- +24\.9 ", out, re.MULTILINE)
+    assert "dev split, data cccccccccccc, run in runs/r" in out
+    assert max(len(line) for line in out.splitlines()) <= 80
+    assert "train: 4 steps\n" in err and "train: done\n" in err  # noqa: PT018
+    assert "\x1b" not in out + err
+
+
+def test_run_as_json_prints_nothing_else(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(pipeline, "run", results_of)
+    code, out, _ = call(capsys, "run", "r.yaml", "--json")
+    value = json.loads(out, parse_constant=lambda name: pytest.fail(f"bare {name}"))
+    assert code == 0
+    assert value["rows"][0] == {
+        "label": "dense fp32",
+        "stage": "train",
+        "metrics": {"accuracy": 0.9, "pnr": "Infinity"},
+        "size_bytes": 90_900_000,
+        "path": "runs/r/01-train",
+    }
+    assert value["data_digest"] == "c" * 64
+
+
+def test_quiet_leaves_results_and_the_log(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline, "run", results_of)
+    _, out, err = call(capsys, "run", "r.yaml", "-q")
+    assert err == ""
+    assert "dense fp32" in out
+    log = (folder / "runs/r/sqat.log").read_text()
+    assert re.fullmatch(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d train: [^\n]+\n){3,4}", log)
+
+
+def test_other_ranks_say_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(pipeline, "run", results_of)
+    monkeypatch.setenv("RANK", "1")
+    assert call(capsys, "run", "r.yaml") == (0, "", "")
+
+
+def test_run_hands_its_flags_over(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: dict[str, Any] = {}
+
+    def fake(loaded: LoadedRecipe, display: Display, **options: Any) -> Results:
+        seen.update(options, seed=loaded.recipe.seed, epochs=getattr(loaded.recipe.stages["qat"], "epochs", None))
+        return results_of(loaded, display)
+
+    monkeypatch.setattr(pipeline, "run", fake)
+    flags = ["--from", "prune", "--to", "qat", "--force", "--set", "seed=3", "--set", "stages.qat.epochs=2"]
+    assert call(capsys, "run", "r.yaml", *flags)[0] == 0
+    assert seen == {"first": "prune", "last": "qat", "force": True, "seed": 3, "epochs": 2}
+
+
+def test_dry_run_prints_the_plan_and_runs_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sqat.pipeline.plan.make_plan", plan_of)
+    monkeypatch.setattr(pipeline, "run", raising(AssertionError("ran")))
+    code, out, err = call(capsys, "run", "r.yaml", "--dry-run")
+    assert (code, err) == (0, "")
+    assert re.search(r"^1 +train +- +aaaaaaa +100 +3,200 +1m01s +unchanged$", out, re.MULTILINE)
+    assert re.search(r"^2 +prune +train +bbbbbbb +100 +3,200 +- +will run *$", out, re.MULTILINE)
+    assert "1 of 2 stages will run, time unknown" in out
+    assert not (folder / "runs").exists()
+    plan = json.loads(call(capsys, "run", "r.yaml", "--dry-run", "--json")[1])
+    assert [(stage["name"], stage["unchanged"], stage["directory"]) for stage in plan] == [
+        ("train", True, "runs/r/01-train"),
+        ("prune", False, "runs/r/02-prune"),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["train", "prune", "calibrate", "qat", "export"])
+def test_stage_commands_run_their_stage(
+    kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Any] = []
+
+    def fake(loaded: LoadedRecipe, name: str, display: Display, **options: Any) -> Path:
+        seen.append((name, options))
+        return Path("runs/r") / name
+
+    monkeypatch.setattr(pipeline, "run_stage", fake)
+    assert call(capsys, kind, "r.yaml") == (0, f"runs/r/{kind}\n", "")
+    manifest = Manifest(stage="train", kind="train", key="a" * 16, base_model="tiny", seed=0)
+    save_checkpoint(Checkpoint(manifest), folder / "start")
+    call(capsys, kind, "r.yaml", "--from", "start", "--output", "out", "--force")
+    assert seen == [
+        (kind, {"parent": None, "output": None, "force": False}),
+        (kind, {"parent": Path("start"), "output": Path("out"), "force": True}),
+    ]
+
+
+def test_a_kind_with_two_stages_needs_a_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline, "run_stage", lambda loaded, name, display, **options: Path(name))
+    (folder / "r.yaml").write_text(RECIPE.replace("  qat:\n", "  qat:\n  qat-b: {stage: qat}\n"))
+    line = "error: r: the recipe has 2 qat stages: qat, qat-b; choose one, e.g. --stage qat\n"
+    assert call(capsys, "qat", "r.yaml") == (2, "", line)
+    assert call(capsys, "qat", "r.yaml", "--stage", "qat-b") == (0, "qat-b\n", "")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "distils"),
+    [
+        ("qat:", [], True),
+        ("qat:", ["--no-distill"], False),
+        ("qat: {distill: null}", [], False),
+        ("qat: {distill: null}", ["--distill"], True),
+        ("qat: {distill: {weight: 3}}", ["--distill"], True),
+    ],
+)
+def test_distillation_by_flag(
+    recipe: str,
+    flags: list[str],
+    distils: bool,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seen: list[Any] = []
+
+    def fake(loaded: LoadedRecipe, name: str, display: Display, **options: Any) -> Path:
+        seen.append(getattr(loaded.recipe.stages[name], "distill", None))
+        return Path(name)
+
+    monkeypatch.setattr(pipeline, "run_stage", fake)
+    (folder / "r.yaml").write_text(RECIPE.replace("qat:", recipe))
+    assert call(capsys, "qat", "r.yaml", *flags)[0] == 0
+    assert (seen[0] is not None) is distils
+    if "weight" in recipe:
+        assert seen[0].weight == 3
+
+
+def test_no_distill_mends_a_recipe_without_a_teacher(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline, "run_stage", lambda loaded, name, display, **options: Path(name))
+    (folder / "r.yaml").write_text(RECIPE.replace("  train:\n", ""))
+    assert call(capsys, "qat", "r.yaml")[0] == 2
+    assert call(capsys, "qat", "r.yaml", "--no-distill")[0] == 0
+
+
+def test_evaluate(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fake(loaded: LoadedRecipe, artifact: Path, split: str, display: Display) -> dict[str, float]:
+        assert (artifact, split) == (Path("model.onnx"), "dev")
+        return {"accuracy": 0.875, "pnr": float("nan")}
+
+    monkeypatch.setattr(pipeline, "evaluate", fake)
+    (folder / "model.onnx").touch()
+    code, out, _ = call(capsys, "evaluate", "r.yaml", "model.onnx", "--split", "dev")
+    assert code == 0
+    assert re.search(r"^accuracy +0\.8750$", out, re.MULTILINE)
+    out = call(capsys, "evaluate", "r.yaml", "model.onnx", "--split", "dev", "--json")[1]
+    assert json.loads(out) == {
+        "artifact": "model.onnx",
+        "split": "dev",
+        "metrics": {"accuracy": 0.875, "pnr": "NaN"},
+    }
+
+
+def test_schema(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    schema = json.loads(call(capsys, "schema")[1])
+    assert schema["properties"]["seed"]["default"] == 0
+    assert call(capsys, "schema", "--output", "schema.json") == (0, "", "")
+    assert json.loads((folder / "schema.json").read_text()) == schema
+
+
+def test_init_tells_its_guess(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(capsys, "init", "train.jsonl", "-o", "new/first.yaml")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        "task: classification ('label' has 1 different values in the first 1 rows)",
+        "columns: text = text, label = label",
+        "train: train.jsonl",
+        "dev: dev.jsonl",
+        "test: test.jsonl",
+        "wrote new/first.yaml, and recipe.schema.json for editors; next: sqat run new/first.yaml",
+    ]
+
+
+# No torch: only what happens to the signal counts.
+# A background shell makes its children ignore SIGINT; the first lines undo that.
+SLOW_RUN = """
+import signal, sys, time, types
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from sqat import cli
+def fake(loaded, display, **options):
+    print("started", flush=True)
+    time.sleep(60)
+sys.modules["sqat.pipeline.runner"] = types.SimpleNamespace(run=fake)
+sys.modules["sqat.cli.tables"] = types.SimpleNamespace()
+sys.exit(cli.main(["run", "r.yaml"]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_interrupt_with_130(number: signal.Signals, folder: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_RUN],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env=environment,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    started = time.monotonic()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "interrupted; the same command goes on from the last saved state\n")
+    assert time.monotonic() - started < 20
+
+
+FLOOD = """
+import sys
+from sqat import cli
+cli.app.command("flood")(lambda: print("x\\n" * 1_000_000))
+sys.exit(cli.main(["flood"]))
+"""
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", FLOOD],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == "x\n"
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=30) == 1
+
+
+def test_help_is_quick() -> None:
+    """Under 0.5 s on an idle machine; processor time, so that a busy one does not fail it."""
+    code = "import resource, sys; from sqat.cli import main; main(['--help']); "
+    code += "used = resource.getrusage(resource.RUSAGE_SELF); print(used.ru_utime + used.ru_stime, file=sys.stderr)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert float(run.stderr) < 0.5

@@ -1,0 +1,152 @@
+"""What `sqat doctor` says of machines, of this one and of others, and that its table fits a terminal."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sqat import cli, runtime
+from sqat.errors import SqatError
+from sqat.hardware import doctor, machine
+from sqat.hardware.choosing import OTHERWISE
+from sqat.hardware.doctor import BACKENDS, OPTIONAL, REQUIRED, TARGETS, Kernels, diagnose, find_kernels, remedies
+from sqat.hardware.machine import Gpu, Machine, Processor
+
+ROOT = Path(__file__).parents[2]
+KERNELS = Kernels("avx2")
+PACKAGES = {"torch": "2.9", "onnxruntime": "1.30", "openvino": "2026", "tensorrt": "10.9", "compressed_tensors": "0.12"}
+VNNI = Processor("Xeon", "x86_64", 8, frozenset({"avx2", "avx512_vnni"}))
+A10, T4 = Gpu("NVIDIA A10", (8, 6)), Gpu("Tesla T4", (7, 5))
+SERVER = Machine(VNNI, (A10,), PACKAGES, ("CPUExecutionProvider",), cusparselt=True, kernels=True)
+
+
+def states(machine: Machine, kernels: Kernels = KERNELS) -> dict[str, str]:
+    return {
+        name: judge(machine, kernels).state for name, judge in (BACKENDS | TARGETS).items() if name != "tensorrt"
+    } | {"tensorrt": BACKENDS["tensorrt"](machine, kernels).state}
+
+
+def test_a_machine_with_everything_lacks_nothing() -> None:
+    assert set(states(SERVER).values()) == {"ready"}
+    verdicts = [judge(SERVER, KERNELS) for judge in (*BACKENDS.values(), *TARGETS.values())]
+    assert not any(verdict.lacks or verdict.install for verdict in verdicts)
+
+
+@pytest.mark.parametrize(("changed", "less"), [
+    (replace(SERVER, versions={name: "1" for name in PACKAGES if name != "openvino"}), {"openvino": "no"}),
+    (replace(SERVER, versions={name: "1" for name in PACKAGES if name != "onnxruntime"}),
+     {"onnxruntime": "no", "onnx-int8": "no", "onnx-fp32": "no"}),
+    (replace(SERVER, versions={name: "1" for name in PACKAGES if name != "tensorrt"}),
+     {"tensorrt": "no", "onnx-fp16": "no"}),
+    (replace(SERVER, versions={name: "1" for name in PACKAGES if name != "compressed_tensors"}),
+     {"compressed-tensors": "partly"}),
+    (replace(SERVER, cusparselt=False), {"torch-semi-structured": "partly"}),
+    (replace(SERVER, gpus=(T4,)), {"tensorrt": "partly", "onnx-fp16": "partly", "torch-semi-structured": "partly"}),
+    (replace(SERVER, gpus=()), {"tensorrt": "no", "onnx-fp16": "partly", "torch-semi-structured": "partly"}),
+    (replace(SERVER, processor=replace(VNNI, features=frozenset({"avx2"}))),
+     {"onnxruntime": "partly", "onnx-int8": "partly", "openvino": "partly"}),
+])  # fmt: skip
+def test_what_is_missing_is_missed_where_it_is_needed(changed: Machine, less: dict[str, str]) -> None:
+    assert states(changed) == states(SERVER) | less
+
+
+def test_every_verdict_that_is_not_ready_names_what_it_lacks() -> None:
+    bare = Machine(Processor(machine="x86_64"))
+    for judge in (*BACKENDS.values(), *TARGETS.values()):
+        verdict = judge(bare, Kernels(problem="no compiled runtime", remedy="install g++"))
+        assert verdict.state != "ready"
+        assert verdict.lacks, verdict
+
+
+def test_every_target_has_a_verdict() -> None:
+    assert set(TARGETS) == set(OTHERWISE)
+
+
+def test_its_requirements_are_those_of_the_project() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(r"\ndependencies = \[\n(.*?)\n\]", text, re.DOTALL)
+    assert listed is not None
+    assert set(REQUIRED) == set(re.findall(r'"([\w-]+)[><=]', listed[1]))
+    extras = set(re.findall(r"^([\w-]+) = \[", text, re.MULTILINE))
+    assert {extra for extra in OPTIONAL.values() if extra} <= extras
+    installs = [judge(Machine(), Kernels()).install for judge in (*BACKENDS.values(), *TARGETS.values())]
+    assert set(re.findall(r"sqat\[([\w-]+)\]", " ".join(installs))) <= extras
+
+
+def test_a_missing_library_comes_with_how_to_build_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(runtime, "LIBRARY", tmp_path / "none.so")
+    kernels = find_kernels()
+    assert (kernels.instruction_set, kernels.remedy) == ("", runtime.how_to_get_it())
+    verdict = TARGETS["cpu-sparse"](SERVER, kernels)
+    assert (verdict.state, verdict.install) == ("no", runtime.how_to_get_it())
+
+
+def test_an_instruction_set_that_is_none_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> str:
+        raise SqatError("SQAT_RUNTIME_ISA is mmx")
+
+    monkeypatch.setattr(runtime, "instruction_set", refuse)
+    assert find_kernels() == Kernels(problem="SQAT_RUNTIME_ISA is mmx")
+
+
+def test_commands_are_told_once_for_all_they_bring(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = replace(SERVER, versions={"torch": "2.9", "openvino": "1", "tensorrt": "1", "compressed_tensors": "1"})
+    monkeypatch.setattr(doctor, "describe_machine", lambda: lacking)
+    assert remedies(diagnose())["pip install onnxruntime"] == ["onnxruntime", "onnx-int8", "onnx-fp32"]
+
+
+def test_a_package_that_is_not_installed_has_no_version() -> None:
+    assert doctor.version_of("no-such-distribution") == ""
+    assert doctor.version_of("torch") == importlib.metadata.version("torch")
+
+
+def test_memory() -> None:
+    lines = ["MemTotal:       16384 kB", "MemFree: 1 kB", "MemAvailable:  x kB"]
+    assert machine.parse_memory(lines, "MemTotal") == 16384 * 1024
+    assert machine.parse_memory(lines, "MemAvailable") is None
+    assert machine.parse_memory(lines, "Nothing") is None
+
+
+@pytest.mark.parametrize("found", [SERVER, replace(SERVER, gpus=(T4, A10)), Machine()], ids=["gpu", "gpus", "bare"])
+def test_its_table_fits_80_columns(
+    found: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(doctor, "describe_machine", lambda: found)
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert max(len(line.rstrip()) for line in out.splitlines() if "pip install" not in line) <= 80
+    assert "\x1b" not in out
+    assert all(f"\n{name} " in out for name in (*BACKENDS, *TARGETS))
+    assert ("2:4 sparse tensor cores" in out) == (A10 in found.gpus)
+
+
+def test_its_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["versions"]["torch"] == importlib.metadata.version("torch")
+    assert [entry["name"] for entry in values["targets"]] == list(TARGETS)
+    assert {entry["state"] for entry in values["backends"]} <= {"ready", "partly", "no"}
+    assert values["processor"]["cores"] >= 1
+
+
+def test_it_imports_no_torch() -> None:
+    code = "import sys; from sqat import cli; cli.main(['doctor', '--json']); print(*sys.modules, file=sys.stderr)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    loaded = set(done.stderr.split())
+    assert not {"transformers", "datasets", "openvino", "onnx"} & loaded
+    assert bool(json.loads(done.stdout)["gpus"]) or "torch" not in loaded
+
+
+def test_bad_flags_end_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--jsn"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")

@@ -1,0 +1,141 @@
+"""The run lock: who holds it is told, the dead are followed, nothing stays behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sqat.errors import SqatError
+from sqat.pipeline.lock import FILE, run_lock
+from sqat.pipeline.runner import lock_of
+
+ROOT = Path(__file__).parents[2]
+HOLD = """
+import sys, time
+from pathlib import Path
+from sqat.progress import Silent
+from sqat.pipeline.lock import run_lock
+with run_lock(Path(sys.argv[1]), Silent()):
+    print("held", flush=True)
+    time.sleep(120)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Any:
+    """Another process that holds the lock of ``tmp_path / "runs"``."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "runs")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_second_run_is_told_who_holds_it_and_a_killed_one_is_followed(
+    tmp_path: Path, holder: Any, recorder: Any
+) -> None:
+    runs = tmp_path / "runs"
+    before = (runs / FILE).read_bytes()
+    with pytest.raises(SqatError) as caught, run_lock(runs, recorder):
+        pytest.fail("both hold it")
+    who = rf"pid {holder.pid} on \S+ since [0-9-]+ [0-9:]+ \(-c {re.escape(str(runs))}\)"
+    assert re.fullmatch(rf"{runs}: another run holds this folder: {who}; wait for it or stop it", str(caught.value))
+    assert caught.value.exit_code == 2
+    assert (runs / FILE).read_bytes() == before
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with run_lock(runs, recorder):
+        assert re.fullmatch(f"taken over from a run that ended without a word: {who}", recorder.lines[0])
+        assert json.loads((runs / FILE).read_bytes())["pid"] == os.getpid()
+    assert not list(runs.iterdir())
+
+
+@pytest.mark.parametrize("end", [SqatError("x"), KeyboardInterrupt()])
+def test_it_is_released_however_the_run_ends(tmp_path: Path, end: BaseException, recorder: Any) -> None:
+    def hold_twice() -> None:
+        with run_lock(tmp_path, recorder):
+            with pytest.raises(SqatError, match=f"pid {os.getpid()} on"), run_lock(tmp_path, recorder):
+                pytest.fail("held twice")
+            raise end
+
+    with pytest.raises(type(end)):
+        hold_twice()
+    assert not list(tmp_path.iterdir())
+    with run_lock(tmp_path, recorder):
+        assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    assert recorder.lines == []
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"pid": 1}', b"\xff\xfe"])
+def test_any_content_of_a_file_left_behind_is_followed(tmp_path: Path, content: bytes, recorder: Any) -> None:
+    (tmp_path / FILE).write_bytes(content)
+    with run_lock(tmp_path, recorder):
+        assert json.loads((tmp_path / FILE).read_bytes())["pid"] == os.getpid()
+    said = "taken over from a run that ended without a word: a run that has not said who it is"
+    assert recorder.lines == ([said] if content else [])
+
+
+def test_a_folder_that_cannot_be_is_told(tmp_path: Path, recorder: Any) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(SqatError, match="cannot be written"), run_lock(tmp_path / "runs", recorder):
+        pass
+
+
+def test_a_file_that_is_no_longer_the_locked_one_stays(tmp_path: Path, recorder: Any) -> None:
+    with run_lock(tmp_path, recorder):
+        (tmp_path / FILE).unlink()
+        (tmp_path / FILE).write_text("another's")
+    assert (tmp_path / FILE).read_text() == "another's"
+
+
+def test_a_lock_that_cannot_be_taken_away_hides_nothing(
+    tmp_path: Path, recorder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*known: Any, **more: Any) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(KeyError, match="of the work itself"), run_lock(tmp_path, recorder):
+        raise KeyError("of the work itself")
+    with run_lock(tmp_path, recorder):
+        assert recorder.lines[0].startswith("taken over from a run that ended without a word: pid ")
+
+
+@pytest.mark.parametrize(
+    ("output", "folder", "file"),
+    [
+        ("runs/one/02-prune", "runs/one", FILE),
+        ("runs/other/02-prune", "runs/other", FILE),
+        ("runs/no-distill", "runs", f".no-distill{FILE}"),
+        ("elsewhere/10-qat", "elsewhere", FILE),
+    ],
+)
+def test_a_stages_folder_is_locked_with_the_run_it_stands_in(
+    tmp_path: Path, output: str, folder: str, file: str
+) -> None:
+    assert lock_of(tmp_path / "runs" / "one", tmp_path / output) == (tmp_path / folder, file)
+
+
+def test_processes_other_than_the_first_learn_of_it(
+    tmp_path: Path, recorder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = SimpleNamespace(is_main_process=False, wait_for_everyone=lambda: None)
+    monkeypatch.setattr("sqat.distributed.processes", lambda: second)
+    monkeypatch.setattr("sqat.distributed.first_says", lambda text: text)
+    with run_lock(tmp_path, recorder):
+        assert not list(tmp_path.iterdir()), "the first one holds it"
+    monkeypatch.setattr("sqat.distributed.first_says", lambda text: json.dumps(["held", "wait", "runs"]))
+    with pytest.raises(SqatError, match="runs: held; wait"), run_lock(tmp_path, recorder):
+        pass

@@ -1,0 +1,210 @@
+"""`sqat engine` at its edges: nothing that could build, ranges that are none, files that do not fit."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import pytest
+
+from sqat.cli import main
+from sqat.errors import SqatError
+from sqat.hardware.machine import Gpu
+from sqat.tensorrt import backends
+from sqat.tensorrt.backends import choose_backend, too_old
+from sqat.tensorrt.command import free_inputs, holds_half, show_shapes
+from tests.tensorrt.encoder import encoder
+
+LOGS = Path(__file__).parent / "logs"
+AMPERE, TURING = Gpu("NVIDIA A10", (8, 6)), Gpu("NVIDIA T4", (7, 5))
+RTX_LINE = "pip install 'sqat[tensorrt-rtx]' builds ahead of time without a GPU"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "model.tensorrt.onnx"
+    path.write_bytes(encoder().SerializeToString())
+    return path
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, *packages: str, gpus: tuple[Gpu, ...] | OSError = ()) -> None:
+    """A machine with just these of the two packages, and these GPUs."""
+    known = importlib.util.find_spec
+
+    def find_spec(name: str, package: str | None = None) -> ModuleSpec | None:
+        if name in ("tensorrt", "tensorrt_rtx"):
+            return ModuleSpec(name, None) if name in packages else None
+        return known(name, package)
+
+    def find_gpus() -> tuple[Gpu, ...]:
+        if isinstance(gpus, OSError):
+            raise gpus
+        return gpus
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    monkeypatch.setattr(backends, "find_gpus", find_gpus)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "packages", "gpus", "chosen"),
+    [
+        ("auto", ("tensorrt", "tensorrt_rtx"), (AMPERE,), "tensorrt"),
+        ("auto", ("tensorrt", "tensorrt_rtx"), (), "tensorrt-rtx"),
+        ("auto", ("tensorrt",), (AMPERE,), "tensorrt"),
+        ("auto", ("tensorrt_rtx",), (AMPERE,), "tensorrt-rtx"),
+        ("auto", ("tensorrt", "tensorrt_rtx"), OSError("CUDA driver error 3"), "tensorrt-rtx"),
+        ("tensorrt-rtx", ("tensorrt", "tensorrt_rtx"), (AMPERE,), "tensorrt-rtx"),
+        ("tensorrt", ("tensorrt", "tensorrt_rtx"), (TURING,), "tensorrt"),
+    ],
+)
+def test_what_builds_here(monkeypatch: pytest.MonkeyPatch, wanted: str, packages, gpus, chosen: str) -> None:
+    machine(monkeypatch, *packages, gpus=gpus)
+    assert choose_backend(wanted) == chosen
+
+
+NO_TENSORRT = "TensorRT is not installed (pip install tensorrt)"
+NO_GPU = "TensorRT needs an NVIDIA GPU, and there is none here"
+NO_DRIVER = "TensorRT needs an NVIDIA GPU, and the driver does not work (CUDA driver error 3)"
+NO_RTX = "TensorRT-RTX is not installed"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "packages", "gpus", "message"),
+    [
+        ("auto", (), (), f"{NO_TENSORRT}, and {NO_RTX}; {RTX_LINE}"),
+        ("auto", ("tensorrt",), (), f"{NO_GPU}, and {NO_RTX}; {RTX_LINE}"),
+        ("auto", ("tensorrt",), OSError("CUDA driver error 3"), f"{NO_DRIVER}, and {NO_RTX}; {RTX_LINE}"),
+        ("tensorrt", ("tensorrt_rtx",), (AMPERE,), f"{NO_TENSORRT}; --backend tensorrt-rtx needs no GPU"),
+        ("tensorrt", ("tensorrt",), (), f"{NO_GPU}; --backend tensorrt-rtx needs no GPU"),
+        ("tensorrt-rtx", ("tensorrt",), (AMPERE,), f"{NO_RTX}; {RTX_LINE}"),
+        ("cuda", (), (), "--backend: no backend 'cuda'; allowed: auto, tensorrt, tensorrt-rtx"),
+    ],
+)
+def test_what_is_missing(monkeypatch: pytest.MonkeyPatch, model: Path, capsys, wanted, packages, gpus, message) -> None:
+    machine(monkeypatch, *packages, gpus=gpus)
+    assert main(["engine", str(model), "--backend", wanted]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"error: {message}")
+
+
+def test_gpus_without_sparse_kernels() -> None:
+    assert too_old((TURING,)) == "NVIDIA T4 has no sparse tensor cores, which came with compute capability 8.0"
+    assert too_old((TURING, AMPERE)) == ""
+    assert too_old(()) == ""
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--batch=8,1,32", "--batch: needs three sizes from 1 on, none smaller than the one before it, got 8,1,32"),
+        ("--batch=8", "--batch: needs smallest,usual,largest such as 1,8,32, got '8'"),
+        ("--sequence=a,b,c", "--sequence: needs smallest,usual,largest such as 1,8,32, got 'a,b,c'"),
+        ("--sequence=0,1,2", "--sequence: needs three sizes from 1 on"),
+    ],
+)
+def test_ranges_that_are_none_are_told_in_a_line(model: Path, capsys, option: str, message: str) -> None:
+    assert main(["engine", str(model), option]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize("packages", [(), ("tensorrt_rtx",)])
+def test_a_file_for_kernels_of_our_own_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys, packages: tuple[str, ...]
+) -> None:
+    machine(monkeypatch, *packages)
+    path = tmp_path / "model.cpu-sparse.onnx"
+    proto = encoder()
+    proto.opset_import.add(domain="sqat", version=1)
+    path.write_bytes(proto.SerializeToString())
+    for more in ([], [f"--log={LOGS / 'trtexec-10.log'}"]):
+        assert main(["engine", str(path), *more]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert err.startswith(f"error: {path}: is of target cpu-sparse")
+    assert not list(tmp_path.glob("*.engine"))
+
+
+def test_a_model_and_logs_that_are_none(model: Path, tmp_path: Path, capsys) -> None:
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"# no model\n")
+    cases = [
+        (tmp_path / "absent.onnx", LOGS / "trtexec-10.log", "no such file or folder"),
+        (broken, LOGS / "trtexec-10.log", "not an ONNX file, or cut short"),
+        (model, tmp_path / "absent.log", "no such file"),
+        (model, LOGS / "trtexec-8.log", "the log names none of its layers"),
+    ]
+    for path, log, message in cases:
+        assert main(["engine", str(path), "--log", str(log)]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert message in err
+
+
+def test_options_of_a_build_are_refused_where_nothing_is_built(model: Path, capsys) -> None:
+    assert main(["engine", str(model), "--log", str(LOGS / "trtexec-10.log"), "--batch", "1,2,3"]) == 2
+    assert capsys.readouterr().err.startswith("error: nothing is built from --log or --layers; leave out --output")
+
+
+def test_the_model_is_not_written_over(model: Path, capsys) -> None:
+    before = model.read_bytes()
+    assert main(["engine", str(model), "--output", str(model)]) == 2
+    assert capsys.readouterr().err == "error: --output: the engine would be written over the model\n"
+    assert model.read_bytes() == before
+
+
+def test_the_table_of_a_log(model: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    log, layers = str(LOGS / "trtexec-10.log"), str(LOGS / "inspector-11.json")
+    assert main(["engine", str(model), "--log", log, "--layers", layers]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = out.splitlines()
+    assert max(len(line) for line in lines) <= 80
+    assert [line.split() for line in lines if line.startswith("~1.intermediate.dense")] == [
+        ["~1.intermediate.dense", "64x32", "2:4", "int8", "yes", "no", "a"]
+    ]
+    assert "a: a dense kernel was faster (4 of 14 layers)" in lines
+    assert lines[-1] == "8 of 12 sparse layers chose a sparse kernel"
+
+
+def test_a_log_that_says_nothing_will_do_beside_layer_information(model: Path, tmp_path: Path, capsys) -> None:
+    log = tmp_path / "build.log"
+    log.write_text("[I] [TRT] Engine generation completed in 7.1 seconds.\n")
+    assert main(["engine", str(model), "--log", str(log)]) == 2
+    assert main(["engine", str(model), "--log", str(log), "--layers", str(LOGS / "inspector-11.json")]) == 0
+    assert "7 of 12 sparse layers chose a sparse kernel" in capsys.readouterr().out
+
+
+def test_no_sparse_kernel_ends_with_3_after_the_table(model: Path, capsys) -> None:
+    assert main(["engine", str(model), "--log", str(LOGS / "trtexec-10-counts.log")]) == 3
+    out, err = capsys.readouterr()
+    assert "0 of 12 sparse layers chose a sparse kernel" in out
+    assert err == f"error: {model}: TensorRT chose no sparse kernel; a dense kernel was faster\n"
+
+
+def test_json_of_a_log(model: Path, capsys) -> None:
+    assert main(["engine", str(model), "--layers", str(LOGS / "inspector-11.json"), "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert (content["engine"], content["log"], content["backend"], content["chosen"]) == (None, None, "tensorrt", 7)
+    assert content["summary"] == "7 of 12 sparse layers chose a sparse kernel"
+    assert content["rows"][0]["kernel"].startswith("sm80_xmma_sparse_gemm")
+
+
+def test_what_is_read_from_a_model() -> None:
+    model = encoder(layers=1)
+    assert free_inputs(model) == {"hidden": ("batch", "sequence", 32)}
+    assert not holds_half(model)
+    assert show_shapes({}) == "its fixed shapes"
+    model.graph.input[0].type.tensor_type.shape.dim[1].ClearField("dim_param")
+    assert free_inputs(model) == {"hidden": ("batch", "?", 32)}
+
+
+def test_errors_name_the_place() -> None:
+    with pytest.raises(SqatError) as caught:
+        choose_backend("cuda")
+    assert (caught.value.place, caught.value.exit_code) == ("--backend", 2)

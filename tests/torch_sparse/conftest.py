@@ -1,0 +1,103 @@
+"""Calibrated 2:4 checkpoints of tiny encoders, of any profile, and their packed folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sqat.checkpoint.manifest import LayerRecord, Manifest, SiteRecord
+from sqat.checkpoint.store import Checkpoint
+from sqat.data.dataset import TextProcessor
+from sqat.export.packed import write_packed
+from sqat.export.packed_folder import FOLDER
+from sqat.models.layer_selection import choose_layers, encoder_blocks
+from sqat.models.loading import capture, use_taps
+from sqat.modules.activation_quantizers import tap_sites
+from sqat.modules.sites import discover_sites
+from sqat.recipe.schema import Layers
+from sqat.sparsity.masks import apply_mask, nm_mask
+from sqat.sparsity.pattern import parse_pattern
+from sqat.stages.calibrate import tie
+
+VOCABULARY = 65
+MakeCheckpoint = Callable[..., Checkpoint]
+WriteFolder = Callable[[Mapping[str, bytes]], Path]
+
+
+def texts(rows: int, tokens: int, seed: int = 0) -> dict[str, Tensor]:
+    """Random texts, the first of all ``tokens``, the others shorter and padded on the right."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, VOCABULARY, (rows, tokens), generator=generator)
+    lengths = torch.randint(1, tokens + 1, (rows,), generator=generator)
+    lengths[0] = tokens
+    mask = (torch.arange(tokens) < lengths[:, None]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def calibrate(model: Any, tokenizer: Any, profile: str) -> Checkpoint:
+    """Prune every block's linears 2:4 and quantize them; bounds are 0.9 of the largest |x| of one batch, so that
+    something is clipped."""
+    choice = choose_layers(model, Layers(), "prune")
+    masks = {}
+    for name in choice.chosen:
+        linear = model.get_submodule(name)
+        masks[name] = nm_mask(linear.weight.detach().abs(), parse_pattern("2:4"))
+        linear.weight.data = apply_mask(linear.weight.detach(), masks[name])
+    if profile != "linear":
+        use_taps(model, profile)
+    blocks, batch = encoder_blocks(model), texts(3, 12)
+    sites = discover_sites(model, batch, choice.chosen, blocks, profile)
+    largest: dict[str, float] = {}
+
+    def watch(site: str, x: Tensor) -> Tensor:
+        largest[site] = max(largest.get(site, 0.0), 0.9 * float(x.abs().max()))
+        return x
+
+    taps = tap_sites(model, watch, dict.fromkeys(sites.leaders.values()), blocks)
+    with torch.no_grad():
+        model(**batch)
+    taps.remove()
+    leaders, amax = tie(sites, largest)
+    files, weights = capture(model, TextProcessor(tokenizer))
+    layers = {name: LayerRecord(pattern="2:4", quantized=True) for name in choice.chosen}
+    layers |= {name: LayerRecord(dense_because=why, float_because=why) for name, why in choice.left.items()}
+    records = {site: SiteRecord(leader=leader, saturated=0.0) for site, leader in leaders.items()}
+    manifest = Manifest(stage="qat", kind="qat", key="k" * 16, base_model="tiny", seed=0, profile=profile,
+                        layers=layers, sites=records)  # fmt: skip
+    return Checkpoint(manifest, files, weights, masks, {site: torch.tensor(a) for site, a in amax.items()})
+
+
+@pytest.fixture(scope="session")
+def calibrated(make_model: Callable[..., Any], tokenizer: Any) -> MakeCheckpoint:
+    """`calibrated(family, profile, **settings)`: the calibrated checkpoint of a tiny model."""
+
+    @cache
+    def make(family: str = "bert", profile: str = "linear", **settings: Any) -> Checkpoint:
+        return calibrate(make_model(family, **settings), tokenizer, profile)
+
+    return make
+
+
+@pytest.fixture
+def write_folder(tmp_path: Path) -> WriteFolder:
+    """Put what `write_packed` made on the disk; returns the folder to load."""
+
+    def write(files: Mapping[str, bytes]) -> Path:
+        for name, content in files.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(content)
+        return tmp_path / FOLDER
+
+    return write
+
+
+@pytest.fixture
+def packed_folder(calibrated: MakeCheckpoint, write_folder: WriteFolder) -> Path:
+    """The folder of the tiny BERT, profile linear."""
+    return write_folder(write_packed(calibrated()))

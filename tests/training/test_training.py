@@ -1,0 +1,557 @@
+"""The loop: learning rates, accumulation, early stopping, and runs that are killed and go on to the same weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sqat.data.dataset import Batch, collate, column, load_rows, plan_batches, tokenize
+from sqat.errors import SqatError
+from sqat.models.layer_selection import linear_layers
+from sqat.modules.parametrize import insert_weights_, remove_weights_
+from sqat.progress import Silent
+from sqat.recipe.schema import ClassificationTask, Columns, FitConfig, SplitConfig
+from sqat.sparsity.masks import nm_mask
+from sqat.sparsity.pattern import parse_pattern
+from sqat.tasks import build_task
+from sqat.training import loop as training
+from sqat.training import resume_state as mid_stage
+from sqat.training.batches import Feed
+from sqat.training.loop import Evaluation, Fitted, fit, make_optimizer, rate_factor
+from sqat.training.resume_state import MidStage, Progress
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# --- precision
+
+
+def attend(precision: str) -> tuple[Tensor, Tensor]:
+    """Attention over a product, as a loss of float32 inputs, and its gradient."""
+    torch.manual_seed(0)
+    weight = torch.randn(2, 4, 16, 8, requires_grad=True)
+    with training.reduced(precision, torch.device("cpu")):
+        out = nn.functional.scaled_dot_product_attention(weight, weight @ torch.eye(8), weight)
+    loss = out.float().square().mean()
+    loss.backward()
+    assert weight.grad is not None
+    return loss.detach(), weight.grad
+
+
+def test_bf16_computes_what_fp32_does_within_its_eight_bits() -> None:
+    (exact, slope), (rounded, rounded_slope) = attend("fp32"), attend("bf16")
+    assert rounded == pytest.approx(exact.item(), rel=2e-2)
+    assert rounded != exact
+    assert (rounded_slope - slope).norm() < 3e-2 * slope.norm()
+
+
+def test_bf16_on_a_cpu_is_without_the_fused_attention_and_leaves_the_switches_alone() -> None:
+    before = torch.backends.cuda.flash_sdp_enabled()
+    with training.reduced("bf16", torch.device("cpu")):
+        assert not torch.backends.cuda.flash_sdp_enabled()
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.backends.cuda.flash_sdp_enabled() == before
+    assert not torch.is_autocast_enabled("cpu")
+
+
+# --- learning rate and steps
+
+
+def factors(steps: int, **config: Any) -> list[float]:
+    return [rate_factor(FitConfig(**config), step, steps) for step in range(steps)]
+
+
+def test_learning_rates() -> None:
+    linear = factors(10, warmup=0.2, lr_schedule="linear")
+    assert linear == pytest.approx([0.5, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+    assert factors(4, warmup=0.5, lr_schedule="constant") == [0.5, 1, 1, 1]
+    cosine = factors(6, warmup=0.0, lr_schedule="cosine")
+    assert cosine == pytest.approx([(1 + math.cos(math.pi * i / 6)) / 2 for i in range(6)])
+    assert factors(1, warmup=0.9) == [1]
+    assert factors(3, warmup=0.0) == pytest.approx([1, 2 / 3, 1 / 3])
+
+
+@pytest.mark.parametrize(
+    ("config", "batches", "together", "wanted"),
+    [
+        ({"steps": 7}, 100, 4, 7),
+        ({}, 100, 1, 100),
+        ({"epochs": 0.5}, 5, 1, 3),
+        ({"epochs": 2}, 10, 4, 5),
+        ({"epochs": 1}, 10, 8, 2),
+        ({"epochs": 0.001}, 10, 1, 1),
+    ],
+)
+def test_steps_of_a_fit(config: dict[str, Any], batches: int, together: int, wanted: int) -> None:
+    assert FitConfig(**config).total_steps(batches, together) == wanted
+
+
+def test_biases_and_norms_are_not_decayed() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    net[0].weight.requires_grad_(False)
+    net.bound = nn.Parameter(torch.tensor(1.0))
+    net.embedding = nn.Embedding(2, 3)
+    decayed, plain = make_optimizer(net, FitConfig(weight_decay=0.3)).param_groups
+    assert decayed["weight_decay"] == 0.3
+    assert [p is net.embedding.weight for p in decayed["params"]] == [True]
+    assert plain["weight_decay"] == 0.0
+    assert len(plain["params"]) == 4
+    sgd = make_optimizer(net, FitConfig(optimizer="sgd"))
+    assert isinstance(sgd, torch.optim.SGD)
+    assert sgd.param_groups[0]["momentum"] == 0.9
+
+
+# --- a small regression, to look at the arithmetic
+
+
+@dataclass
+class Small:
+    """Rows (x, y), a net, and all that a fit of it needs."""
+
+    folder: Path
+    x: Tensor
+    y: Tensor
+
+    def net(self, dropout: float = 0.0) -> nn.Sequential:
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(4, 8), nn.Dropout(dropout), nn.Tanh(), nn.Linear(8, 1))
+
+    def feed(self, batch_size: int) -> Feed:
+        def plan(epoch: int) -> list[list[int]]:
+            order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(epoch)).tolist()
+            return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+        return Feed(plan, lambda rows: Batch({"x": self.x[rows]}, self.y[rows], torch.full((len(rows),), -1)))
+
+    def fit(self, net: nn.Module, config: FitConfig, steps: int, **more: Any) -> Fitted:
+        known = {"seed": 5, "title": "small", "display": Silent(), "state": MidStage(self.folder / "state", "key")}
+        return fit(net, self.loss, self.feed(config.batch_size), config, steps=steps, **{**known, **more})
+
+    @staticmethod
+    def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        error = model(batch.inputs["x"]).squeeze(1) - batch.labels
+        return {"square": error.square().mean(), "small": 0.1 * error.abs().mean()}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Small:
+    x = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
+    return Small(tmp_path, x, x.sum(1).sin())
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_fit_is_the_plain_loop(optimizer: str, small: Small) -> None:
+    config = FitConfig(
+        batch_size=8, optimizer=optimizer, learning_rate=0.02, warmup=0.4, weight_decay=0.1, max_grad_norm=0.05
+    )
+    ours, theirs = small.net(), small.net()
+    small.fit(ours, config, 5)
+    groups = [{"params": [p for p in theirs.parameters() if (p.dim() > 1) is wide]} for wide in (True, False)]
+    for group, decay in zip(groups, (0.1, 0.0), strict=True):
+        group["weight_decay"] = decay
+    updater = torch.optim.AdamW(groups) if optimizer == "adamw" else torch.optim.SGD(groups, lr=1, momentum=0.9)
+    plan = [*small.feed(8).plan(0), *small.feed(8).plan(1)]
+    for rows, factor in zip(plan[:5], (0.5, 1, 1, 2 / 3, 1 / 3), strict=True):
+        for group in updater.param_groups:
+            group["lr"] = 0.02 * factor
+        error = theirs(small.x[rows]).squeeze(1) - small.y[rows]
+        (error.square().mean() + 0.1 * error.abs().mean()).backward()
+        nn.utils.clip_grad_norm_(theirs.parameters(), 0.05)
+        updater.step()
+        updater.zero_grad()
+    for a, b in zip(weights(ours), weights(theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert not ours.training
+
+
+def test_accumulation_is_a_bigger_batch(small: Small) -> None:
+    known = {"learning_rate": 0.05, "optimizer": "sgd", "max_grad_norm": None}
+    big, small_ones = small.net(), small.net()
+    small.fit(big, FitConfig(batch_size=12, **known), 4, state=MidStage(small.folder / "a", "k"))
+    fitted = small.fit(small_ones, FitConfig(batch_size=4, gradient_accumulation=3, **known), 4)
+    assert fitted.samples == 48
+    for a, b in zip(weights(big), weights(small_ones), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    once = small.net()
+    small.fit(once, FitConfig(batch_size=4, **known), 4, state=MidStage(small.folder / "b", "k"))
+    assert not torch.allclose(weights(once)[0], weights(big)[0], rtol=1e-3)
+
+
+def test_the_display_is_told_every_step(small: Small, recorder: Any) -> None:
+    config = FitConfig(batch_size=8, evaluate_every=2, learning_rate=1e-9)
+    dev = Evaluation(lambda: {"score": 0.25}, "score")
+    net = small.net()
+    fitted = small.fit(net, config, 3, display=recorder, evaluation=dev)
+    rows = small.feed(8).plan(0)[0]
+    first = {n: part.item() for n, part in small.loss(net, small.feed(8).collate(rows)).items()}
+    assert recorder.bars == [("small", 3)]
+    assert recorder.ended == 1
+    assert [step for step, _ in recorder.updates] == [1, 2, 3]
+    assert recorder.updates[0][1] == pytest.approx(first, rel=1e-4)
+    assert set(recorder.updates[1][1]) == {"square", "small", "score"}
+    assert fitted.steps == 3
+    assert fitted.samples == 24
+    assert fitted.history == [{"step": 2.0, "score": 0.25}]
+
+
+def test_epochs_follow_each_other(small: Small) -> None:
+    feed = small.feed(10)
+    whole = [batch for epoch in range(4) for batch in feed.plan(epoch)]
+    for start in range(8):
+        stream = feed.stream(start)
+        assert [next(stream) for _ in range(4)] == whole[start : start + 4]
+    with pytest.raises(SqatError, match="no batch of training rows is left"):
+        next(Feed(lambda epoch: [], feed.collate).stream(0))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_ends_the_fit(value: float, small: Small) -> None:
+    def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        counted.append(1)
+        parts = small.loss(model, batch)
+        return {**parts, "minilm": parts["small"] * (value if len(counted) == 3 else 1.0)}
+
+    counted: list[int] = []
+    config = FitConfig(batch_size=8, save_every=0)
+    with pytest.raises(SqatError) as caught:
+        fit(small.net(), loss, small.feed(8), config, steps=6, seed=0, title="t", display=Silent(),
+            state=MidStage(small.folder / "state", "key"))  # fmt: skip
+    assert str(caught.value) == f"the minilm loss is {value} at step 3; lower learning_rate, or look at the data"
+    loaded = MidStage(small.folder / "state", "key").load()
+    assert loaded is not None
+    assert loaded[1].step == 2, "the last sound state stays"
+    assert all(tensor.isfinite().all() for name, tensor in loaded[0].items() if name.startswith("model."))
+
+
+# --- evaluation
+
+
+def scores(*values: float) -> Evaluation:
+    left = list(values)
+    return Evaluation(lambda: {"score": left.pop(0), "other": 1.0}, "score")
+
+
+def test_early_stopping(small: Small) -> None:
+    config = FitConfig(batch_size=8, evaluate_every=1, early_stopping=2)
+    fitted = small.fit(small.net(), config, 10, evaluation=scores(0.1, 0.3, 0.3, 0.2, 0.9))
+    assert fitted.steps == 4
+    assert [figures["score"] for figures in fitted.history] == [0.1, 0.3, 0.3, 0.2]
+    again = small.fit(small.net(), config, 5, evaluation=scores(0.1, 0.3, 0.3, 0.4, 0.3))
+    assert again.steps == 5
+
+
+@pytest.mark.parametrize(("keep", "kept"), [("best", 4), ("last", 6)])
+def test_the_best_or_the_last_weights_are_kept(keep: str, kept: int, small: Small) -> None:
+    config = FitConfig(batch_size=8, evaluate_every=2, keep=keep, learning_rate=0.05, lr_schedule="constant", warmup=0)
+    net, at = small.net(dropout=0.3), {}
+    values = [0.1, 0.4, 0.2]
+
+    def measure() -> dict[str, float]:
+        at[2 * len(at) + 2] = weights(net)
+        net.eval()
+        torch.rand(3)
+        return {"score": values[len(at) - 1]}
+
+    small.fit(net, config, 6, evaluation=Evaluation(measure, "score"))
+    assert equal(weights(net), at[kept])
+    undisturbed = small.net(dropout=0.3)
+    small.fit(undisturbed, replace_config(config, keep="last"), 6, state=MidStage(small.folder / "b", "k"))
+    assert equal(weights(undisturbed), at[6]), "measuring changes neither dropout nor order"
+
+
+def replace_config(config: FitConfig, **changes: Any) -> FitConfig:
+    return config.model_copy(update=changes)
+
+
+def test_the_last_step_is_among_the_best(small: Small) -> None:
+    config = FitConfig(batch_size=8, evaluate_every=2, keep="best", learning_rate=0.05)
+    net = small.net()
+    fitted = small.fit(net, config, 5, evaluation=scores(0.1, 0.2, 0.9))
+    assert [figures["step"] for figures in fitted.history] == [2, 4, 5]
+    last = small.net()
+    small.fit(last, replace_config(config, keep="last"), 5, state=MidStage(small.folder / "b", "k"), evaluation=None)
+    assert equal(weights(net), weights(last))
+
+
+def test_no_step_before_the_last_mask_is_judged(small: Small) -> None:
+    config = FitConfig(batch_size=8, evaluate_every=1, keep="best", early_stopping=2, learning_rate=0.05)
+    net, seen = small.net(), []
+    values = iter([0.9, 0.8, 0.7, 0.1, 0.2, 0.15])
+
+    def measure() -> dict[str, float]:
+        seen.append(weights(net))
+        return {"score": next(values)}
+
+    fitted = small.fit(net, config, 6, evaluation=Evaluation(measure, "score"), judge_from=3)
+    assert fitted.steps == 6
+    assert equal(weights(net), seen[4])
+
+
+# --- killed and resumed
+
+
+class KilledError(Exception):
+    """As if the process had gone."""
+
+
+@dataclass
+class Bert:
+    """A BERT with dropout on the reds and blues, fitted from scratch or from where it was killed."""
+
+    folder: Path
+    model: Callable[[], PreTrainedModel]
+    rows: Any
+    task: Any
+    tokenizer: Any
+    config: FitConfig
+    steps: int
+
+    def run(
+        self, kill_at: int | None, where: str = "before_step", key: str = "key", name: str = "state"
+    ) -> list[Tensor]:
+        """Weights after a fit; raises Killed at step ``kill_at``."""
+        model = self.model()
+        masks = {
+            layer: nm_mask(linear.weight.detach().abs(), parse_pattern("2:4"))
+            for layer, linear in linear_layers(model).items()
+            if "encoder" in layer
+        }
+        transforms = insert_weights_(model, {layer: torch.ones_like(mask) for layer, mask in masks.items()}, ())
+        generator = torch.Generator().manual_seed(9)
+        values = torch.rand(self.steps, generator=generator).tolist()
+
+        now = [0]
+
+        def before_step(step: int) -> None:
+            now[0] = step
+            if where == "before_step" and step == kill_at:
+                raise KilledError
+            if step == 3:
+                for layer, transform in transforms.items():
+                    transform.mask.copy_(masks[layer])
+
+        def measure() -> dict[str, float]:
+            model.eval()
+            torch.rand(5)  # draws that must not show
+            return {"score": values[now[0]]}
+
+        display = Watcher(kill_at if where == "display" else None)
+        fit(model, self.loss, self.feed(), self.config, steps=self.steps, seed=4, title="t", display=display,
+            state=MidStage(self.folder / name, key), evaluation=Evaluation(measure, "score"),
+            before_step=before_step)  # fmt: skip
+        remove_weights_(model, transforms)
+        assert all(not dict(model.named_parameters())[f"{layer}.weight"][~mask].any() for layer, mask in masks.items())
+        self.said = display.lines
+        return weights(model)
+
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"task": self.task.loss(model(**batch.inputs).logits, batch)}
+
+    def feed(self) -> Feed:
+        lengths = column(self.rows, "length").tolist()
+        units = self.task.units(self.rows, 0, 0)
+        return Feed(
+            lambda epoch: plan_batches(lengths, units, self.config.batch_size, 0, epoch),
+            partial(collate, self.rows, tokenizer=self.tokenizer),
+        )
+
+
+class Watcher(Silent):
+    """Counts steps, keeps what is said, and may raise."""
+
+    def __init__(self, kill_at: int | None) -> None:
+        self.kill_at, self.step, self.lines = kill_at, 0, list[str]()
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def update(self, step: int, values: Any, rate: float) -> None:
+        self.step = step
+        if step == self.kill_at:
+            raise KilledError
+
+
+@pytest.fixture
+def bert(make_model: Callable[..., PreTrainedModel], tokenizer: Any, data_folder: Path) -> Bert:
+    config = ClassificationTask()
+    raw = load_rows(SplitConfig(path="train.jsonl"), "train", Columns(), config, data_folder)
+    task = build_task(config, raw)
+    rows = tokenize(task.encode(raw), tokenizer, 16)
+    settings = FitConfig(
+        batch_size=8, gradient_accumulation=2, learning_rate=1e-3, save_every=0, evaluate_every=2, keep="last"
+    )
+    model = partial(make_model, "bert", hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
+    return Bert(data_folder, model, rows, task, tokenizer, settings, 9)
+
+
+def test_the_rule_is_learned(bert: Bert) -> None:
+    """The data can be learned from at all, so that equal weights are not equal for want of a gradient."""
+    model = bert.model()
+    whole = collate(bert.rows, list(range(len(bert.rows))), bert.tokenizer)
+
+    def loss_now() -> float:
+        with torch.no_grad():
+            return float(bert.task.loss(model.eval()(**whole.inputs).logits, whole))
+
+    before = loss_now()
+    config = replace_config(bert.config, learning_rate=3e-3)
+    fit(model, bert.loss, bert.feed(), config, steps=40, seed=0, title="t", display=Silent(),
+        state=MidStage(bert.folder / "learn", "k"))  # fmt: skip
+    assert loss_now() < 0.2 < 0.6 < before
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "keep", "where"),
+    [("adamw", "last", "before_step"), ("adamw", "best", "display"), ("sgd", "best", "before_step")],
+)
+def test_a_killed_fit_ends_with_the_same_weights(optimizer: str, keep: str, where: str, bert: Bert) -> None:
+    bert = replace(bert, config=replace_config(bert.config, keep=keep, optimizer=optimizer))
+    unbroken = bert.run(None, name="unbroken")
+    for kill_at in (1, 3, 8):
+        name = f"{kill_at}"
+        with pytest.raises(KilledError):
+            bert.run(kill_at, where, name=name)
+        resumed = bert.run(None, name=name)
+        saved = kill_at if where == "before_step" else kill_at - 1
+        assert bert.said == ([f"t: resumed at step {saved} of 9"] if saved else [])
+        assert equal(resumed, unbroken), kill_at
+    assert not equal(unbroken, weights(bert.model()))
+
+
+def test_a_fit_killed_again_and_again_still_ends_there(bert: Bert) -> None:
+    unbroken = bert.run(None, name="unbroken")
+    for kill_at in (3, 3, 7):
+        with pytest.raises(KilledError):
+            bert.run(kill_at)
+    assert equal(bert.run(None), unbroken)
+
+
+def damage_tensors(folder: Path) -> None:
+    (file,) = folder.glob("step-*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def cut_tensors(folder: Path) -> None:
+    (file,) = folder.glob("step-*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def drop_tensors(folder: Path) -> None:
+    next(folder.glob("step-*.safetensors")).unlink()
+
+
+def change_progress(folder: Path) -> None:
+    index = json.loads((folder / "state.json").read_text())
+    index["progress"]["step"] += 1
+    (folder / "state.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_tensors,
+        cut_tensors,
+        drop_tensors,
+        change_progress,
+        lambda folder: (folder / "state.json").unlink(),
+        lambda folder: (folder / "state.json").write_text('{"key": "key", "fi'),
+        lambda folder: (folder / "state.json").write_text("null"),
+        lambda folder: (folder / "state.json").write_text('{"key": "key", "file": "../secret"}'),
+        lambda folder: None,
+    ],
+    ids=["flipped", "cut", "gone", "progress", "no index", "half index", "null", "outside", "other key"],
+)
+def test_a_damaged_state_or_one_of_another_stage_is_not_used(
+    damage: Callable[[Path], object], bert: Bert, request: pytest.FixtureRequest
+) -> None:
+    bert = replace(bert, steps=4, config=replace_config(bert.config, evaluate_every=None))
+    unbroken = bert.run(None, name="unbroken")
+    other = request.node.callspec.id == "other key"
+    with pytest.raises(KilledError):
+        bert.run(3, key="another" if other else "key")
+    damage(bert.folder / "state")
+    assert MidStage(bert.folder / "state", "key").load() is None
+    assert equal(bert.run(None), unbroken)
+    said = "t: the mid-stage state is damaged, or of another run or length: starting afresh"
+    assert bert.said == [said]
+
+
+# --- the mid-stage state on disk
+
+
+TENSORS = {"model.w": torch.arange(6.0).view(2, 3), "model.mask": torch.tensor([True, False])}
+
+
+def test_a_state_comes_back(tmp_path: Path) -> None:
+    progress = Progress(step=4, best=float("inf"), history=[{"step": 2.0, "pnr": float("inf")}])
+    MidStage(tmp_path / "s", "key").save(TENSORS, progress)
+    loaded = MidStage(tmp_path / "s", "key").load()
+    assert loaded is not None
+    assert loaded[1] == progress
+    assert all(torch.equal(loaded[0][name], tensor) for name, tensor in TENSORS.items())
+    MidStage(tmp_path / "s", "key").save(TENSORS, Progress(step=6))
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["state.json", "step-6.safetensors"]
+    assert MidStage(tmp_path / "s", "other").load() is None
+    assert MidStage(tmp_path / "nowhere", "key").load() is None
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "rename"])
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_failed_save_leaves_the_last_state(
+    call: str, nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = MidStage(tmp_path / "s", "key")
+    state.save(TENSORS, Progress(step=2))
+    calls: list[int] = []
+
+    def failing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def fake(*arguments: Any) -> Any:
+            calls.append(1)
+            if len(calls) == nth:
+                raise OSError(28, "No space left on device")
+            return original(*arguments)
+
+        return fake
+
+    if call == "write":
+        monkeypatch.setattr(mid_stage, "write_synced", failing(mid_stage.write_synced))
+    if call == "fsync":
+        monkeypatch.setattr(os, "fsync", failing(os.fsync))
+    if call == "rename":
+        monkeypatch.setattr(Path, "rename", failing(Path.rename))
+    with pytest.raises(SqatError) as caught:
+        state.save(TENSORS, Progress(step=4))
+    assert str(caught.value) == (
+        f"{tmp_path / 's'}: the mid-stage state cannot be written: No space left on device; free space"
+    )
+    assert not list((tmp_path / "s").glob(".*")), "nothing half-written stays"
+    loaded = state.load()
+    assert loaded is not None
+    assert loaded[1].step == 2
