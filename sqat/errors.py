@@ -6,7 +6,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-
 ErrorCode = Literal[
     "unclassified",
     "usage",  # a flag or an argument is wrong, or two exclude each other

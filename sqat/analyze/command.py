@@ -22,7 +22,7 @@ from sqat.models.layer_selection import weighted_layers
 from sqat.pipeline.fingerprint import Keys
 from sqat.progress import Display
 from sqat.recipe.schema import LoadedRecipe
-from sqat.stages.context import Job
+from sqat.stages.context import StageContext
 from sqat.tasks.splits import Splits
 from sqat.training.resume_state import MidStage
 
@@ -41,8 +41,8 @@ def run_analysis(loaded: LoadedRecipe, options: Options, display: Display) -> Fi
     directory = options.start if name is None else Keys(loaded).directory(name)
     assert directory is not None
     parent = plain_checkpoint(directory)
-    job = make_job(loaded, parent, directory, display)
-    findings = analyze(job, parent, sections, options)
+    context = make_context(loaded, parent, directory, display)
+    findings = analyze(context, parent, sections, options)
     return findings.model_copy(update={"checkpoint": str(directory), "seconds": round(time.monotonic() - begun, 3)})
 
 
@@ -82,36 +82,36 @@ def plain_checkpoint(directory: Path) -> Checkpoint:
     return checkpoint
 
 
-def make_job(loaded: LoadedRecipe, parent: Checkpoint, directory: Path, display: Display) -> Job:
+def make_context(loaded: LoadedRecipe, parent: Checkpoint, directory: Path, display: Display) -> StageContext:
     """The surroundings that stages are given; nothing is saved, so the mid-stage state is never used."""
     splits = Splits(loaded.recipe, loaded.path.parent)
     unused = MidStage(directory / "unused", "")
-    return Job(loaded.recipe, loaded.path.parent, "analyze", "", {}, splits, display, unused, lambda: parent)
+    return StageContext(loaded.recipe, loaded.path.parent, "analyze", "", {}, splits, display, unused, lambda: parent)
 
 
-def analyze(job: Job, parent: Checkpoint, sections: Sections, options: Options) -> Findings:
+def analyze(context: StageContext, parent: Checkpoint, sections: Sections, options: Options) -> Findings:
     """The findings, but for the place and the time."""
-    model, processor = job.start(parent)
+    model, processor = context.load_model(parent)
     split: Literal["train", "dev"] = "train" if options.split == "train" else "dev"
-    rows = choose_rows(job.splits.prepared(split, processor), options.samples, job.recipe.seed)
-    job.display.say(f"measuring the model as it is on {len(rows)} rows of {split}")
+    rows = choose_rows(context.splits.prepared(split, processor), options.samples, context.recipe.seed)
+    context.display.say(f"measuring the model as it is on {len(rows)} rows of {split}")
     plain, damage = run_model(model, processor, rows), options.metric or OUTPUT_LOSS
-    judge = make_judge(job.task, damage, plain, rows)  # tells a metric that is none, before the longer work
+    judge = make_judge(context.task, damage, plain, rows)  # tells a metric that is none, before the longer work
     rounding, pruning = Rounding(), Pruning()
     if sections.calibrate is not None:
-        job.display.say(f"calibrating as stage {sections.calibrate[0]} does")
-        rounding = find_rounding(model, sections.calibrate[1], job, processor)
+        context.display.say(f"calibrating as stage {sections.calibrate[0]} does")
+        rounding = find_rounding(model, sections.calibrate[1], context, processor)
     if sections.prune is not None:
-        job.display.say(f"choosing masks as stage {sections.prune[0]} does")
-        pruning = find_pruning(model, sections.prune[1], job, processor)
-    probe = Probe(model, processor, rows, pruning, rounding, judge, job.display)
+        context.display.say(f"choosing masks as stage {sections.prune[0]} does")
+        pruning = find_pruning(model, sections.prune[1], context, processor)
+    probe = Probe(model, processor, rows, pruning, rounding, judge, context.display)
     tries = 0 if options.budget is None else most_tries(len(pruning.masks) + len(rounding.layers))
-    job.display.begin("analyze layers", 3 * len(probe.layers) + 3 + tries)
+    context.display.begin("analyze layers", 3 * len(probe.layers) + 3 + tries)
     damages = {name: probe.damages([name]) for name in probe.layers}
     together, sizes = probe.damages(probe.layers), Sizes.of(probe)
     choice = None if options.budget is None else choose(options.budget, probe, damages, sections, sizes)
-    job.display.end()
-    facts = {"damage": damage, "split": split, "rows": len(rows), "plain": job.task.metrics(plain, rows)}
+    context.display.end()
+    facts = {"damage": damage, "split": split, "rows": len(rows), "plain": context.task.metrics(plain, rows)}
     return tell_findings(probe, damages, together, sizes, choice, sections, facts)
 
 

@@ -31,7 +31,7 @@ from sqat.quantization.calibrators import find_bound
 from sqat.recipe.schema import CalibrateConfig, PruneConfig
 from sqat.sparsity.settings import PerGroup
 from sqat.stages.calibrate import fold_, observe, sample_batches, shown, tie
-from sqat.stages.context import Job
+from sqat.stages.context import StageContext
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,13 @@ def set_weights_(model: nn.Module, weights: dict[str, Tensor]) -> None:
             layer(model, name).weight.copy_(weight)
 
 
-def find_pruning(model: nn.Module, config: PruneConfig, job: Job, processor: Processor) -> Pruning:
+def find_pruning(model: nn.Module, config: PruneConfig, context: StageContext, processor: Processor) -> Pruning:
     """Choose the masks of a prune stage as if it had one step; the model is left as it was, permuted if asked for."""
     patterns, _ = choose_patterns(model, config)
-    loss, feed, seed = task_loss(job.task), job.feed(config, processor), job.recipe.seed
+    loss, feed, seed = task_loss(context.task), context.training_batches(config, processor), context.recipe.seed
     gathered = partial(gather, config.criterion, model, loss=loss, feed=feed, seed=seed)
     if config.permute:
-        permute_for_(config, model, patterns, (), feed, gathered, seed, job.display, job.name)
+        permute_for_(config, model, patterns, (), feed, gathered, seed, context.display, context.name)
     saved = copy_weights(model, patterns)
     ones = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in saved.items()}
     transforms, at_once = insert_weights_(model, ones, ()), config.model_copy(update={"schedule": PerGroup(steps=1)})
@@ -106,15 +106,15 @@ def find_pruning(model: nn.Module, config: PruneConfig, job: Job, processor: Pro
     return Pruning({name: str(pattern) for name, pattern in patterns.items()}, masks, moved)
 
 
-def find_rounding(model: nn.Module, config: CalibrateConfig, job: Job, processor: Processor) -> Rounding:
+def find_rounding(model: nn.Module, config: CalibrateConfig, context: StageContext, processor: Processor) -> Rounding:
     """Calibrate the inputs of the linears (of convolutions outputs too) as a calibrate stage of profile linear does.
 
     Batch norms are folded first, as that stage folds them, and stay so.
     """
     chosen, blocks = choose_layers(model, config.layers, "quantize").chosen, encoder_blocks(model)
-    batches = sample_batches(config, job, processor)
+    batches = sample_batches(config, context, processor)
     fold_(model, batches[0])
     sites = discover_sites(model, batches[0].inputs, chosen, blocks, "linear")
-    histograms = observe(model, sites, blocks, shown(batches, job))
+    histograms = observe(model, sites, blocks, shown(batches, context))
     leaders, amax = tie(sites, {site: find_bound(config.method, histogram) for site, histogram in histograms.items()})
     return Rounding(chosen, {site: torch.tensor(bound) for site, bound in amax.items()}, leaders)

@@ -35,14 +35,14 @@ from sqat.progress import Display
 from sqat.recipe.cross_checks import stage_range
 from sqat.recipe.schema import FitConfig, LoadedRecipe
 from sqat.stages import calibrate, export, prune, qat, train
-from sqat.stages.context import Job
+from sqat.stages.context import StageContext
 from sqat.tasks.splits import Splits
 from sqat.training.health import saturation
 from sqat.training.resume_state import MidStage
 from sqat.training.tracking import Tracked, tracked
 
 STAGE_FOLDER = re.compile(r"\d{2,}-")
-STAGES: dict[str, Callable[[Any, Checkpoint | None, Job], Checkpoint]] = {
+STAGES: dict[str, Callable[[Any, Checkpoint | None, StageContext], Checkpoint]] = {
     "train": train.run,
     "prune": prune.run,
     "calibrate": calibrate.run,
@@ -296,9 +296,11 @@ def run_once(trial: Trial, attempt: int) -> Checkpoint:
     config = given.stretched(attempt) if isinstance(given, FitConfig) else given
     factor = stretch(given, attempt)
     which = f"{trial.key} {trial.origin} steps x{factor:g}"
-    job = Job(loaded.recipe, loaded.path.parent, trial.name, trial.key, trial.origin, trial.splits, trial.display,
-              MidStage(trial.state, which), partial(teacher_checkpoint, trial.keys, trial.name))  # fmt: skip
-    checkpoint = STAGES[given.stage](config, trial.parent, job)
+    context = StageContext(
+        loaded.recipe, loaded.path.parent, trial.name, trial.key, trial.origin, trial.splits, trial.display,
+        MidStage(trial.state, which), partial(teacher_checkpoint, trial.keys, trial.name),
+    )  # fmt: skip
+    checkpoint = STAGES[given.stage](config, trial.parent, context)
     seconds = max(checkpoint.manifest.seconds, time.monotonic() - begun)  # a resumed fit knows its earlier part
     facts = {"seconds": round(seconds, 3), "overrides": [*loaded.overrides], "attempt": attempt, "stretch": factor}
     return replace(checkpoint, manifest=checkpoint.manifest.model_copy(update=facts), recipe=loaded.text)

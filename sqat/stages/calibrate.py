@@ -30,15 +30,15 @@ from sqat.modules.sites import Sites, discover_sites, observed_rows
 from sqat.quantization.calibrators import find_bound
 from sqat.quantization.histogram import Histogram
 from sqat.recipe.schema import CalibrateConfig
-from sqat.stages.context import Job
+from sqat.stages.context import StageContext
 
 FOLDED_SLACK = 1e-3
 MOST = 0.9999  # of the values: the bound of the account that we follow
 
 
-def run(config: CalibrateConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
+def run(config: CalibrateConfig, parent: Checkpoint | None, context: StageContext) -> Checkpoint:
     """Observe ``samples`` rows in eval mode and set every site's bound; of the weights only batch norms move."""
-    model, processor = job.start(parent)
+    model, processor = context.load_model(parent)
     choice = choose_layers(model, config.layers, "quantize")
     blocks = encoder_blocks(model)
     if config.profile == "cpu":
@@ -47,11 +47,11 @@ def run(config: CalibrateConfig, parent: Checkpoint | None, job: Job) -> Checkpo
     notes = [] if parent is None else list(parent.manifest.notes)
     if not tapped:
         notes.append(f"{type(model).__name__} has no attention interface: its attention products stay float")
-    batches = sample_batches(config, job, processor)
+    batches = sample_batches(config, context, processor)
     fold_(model, batches[0])
     sites = discover_sites(model, batches[0].inputs, choice.chosen, blocks, config.profile)
     own = batches[processes().process_index :: processes().num_processes]
-    histograms = observe(model, sites, blocks, shown(own, job))
+    histograms = observe(model, sites, blocks, shown(own, context))
     add_up_(histograms)
     bounds = {site: find_bound(config.method, histogram) for site, histogram in histograms.items()}
     leaders, amax = tie(sites, bounds)
@@ -62,23 +62,23 @@ def run(config: CalibrateConfig, parent: Checkpoint | None, job: Job) -> Checkpo
     masks = {} if parent is None else parent.masks
     quantizers = Quantizers(tensors, leaders, kernels=config.profile == "cpu")
     with quantized_(model, masks, choice.chosen, quantizers, blocks):
-        metrics = {"dev": job.measure(model, processor, "dev")}
+        metrics = {"dev": context.measure(model, processor, "dev")}
     layers = record_layers(parent, choice.chosen, choice.left)
     files, weights = capture(model, processor)
     files[HISTOGRAMS] = summaries(histograms)
-    manifest = job.manifest(config, parent, metrics=metrics, layers=layers, sites=records, left=sites.left,
+    manifest = context.manifest(config, parent, metrics=metrics, layers=layers, sites=records, left=sites.left,
                             profile=config.profile, notes=notes)  # fmt: skip
     return Checkpoint(manifest, files, weights, masks, tensors)
 
 
-def sample_batches(config: CalibrateConfig, job: Job, processor: Processor) -> list[Batch]:
+def sample_batches(config: CalibrateConfig, context: StageContext, processor: Processor) -> list[Batch]:
     """The first ``samples`` rows of a seeded shuffle, length-bucketed; what a processor draws is seeded too."""
-    rows = job.splits.prepared(config.split, processor)
-    generator = torch.Generator().manual_seed(job.recipe.seed)
+    rows = context.splits.prepared(config.split, processor)
+    generator = torch.Generator().manual_seed(context.recipe.seed)
     chosen = torch.randperm(len(rows), generator=generator)[: config.samples].tolist()
     lengths = column(rows, "length").tolist()
-    batches = plan_batches(lengths, [[index] for index in chosen], config.batch_size, job.recipe.seed, 0)
-    torch.manual_seed(job.recipe.seed)
+    batches = plan_batches(lengths, [[index] for index in chosen], config.batch_size, context.recipe.seed, 0)
+    torch.manual_seed(context.recipe.seed)
     return [processor.collate(rows, batch).to(processes().device) for batch in batches]
 
 
@@ -103,14 +103,14 @@ def evaluated(model: nn.Module, batch: Batch) -> Tensor:
         return logits_of(model.eval(), batch)
 
 
-def shown(batches: list[Batch], job: Job) -> Iterator[Mapping[str, Tensor]]:
+def shown(batches: list[Batch], context: StageContext) -> Iterator[Mapping[str, Tensor]]:
     """The inputs of each batch; the display is told when the next one is asked for."""
-    job.display.begin(job.name, len(batches))
+    context.display.begin(context.name, len(batches))
     for step, batch in enumerate(batches, start=1):
         begun = time.monotonic()
         yield batch.inputs
-        job.display.update(step, {}, len(batch) / (time.monotonic() - begun))
-    job.display.end()
+        context.display.update(step, {}, len(batch) / (time.monotonic() - begun))
+    context.display.end()
 
 
 def observe(

@@ -38,7 +38,7 @@ from sqat.training.resume_state import MidStage
 
 
 @dataclass(frozen=True)
-class Job:
+class StageContext:
     """One stage's surroundings.
 
     Attributes:
@@ -61,7 +61,7 @@ class Job:
     def task(self) -> Task:
         return self.splits.task
 
-    def start(self, parent: Checkpoint | None) -> tuple[nn.Module, Processor]:
+    def load_model(self, parent: Checkpoint | None) -> tuple[nn.Module, Processor]:
         """Model and processor to begin with: the parent's, or the recipe's model with a fresh head.
 
         Raises:
@@ -80,7 +80,7 @@ class Job:
             self.display.say(f"{self.name}: texts are padded with the end token {end}")
         return on_device(model, words)
 
-    def feed(self, config: FitConfig, processor: Processor) -> Feed:
+    def training_batches(self, config: FitConfig, processor: Processor) -> Feed:
         """Training batches: a function of (seed, epoch)."""
         if self.splits.stream is not None:
             return self.streamed(self.splits.stream, config, processor)
@@ -108,7 +108,7 @@ class Job:
 
         return Feed(batches.plan, batch)
 
-    def steps(self, config: FitConfig, feed: Feed) -> int:
+    def total_steps(self, config: FitConfig, feed: Feed) -> int:
         """Optimizer steps of a fit, whose batches all processes share."""
         return config.total_steps(len(feed.plan(0)), batches_together(config, self.state))
 
@@ -122,13 +122,13 @@ class Job:
         judge_from: int = 0,
     ) -> Fitted:
         """Train ``model`` on the train split with this stage's seed, watcher and mid-stage state."""
-        feed = self.feed(config, processor)
+        feed = self.training_batches(config, processor)
         return fit(
             model,
             loss,
             feed,
             config,
-            steps=self.steps(config, feed),
+            steps=self.total_steps(config, feed),
             seed=self.recipe.seed,
             title=self.name,
             display=self.display,

@@ -28,7 +28,7 @@ from sqat.models.loading import use_eager
 from sqat.modules.batch_norm import absorb_, fold_batch_norms_
 from sqat.recipe.schema import ExportConfig
 from sqat.runtime.sessions import left_in_float, optimized_graph, parity
-from sqat.stages.context import Job
+from sqat.stages.context import StageContext
 from sqat.tasks.slack import slack
 from sqat.training.loop import Figures
 
@@ -64,40 +64,40 @@ class Parity:
         )
 
 
-def run(config: ExportConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
+def run(config: ExportConfig, parent: Checkpoint | None, context: StageContext) -> Checkpoint:
     """Write and prove the files of every target."""
     if parent is None:
-        raise SqatError(f"stage {job.name} has nothing to export", "put a train stage before it")
-    model, processor = job.start(parent)
+        raise SqatError(f"stage {context.name} has nothing to export", "put a train stage before it")
+    model, processor = context.load_model(parent)
     use_eager(model.cpu())
     fold_batch_norms_(model)
     absorb_(model)
-    dev = job.splits.prepared("dev", processor)
+    dev = context.splits.prepared("dev", processor)
     sample = processor.collate(dev, list(range(min(2, len(dev)))))
     source = Source(parent, model.eval(), sample.inputs, config,
-                    sequence_range(config, job.recipe.model.max_length),
-                    ARCHITECTURES[job.task.architecture].output)  # fmt: skip
+                    sequence_range(config, context.recipe.model.max_length),
+                    ARCHITECTURES[context.task.architecture].output)  # fmt: skip
     metrics: dict[str, Figures] = {}
     notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="sqat-") as name:
         folder = Path(name)
         for target in config.targets:
-            job.display.say(f"{job.name}: writing {target}")
+            context.display.say(f"{context.name}: writing {target}")
             written = TARGETS[target](source, folder)
             check_graph(folder / file_name(target), written, parent)
-            found, metrics[f"dev {target}"] = prove(folder / file_name(target), written, dev, config, job)
+            found, metrics[f"dev {target}"] = prove(folder / file_name(target), written, dev, config, context)
             notes.append(f"{target}: {found}")
-            job.display.say(f"{job.name}: {notes[-1]}")
+            context.display.say(f"{context.name}: {notes[-1]}")
             notes += [f"{target}: {note}" for note in written.notes]
         paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
     metrics["dev"] = metrics[f"dev {config.targets[0]}"]
-    manifest = job.manifest(config, parent, metrics=metrics, notes=[*parent.manifest.notes, *notes])
+    manifest = context.manifest(config, parent, metrics=metrics, notes=[*parent.manifest.notes, *notes])
     sizes = {target: artifact_bytes(files, file_name(target)) for target in config.targets}
     card = model_card(
         manifest,
         {target: (file_name(target), size) for target, size in sizes.items()},
-        job.task.architecture,
+        context.task.architecture,
         source.output,
     )
     return Checkpoint(manifest, {**parent.files, **files, "README.md": card.encode()})
@@ -130,13 +130,15 @@ def artifact_bytes(files: dict[str, bytes], name: str) -> int:
     )
 
 
-def prove(artifact: Path, written: Written, dev: Rows, config: ExportConfig, job: Job) -> tuple[Parity, Figures]:
+def prove(
+    artifact: Path, written: Written, dev: Rows, config: ExportConfig, context: StageContext
+) -> tuple[Parity, Figures]:
     """Run what was written on dev rows, compare it with the torch model it came from, and measure it.
 
     Raises:
         GateError: a logit differs by more than rounding explains, or more decisions than the recipe allows.
     """
-    forward, task = open_artifact(artifact, "cpu"), job.task
+    forward, task = open_artifact(artifact, "cpu"), context.task
     with served_model(written.reference) as (model, processor):
         some = whole_groups(dev, config.parity_samples)
         wanted = predict(partial(logits_of, model), some, processor)

@@ -24,39 +24,41 @@ from sqat.modules.parametrize import insert_weights_, layer, remove_weights_
 from sqat.recipe.schema import PruneConfig
 from sqat.sparsity.moments import mask_steps, too_few_steps
 from sqat.sparsity.settings import SrSte
-from sqat.stages.context import Job
+from sqat.stages.context import StageContext
 
 
-def run(config: PruneConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
+def run(config: PruneConfig, parent: Checkpoint | None, context: StageContext) -> Checkpoint:
     """Prune the chosen layers step by step, fine-tuning on the task (and distilling, by choice)."""
     if parent is not None and parent.amax:
-        raise SqatError(f"stage {job.name} would undo the scales of {parent.manifest.stage}",
+        raise SqatError(f"stage {context.name} would undo the scales of {parent.manifest.stage}",
                         "prune before calibrating")  # fmt: skip
-    model, processor = job.start(parent)
+    model, processor = context.load_model(parent)
     patterns, left = choose_patterns(model, config)
     old = {} if parent is None else parent.masks
     masks = {name: old.get(name, torch.ones_like(layer(model, name).weight, dtype=torch.bool)).clone()
              for name in patterns}  # fmt: skip
     kept = {name: mask for name, mask in old.items() if name not in masks}
     learns_all = isinstance(config.schedule, SrSte)
-    feed, notes = job.feed(config, processor), [] if parent is None else list(parent.manifest.notes)
-    moments = mask_steps(config, job.steps(config, feed))
+    feed, notes = context.training_batches(config, processor), [] if parent is None else list(parent.manifest.notes)
+    moments = mask_steps(config, context.total_steps(config, feed))
     if remark := too_few_steps(moments):
-        job.display.say(f"{job.name}: {remark}")
-    with stage_loss(model, config.distill, job.task, job.teacher, job.name) as loss:
-        gathered = partial(gather, config.criterion, model, loss=loss, feed=feed, seed=job.recipe.seed)
+        context.display.say(f"{context.name}: {remark}")
+    with stage_loss(model, config.distill, context.task, context.teacher, context.name) as loss:
+        gathered = partial(gather, config.criterion, model, loss=loss, feed=feed, seed=context.recipe.seed)
         if config.permute:
-            notes += permute_for_(config, model, patterns, old, feed, gathered, job.recipe.seed, job.display, job.name)
+            notes += permute_for_(
+                config, model, patterns, old, feed, gathered, context.recipe.seed, context.display, context.name
+            )
         transforms = insert_weights_(model, {**masks, **kept}, (), masks if learns_all else ())
         masking = Masking(model, {name: transforms[name] for name in masks}, patterns, config, moments, gathered)
-        fitted = job.fit(model, processor, with_decay(loss, masking), config, masking.before_step,
+        fitted = context.fit(model, processor, with_decay(loss, masking), config, masking.before_step,
                          judge_from=0 if learns_all else max(moments))  # fmt: skip
     masks = {name: mask.cpu() for name, mask in remove_weights_(model, transforms).items()}
-    metrics = {"dev": job.measure(model, processor, "dev")}
+    metrics = {"dev": context.measure(model, processor, "dev")}
     layers = {name: LayerRecord(pattern=str(pattern)) for name, pattern in patterns.items()}
     layers |= {name: LayerRecord(dense_because=reason) for name, reason in left.items()}
     if parent is not None:
         layers |= {name: parent.manifest.layers[name] for name in kept}
     files, weights = capture(model, processor)
-    manifest = job.manifest(config, parent, fitted, metrics=metrics, layers=layers, notes=notes)
+    manifest = context.manifest(config, parent, fitted, metrics=metrics, layers=layers, notes=notes)
     return Checkpoint(manifest, files, weights, masks)

@@ -11,27 +11,27 @@ from sqat.models.loading import capture, use_taps
 from sqat.modules.bias import snap_biases_
 from sqat.modules.quantized import quantized_
 from sqat.recipe.schema import QatConfig
-from sqat.stages.context import Job
+from sqat.stages.context import StageContext
 
 
-def run(config: QatConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
+def run(config: QatConfig, parent: Checkpoint | None, context: StageContext) -> Checkpoint:
     """Train the calibrated parent with its masks and quantizers in place."""
     if parent is None or not parent.amax:
-        raise SqatError(f"stage {job.name} needs activation scales", "put a calibrate stage before it")
-    model, processor = job.start(parent)
+        raise SqatError(f"stage {context.name} needs activation scales", "put a calibrate stage before it")
+    model, processor = context.load_model(parent)
     if parent.manifest.profile != "linear":
         use_taps(model, parent.manifest.profile)
     quantizers = quantizers_of(parent, learned=config.activation_scales == "learned")
     with (
         quantized_(model, parent.masks, quantized_layers(parent), quantizers, encoder_blocks(model)),
-        stage_loss(model, config.distill, job.task, job.teacher, job.name) as loss,
+        stage_loss(model, config.distill, context.task, context.teacher, context.name) as loss,
     ):
-        fitted = job.fit(model, processor, loss, config)
+        fitted = context.fit(model, processor, loss, config)
         snap_biases_(model, quantized_layers(parent), quantizers.amax(), quantizers.leaders)
-        metrics = {"dev": job.measure(model, processor, "dev")}
+        metrics = {"dev": context.measure(model, processor, "dev")}
     files, weights = capture(model, processor)
     sites = parent.manifest.sites
     if config.activation_scales == "learned":  # what calibration clipped says nothing of bounds that moved
         sites = {site: record.model_copy(update={"saturated": None}) for site, record in sites.items()}
-    manifest = job.manifest(config, parent, fitted, metrics=metrics, sites=sites)
+    manifest = context.manifest(config, parent, fitted, metrics=metrics, sites=sites)
     return Checkpoint(manifest, files, weights, parent.masks, quantizers.amax())

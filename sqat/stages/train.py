@@ -7,22 +7,22 @@ from sqat.compress.losses import task_loss
 from sqat.errors import SqatError
 from sqat.models.loading import capture
 from sqat.recipe.schema import TrainConfig
-from sqat.stages.context import Job
+from sqat.stages.context import StageContext
 
 
-def run(config: TrainConfig, parent: Checkpoint | None, job: Job) -> Checkpoint:
+def run(config: TrainConfig, parent: Checkpoint | None, context: StageContext) -> Checkpoint:
     """Fine-tune the pretrained model (or the parent) on the task."""
     if parent is not None and (parent.masks or parent.amax):
-        raise SqatError(f"stage {job.name} would undo the masks or scales of {parent.manifest.stage}",
+        raise SqatError(f"stage {context.name} would undo the masks or scales of {parent.manifest.stage}",
                         "start from a train stage, or from the pretrained model")  # fmt: skip
-    model, processor = job.start(parent)
-    for remark in job.task.remarks(job.splits.prepared("train", processor)):
-        job.display.say(remark)
-    rows, judged = len(job.splits.rows("dev")), len(job.splits.prepared("dev", processor))
+    model, processor = context.load_model(parent)
+    for remark in context.task.remarks(context.splits.prepared("train", processor)):
+        context.display.say(remark)
+    rows, judged = len(context.splits.rows("dev")), len(context.splits.prepared("dev", processor))
     if judged < rows:
-        job.display.say(f"{rows - judged} of {rows} dev rows are not measured: no metric depends on them")
-    fitted = job.fit(model, processor, task_loss(job.task), config)
-    metrics = {"dev": job.measure(model, processor, "dev")}
+        context.display.say(f"{rows - judged} of {rows} dev rows are not measured: no metric depends on them")
+    fitted = context.fit(model, processor, task_loss(context.task), config)
+    metrics = {"dev": context.measure(model, processor, "dev")}
     files, weights = capture(model, processor)
-    manifest = job.manifest(config, parent, fitted, metrics=metrics)
+    manifest = context.manifest(config, parent, fitted, metrics=metrics)
     return Checkpoint(manifest, files, weights)

@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor, nn
 
 from sqat import cli
-from sqat.analyze.command import analyze, choose_rows, make_job, run_analysis
+from sqat.analyze.command import analyze, choose_rows, make_context, run_analysis
 from sqat.analyze.findings import Findings
 from sqat.analyze.options import Options, choose_sections
 from sqat.analyze.treatments import find_pruning, find_rounding, treated_
@@ -26,7 +26,7 @@ from sqat.evaluation.inference import logits_of, predict
 from sqat.progress import Silent
 from sqat.recipe.loader import load_recipe
 from sqat.recipe.schema import CalibrateConfig, LoadedRecipe, PruneConfig
-from sqat.stages.context import Job
+from sqat.stages.context import StageContext
 from tests.pipeline.conftest import Project
 
 pytestmark = pytest.mark.pipeline
@@ -66,9 +66,9 @@ def findings(loaded: LoadedRecipe) -> Findings:
     return run_analysis(loaded, Options(samples=ALL), Silent())
 
 
-def job_of(project: Project, loaded: LoadedRecipe) -> Job:
+def context_of(project: Project, loaded: LoadedRecipe) -> StageContext:
     directory = project.stage("train")
-    return make_job(loaded, load_checkpoint(directory), directory, Silent())
+    return make_context(loaded, load_checkpoint(directory), directory, Silent())
 
 
 def encoded(project: Project, split: str) -> dict[str, Tensor]:
@@ -154,14 +154,14 @@ def test_every_encoder_linear_is_there_once_and_the_worst_first(findings: Findin
 
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "taylor", "sparsegpt"])
 def test_the_model_keeps_its_bits(project: Project, loaded: LoadedRecipe, criterion: str) -> None:
-    job = job_of(project, loaded)
-    model, processor = job.start(load_checkpoint(project.stage("train")))
+    context = context_of(project, loaded)
+    model, processor = context.load_model(load_checkpoint(project.stage("train")))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     config = PruneConfig.model_validate({"criterion": {"name": criterion}, "steps": 2})
-    rounding = find_rounding(model, CalibrateConfig(samples=32), job, processor)
-    pruning = find_pruning(model, config, job, processor)
+    rounding = find_rounding(model, CalibrateConfig(samples=32), context, processor)
+    pruning = find_pruning(model, config, context, processor)
     assert bool(pruning.corrected) == (criterion == "sparsegpt")
-    batch = processor.collate(job.splits.prepared("dev", processor), [0, 1, 2])
+    batch = processor.collate(context.splits.prepared("dev", processor), [0, 1, 2])
     names = [*pruning.masks]
     with torch.no_grad():
         plain = logits_of(model.eval(), batch)
@@ -220,9 +220,9 @@ def test_a_budget_is_kept_by_the_recipe_it_proposes(loaded: LoadedRecipe) -> Non
 
 
 def test_a_metric_that_is_lost_and_one_prune_stage_alone(project: Project, loaded: LoadedRecipe) -> None:
-    job, sections = job_of(project, loaded), choose_sections(loaded.recipe, "train", Options())
+    context, sections = context_of(project, loaded), choose_sections(loaded.recipe, "train", Options())
     parent, options = load_checkpoint(project.stage("train")), Options(samples=ALL, metric="accuracy", budget=1.0)
-    found = analyze(job, parent, replace(sections, calibrate=None), options)
+    found = analyze(context, parent, replace(sections, calibrate=None), options)
     assert found.damage == "accuracy"
     assert all(layer.damage.int8 is None and layer.damage.both == layer.damage.pruned for layer in found.layers)
     steps = {round(layer.damage.both * ALL, 6) for layer in found.layers}
@@ -238,8 +238,10 @@ def test_queries_stay_whole(project: Project) -> None:
         "data.columns={group: qid, passage: text, candidates: candidates}",
         *(f"data.{split}.path={split}-relevance.jsonl" for split in ("train", "dev", "test")),
     ]
-    job = make_job(load_recipe(project.recipe, overrides), load_checkpoint(project.stage("train")), Path(), Silent())
-    rows = job.splits.rows("dev")
+    context = make_context(
+        load_recipe(project.recipe, overrides), load_checkpoint(project.stage("train")), Path(), Silent()
+    )
+    rows = context.splits.rows("dev")
     chosen, again = (choose_rows(rows, 10, 3) for _ in range(2))
     assert len(chosen) == 12
     assert chosen["place"][:] == again["place"][:]
@@ -330,13 +332,13 @@ def test_a_recipe_without_either_stage_is_refused(project: Project) -> None:
 
 
 def test_channels_are_permuted_where_the_section_asks_for_it(project: Project, loaded: LoadedRecipe) -> None:
-    job = job_of(project, loaded)
-    model, processor = job.start(job.teacher())
-    rows = choose_rows(job.splits.prepared("dev", processor), FEW, 0)
+    context = context_of(project, loaded)
+    model, processor = context.load_model(context.teacher())
+    rows = choose_rows(context.splits.prepared("dev", processor), FEW, 0)
     dense, name = predict(partial(logits_of, model), rows, processor), "bert.encoder.layer.0.output.dense"
-    plain = find_pruning(model, PruneConfig(), job, processor)
+    plain = find_pruning(model, PruneConfig(), context, processor)
     before = model.get_submodule(name).weight.detach().abs() * plain.masks[name]
-    pruning = find_pruning(model, PruneConfig(permute=True), job, processor)
+    pruning = find_pruning(model, PruneConfig(permute=True), context, processor)
     torch.testing.assert_close(predict(partial(logits_of, model), rows, processor), dense, rtol=1e-4, atol=1e-4)
     after = model.get_submodule(name).weight.detach().abs() * pruning.masks[name]
     assert after.sum() > before.sum()
