@@ -1,8 +1,7 @@
-"""The processes of a distributed run: who has which part of the work, and how they agree.
+"""Ranks of a distributed run: who takes which batches, and collective operations on tensors and texts.
 
-Work is shared in whole pieces (batches), numbered by their place in the whole and dealt in turn, so that what a piece
-is does not depend on how many processes there are. What comes out is added up or taken from its owner, by all alike.
-Left out: a process that is lost in the middle; it ends the others, and the run goes on from what was saved.
+Work is dealt out in whole batches by number, so that a batch does not depend on the number of ranks. Every rank ends
+with the same result.
 """
 
 from __future__ import annotations
@@ -20,119 +19,116 @@ from torch import Tensor, distributed
 
 from sqat.errors import SqatError
 
-LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+LOST_PEER_SIGNS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
-def processes() -> PartialState:
-    """This process among those of a distributed run; on the CPU (gloo) where there is no accelerator."""
-    asked_for_shards()
+def process_state() -> PartialState:
+    """Return Accelerate's state of this process; it uses gloo on the CPU where there is no accelerator."""
+    launched_with_fsdp()
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
 @cache
-def asked_for_shards() -> bool:
-    """Whether the launcher asked for FSDP; Accelerate, which would share the model out in its own way, is not told."""
+def launched_with_fsdp() -> bool:
+    """Say whether the launcher asked for FSDP, and hide that from Accelerate, which would shard in its own way."""
     return os.environ.pop("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
 
 
-def in_shards() -> bool:
-    """Whether processes share the model out (`sqat.training.fsdp`) instead of holding it whole."""
-    return asked_for_shards() and processes().num_processes > 1
+def uses_fsdp() -> bool:
+    """Say whether the ranks shard the model (`sqat.training.fsdp`) instead of replicating it."""
+    return launched_with_fsdp() and process_state().num_processes > 1
 
 
-def first_says(text: str) -> str:
-    """What the first process says, so that all go the same way."""
-    said = [text]
-    broadcast_object_list(said)
-    return said[0]
+def broadcast_from_rank0(text: str) -> str:
+    """Return the text of rank 0 on every rank."""
+    texts = [text]
+    broadcast_object_list(texts)
+    return texts[0]
 
 
-def by_first(work: Callable[[], object]) -> None:
-    """Let the first process do what only one may do, while the others wait.
+def run_on_rank0(work: Callable[[], object]) -> None:
+    """Run ``work`` on rank 0 while the other ranks wait.
 
     Raises:
-        SqatError: it cannot be done, as the first process finds; in all processes, so that none waits for it in vain.
+        SqatError: rank 0 raised it; every rank raises the same.
     """
-    failed = ""
-    if processes().is_main_process:
+    failure = ""
+    if process_state().is_main_process:
         try:
             work()
         except SqatError as error:
-            failed = json.dumps([error.problem, error.hint, error.place])
-    if failed := first_says(failed):
-        processes().wait_for_everyone()  # the first to end would cut off one that has not heard yet
-        raise SqatError(*json.loads(failed))
+            failure = json.dumps([error.problem, error.hint, error.place, error.code])
+    if failure := broadcast_from_rank0(failure):
+        process_state().wait_for_everyone()  # the first rank to exit would cut off one that has not received this
+        problem, hint, place, code = json.loads(failure)
+        raise SqatError(problem, hint, place, code=code)
 
 
-def one_says(text: str) -> str:
-    """What the first of those processes says that have anything to say; empty where none has."""
-    said: list[str] = gather_object([text])
-    return next(filter(None, said), "")
+def first_nonempty(text: str) -> str:
+    """Return the first text that is not empty, in the order of the ranks; empty where all are."""
+    texts: list[str] = gather_object([text])
+    return next(filter(None, texts), "")
 
 
-def any_process(*flags: bool) -> list[bool]:
-    """Which flags are up in any process; all of them must ask, in the same order."""
-    return [bool(flag) for flag in over_all(torch.tensor([*map(float, flags)]), distributed.ReduceOp.MAX)]
+def any_rank(*flags: bool) -> list[bool]:
+    """Return for each flag whether it is set on any rank; every rank must call this."""
+    return [bool(flag) for flag in all_reduce_max(torch.tensor([*map(float, flags)]))]
 
 
-def summed(tensor: Tensor) -> Tensor:
-    """The sum of every process's tensor; all have the same bits."""
-    return over_all(tensor, distributed.ReduceOp.SUM)
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Return the sum of every rank's tensor, with the same bits on every rank."""
+    return communicate(tensor, lambda shared: distributed.all_reduce(shared, distributed.ReduceOp.SUM))
 
 
-def largest(tensor: Tensor) -> Tensor:
-    """The largest of every process's tensor, value by value."""
-    return over_all(tensor, distributed.ReduceOp.MAX)
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Return the elementwise maximum of every rank's tensor."""
+    return communicate(tensor, lambda shared: distributed.all_reduce(shared, distributed.ReduceOp.MAX))
 
 
-def over_all(tensor: Tensor, operation: distributed.ReduceOp.RedOpType) -> Tensor:
-    """One tensor made of every process's."""
-    return exchanged(tensor, lambda shared: distributed.all_reduce(shared, operation))
+def broadcast_from(tensor: Tensor, rank: int) -> Tensor:
+    """Return the tensor of one rank; the other ranks pass one of the same shape and type."""
+    return communicate(tensor, lambda shared: distributed.broadcast(shared, rank))
 
 
-def of_process(tensor: Tensor, owner: int) -> Tensor:
-    """The tensor that process ``owner`` has; the others' must have its shape and type."""
-    return exchanged(tensor, lambda shared: distributed.broadcast(shared, owner))
-
-
-def exchanged(tensor: Tensor, exchange: Callable[[Tensor], object]) -> Tensor:
-    """What an exchange in place makes of a copy on the device that processes talk through; where it was, as before."""
-    state = processes()
+def communicate(tensor: Tensor, operation: Callable[[Tensor], object]) -> Tensor:
+    """Apply an in-place collective to a copy on the communication device, and return it on the tensor's device."""
+    state = process_state()
     if state.num_processes == 1:
         return tensor
     shared = tensor.to(state.device, copy=True)
-    exchange(shared)
+    operation(shared)
     return shared.to(tensor.device)
 
 
-def turns(count: int) -> Iterator[tuple[int, bool]]:
-    """This process's share of ``count`` pieces by number, and whether a piece counts.
+def assigned_indices(count: int) -> Iterator[tuple[int, bool]]:
+    """Yield this rank's share of the indices below ``count``, each with whether it counts.
 
-    Every process takes as many turns: one for which nothing is left in the last round does the first piece again, and
-    what comes of it does not count.
+    Every rank gets the same number of indices, so that collectives match: where the last round has none left for a
+    rank, it repeats index 0 and the result does not count.
     """
-    state = processes()
+    state = process_state()
     for first in range(0, count, state.num_processes):
-        mine = first + state.process_index
-        yield (mine, True) if mine < count else (0, False)
+        index = first + state.process_index
+        yield (index, True) if index < count else (0, False)
 
 
 @contextmanager
-def told_of_loss() -> Iterator[None]:
-    """While open, the end of another process of the run is told in one line, wherever it is noticed.
+def raise_on_lost_peer() -> Iterator[None]:
+    """Turn a broken connection to another rank into one clear error.
 
     Raises:
-        SqatError: the others cannot be reached any more.
+        SqatError: another rank has ended.
     """
     try:
         yield
     except RuntimeError as error:
-        if processes().num_processes == 1 or not is_loss(error):
+        if process_state().num_processes == 1 or not is_lost_peer(error):
             raise
-        raise SqatError("another process of this run has ended, without which this one cannot go on",
-                        "the same command goes on from the last saved state") from error  # fmt: skip
+        raise SqatError("another process of this run has ended, and this one cannot go on without it",
+                        "run the same command again: it resumes from the last saved state",
+                        code="lost-process") from error  # fmt: skip
 
 
-def is_loss(error: RuntimeError) -> bool:
-    """Whether an error is that of the connection to the other processes."""
-    return isinstance(error, distributed.DistError) or any(sign in str(error) for sign in LOST)
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Say whether an error comes from the connection to the other ranks."""
+    return isinstance(error, distributed.DistError) or any(sign in str(error) for sign in LOST_PEER_SIGNS)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sqat.compress.statistics import gather
 from sqat.data.dataset import Batch
-from sqat.distributed import in_shards, processes, turns
+from sqat.distributed import assigned_indices, process_state, uses_fsdp
 from sqat.errors import SqatError
 from sqat.evaluation.inference import predict
 from sqat.modules.parametrize import insert_weights_, original_weight, remove_weights_
@@ -140,7 +140,7 @@ class Filling(Silent):
         self.disk = disk
 
     def update(self, step: int, values: Any, rate: float) -> None:
-        if step == STOP and processes().is_main_process:
+        if step == STOP and process_state().is_main_process:
             self.disk.enter_context(forks.full_disk(1000))
 
 
@@ -158,7 +158,7 @@ def starved(state: MidStage) -> Found:
 
 
 def accumulation() -> int:
-    return max(1, TOGETHER // processes().num_processes)
+    return max(1, TOGETHER // process_state().num_processes)
 
 
 def whole_fits(folder: Path, group: str) -> Found:
@@ -177,13 +177,13 @@ def other_work(folder: Path, group: str) -> Found:
     norm = {steps: normed(MidStage(folder / f"{group}-normed", "key"), steps) for steps in (1, STEPS)}
     full = starved(MidStage(folder / f"{group}-full", "key"))
     return {"full": full, "norm": norm, "sums": sums, "histograms": histograms(), "logits": logits(),
-            "turns": [*turns(3)]}  # fmt: skip
+            "indices": [*assigned_indices(3)]}  # fmt: skip
 
 
 def histograms() -> dict[str, dict[str, Tensor]]:
     """Of six batches of very unlike sizes."""
     found = {"a": Histogram(), "b": Histogram(), "empty": Histogram()}
-    for number, counts in turns(6):
+    for number, counts in assigned_indices(6):
         x = torch.randn(500, generator=torch.Generator().manual_seed(number)) * 10.0 ** (number - 3)
         if counts:
             found["a"].observe(x)
@@ -239,16 +239,16 @@ def resumed(folder: Path, group: str) -> Found:
     found = {}
     for before in ("1", "2", "4", "shards"):
         source, own = folder / f"{before}-state", folder / f"{group} after {before}"
-        if processes().is_main_process:
+        if process_state().is_main_process:
             shutil.copytree(source, own)
-        processes().wait_for_everyone()
+        process_state().wait_for_everyone()
         found[before] = fitted(own, evaluate_every=2)
     return found
 
 
 def in_pieces(folder: Path, group: str) -> Found:
     """Fits of a model that is shared out."""
-    assert in_shards()
+    assert uses_fsdp()
     return whole_fits(folder, group)
 
 

@@ -9,13 +9,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sqat.distributed import told_of_loss
+from sqat.distributed import raise_on_lost_peer
 from sqat.errors import SqatError
 from sqat.quantization.histogram import Histogram
 from sqat.training.batches import seed_draws
@@ -143,12 +144,17 @@ def test_the_oracles_of_what_is_shared(crowd: Crowd) -> None:
     for number in range(6):
         seen.observe(torch.randn(500, generator=torch.Generator().manual_seed(number)) * 10.0 ** (number - 3))
     assert equal(alone["histograms"]["a"], seen.to_tensors())
-    assert [process["turns"] for process in crowd["4"]] == [[(0, True)], [(1, True)], [(2, True)], [(0, False)]]
-    assert [process["turns"] for process in crowd["2"]] == [[(0, True), (2, True)], [(1, True), (0, False)]]
+    assert [process["indices"] for process in crowd["4"]] == [[(0, True)], [(1, True)], [(2, True)], [(0, False)]]
+    assert [process["indices"] for process in crowd["2"]] == [[(0, True), (2, True)], [(1, True), (0, False)]]
 
 
-def test_an_error_is_told_as_a_lost_process_only_where_it_may_be_one() -> None:
-    with pytest.raises(RuntimeError, match="Connection closed by peer"), told_of_loss():
-        raise RuntimeError("[gloo] Connection closed by peer")  # there is no other process
-    with pytest.raises(SqatError, match="of the user"), told_of_loss():
+def test_only_a_broken_connection_to_another_rank_is_a_lost_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = RuntimeError("[gloo] Connection closed by peer")
+    with pytest.raises(RuntimeError, match="Connection closed by peer"), raise_on_lost_peer():
+        raise broken  # this run has one rank
+    with pytest.raises(SqatError, match="of the user"), raise_on_lost_peer():
         raise SqatError("of the user")
+    monkeypatch.setattr("sqat.distributed.process_state", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(SqatError) as error, raise_on_lost_peer():
+        raise broken
+    assert error.value.code == "lost-process"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sqat.analyze.treatments import Pruning, Rounding, treated_
 from sqat.data.dataset import Batch, Processor, Rows
-from sqat.distributed import processes
+from sqat.distributed import process_state
 from sqat.errors import SqatError
 from sqat.evaluation.inference import logits_of, predict
 from sqat.models.layer_selection import weighted_layers
@@ -131,7 +131,7 @@ def count_multiply_adds(model: nn.Module, batch: Batch) -> dict[str, int]:
     hooks = [module.register_forward_hook(partial(count, name)) for name, module in layers.items()]
     try:
         with torch.no_grad():
-            model.eval()(**batch.to(processes().device).inputs)
+            model.eval()(**batch.to(process_state().device).inputs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sqat.data.dataset import Batch
-from sqat.distributed import in_shards
+from sqat.distributed import uses_fsdp
 from sqat.errors import SqatError
 from sqat.modules.parametrize import WeightTransform, layer, original_weight
 from sqat.sparsity import sparsegpt
@@ -128,7 +128,7 @@ def with_decay(loss: Loss, masking: Masking) -> Loss:
     schedule = masking.config.schedule
     if not isinstance(schedule, SrSte) or not schedule.decay:
         return loss
-    if in_shards():
+    if uses_fsdp():
         raise SqatError("schedule sr-ste decays weights that FSDP shares out between processes",
                         "set decay: 0, or start without --use_fsdp")  # fmt: skip
     leaders = dict.fromkeys(shared_weights(masking.model, masking.transforms).values())

@@ -17,7 +17,7 @@ from sqat.compress.channels import Site, change, find_sites, head_count, outputs
 from sqat.compress.masking import Gather, Judge, scores_of
 from sqat.compress.statistics import undisturbed
 from sqat.distillation.settings import MiniLMv2
-from sqat.distributed import processes
+from sqat.distributed import process_state
 from sqat.errors import SqatError
 from sqat.models.layer_selection import find_qkv
 from sqat.modules.parametrize import linear
@@ -56,7 +56,7 @@ def permute_for_(
     """
     with undisturbed(model, seed):
         rows = next(iter(feed.stream(0)))[:ROWS]
-        inputs = feed.collate(rows).to(processes().device).inputs
+        inputs = feed.collate(rows).to(process_state().device).inputs
     fixed = {**dict.fromkeys(masked, "it has a mask already"), **compared_apart(model, config.distill)}
     notes = permute_(model, inputs, patterns, config.criterion, gather, fixed)
     display.say(f"{stage}: {notes[0]}")

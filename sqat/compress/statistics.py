@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sqat.data.dataset import Batch
-from sqat.distributed import of_process, processes, summed
+from sqat.distributed import all_reduce_sum, broadcast_from, process_state
 from sqat.errors import SqatError
 from sqat.modules.hooks import tap_linears
 from sqat.modules.parametrize import layer
@@ -63,7 +63,7 @@ def sum_up(
 ) -> dict[str, Tensor]:
     """Sum over this process's batches and those of the others, in turn; arguments and errors as in `gather`."""
     sums = {leader: zeros_for(criterion, layer(model, leader)) for leader in leaders.values()}
-    state = processes()
+    state = process_state()
     while any(having := holders(batch := next(batches, None))):
         found = sums if state.num_processes == 1 else {leader: torch.zeros_like(it) for leader, it in sums.items()}
         if batch is not None and criterion.needs in ("squares", "gram"):
@@ -78,10 +78,10 @@ def sum_up(
 
 def holders(batch: Batch | None) -> list[bool]:
     """Which processes have a batch."""
-    state = processes()
+    state = process_state()
     having = torch.zeros(state.num_processes)
     having[state.process_index] = batch is not None
-    return [bool(flag) for flag in summed(having)]
+    return [bool(flag) for flag in all_reduce_sum(having)]
 
 
 def add_in_order_(sums: Mapping[str, Tensor], found: Mapping[str, Tensor], having: list[bool]) -> None:
@@ -89,7 +89,7 @@ def add_in_order_(sums: Mapping[str, Tensor], found: Mapping[str, Tensor], havin
     for leader, total in sums.items():
         for owner, has in enumerate(having):
             if has:
-                total += of_process(found[leader], owner)
+                total += broadcast_from(found[leader], owner)
 
 
 def zeros_for(criterion: Wanda | Taylor | SparseGPT, module: nn.Linear | nn.Conv2d) -> Tensor:
@@ -138,7 +138,7 @@ def sample(feed: Feed, samples: int, seed: int) -> Iterator[Batch]:
         chosen.append(rows)
     if not chosen:
         raise SqatError("no batch of training rows is left", "look at data.train and task")
-    state = processes()
+    state = process_state()
     for number in range(state.process_index, len(chosen), state.num_processes):
         seed_draws(seed, number)
         yield feed.collate(chosen[number]).to(state.device)

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from sqat.data.dataset import Batch, Processor, Rows, column, ordered_batches
-from sqat.distributed import processes, summed, turns
+from sqat.distributed import all_reduce_sum, assigned_indices, process_state
 
 EVALUATION_BATCH = 64
 
 
 def on_device(model: nn.Module, processor: Processor) -> tuple[nn.Module, Processor]:
     """Move a model to this process's device."""
-    nn.Module.to(model, processes().device)
+    nn.Module.to(model, process_state().device)
     return model, processor
 
 
@@ -35,11 +35,11 @@ def predict(forward: Callable[[Batch], Tensor], rows: Rows, processor: Processor
     batches = ordered_batches(column(rows, "length").tolist(), EVALUATION_BATCH)
     logits: Tensor | None = None
     with torch.no_grad():
-        for number, counts in turns(len(batches)):
+        for number, counts in assigned_indices(len(batches)):
             found = forward(processor.collate(rows, batches[number])).float().cpu()
             if logits is None:
                 logits = found.new_zeros(len(rows), *found.shape[1:])
             if counts:
                 logits.index_copy_(0, torch.tensor(batches[number]), found)
     assert logits is not None  # a split has rows
-    return summed(logits)
+    return all_reduce_sum(logits)

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sqat.distributed import by_first
+from sqat.distributed import run_on_rank0
 from sqat.errors import SqatError
 from sqat.progress import Display
 
@@ -46,7 +46,7 @@ def run_lock(directory: Path, display: Display, file: str = FILE) -> Iterator[No
                 display.say(told)
 
     try:
-        by_first(take)
+        run_on_rank0(take)
         yield
     finally:
         for handle in held:

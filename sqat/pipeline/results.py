@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sqat.checkpoint.small_files import read_object, replace_file
 from sqat.data.dataset import SplitName, digest
-from sqat.distributed import by_first, first_says
+from sqat.distributed import broadcast_from_rank0, run_on_rank0
 from sqat.evaluation.evaluate import evaluate_artifact
 from sqat.pipeline.fingerprint import Keys
 from sqat.pipeline.result_files import FILE, artifact_size, result_artifacts
@@ -45,7 +45,7 @@ def closing_table(keys: Keys, splits: Splits, display: Display) -> Results:
     recipe, directory = loaded.recipe, loaded.run_directory
     split: SplitName = "test" if recipe.data.test is not None else "dev"
     content = digest(getattr(recipe.data, split), loaded.path.parent)
-    remembered = json.loads(first_says(json.dumps(read_object(directory / FILE))))
+    remembered = json.loads(broadcast_from_rank0(json.dumps(read_object(directory / FILE))))
     rows, record = [], {}
     for label, (stage, artifact) in result_artifacts(keys).items():
         manifest = keys.manifest(stage)
@@ -64,5 +64,5 @@ def closing_table(keys: Keys, splits: Splits, display: Display) -> Results:
         record[label] = {"key": key, "split": split, "data": content, "size_bytes": row.size_bytes,
                          "path": str(artifact), "metrics": figures}  # fmt: skip
     if record:
-        by_first(partial(replace_file, directory / FILE, (json.dumps(record, indent=2) + "\n").encode()))
+        run_on_rank0(partial(replace_file, directory / FILE, (json.dumps(record, indent=2) + "\n").encode()))
     return Results(rows, split, content, directory)

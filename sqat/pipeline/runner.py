@@ -21,7 +21,7 @@ from typing import Any
 from sqat.checkpoint.manifest import Manifest, load_manifest, verify_files
 from sqat.checkpoint.store import Checkpoint, load_checkpoint, save_checkpoint
 from sqat.data.dataset import SplitName
-from sqat.distributed import by_first, first_says, processes, told_of_loss
+from sqat.distributed import broadcast_from_rank0, process_state, raise_on_lost_peer, run_on_rank0
 from sqat.errors import SqatError
 from sqat.evaluation.evaluate import evaluate_artifact
 from sqat.pipeline.fingerprint import Keys, attempts, is_attempt, known_manifest, made_from, stretch, teacher_name
@@ -61,7 +61,7 @@ def run(
 ) -> Results:
     """Run the plan, skip what is unchanged, and measure the results once on the test split."""
     place = loaded.run_directory
-    with told_of_loss(), run_lock(place, display), tracked(loaded.recipe, place, display) as watched:
+    with raise_on_lost_peer(), run_lock(place, display), tracked(loaded.recipe, place, display) as watched:
         return run_range(loaded, watched, first, last, force)
 
 
@@ -103,7 +103,7 @@ def run_stage(
             what = "no checkpoint of sqat" if there is None else f"the checkpoint of stage {there.stage!r}"
             raise SqatError(f"the output exists and is {what}", "choose another folder or add --force", str(output))
     place, file = lock_of(loaded.run_directory, directory)
-    with told_of_loss(), run_lock(place, display, file), tracked(loaded.recipe, place, display) as watched:
+    with raise_on_lost_peer(), run_lock(place, display, file), tracked(loaded.recipe, place, display) as watched:
         if parent is None and output is None and not force and keys.is_current(name) and stands(keys, name, display):
             return directory
         start = parent_checkpoint(keys, name) if parent is None else load_checkpoint(parent)
@@ -168,7 +168,7 @@ def stands(keys: Keys, name: str, display: Display) -> bool:
     assert manifest is not None  # it is unchanged
     verify_files(keys.directory(name), manifest)
     limits = limits_of(keys, name, keys.manifest(keys.loaded.recipe.parent_of(name)))
-    miss = first_says(missed(limits, manifest.metrics))
+    miss = broadcast_from_rank0(missed(limits, manifest.metrics))
     if miss and manifest.attempt >= attempts(keys.loaded.recipe.stages[name]):
         raise refusal(name, miss, keys.directory(name), standing=False)
     display.say(f"{name}: unchanged" + (f", but it misses a gate: {miss}" if miss else ""))
@@ -229,7 +229,7 @@ def execute(
     key = keys.after(name, "" if parent is None else parent.manifest.key, "" if teacher is None else teacher.key)
     limits = limits_of(keys, name, None if parent is None else parent.manifest)
     trial = Trial(keys, name, directory, parent, splits, display, key, origin, limits)
-    process = processes()
+    process = process_state()
     if force and process.is_main_process:
         shutil.rmtree(trial.state, ignore_errors=True)
     process.wait_for_everyone()
@@ -246,7 +246,7 @@ def next_attempt(trial: Trial, folder: Path, known: Manifest) -> int:
     Raises:
         GateError: it still misses one, and was the last attempt.
     """
-    miss = first_says(missed(trial.limits, known.metrics))
+    miss = broadcast_from_rank0(missed(trial.limits, known.metrics))
     if miss and known.attempt >= attempts(trial.keys.loaded.recipe.stages[trial.name]):
         raise refusal(trial.name, miss, folder, trial.directory.exists() and folder != trial.directory)
     if miss or folder == trial.directory:
@@ -256,7 +256,7 @@ def next_attempt(trial: Trial, folder: Path, known: Manifest) -> int:
         save_checkpoint(load_checkpoint(folder), trial.directory)
         shutil.rmtree(folder, ignore_errors=True)
 
-    by_first(put_in_place)
+    run_on_rank0(put_in_place)
     trial.display.say(f"{trial.name}: what was set aside passes the gates now -> {trial.directory}")
     return 0
 
@@ -270,9 +270,9 @@ def try_to_pass(trial: Trial, attempt: int) -> None:
         checkpoint = run_once(trial, number)
         for line in saturation(checkpoint.manifest) if checkpoint.manifest.kind == "calibrate" else ():
             trial.display.say(f"{trial.name}: {line}")
-        miss = first_says(missed(trial.limits, checkpoint.manifest.metrics))
+        miss = broadcast_from_rank0(missed(trial.limits, checkpoint.manifest.metrics))
         goal = rejected_folder(trial.directory) if miss else trial.directory
-        by_first(partial(keep, checkpoint, goal, trial.state))
+        run_on_rank0(partial(keep, checkpoint, goal, trial.state))
         figures = checkpoint.manifest.metrics.get("dev", {})
         shown = ", ".join(f"{metric} {value:.4f}" for metric, value in figures.items())
         trial.display.log({f"{trial.name}/dev/{metric}": value for metric, value in figures.items()})

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sqat.checkpoint.manifest import HISTOGRAMS, LayerRecord, SiteRecord
 from sqat.checkpoint.store import Checkpoint
 from sqat.data.dataset import Batch, Processor, column, plan_batches
-from sqat.distributed import largest, processes, summed
+from sqat.distributed import all_reduce_max, all_reduce_sum, process_state
 from sqat.errors import SqatError
 from sqat.evaluation.inference import logits_of
 from sqat.export.cpu_encoder import check_encoder
@@ -50,7 +50,7 @@ def run(config: CalibrateConfig, parent: Checkpoint | None, context: StageContex
     batches = sample_batches(config, context, processor)
     fold_(model, batches[0])
     sites = discover_sites(model, batches[0].inputs, choice.chosen, blocks, config.profile)
-    own = batches[processes().process_index :: processes().num_processes]
+    own = batches[process_state().process_index :: process_state().num_processes]
     histograms = observe(model, sites, blocks, shown(own, context))
     add_up_(histograms)
     bounds = {site: find_bound(config.method, histogram) for site, histogram in histograms.items()}
@@ -79,7 +79,7 @@ def sample_batches(config: CalibrateConfig, context: StageContext, processor: Pr
     lengths = column(rows, "length").tolist()
     batches = plan_batches(lengths, [[index] for index in chosen], config.batch_size, context.recipe.seed, 0)
     torch.manual_seed(context.recipe.seed)
-    return [processor.collate(rows, batch).to(processes().device) for batch in batches]
+    return [processor.collate(rows, batch).to(process_state().device) for batch in batches]
 
 
 def fold_(model: nn.Module, batch: Batch) -> None:
@@ -140,13 +140,13 @@ def observe(
 def add_up_(histograms: Mapping[str, Histogram]) -> None:
     """Let every process's histograms hold what all of them have seen."""
     names = sorted(histograms)
-    widths = largest(torch.tensor([histograms[name].exponent for name in names]))
-    peaks = largest(torch.tensor([histograms[name].max_abs for name in names], dtype=torch.float64))
+    widths = all_reduce_max(torch.tensor([histograms[name].exponent for name in names]))
+    peaks = all_reduce_max(torch.tensor([histograms[name].max_abs for name in names], dtype=torch.float64))
     for name, exponent in zip(names, widths, strict=True):
         wide = Histogram()
         wide.exponent = int(exponent)
         histograms[name].merge(wide)  # empty: the bins are only made as wide
-    counts = summed(torch.stack([histograms[name].counts for name in names]))
+    counts = all_reduce_sum(torch.stack([histograms[name].counts for name in names]))
     for name, known, peak in zip(names, counts, peaks.tolist(), strict=True):
         histograms[name].counts, histograms[name].max_abs = known, peak
 

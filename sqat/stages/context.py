@@ -23,7 +23,7 @@ from sqat.data.dataset import (
 )
 from sqat.data.pixels import augmented
 from sqat.data.streaming import Batches, Stream
-from sqat.distributed import first_says
+from sqat.distributed import broadcast_from_rank0
 from sqat.errors import SqatError
 from sqat.evaluation.inference import logits_of, on_device, predict
 from sqat.models.loading import build, check_head, load_pretrained, versions
@@ -142,7 +142,7 @@ class StageContext:
         """The task's metrics of a torch model on a split, as the first process finds them."""
         rows = self.splits.prepared(split, processor)
         figures = self.task.metrics(predict(partial(logits_of, model.eval()), rows, processor), rows)
-        found: Figures = json.loads(first_says(json.dumps(figures)))
+        found: Figures = json.loads(broadcast_from_rank0(json.dumps(figures)))
         return found
 
     def manifest(

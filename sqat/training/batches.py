@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from sqat.data.dataset import Batch
-from sqat.distributed import in_shards, processes, turns
+from sqat.distributed import assigned_indices, process_state, uses_fsdp
 from sqat.errors import SqatError
 
 
@@ -60,7 +60,7 @@ def steps_of_work(
     for first in count(step * together, together):
         planned = [next(stream) for _ in range(together)]
         rows, pieces = sum(map(len, planned)), []
-        for index, counts in turns(together):
+        for index, counts in assigned_indices(together):
             seed_draws(seed, first + index, 0)
             batch = feed.collate(planned[index]).to(device)
             share = len(planned[index]) / rows if counts else 0.0
@@ -75,9 +75,9 @@ def seed_draws(*numbers: int) -> None:
 
 def shared_work(together: int, accumulation: int) -> str:
     """What to say of a step's batches; empty where one process takes as many as the recipe says."""
-    world = processes().num_processes
+    world = process_state().num_processes
     if world == 1 and together == accumulation:
         return ""
     kept = "" if together == accumulation * world else f" as when it began, not {accumulation * world}"
-    how = " that share the model out (FSDP)" if in_shards() else ""
+    how = " that share the model out (FSDP)" if uses_fsdp() else ""
     return f"{world} process{'es' if world > 1 else ''}{how}, an optimizer step sums up {together} batches{kept}"

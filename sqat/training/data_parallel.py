@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sqat.data.dataset import Batch
-from sqat.distributed import in_shards, summed
+from sqat.distributed import all_reduce_sum, uses_fsdp
 from sqat.models.layer_selection import encoder_blocks
 from sqat.training.fsdp import Shards, send_gradients_, sharded_
 
@@ -65,7 +65,7 @@ class Spread:
 @contextmanager
 def spread_(objective: Objective, accelerator: Accelerator) -> Iterator[Spread]:
     """Spread a model over the processes; afterwards each has the whole of it."""
-    if not in_shards():
+    if not uses_fsdp():
         yield Spread(objective, accelerator.prepare(objective), accelerator, None)
         return
     model = objective.model
@@ -99,7 +99,7 @@ class Norms:
         """Move them, in all processes alike."""
         if not self.seen:
             return
-        mean = summed(torch.cat(self.means))
+        mean = all_reduce_sum(torch.cat(self.means))
         for buffer, part in zip(self.seen, mean.split([len(buffer) for buffer in self.seen]), strict=True):
             buffer.copy_(part)
         for count in self.counts:

@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from sqat.distributed import processes, summed
+from sqat.distributed import all_reduce_sum, process_state
 
 Whole = dict[int, nn.Parameter]
 
@@ -53,7 +53,7 @@ class Shards:
         self.names = [set(vars(module)) for module in self.modules]
         self.hooks = [[(hooks, set(hooks)) for hooks in hooks_of(module)] for module in self.modules]
         self.scalars = [parameter for parameter in model.parameters() if not parameter.dim()]
-        mesh = init_device_mesh(processes().device.type, (processes().num_processes,))
+        mesh = init_device_mesh(process_state().device.type, (process_state().num_processes,))
         for module in (*map(model.get_submodule, blocks), objective):
             fully_shard(module, mesh=mesh, reshard_after_forward=False, ignored_params={*self.scalars})
         self.sharing: list[tuple[type[nn.Module], list[dict[int, object]], dict[str, Any]]] = []
@@ -106,7 +106,7 @@ class Shards:
         """Average the gradients of what is not shared out over the processes."""
         known = [scalar.grad for scalar in self.scalars if scalar.grad is not None]
         if known:
-            mean = summed(torch.stack(known)) / processes().num_processes
+            mean = all_reduce_sum(torch.stack(known)) / process_state().num_processes
             for gradient, value in zip(known, mean, strict=True):
                 gradient.copy_(value)
 

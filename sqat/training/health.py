@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sqat.checkpoint.manifest import Manifest
-from sqat.distributed import one_says
+from sqat.distributed import first_nonempty
 from sqat.errors import SqatError
 from sqat.modules.activation_quantizers import QUANTIZERS, Quantizers
 from sqat.training.fsdp import whole
@@ -36,7 +36,7 @@ def check_losses(losses: Mapping[str, float], model: nn.Module, again: Callable[
     """
     for name, value in losses.items():
         if not math.isfinite(value):
-            layer = one_says(first_broken(model, again))
+            layer = first_nonempty(first_broken(model, again))
             where = f"; the first layer to put out NaN or infinity is {layer}" if layer else ""
             raise SqatError(f"the {name} loss is {value} at step {step}{where}", LOWER)
 

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sqat.distributed import any_process, by_first, in_shards, processes, summed
+from sqat.distributed import all_reduce_sum, any_rank, process_state, run_on_rank0, uses_fsdp
 from sqat.errors import StoppedError
 from sqat.modules.activation_quantizers import QUANTIZERS
 from sqat.progress import Display
@@ -64,7 +64,7 @@ class Fitted:
 def batches_together(config: FitConfig, state: MidStage) -> int:
     """How many batches an optimizer step sums up over all processes: as many as the fit that is gone on with had."""
     known = state.peek()
-    return config.gradient_accumulation * processes().num_processes if known is None else known.together
+    return config.gradient_accumulation * process_state().num_processes if known is None else known.together
 
 
 def rate_factor(config: FitConfig, step: int, steps: int) -> float:
@@ -116,8 +116,8 @@ class Run:
         Raises:
             SqatError: it cannot be written; in all processes.
         """
-        tensors = self.tensors() if in_shards() or processes().is_main_process else {}
-        by_first(lambda: self.state.save(tensors, self.progress))
+        tensors = self.tensors() if uses_fsdp() or process_state().is_main_process else {}
+        run_on_rank0(lambda: self.state.save(tensors, self.progress))
 
     def tensors(self) -> dict[str, Tensor]:
         """Model, optimizer and best weights by name; where they are shared out all processes must ask."""
@@ -213,7 +213,7 @@ def fit(
         before_step: called before each step with its number; what it changes in the model must be in the
             model's state dict, so that a resumed run finds it there.
     """
-    processes()  # before Accelerator, which would not find gloo by itself
+    process_state()  # before Accelerator, which would not find gloo by itself
     accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1,  # whatever the environment says
                               kwargs_handlers=[REPLICAS])  # fmt: skip
     together = batches_together(config, state)
@@ -249,11 +249,11 @@ def fit(
                 run.progress.seconds += time.monotonic() - begun
                 display.update(run.progress.step, shown, samples / max(seconds, 1e-9))  # some clocks stand still
                 due = accelerator.is_main_process and time.monotonic() - saved >= config.save_every
-                stop, due = any_process(asked(), due)
+                stop, due = any_rank(asked(), due)
                 if due and not stop and run.progress.step < steps:
                     saved = time.monotonic()
                     run.save()
-            if any(any_process(asked())):  # once more: a signal may have come during the last save
+            if any(any_rank(asked())):  # once more: a signal may have come during the last save
                 run.save()
                 accelerator.wait_for_everyone()  # a launcher ends all processes once the first has ended
                 raise StoppedError(f"{title}: stopped and saved at step {run.progress.step} of {steps}",
@@ -298,7 +298,7 @@ def take_step(
         norms.note_(piece.share)
         for name, part in parts.items():
             totals[name] = totals.get(name, part.new_zeros(())) + part.detach() * piece.share
-    figures = dict(zip(totals, summed(torch.stack([*totals.values()])).tolist(), strict=True))
+    figures = dict(zip(totals, all_reduce_sum(torch.stack([*totals.values()])).tolist(), strict=True))
     check_losses(figures, model, partial(compute_again, spread.objective, pieces), step)
     if spread.shards is not None:
         spread.shards.average_scalars_()

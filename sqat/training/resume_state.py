@@ -18,7 +18,7 @@ from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
 from sqat.checkpoint.disk import write_synced
-from sqat.distributed import any_process, first_says
+from sqat.distributed import any_rank, broadcast_from_rank0
 from sqat.errors import SqatError
 
 
@@ -86,7 +86,7 @@ class MidStage:
         """
         known = self.peek()
         told = "" if known is None else json.dumps(asdict(known))
-        if any(any_process(told != first_says(told))):
+        if any(any_rank(told != broadcast_from_rank0(told))):
             raise SqatError("not every process finds the same mid-stage state",
                             "put the output where all hosts see it", str(self.directory))  # fmt: skip
         return self.found.pop()

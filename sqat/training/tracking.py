@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from accelerate import Accelerator
 
-from sqat.distributed import processes
+from sqat.distributed import process_state
 from sqat.errors import SqatError, first_line
 from sqat.progress import Display
 from sqat.recipe.schema import Recipe
@@ -113,7 +113,7 @@ def start_tracker(name: str, recipe: Recipe, directory: Path) -> list[Any]:
     Raises:
         SqatError: it cannot begin.
     """
-    processes()  # before Accelerator, which would not find gloo by itself
+    process_state()  # before Accelerator, which would not find gloo by itself
     config = names_for(name, flat(recipe.model_dump(mode="json", by_alias=True)))
     try:
         with redirect_stdout(sys.stderr):

@@ -132,10 +132,12 @@ def test_processes_other_than_the_first_learn_of_it(
     tmp_path: Path, recorder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     second = SimpleNamespace(is_main_process=False, wait_for_everyone=lambda: None)
-    monkeypatch.setattr("sqat.distributed.processes", lambda: second)
-    monkeypatch.setattr("sqat.distributed.first_says", lambda text: text)
+    monkeypatch.setattr("sqat.distributed.process_state", lambda: second)
+    monkeypatch.setattr("sqat.distributed.broadcast_from_rank0", lambda text: text)
     with run_lock(tmp_path, recorder):
         assert not list(tmp_path.iterdir()), "the first one holds it"
-    monkeypatch.setattr("sqat.distributed.first_says", lambda text: json.dumps(["held", "wait", "runs"]))
+    monkeypatch.setattr(
+        "sqat.distributed.broadcast_from_rank0", lambda text: json.dumps(["held", "wait", "runs", "locked"])
+    )
     with pytest.raises(SqatError, match="runs: held; wait"), run_lock(tmp_path, recorder):
         pass

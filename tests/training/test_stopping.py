@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sqat.data.dataset import Batch
-from sqat.distributed import any_process
+from sqat.distributed import any_rank
 from sqat.errors import StoppedError
 from sqat.progress import Silent
 from sqat.recipe.schema import FitConfig
@@ -66,7 +66,7 @@ def test_another_thread_gets_no_signals() -> None:
 
 
 def test_one_process_asks_nobody() -> None:
-    assert any_process(True, False) == [True, False]
+    assert any_rank(True, False) == [True, False]
 
 
 class Signalled(Silent):
