@@ -172,10 +172,10 @@ def make_checkpoint(make_model: MakeModel, tokenizer: Any) -> Callable[..., Chec
         layers = {name: LayerRecord(pattern="2:4", quantized=True) for name in rest}
         layers[first] = LayerRecord(pattern="2:4", float_because="excluded by the recipe")
         layers |= {name: LayerRecord(dense_because=why, float_because=why) for name, why in choice.left.items()}
-        sites = {f"{name}:input": SiteRecord(leader=f"{name}:input", saturated=0.25) for name in rest}
+        sites = {f"{name}:input": SiteRecord(shared_with=f"{name}:input", saturated=0.25) for name in rest}
         amax = {site: torch.tensor(1.5 + i) for i, site in enumerate(sites)}
         entries = {"stage": "calibrate", "kind": "calibrate", "key": "k" * 16, "base_model": "tiny", "seed": 3}
-        known = Manifest(**{**entries, "layers": layers, "sites": sites, "profile": "linear", **manifest})
+        known = Manifest(**{**entries, "layers": layers, "sites": sites, "placement": "linear", **manifest})
         return Checkpoint(known, files, weights, masks, amax, "# a recipe\nname: ä\n")
 
     return make

@@ -95,7 +95,7 @@ def why_unsound(keys: Keys, name: str) -> str:
         there = keys.directory(name).is_dir()
         return f"the checkpoint of stage {name} cannot be read" if there else f"stage {name} has not run"
     parent, teacher = recipe.parent_of(name), teacher_name(recipe, name)
-    if manifest.made_from != made_from(keys.manifest(parent), keys.manifest(teacher)):
+    if manifest.input_digests != made_from(keys.manifest(parent), keys.manifest(teacher)):
         return f"stage {name} was made from checkpoints that are no longer there"
     current = keys.is_current(name)  # whatever the words of its recipe, such as another path to the same data
     if not current and sections(keys.loaded, name) != sections(made_with(keys.directory(name), manifest), name):

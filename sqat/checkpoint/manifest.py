@@ -47,14 +47,14 @@ class SiteRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    leader: str
+    shared_with: str
     saturated: float | None
 
 
 class Manifest(BaseModel):
     """`sqat.json`; ``sha256`` is of all its other entries, so that no changed byte goes unseen.
 
-    ``stretch`` is the factor that ``retry`` had put on the steps of this attempt.
+    ``retry_multiplier`` is the factor that ``retry`` had put on the steps of this attempt.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -63,19 +63,19 @@ class Manifest(BaseModel):
     stage: str
     kind: Literal["train", "prune", "calibrate", "qat", "export"]
     key: str
-    made_from: dict[str, str] = {}
+    input_digests: dict[str, str] = {}
     base_model: str
     seed: int
     versions: dict[str, str] = {}
     metrics: dict[str, dict[str, Figure]] = {}
     layers: dict[str, LayerRecord] = {}
     sites: dict[str, SiteRecord] = {}
-    left: dict[str, str] = {}
-    profile: str = ""
+    skipped: dict[str, str] = {}
+    placement: str = ""
     notes: list[str] = []
     overrides: list[str] = []
     attempt: int = 1
-    stretch: float = 1.0
+    retry_multiplier: float = 1.0
     steps: int = 0
     samples: int = 0
     seconds: float = 0.0

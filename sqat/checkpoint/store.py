@@ -190,8 +190,8 @@ def check_claims(checkpoint: Checkpoint, place: str) -> None:
         if amax.dim() or not amax.is_floating_point() or not 0 < float(amax) < float("inf"):
             raise SqatError(f"the bound of {site} is not one positive number", REMAKE, place)
     for site, found in checkpoint.manifest.sites.items():
-        if checkpoint.weights and found.leader not in checkpoint.amax:
-            raise SqatError(f"{site} has no bound: {found.leader} is not in {STATE}", REMAKE, place)
+        if checkpoint.weights and found.shared_with not in checkpoint.amax:
+            raise SqatError(f"{site} has no bound: {found.shared_with} is not in {STATE}", REMAKE, place)
 
 
 def violations(layer: str, mask: Tensor, pattern: str, place: str) -> int:

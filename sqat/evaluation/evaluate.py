@@ -27,8 +27,8 @@ from sqat.training.loop import Figures
 
 def quantizers_of(checkpoint: Checkpoint, learned: bool = False) -> Quantizers:
     """Activation quantizers of a calibrated checkpoint."""
-    leaders = {site: record.leader for site, record in checkpoint.manifest.sites.items()}
-    return Quantizers(checkpoint.amax, leaders, learned, kernels=checkpoint.manifest.profile == "cpu")
+    leaders = {site: record.shared_with for site, record in checkpoint.manifest.sites.items()}
+    return Quantizers(checkpoint.amax, leaders, learned, kernels=checkpoint.manifest.placement == "cpu")
 
 
 @contextmanager
@@ -38,8 +38,8 @@ def served_model(checkpoint: Checkpoint) -> Iterator[tuple[nn.Module, Processor]
     if not checkpoint.amax:
         yield model, processor
         return
-    if checkpoint.manifest.profile != "linear":
-        use_taps(model, checkpoint.manifest.profile)
+    if checkpoint.manifest.placement != "linear":
+        use_taps(model, checkpoint.manifest.placement)
     blocks, layers = encoder_blocks(model), quantized_layers(checkpoint)
     with quantized_(model, checkpoint.masks, layers, quantizers_of(checkpoint), blocks):
         yield model, processor

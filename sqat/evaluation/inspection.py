@@ -47,7 +47,7 @@ def report(checkpoint: Checkpoint, name: str) -> LayerReport:
         pattern=found_pattern(weight, record.pattern),
         zeros=float((weight == 0).double().mean()),
         weight_scale=scale,
-        input_amax=None if site is None else float(checkpoint.amax[site.leader]),
+        input_amax=None if site is None else float(checkpoint.amax[site.shared_with]),
         sqnr_db=sqnr,
         saturated=None if site is None else site.saturated,
         reason=why_left(record),

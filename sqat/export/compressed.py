@@ -71,7 +71,7 @@ def stored_tensors(checkpoint: Checkpoint, layers: list[str]) -> dict[str, Tenso
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.weights.items()}
     for name in layers:
         integers, scale = quantize_weight(tensors[f"{name}.weight"])
-        amax = checkpoint.amax[checkpoint.manifest.sites[f"{name}:input"].leader]
+        amax = checkpoint.amax[checkpoint.manifest.sites[f"{name}:input"].shared_with]
         tensors[f"{name}.weight"] = integers
         tensors[f"{name}.weight_scale"] = scale.float()[:, None].contiguous()
         tensors[f"{name}.input_scale"] = (amax.detach().cpu().float() / HIGH).reshape(1)

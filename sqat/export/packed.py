@@ -90,7 +90,7 @@ def scales_of(checkpoint: Checkpoint, name: str, record: LayerRecord) -> dict[st
     """Both scales of an int8 layer by their names in the file; none of another."""
     if not record.quantized:
         return {}
-    amax = checkpoint.amax[checkpoint.manifest.sites[f"{name}:input"].leader]
+    amax = checkpoint.amax[checkpoint.manifest.sites[f"{name}:input"].shared_with]
     scale = quantize_weight(checkpoint.weights[f"{name}.weight"].cpu())[1]
     return {f"{name}.weight_scale": scale.float(), f"{name}.input_scale": amax.detach().cpu().float() / HIGH}
 
@@ -106,7 +106,7 @@ def describe(weight: SemiStructured, pattern: str) -> PackedLayer:
 def kept_sites(checkpoint: Checkpoint, layers: Mapping[str, PackedLayer]) -> dict[str, str]:
     """Site -> leader, of the sites that no packed layer quantizes itself."""
     own = {f"{name}:input" for name, layer in layers.items() if layer.type == "int8"}
-    return {site: record.leader for site, record in checkpoint.manifest.sites.items() if site not in own}
+    return {site: record.shared_with for site, record in checkpoint.manifest.sites.items() if site not in own}
 
 
 def sizes(weights: Mapping[str, SemiStructured]) -> dict[str, int]:

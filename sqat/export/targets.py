@@ -105,7 +105,7 @@ def write_int8(source: Source, folder: Path) -> Written:
 def write_tensorrt(source: Source, folder: Path) -> Written:
     """Int8 in and out of every linear, in the flavour asked for, and what builds an engine of it."""
     options, config = source.config.tensorrt, source.config
-    if (profile := source.checkpoint.manifest.profile) in FLOAT_OUTPUTS:
+    if (profile := source.checkpoint.manifest.placement) in FLOAT_OUTPUTS:
         raise SqatError(
             "target tensorrt needs the scales of the linears' outputs, and the checkpoint was calibrated with "
             f"profile {profile}",
@@ -148,15 +148,15 @@ def encoder_of(checkpoint: Checkpoint, model: nn.Module) -> Encoder:
     """The encoder of a checkpoint that was calibrated for the CPU's kernels."""
     manifest = checkpoint.manifest
     check_encoder(model)
-    if manifest.profile != "cpu":
-        made = f"was calibrated with profile {manifest.profile}" if manifest.profile else "is not calibrated"
+    if manifest.placement != "cpu":
+        made = f"was calibrated with profile {manifest.placement}" if manifest.placement else "is not calibrated"
         raise SqatError(f"target cpu-sparse needs the scales of profile cpu, and the checkpoint {made}",
                         "set stages.calibrate.profile: cpu, or export onnx-int8")  # fmt: skip
     for name, pattern in ((name, record.pattern) for name, record in manifest.layers.items() if record.pattern):
         weight, _ = quantize_weight(checkpoint.weights[f"{name}.weight"])
         if broken := next(check_pattern(name, weight, pattern), None):
             raise GateError(f"the exported integers break rule B6: {broken}", "nothing was written")
-    bounds = {site: float(checkpoint.amax[record.leader]) for site, record in manifest.sites.items()}
+    bounds = {site: float(checkpoint.amax[record.shared_with]) for site, record in manifest.sites.items()}
     return read_encoder(model, quantized_layers(checkpoint), bounds)
 
 
@@ -204,14 +204,14 @@ def write_compressed_tensors(source: Source, folder: Path) -> Written:
 
 def for_any_runtime(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint without what only the kernels of target cpu-sparse compute: attention products in their bytes."""
-    return with_linear_sites(checkpoint) if checkpoint.manifest.profile == "cpu" else checkpoint
+    return with_linear_sites(checkpoint) if checkpoint.manifest.placement == "cpu" else checkpoint
 
 
 def with_linear_sites(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint as profile ``linear`` has it: only the inputs of linears are quantized."""
     sites = {site: record for site, record in checkpoint.manifest.sites.items() if site.endswith(":input")}
-    known = checkpoint.manifest.model_copy(update={"sites": sites, "profile": "linear"})
-    amax = {record.leader: checkpoint.amax[record.leader] for record in sites.values()}
+    known = checkpoint.manifest.model_copy(update={"sites": sites, "placement": "linear"})
+    amax = {record.shared_with: checkpoint.amax[record.shared_with] for record in sites.values()}
     return replace(checkpoint, manifest=known, amax=amax)
 
 
@@ -239,7 +239,7 @@ def quantization_of(checkpoint: Checkpoint, target: str) -> Quantization:
         raise SqatError(f"target {target} needs activation scales", "put a calibrate stage before, or export onnx-fp32")
     weights = {name: quantize_weight(checkpoint.weights[f"{name}.weight"]) for name in quantized_layers(checkpoint)}
     sites = checkpoint.manifest.sites.items()
-    return Quantization(weights, {site: float(checkpoint.amax[record.leader]) for site, record in sites})
+    return Quantization(weights, {site: float(checkpoint.amax[record.shared_with]) for site, record in sites})
 
 
 TARGETS: dict[str, Callable[[Source, Path], Written]] = {

@@ -73,7 +73,7 @@ def facts_of(manifest: Manifest) -> Facts:
     return Facts(
         pattern=max(patterns, default=""),
         quantized=any(record.quantized for record in manifest.layers.values()),
-        profile=manifest.profile,
+        profile=manifest.placement,
     )
 
 

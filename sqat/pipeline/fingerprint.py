@@ -103,7 +103,7 @@ class Keys:
         if manifest is None or manifest.key != self.planned[name] or not is_attempt(manifest, recipe.stages[name]):
             return False
         parent, teacher = self.manifest(recipe.parent_of(name)), self.manifest(teacher_name(recipe, name))
-        return manifest.made_from == made_from(parent, teacher)
+        return manifest.input_digests == made_from(parent, teacher)
 
 
 def attempts(config: StageConfig) -> int:
@@ -119,7 +119,7 @@ def stretch(config: StageConfig, attempt: int) -> float:
 
 def is_attempt(manifest: Manifest, config: StageConfig) -> bool:
     """A checkpoint is of an attempt that the stage may make, with as many steps: ``retry`` is in no key."""
-    return manifest.attempt <= attempts(config) and manifest.stretch == stretch(config, manifest.attempt)
+    return manifest.attempt <= attempts(config) and manifest.retry_multiplier == stretch(config, manifest.attempt)
 
 
 def made_from(parent: Manifest | None, teacher: Manifest | None) -> dict[str, str]:

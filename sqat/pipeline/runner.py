@@ -204,7 +204,7 @@ class Trial:
         """Whether a checkpoint is what an attempt of this very stage makes."""
         manifest = known[1]
         config = self.keys.loaded.recipe.stages[self.name]
-        return (manifest.key, manifest.made_from) == (self.key, self.origin) and is_attempt(manifest, config)
+        return (manifest.key, manifest.input_digests) == (self.key, self.origin) and is_attempt(manifest, config)
 
 
 def execute(
@@ -302,7 +302,7 @@ def run_once(trial: Trial, attempt: int) -> Checkpoint:
     )  # fmt: skip
     checkpoint = STAGES[given.stage](config, trial.parent, context)
     seconds = max(checkpoint.manifest.seconds, time.monotonic() - begun)  # a resumed fit knows its earlier part
-    facts = {"seconds": round(seconds, 3), "overrides": [*loaded.overrides], "attempt": attempt, "stretch": factor}
+    facts = {"seconds": round(seconds, 3), "overrides": [*loaded.overrides], "attempt": attempt, "retry_multiplier": factor}
     return replace(checkpoint, manifest=checkpoint.manifest.model_copy(update=facts), recipe=loaded.text)
 
 

@@ -236,7 +236,7 @@ def read_activations(keys: Keys, stages: list[Stage], missing: list[str]) -> lis
         return []
     checkpoint = load_checkpoint(keys.directory(stage))
     found: dict[str, Any] = json.loads(checkpoint.files[HISTOGRAMS])
-    bounds = {site: float(checkpoint.amax[manifest.sites[site].leader]) for site in found}
+    bounds = {site: float(checkpoint.amax[manifest.sites[site].shared_with]) for site in found}
     if not any("covers" in each for each in found.values()):
         missing.append(f"bounds of 99.99 %: stage {stage} was calibrated by an older sqat, which did not keep them")
     return [Activation(site, bounds[site], float(each["width"]), [*each["counts"]], manifest.sites[site].saturated,

@@ -55,7 +55,7 @@ def run(config: CalibrateConfig, parent: Checkpoint | None, context: StageContex
     add_up_(histograms)
     bounds = {site: find_bound(config.method, histogram) for site, histogram in histograms.items()}
     leaders, amax = tie(sites, bounds)
-    records = {site: SiteRecord(leader=leader, saturated=histograms[sites.leaders[site]].share_beyond(amax[leader]))
+    records = {site: SiteRecord(shared_with=leader, saturated=histograms[sites.leaders[site]].share_beyond(amax[leader]))
                for site, leader in leaders.items()}  # fmt: skip
     tensors = {site: torch.tensor(bound, dtype=torch.float32) for site, bound in amax.items()}
     snap_biases_(model, choice.chosen, tensors, leaders)
@@ -66,8 +66,8 @@ def run(config: CalibrateConfig, parent: Checkpoint | None, context: StageContex
     layers = record_layers(parent, choice.chosen, choice.left)
     files, weights = capture(model, processor)
     files[HISTOGRAMS] = summaries(histograms)
-    manifest = context.manifest(config, parent, metrics=metrics, layers=layers, sites=records, left=sites.left,
-                            profile=config.profile, notes=notes)  # fmt: skip
+    manifest = context.manifest(config, parent, metrics=metrics, layers=layers, sites=records, skipped=sites.left,
+                            placement=config.profile, notes=notes)  # fmt: skip
     return Checkpoint(manifest, files, weights, masks, tensors)
 
 

@@ -155,11 +155,11 @@ class StageContext:
             "versions": versions(),
         }
         if parent is not None:
-            known |= {name: getattr(parent.manifest, name) for name in ("layers", "sites", "left", "profile", "notes")}
+            known |= {name: getattr(parent.manifest, name) for name in ("layers", "sites", "skipped", "placement", "notes")}
         if fitted is not None:
             known |= vars(fitted)
         return Manifest(
-            stage=self.name, kind=config.stage, key=self.key, made_from=self.made_from, **{**known, **entries}
+            stage=self.name, kind=config.stage, key=self.key, input_digests=self.made_from, **{**known, **entries}
         )
 
 

@@ -19,8 +19,8 @@ def run(config: QatConfig, parent: Checkpoint | None, context: StageContext) -> 
     if parent is None or not parent.amax:
         raise SqatError(f"stage {context.name} needs activation scales", "put a calibrate stage before it")
     model, processor = context.load_model(parent)
-    if parent.manifest.profile != "linear":
-        use_taps(model, parent.manifest.profile)
+    if parent.manifest.placement != "linear":
+        use_taps(model, parent.manifest.placement)
     quantizers = quantizers_of(parent, learned=config.activation_scales == "learned")
     with (
         quantized_(model, parent.masks, quantized_layers(parent), quantizers, encoder_blocks(model)),

@@ -231,7 +231,7 @@ def test_a_manifest_that_is_no_text(saved: Path) -> None:
         (lambda m: m.update(kind="polish"), "kind"),
         (lambda m: m.update(seed="x"), "seed"),
         (lambda m: m["layers"][QUERY].update(dense="yes"), f"layers.{QUERY}.dense"),
-        (lambda m: m["sites"].update(x={"leader": "x"}), "sites.x.saturated"),
+        (lambda m: m["sites"].update(x={"shared_with": "x"}), "sites.x.saturated"),
     ],
 )
 def test_a_wrong_manifest_entry_is_named(edit: Callable[[dict[str, Any]], object], where: str, saved: Path) -> None:
@@ -444,9 +444,9 @@ def test_saving_replaces_what_was_there(saved: Path, checkpoint: Checkpoint) -> 
 
 def test_an_export_has_no_weights_and_keeps_its_claims(checkpoint: Checkpoint, tmp_path: Path) -> None:
     layers = {"a": LayerRecord(pattern="2:4", quantized=True)}
-    sites = {"a:input": SiteRecord(leader="a:input", saturated=0.0)}
+    sites = {"a:input": SiteRecord(shared_with="a:input", saturated=0.0)}
     manifest = Manifest(
-        stage="e", kind="export", key="k", base_model="b", seed=0, layers=layers, sites=sites, profile="linear"
+        stage="e", kind="export", key="k", base_model="b", seed=0, layers=layers, sites=sites, placement="linear"
     )
     save_checkpoint(Checkpoint(manifest, {"model.int8.onnx": b"bytes"}), tmp_path / "e")
     loaded = load_checkpoint(tmp_path / "e")

@@ -139,7 +139,7 @@ def test_a_pruned_row_has_a_scale(make_model: Callable[..., PreTrainedModel], to
     files, weights = capture(make_model("bert"), TextProcessor(tokenizer))
     weights[f"{FIRST}.weight"][3] = 0.0
     layers = {FIRST: LayerRecord(quantized=True)}
-    sites = {f"{FIRST}:input": SiteRecord(leader="shared", saturated=0.0)}
+    sites = {f"{FIRST}:input": SiteRecord(shared_with="shared", saturated=0.0)}
     manifest = Manifest(stage="c", kind="calibrate", key="k", base_model="b", seed=0, layers=layers, sites=sites)
     checkpoint = Checkpoint(manifest, files, weights, {}, {"shared": torch.tensor(3.5)})
     row = inspected(checkpoint, tmp_path)[FIRST]

@@ -67,7 +67,7 @@ def test_a_shared_quantizer_gives_its_scale_to_all_its_layers(make_checkpoint: M
     checkpoint = make_checkpoint("bert")
     parts = [f"bert.encoder.layer.1.attention.self.{part}" for part in ("query", "key", "value")]
     leader = f"{parts[0]}:input"
-    sites = {**checkpoint.manifest.sites, **{f"{p}:input": SiteRecord(leader=leader, saturated=0) for p in parts}}
+    sites = {**checkpoint.manifest.sites, **{f"{p}:input": SiteRecord(shared_with=leader, saturated=0) for p in parts}}
     shared = replace(checkpoint, manifest=checkpoint.manifest.model_copy(update={"sites": sites}))
     tensors = load(contents(shared)["model.safetensors"])
     assert {float(tensors[f"{part}.input_scale"]) for part in parts} == {float(checkpoint.amax[leader] / 127)}
@@ -77,7 +77,7 @@ def test_sites_without_a_name_in_the_format_are_told(make_checkpoint: MakeCheckp
     checkpoint = make_checkpoint("bert")
     assert write_compressed(checkpoint)[1] == []
     roles = ("query", "key", "add0.left", "output")
-    more = {f"bert.encoder.layer.0:{role}": SiteRecord(leader="x", saturated=None) for role in roles}
+    more = {f"bert.encoder.layer.0:{role}": SiteRecord(shared_with="x", saturated=None) for role in roles}
     manifest = checkpoint.manifest.model_copy(update={"sites": {**checkpoint.manifest.sites, **more}})
     files, notes = write_compressed(replace(checkpoint, manifest=manifest))
     assert files == write_compressed(checkpoint)[0]

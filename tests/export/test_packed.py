@@ -180,7 +180,7 @@ def test_other_sites_go_along_with_their_bounds(make_checkpoint: MakeCheckpoint)
     checkpoint = make_checkpoint()
     leader = f"{QUERY}:input"
     record = next(iter(checkpoint.manifest.sites.values()))
-    sites = checkpoint.manifest.sites | {"a:add0.left": record.model_copy(update={"leader": leader})}
+    sites = checkpoint.manifest.sites | {"a:add0.left": record.model_copy(update={"shared_with": leader})}
     more = replace(checkpoint, manifest=checkpoint.manifest.model_copy(update={"sites": sites}))
     entries, tensors = read(write_packed(more))
     assert entries["sites"] == {"a:add0.left": leader}, "inputs of int8 layers are quantized by the layers"

@@ -147,6 +147,6 @@ def test_a_pattern_is_halved_if_it_leaves_at_most_4_of_each_8() -> None:
 
 def test_facts_of_a_manifest() -> None:
     layers = {"a": LayerRecord(pattern="2:4", quantized=True), "b": LayerRecord(dense_because="excluded")}
-    manifest = Manifest(stage="qat", kind="qat", key="k", base_model="m", seed=0, layers=layers, profile="linear")
+    manifest = Manifest(stage="qat", kind="qat", key="k", base_model="m", seed=0, layers=layers, placement="linear")
     assert facts_of(manifest) == LINEAR8
-    assert facts_of(manifest.model_copy(update={"layers": {"b": LayerRecord()}, "profile": ""})) == DENSE
+    assert facts_of(manifest.model_copy(update={"layers": {"b": LayerRecord()}, "placement": ""})) == DENSE

@@ -53,7 +53,7 @@ def pruned(linears: PreTrainedModel, make_checkpoint: Callable[..., Checkpoint],
         encoder.manifest.layers["bert.encoder.layer.1.output.dense"],
         next(iter(encoder.manifest.sites.values())),
     )
-    sites = {f"{name}:input": site.model_copy(update={"leader": f"{name}:input"}) for name in names}
+    sites = {f"{name}:input": site.model_copy(update={"shared_with": f"{name}:input"}) for name in names}
     manifest = encoder.manifest.model_copy(update={"layers": dict.fromkeys(names, record), "sites": sites})
     return Checkpoint(manifest, files, weights, masks, dict.fromkeys(sites, torch.tensor(2.0)))
 

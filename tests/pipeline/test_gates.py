@@ -124,12 +124,12 @@ def test_an_attempt_with_another_factor_on_its_steps_is_none_of_this_recipe(copy
     with pytest.raises(GateError):
         run(copy, *FEW)
     manifest = load_manifest(rejected(copy))
-    assert (manifest.attempt, manifest.stretch, manifest.steps) == (2, 2, 6)
+    assert (manifest.attempt, manifest.retry_multiplier, manifest.steps) == (2, 2, 6)
     three = "stages.prune.retry={times: 1, steps: 3}"
     with pytest.raises(GateError):
         run(copy, *FEW[:3], three)
     manifest = load_manifest(rejected(copy))
-    assert (manifest.attempt, manifest.stretch, manifest.steps) == (2, 3, 9)
+    assert (manifest.attempt, manifest.retry_multiplier, manifest.steps) == (2, 3, 9)
     passing = "stages.prune.gates={accuracy: {min: 0.1}}"
     run(copy, *FEW[:2], three, passing)
     assert load_manifest(copy.stage("prune")).steps == 9

@@ -151,7 +151,7 @@ def test_a_stage_runs_from_a_given_checkpoint_to_a_given_folder(copy: Project) -
     made = stage(copy, "calibrate", "stages.calibrate.profile=linear", parent=copy.stage("train"),
                  output=copy.folder / "out")  # fmt: skip
     manifest = load_checkpoint(made).manifest
-    assert manifest.made_from == {"parent": load_checkpoint(copy.stage("train")).manifest.sha256}
+    assert manifest.input_digests == {"parent": load_checkpoint(copy.stage("train")).manifest.sha256}
     assert not load_checkpoint(made).masks
     assert {record.dense_because for record in manifest.layers.values()} == {"no prune stage"}
 

@@ -97,7 +97,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[.
     tmp_path = tmp_path_factory.mktemp("report")
     folder = tmp_path / "runs" / "a <run>"
     made = make_checkpoint()
-    plain: dict[str, Any] = {"layers": {}, "sites": {}, "profile": ""}
+    plain: dict[str, Any] = {"layers": {}, "sites": {}, "placement": ""}
     fitted = {"losses": {"task": 0.25}, "steps": 10}
     history = [{"step": 5.0, "accuracy": 0.5}, {"step": 10.0, "accuracy": 0.75}]
     parts: dict[str, dict[str, Any]] = {
@@ -105,7 +105,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[.
         "prune": {
             "kind": "prune",
             "sites": {},
-            "profile": "",
+            "placement": "",
             "losses": {"task": 0.5, "minilm": 0.01},
             "steps": 10,
             "metrics": {"dev": {"accuracy": 0.125}},

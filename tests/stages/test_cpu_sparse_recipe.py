@@ -80,7 +80,7 @@ def exported(project: Project, *overrides: str, output: Path | None = None) -> P
 def test_the_served_metric_is_the_trained_one(project: Project) -> None:
     folder = project.stage("export")
     served, trained = manifest(folder), manifest(project.stage("qat"))
-    assert trained["profile"] == "cpu"
+    assert trained["placement"] == "cpu"
     assert served["metrics"]["dev cpu-sparse"] == trained["metrics"]["dev"]
     assert any(note.startswith("cpu-sparse: 100.00% of 80 decisions equal") for note in served["notes"])
     assert 0.9 < served["metrics"]["dev"]["accuracy"] <= 1

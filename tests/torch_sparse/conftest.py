@@ -67,8 +67,8 @@ def calibrate(model: Any, tokenizer: Any, profile: str) -> Checkpoint:
     files, weights = capture(model, TextProcessor(tokenizer))
     layers = {name: LayerRecord(pattern="2:4", quantized=True) for name in choice.chosen}
     layers |= {name: LayerRecord(dense_because=why, float_because=why) for name, why in choice.left.items()}
-    records = {site: SiteRecord(leader=leader, saturated=0.0) for site, leader in leaders.items()}
-    manifest = Manifest(stage="qat", kind="qat", key="k" * 16, base_model="tiny", seed=0, profile=profile,
+    records = {site: SiteRecord(shared_with=leader, saturated=0.0) for site, leader in leaders.items()}
+    manifest = Manifest(stage="qat", kind="qat", key="k" * 16, base_model="tiny", seed=0, placement=profile,
                         layers=layers, sites=records)  # fmt: skip
     return Checkpoint(manifest, files, weights, masks, {site: torch.tensor(a) for site, a in amax.items()})
 

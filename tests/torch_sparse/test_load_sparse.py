@@ -370,7 +370,7 @@ def test_a_pruned_checkpoint_without_scales_runs_in_float16(
 ) -> None:
     whole = calibrated("bert", "linear")
     layers = {name: record.model_copy(update={"quantized": False}) for name, record in whole.manifest.layers.items()}
-    manifest = whole.manifest.model_copy(update={"layers": layers, "sites": {}, "profile": ""})
+    manifest = whole.manifest.model_copy(update={"layers": layers, "sites": {}, "placement": ""})
     checkpoint = Checkpoint(manifest, whole.files, whole.weights, whole.masks)
     folder = write_folder(write_packed(checkpoint))
     model = empty_model(folder)
