@@ -127,7 +127,8 @@ def sound_manifest() -> dict[str, Any]:
     """What a manifest holds, with something of every kind."""
     found = Manifest(stage="p", kind="prune", key="k", base_model="b", seed=0, versions={"torch": "2"}, notes=["n"],
                      metrics={"dev": {"f1": 0.5, "pnr": float("inf")}}, history=[{"step": 1.0}], losses={"task": 1.0},
-                     layers={"a.b": LayerRecord(pattern="2:4")}, sites={"s": SiteRecord(shared_with="s", saturated=0.1)},
+                     layers={"a.b": LayerRecord(pattern="2:4")},
+                     sites={"s": SiteRecord(shared_with="s", saturated=0.1)},
                      files={"config.json": sha256(b"{}").hexdigest()})  # fmt: skip
     raw = found.model_dump(mode="json")
     return {**raw, "sha256": manifest_digest(raw)}

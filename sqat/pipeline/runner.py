@@ -302,7 +302,8 @@ def run_once(trial: Trial, attempt: int) -> Checkpoint:
     )  # fmt: skip
     checkpoint = STAGES[given.stage](config, trial.parent, context)
     seconds = max(checkpoint.manifest.seconds, time.monotonic() - begun)  # a resumed fit knows its earlier part
-    facts = {"seconds": round(seconds, 3), "overrides": [*loaded.overrides], "attempt": attempt, "retry_multiplier": factor}
+    facts = {"seconds": round(seconds, 3), "overrides": [*loaded.overrides], "attempt": attempt,
+             "retry_multiplier": factor}  # fmt: skip
     return replace(checkpoint, manifest=checkpoint.manifest.model_copy(update=facts), recipe=loaded.text)
 
 

@@ -55,8 +55,8 @@ def run(config: CalibrateConfig, parent: Checkpoint | None, context: StageContex
     add_up_(histograms)
     bounds = {site: find_bound(config.method, histogram) for site, histogram in histograms.items()}
     leaders, amax = tie(sites, bounds)
-    records = {site: SiteRecord(shared_with=leader, saturated=histograms[sites.leaders[site]].share_beyond(amax[leader]))
-               for site, leader in leaders.items()}  # fmt: skip
+    saturated = {site: histograms[sites.leaders[site]].share_beyond(amax[leader]) for site, leader in leaders.items()}
+    records = {site: SiteRecord(shared_with=leader, saturated=saturated[site]) for site, leader in leaders.items()}
     tensors = {site: torch.tensor(bound, dtype=torch.float32) for site, bound in amax.items()}
     snap_biases_(model, choice.chosen, tensors, leaders)
     masks = {} if parent is None else parent.masks

@@ -155,7 +155,8 @@ class StageContext:
             "versions": versions(),
         }
         if parent is not None:
-            known |= {name: getattr(parent.manifest, name) for name in ("layers", "sites", "skipped", "placement", "notes")}
+            handed_on = ("layers", "sites", "skipped", "placement", "notes")
+            known |= {name: getattr(parent.manifest, name) for name in handed_on}
         if fitted is not None:
             known |= vars(fitted)
         return Manifest(
