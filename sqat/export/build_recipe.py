@@ -162,7 +162,7 @@ def python_script(onnx_name: str, shapes: Shapes, precisions: Sequence[str]) -> 
         shapes="".join(f"    {json.dumps(name)}: {ends},\n" for name, ends in shapes.items()),
         precisions=json.dumps(precisions),
     )
-    source = resources.files("sqat.tensorrt").joinpath("builder.py").read_text(encoding="utf-8")
+    source = resources.files("sqat.export").joinpath("builder.py").read_text(encoding="utf-8")
     text, replaced = SETTINGS.subn(lambda _: settings, source)
     assert replaced == 1
     return text

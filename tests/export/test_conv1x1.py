@@ -8,7 +8,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from conftest import ATTENTION, Family, ImageFamily, build_family, rtx_weight_bytes
 from onnx import ModelProto, NodeProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -17,6 +16,7 @@ from sqat.export.names import module_of
 from sqat.export.qdq import Quantization, insert_qdq
 from sqat.lint.checks import find
 from sqat.runtime.sessions import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
+from tests.onnx_models import ATTENTION, Family, ImageFamily, build_family, rtx_weight_bytes
 
 BATCHES = [(1, 2, "right"), (3, 9, "right"), (4, 20, "left"), (2, 33, "right"), (8, 16, "left")]
 TENSORRT = ("output", *ATTENTION, "add")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from conftest import ATTENTION, Family, ImageFamily, build_family, rtx_weight_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -18,6 +17,7 @@ from sqat.export.float16 import to_float16
 from sqat.export.qdq import insert_qdq
 from sqat.lint.checks import find
 from sqat.runtime.sessions import operator_counts, parity, run_batches, session
+from tests.onnx_models import ATTENTION, Family, ImageFamily, build_family, rtx_weight_bytes
 
 TENSORRT = ("output", *ATTENTION, "add")
 BATCHES = [(1, 2, "right"), (3, 9, "right"), (4, 8, "left"), (2, 33, "right"), (8, 7, "left")]

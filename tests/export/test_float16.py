@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import ATTENTION, Family, ImageFamily, build_family, rtx_weight_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
@@ -25,6 +24,7 @@ from sqat.export.folding import fold_attention_scale
 from sqat.export.qdq import Quantization, insert_qdq
 from sqat.lint.checks import find
 from sqat.runtime.sessions import parity, run_batches, session
+from tests.onnx_models import ATTENTION, Family, ImageFamily, build_family, rtx_weight_bytes
 
 TENSORRT = ("output", *ATTENTION, "add")
 # Left padding up to ModernBERT's window: a row that sees nothing is an average of all in float32, and not in half.

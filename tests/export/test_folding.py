@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from conftest import ATTENTION, Family, ImageFamily, build_family, rtx_weight_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import ModelProto, numpy_helper
@@ -16,6 +15,7 @@ from sqat.export.folding import fold_attention_scale
 from sqat.export.qdq import insert_qdq
 from sqat.lint.checks import find
 from sqat.runtime.sessions import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
+from tests.onnx_models import ATTENTION, Family, ImageFamily, build_family, rtx_weight_bytes
 
 BATCHES = [(1, 2, "right"), (3, 9, "right"), (4, 20, "left"), (2, 33, "right"), (8, 16, "left")]
 PROFILES = {"tensorrt": ("output", *ATTENTION, "add"), "linear": (), "outputs": ("output",)}

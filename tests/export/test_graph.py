@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-from conftest import FAMILIES, Family, ImageFamily
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import NodeProto, numpy_helper
@@ -16,6 +15,7 @@ from torch import nn
 from sqat.export.graph import export_float, quiet
 from sqat.export.names import WEIGHTED, module_of, node_name
 from sqat.runtime.sessions import run_batches, session
+from tests.onnx_models import FAMILIES, Family, ImageFamily
 
 NAMES = st.lists(st.from_regex(r"[A-Za-z_][A-Za-z_0-9]{0,5}|[0-9]{1,2}", fullmatch=True), max_size=6)
 

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ATTENTION, Family, prepare, rtx_weight_bytes
 from onnx import ModelProto, numpy_helper
 
 from sqat.export.conv1x1 import to_conv1x1
@@ -25,6 +24,7 @@ from sqat.export.folding import fold_attention_scale
 from sqat.export.qdq import insert_qdq
 from sqat.lint.checks import verify
 from sqat.runtime.sessions import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
+from tests.onnx_models import ATTENTION, Family, prepare, rtx_weight_bytes
 from tests.traces import traced
 
 pytestmark = pytest.mark.slow

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import Family
 from onnx import ModelProto, numpy_helper
 
 from sqat.errors import SqatError
@@ -15,6 +14,7 @@ from sqat.export import onnx_files as files
 from sqat.export.onnx_files import check_file, is_large, on_disk, read_onnx, write_onnx
 from sqat.export.qdq import insert_qdq
 from sqat.runtime.sessions import operator_counts, optimized_graph, run_batches, session
+from tests.onnx_models import Family
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from conftest import ATTENTION, Family
 from onnx import ModelProto, helper, numpy_helper
 from scipy.special import erf
 
@@ -15,6 +14,7 @@ from sqat.export.conv1x1 import to_conv1x1
 from sqat.export.opset17 import to_opset17
 from sqat.export.qdq import insert_qdq
 from sqat.runtime.sessions import parity, run_batches, session
+from tests.onnx_models import ATTENTION, Family
 
 
 def one_gelu(approximate: str) -> ModelProto:

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ATTENTION, Family, ImageFamily
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import ModelProto, numpy_helper, parser
@@ -19,6 +18,7 @@ from sqat.export.names import module_of
 from sqat.export.qdq import Quantization, insert_qdq
 from sqat.lint.checks import find, verify
 from sqat.runtime.sessions import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
+from tests.onnx_models import ATTENTION, Family, ImageFamily
 
 PROFILES = {
     "linear": (),

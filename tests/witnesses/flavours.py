@@ -1,21 +1,16 @@
 """Every form in which a quantized encoder is exported, for runtimes and tools that are none of ours.
 
 A flavour is one entry of `FLAVOURS`: what it quantizes, how it rounds, and a function from a family to the graph.
-The families are those of tests/export, built once in a process whichever folder asks first.
+The families are those of tests/onnx_models.py, built once in a process whichever folder asks first.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 import itertools
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,33 +24,18 @@ from sqat.export.embeddings import store_embeddings
 from sqat.export.float16 import to_float16
 from sqat.export.folding import fold_attention_scale
 from sqat.export.qdq import Quantization, insert_qdq
+from tests import onnx_models as encoders
 from tests.traces import traced
 
-ENCODERS = Path(__file__).parents[1] / "export" / "conftest.py"
 SIZES = ((1, 2), (2, 8), (3, 17), (5, 33), (8, 40))  # batch and sequence
 SINGLE, HALF = 2.0**-20, 2.0**-11
 SHAKES = 64
 BIAS = 2.0**-15  # of a convolution in ONNX Runtime, which rounds the bias to int32 in steps of input times weight scale
 
 
-def load_encoders() -> ModuleType:
-    """The module that builds the families: the one that pytest has loaded, or one of our own."""
-    loaded = sys.modules.get("conftest")
-    if loaded is not None and Path(str(loaded.__file__)) == ENCODERS:
-        return loaded
-    spec = importlib.util.spec_from_file_location("encoders", ENCODERS)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["encoders"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-encoders = load_encoders()
 FAMILIES = (*encoders.FAMILIES, "vit")
 MINILM = pytest.param("minilm", marks=pytest.mark.slow)
-Family = Any  # encoders.Family, which exists only once it is loaded
+Family = encoders.Family
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 import pytest
-from conftest import ATTENTION, Family
 from graph_edits import ENCODER, LAYER, QUERY, SELF, between, bypass, change, node, put, tensor, tied
 from onnx import ModelProto, helper, numpy_helper
 
@@ -19,6 +18,7 @@ from sqat.errors import GateError, SqatError
 from sqat.export.qdq import Quantization, insert_qdq
 from sqat.lint.checks import find, find_in, known_target, verify
 from sqat.lint.wiring import Wiring
+from tests.onnx_models import ATTENTION, Family
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 import pytest
-from conftest import FAMILIES, Family, ImageFamily, build_family
 from graph_edits import (
     ALL,
     ENCODER,
@@ -37,6 +36,7 @@ from sqat.export.folding import fold_attention_scale
 from sqat.export.opset17 import to_opset17
 from sqat.export.qdq import Quantization, insert_qdq
 from sqat.lint.inspection import lint
+from tests.onnx_models import FAMILIES, Family, ImageFamily, build_family
 
 # The families, as they are exported here
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import Family
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import numpy_helper
@@ -15,6 +14,7 @@ from onnx import numpy_helper
 from sqat.errors import SqatError
 from sqat.export.qdq import Quantization, insert_qdq
 from sqat.lint.inspection import find_pattern, inspect_onnx
+from tests.onnx_models import Family
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 

@@ -12,7 +12,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from conftest import ATTENTION, Family
 from graph_edits import ENCODER, LAYER, QUERY, SELF, between, change, node, put, tensor, tied
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
@@ -22,6 +21,7 @@ from sqat.lint.checks import find, find_in, known_target
 from sqat.lint.findings import Change
 from sqat.lint.fixes import REPAIRED, REPAIRS, fix
 from sqat.lint.wiring import Wiring
+from tests.onnx_models import ATTENTION, Family
 
 
 @pytest.fixture(scope="module")

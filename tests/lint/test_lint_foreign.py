@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import ATTENTION, Family
 from graph_edits import ALL, LAYER, RESIDUAL, found, judged, parsed, put, said, sparse, tied
 from onnx import ModelProto, helper
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
@@ -22,6 +21,7 @@ from sqat.export.qdq import insert_qdq
 from sqat.lint.fixes import fix
 from sqat.lint.inspection import lint
 from sqat.lint.rules import RULES, TARGETS
+from tests.onnx_models import ATTENTION, Family
 
 ERF = """agraph (float[batch, sequence, 64] x) => (float[batch, sequence, 64] y)
 <float s = {0.01}, int8 z1 = {0}, int8 z2 = {0}, int8 z3 = {0}, float root = {1.4142135}, float one = {1},

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx
-from conftest import ATTENTION, Family
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from sqat.export.qdq import Quantization
@@ -14,6 +13,7 @@ from sqat.lint.checks import find_in, known_target
 from sqat.lint.findings import Finding
 from sqat.lint.inspection import lint
 from sqat.lint.wiring import Wiring
+from tests.onnx_models import ATTENTION, Family
 
 ENCODER = "/bert/encoder/layer.0"
 SELF = f"{ENCODER}/attention/self"

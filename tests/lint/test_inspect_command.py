@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import ATTENTION, Family
 from graph_edits import ENCODER, SELF, bypass, change, node, tied
 
 from sqat import cli
 from sqat.export.onnx_files import read_onnx
 from sqat.export.qdq import insert_qdq
+from tests.onnx_models import ATTENTION, Family
 
 Command = Callable[..., tuple[int, list[str], str]]
 
