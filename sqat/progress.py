@@ -1,4 +1,7 @@
-"""What long work tells its watcher; the console draws it, tests collect it."""
+"""The reporter protocol: how long-running work reports messages and progress.
+
+The CLI draws what it reports; tests record it.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +9,33 @@ from collections.abc import Mapping
 from typing import Protocol
 
 
-class Display(Protocol):
-    """Receiver of progress: one line of news at a time, and at most one bar."""
+class Reporter(Protocol):
+    """Receiver of messages and of at most one progress bar at a time."""
 
-    def say(self, text: str) -> None:
-        """Tell one line of news."""
+    def info(self, text: str) -> None:
+        """Report one line of text."""
 
-    def begin(self, title: str, total: int) -> None:
-        """Open a bar of ``total`` steps."""
+    def start(self, title: str, total: int) -> None:
+        """Open a progress bar of ``total`` steps."""
 
-    def update(self, step: int, values: Mapping[str, float], rate: float) -> None:
-        """Move the bar to ``step`` with loss parts and metrics ``values`` at ``rate`` samples a second."""
+    def advance(self, step: int, values: Mapping[str, float], rate: float) -> None:
+        """Move the bar to ``step``; ``values`` are losses and metrics, ``rate`` is samples per second."""
 
-    def end(self) -> None:
-        """Close the bar."""
+    def finish(self) -> None:
+        """Close the progress bar."""
 
 
-class Silent:
-    """A display that shows nothing, for library use and workers other than the first."""
+class SilentReporter:
+    """A reporter that shows nothing: for library use and for ranks other than 0."""
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         pass
 
-    def begin(self, title: str, total: int) -> None:
+    def start(self, title: str, total: int) -> None:
         pass
 
-    def update(self, step: int, values: Mapping[str, float], rate: float) -> None:
+    def advance(self, step: int, values: Mapping[str, float], rate: float) -> None:
         pass
 
-    def end(self) -> None:
+    def finish(self) -> None:
         pass

@@ -218,7 +218,7 @@ def write_recipe(data_folder: Path) -> Callable[..., Path]:
 
 
 class Recorder:
-    """A display that keeps what it was told."""
+    """A reporter that keeps what it was told."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -226,16 +226,16 @@ class Recorder:
         self.updates: list[tuple[int, dict[str, float]]] = []
         self.ended = 0
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         self.lines.append(text)
 
-    def begin(self, title: str, total: int) -> None:
+    def start(self, title: str, total: int) -> None:
         self.bars.append((title, total))
 
-    def update(self, step: int, values: Mapping[str, float], rate: float) -> None:
+    def advance(self, step: int, values: Mapping[str, float], rate: float) -> None:
         self.updates.append((step, dict(values)))
 
-    def end(self) -> None:
+    def finish(self) -> None:
         self.ended += 1
 
 

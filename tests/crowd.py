@@ -26,7 +26,7 @@ from sqat.distributed import assigned_indices, process_state, uses_fsdp
 from sqat.errors import SqatError
 from sqat.evaluation.inference import predict
 from sqat.modules.parametrize import insert_weights_, original_weight, remove_weights_
-from sqat.progress import Silent
+from sqat.progress import SilentReporter
 from sqat.quantization.histogram import Histogram
 from sqat.recipe.schema import FitConfig
 from sqat.sparsity.masks import nm_mask
@@ -52,16 +52,16 @@ class KilledError(Exception):
     """As if the process had gone."""
 
 
-class Watcher(Silent):
+class Watcher(SilentReporter):
     """Keeps what is said and every step's losses, and raises at one step."""
 
     def __init__(self, stop: int) -> None:
         self.stop, self.said, self.losses = stop, list[str](), list[float]()
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         self.said.append(text)
 
-    def update(self, step: int, values: Any, rate: float) -> None:
+    def advance(self, step: int, values: Any, rate: float) -> None:
         self.losses.append(values["task"])
         if step == self.stop:
             raise KilledError
@@ -123,7 +123,7 @@ def fitted(state: Path, loss: Any = task_loss, stop: int = 0, **config: Any) -> 
     measured = Evaluation(lambda: {"score": float(model.classifier.weight.detach().sum())}, "score")
     try:
         done = fit(model, loss, feed_of(24, 5), FitConfig(**known), steps=STEPS, seed=3, title="crowd",
-                   display=watcher, state=MidStage(state, "key"), evaluation=measured,
+                   reporter=watcher, state=MidStage(state, "key"), evaluation=measured,
                    before_step=before_step)  # fmt: skip
     except KilledError:
         return {"losses": watcher.losses}
@@ -133,13 +133,13 @@ def fitted(state: Path, loss: Any = task_loss, stop: int = 0, **config: Any) -> 
             "score": [figures["score"] for figures in done.history]}  # fmt: skip
 
 
-class Filling(Silent):
+class Filling(SilentReporter):
     """The disk of the first process is full from one step on."""
 
     def __init__(self, disk: ExitStack) -> None:
         self.disk = disk
 
-    def update(self, step: int, values: Any, rate: float) -> None:
+    def advance(self, step: int, values: Any, rate: float) -> None:
         if step == STOP and process_state().is_main_process:
             self.disk.enter_context(forks.full_disk(1000))
 
@@ -150,7 +150,7 @@ def starved(state: MidStage) -> Found:
     with ExitStack() as disk:
         try:
             fit(tiny_bert(), task_loss, feed_of(24, 5), config, steps=STEPS, seed=3, title="crowd",
-                display=Filling(disk), state=state)  # fmt: skip
+                reporter=Filling(disk), state=state)  # fmt: skip
         except SqatError as error:
             known = state.load()
             return {"told": str(error), "step": known and known[1].step}
@@ -226,7 +226,7 @@ def normed(state: MidStage, steps: int) -> Found:
     def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {"task": nn.functional.cross_entropy(model(batch.inputs["input_ids"].float()), batch.labels)}
 
-    fit(model, loss, feed_of(24, 5), config, steps=steps, seed=3, title="crowd", display=Silent(), state=state)
+    fit(model, loss, feed_of(24, 5), config, steps=steps, seed=3, title="crowd", reporter=SilentReporter(), state=state)
     return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 

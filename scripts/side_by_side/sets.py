@@ -22,7 +22,7 @@ from sqat.data.dataset import Batch, Processor, SplitName, column, plan_batches
 from sqat.errors import SqatError
 from sqat.evaluation.inference import logits_of, predict
 from sqat.models.loading import load_pretrained
-from sqat.progress import Silent
+from sqat.progress import SilentReporter
 from sqat.recipe.schema import FitConfig, Recipe
 from sqat.tasks import Task
 from sqat.tasks.splits import Splits
@@ -92,7 +92,7 @@ class Trial:
                 steps=steps,
                 seed=self.seed,
                 title=self.name,
-                display=Silent(),
+                reporter=SilentReporter(),
                 state=state,
             )
         model.eval()

@@ -20,14 +20,14 @@ from sqat.data.dataset import Rows, column
 from sqat.errors import SqatError
 from sqat.models.layer_selection import weighted_layers
 from sqat.pipeline.fingerprint import Keys
-from sqat.progress import Display
+from sqat.progress import Reporter
 from sqat.recipe.schema import LoadedRecipe
 from sqat.stages.context import StageContext
 from sqat.tasks.splits import Splits
 from sqat.training.resume_state import MidStage
 
 
-def run_analysis(loaded: LoadedRecipe, options: Options, display: Display) -> Findings:
+def run_analysis(loaded: LoadedRecipe, options: Options, reporter: Reporter) -> Findings:
     """Treat each layer alone, all of them, and with a budget the fewest that break it; write nothing.
 
     Args:
@@ -41,7 +41,7 @@ def run_analysis(loaded: LoadedRecipe, options: Options, display: Display) -> Fi
     directory = options.start if name is None else Keys(loaded).directory(name)
     assert directory is not None
     parent = plain_checkpoint(directory)
-    context = make_context(loaded, parent, directory, display)
+    context = make_context(loaded, parent, directory, reporter)
     findings = analyze(context, parent, sections, options)
     return findings.model_copy(update={"checkpoint": str(directory), "seconds": round(time.monotonic() - begun, 3)})
 
@@ -82,11 +82,11 @@ def plain_checkpoint(directory: Path) -> Checkpoint:
     return checkpoint
 
 
-def make_context(loaded: LoadedRecipe, parent: Checkpoint, directory: Path, display: Display) -> StageContext:
+def make_context(loaded: LoadedRecipe, parent: Checkpoint, directory: Path, reporter: Reporter) -> StageContext:
     """The surroundings that stages are given; nothing is saved, so the mid-stage state is never used."""
     splits = Splits(loaded.recipe, loaded.path.parent)
     unused = MidStage(directory / "unused", "")
-    return StageContext(loaded.recipe, loaded.path.parent, "analyze", "", {}, splits, display, unused, lambda: parent)
+    return StageContext(loaded.recipe, loaded.path.parent, "analyze", "", {}, splits, reporter, unused, lambda: parent)
 
 
 def analyze(context: StageContext, parent: Checkpoint, sections: Sections, options: Options) -> Findings:
@@ -94,23 +94,23 @@ def analyze(context: StageContext, parent: Checkpoint, sections: Sections, optio
     model, processor = context.load_model(parent)
     split: Literal["train", "dev"] = "train" if options.split == "train" else "dev"
     rows = choose_rows(context.splits.prepared(split, processor), options.samples, context.recipe.seed)
-    context.display.say(f"measuring the model as it is on {len(rows)} rows of {split}")
+    context.reporter.info(f"measuring the model as it is on {len(rows)} rows of {split}")
     plain, damage = run_model(model, processor, rows), options.metric or OUTPUT_LOSS
     judge = make_judge(context.task, damage, plain, rows)  # tells a metric that is none, before the longer work
     rounding, pruning = Rounding(), Pruning()
     if sections.calibrate is not None:
-        context.display.say(f"calibrating as stage {sections.calibrate[0]} does")
+        context.reporter.info(f"calibrating as stage {sections.calibrate[0]} does")
         rounding = find_rounding(model, sections.calibrate[1], context, processor)
     if sections.prune is not None:
-        context.display.say(f"choosing masks as stage {sections.prune[0]} does")
+        context.reporter.info(f"choosing masks as stage {sections.prune[0]} does")
         pruning = find_pruning(model, sections.prune[1], context, processor)
-    probe = Probe(model, processor, rows, pruning, rounding, judge, context.display)
+    probe = Probe(model, processor, rows, pruning, rounding, judge, context.reporter)
     tries = 0 if options.budget is None else most_tries(len(pruning.masks) + len(rounding.layers))
-    context.display.begin("analyze layers", 3 * len(probe.layers) + 3 + tries)
+    context.reporter.start("analyze layers", 3 * len(probe.layers) + 3 + tries)
     damages = {name: probe.damages([name]) for name in probe.layers}
     together, sizes = probe.damages(probe.layers), Sizes.of(probe)
     choice = None if options.budget is None else choose(options.budget, probe, damages, sections, sizes)
-    context.display.end()
+    context.reporter.finish()
     facts = {"damage": damage, "split": split, "rows": len(rows), "plain": context.task.metrics(plain, rows)}
     return tell_findings(probe, damages, together, sizes, choice, sections, facts)
 

@@ -22,7 +22,7 @@ from sqat.distributed import process_state
 from sqat.errors import SqatError
 from sqat.evaluation.inference import logits_of, predict
 from sqat.models.layer_selection import weighted_layers
-from sqat.progress import Display
+from sqat.progress import Reporter
 from sqat.recipe.cross_checks import suggest
 from sqat.tasks import Task
 
@@ -76,7 +76,7 @@ class Probe:
     pruning: Pruning
     rounding: Rounding
     judge: Judge
-    display: Display
+    reporter: Reporter
     passes: int = 0
 
     @property
@@ -91,7 +91,7 @@ class Probe:
         with treated_(self.model, self.pruning, self.rounding, pruned, quantized):
             logits = run_model(self.model, self.processor, self.rows)
         self.passes += 1
-        self.display.update(self.passes, {}, len(self.rows) / max(time.monotonic() - begun, 1e-9))
+        self.reporter.advance(self.passes, {}, len(self.rows) / max(time.monotonic() - begun, 1e-9))
         return self.judge(logits)
 
     def damages(self, layers: Sequence[str]) -> Damages:

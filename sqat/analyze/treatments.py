@@ -90,7 +90,7 @@ def find_pruning(model: nn.Module, config: PruneConfig, context: StageContext, p
     loss, feed, seed = task_loss(context.task), context.training_batches(config, processor), context.recipe.seed
     gathered = partial(gather, config.criterion, model, loss=loss, feed=feed, seed=seed)
     if config.permute:
-        permute_for_(config, model, patterns, (), feed, gathered, seed, context.display, context.name)
+        permute_for_(config, model, patterns, (), feed, gathered, seed, context.reporter, context.name)
     saved = copy_weights(model, patterns)
     ones = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in saved.items()}
     transforms, at_once = insert_weights_(model, ones, ()), config.model_copy(update={"schedule": PerGroup(steps=1)})

@@ -12,7 +12,7 @@ from sqat.bench.rounds import Effort
 from sqat.checkpoint.small_files import replace_file
 from sqat.errors import SqatError
 from sqat.hardware.machine import describe_processor
-from sqat.progress import Display
+from sqat.progress import Reporter
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Options:
     max_seconds: float = 60.0
 
 
-def run_bench(options: Options, display: Display) -> Report:
+def run_bench(options: Options, reporter: Reporter) -> Report:
     """Measure what the options name.
 
     Raises:
@@ -44,7 +44,7 @@ def run_bench(options: Options, display: Display) -> Report:
     found, left_out = candidates_of(read_artifacts(options.artifacts), options.backends)
     baseline = find_baseline(found, options.baseline)
     threads = options.threads or describe_processor().cores
-    return measure(found, baseline, grid, effort, threads, display, left_out, needed=options.backends)
+    return measure(found, baseline, grid, effort, threads, reporter, left_out, needed=options.backends)
 
 
 def effort_of(options: Options) -> Effort:

@@ -24,7 +24,7 @@ from sqat.bench.parity import Parity, compare, is_classifier
 from sqat.bench.rounds import Effort, Timed, time_rounds
 from sqat.errors import SqatError, first_line
 from sqat.hardware.machine import describe_processor, version_of
-from sqat.progress import Display
+from sqat.progress import Reporter
 
 STRICT = ConfigDict(extra="forbid")
 PACKAGES = ("sqat", "torch", "onnxruntime", "openvino", "transformers")
@@ -120,7 +120,7 @@ def measure(
     grid: Grid,
     effort: Effort,
     threads: int,
-    display: Display,
+    reporter: Reporter,
     left_out: Mapping[str, str],
     *,
     needed: Collection[str] = (),
@@ -144,12 +144,12 @@ def measure(
     largest = max(sizes, key=lambda size: size[0] * (size[1] or 1))
     with ExitStack() as stack:
         stack.enter_context(pinned(threads))
-        display.say(f"opening {', '.join(candidate.name for candidate in candidates)}")
+        reporter.info(f"opening {', '.join(candidate.name for candidate in candidates)}")
         runs, failed = open_all(candidates, {baseline, *needed}, threads, stack)
         opened = [candidate for candidate in candidates if candidate.name in runs]
         subjects, unknown = {}, dict[str, str]()
         for candidate in opened:
-            display.say(f"{candidate.name}: measuring memory")
+            reporter.info(f"{candidate.name}: measuring memory")
             try:
                 grown = memory(candidate, draw_inputs(inputs, limits, *largest), threads)
             except SqatError as error:
@@ -159,9 +159,9 @@ def measure(
         settings = []
         for batch, tokens in sizes:
             feeds = draw_inputs(inputs, limits, batch, tokens)
-            display.say(f"{size_text(batch, tokens)}: timing, about {effort.limit:g} s at most")
+            reporter.info(f"{size_text(batch, tokens)}: timing, about {effort.limit:g} s at most")
             settings.append(measure_setting(runs, baseline, feeds, (batch, tokens), effort, decides, timer))
-            display.say(f"{size_text(batch, tokens)}: {settings[-1].rounds} rounds")
+            reporter.info(f"{size_text(batch, tokens)}: {settings[-1].rounds} rounds")
     return Report(
         cpu=describe_processor().name,
         cores=describe_processor().cores,

@@ -25,14 +25,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from sqat.errors import SqatError
-from sqat.progress import Display, Silent
+from sqat.progress import Reporter, SilentReporter
 
 SECONDS_BETWEEN_LINES = 10.0
 TITLE_WIDTH = 24
 LONGEST_ASKING = 10.0  # seconds, of the launcher's store
 
 
-class LineDisplay:
+class LineReporter:
     """Plain lines for files and pipes: at the start, every 10 % or 10 s, and at the end.
 
     Args:
@@ -46,16 +46,16 @@ class LineDisplay:
         self.told_step = self.step = 0
         self.line = ""
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         self.write(text)
 
-    def begin(self, title: str, total: int) -> None:
+    def start(self, title: str, total: int) -> None:
         self.title, self.total, self.line = title, total, ""
         self.told_step = self.step = 0
         self.started = self.told_at = time.monotonic()
         self.write(f"{title}: {total} steps")
 
-    def update(self, step: int, values: Mapping[str, float], rate: float) -> None:
+    def advance(self, step: int, values: Mapping[str, float], rate: float) -> None:
         now = time.monotonic()
         left = (now - self.started) / max(step, 1) * max(self.total - step, 0)
         parts = [f"{step}/{self.total}", *show_values(values), f"{rate:.1f} samples/s", f"{show_time(left)} left"]
@@ -65,24 +65,24 @@ class LineDisplay:
             self.told_step, self.told_at = step, now
             self.write(self.line)
 
-    def end(self) -> None:
+    def finish(self) -> None:
         if self.line and self.step != self.told_step:
             self.write(self.line)
         self.write(f"{self.title}: done in {show_time(time.monotonic() - self.started)}")
 
 
-class BarDisplay:
+class BarReporter:
     """A moving bar for terminals: title, steps, samples a second, time left; below it losses and metrics."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.live: Live | None = None
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         self.console.print(Text(text))
 
-    def begin(self, title: str, total: int) -> None:
-        self.end()
+    def start(self, title: str, total: int) -> None:
+        self.finish()
         self.progress = Progress(
             TextColumn("[bold]{task.description}", markup=True),
             BarColumn(bar_width=None),
@@ -98,38 +98,38 @@ class BarDisplay:
         self.live = Live(group, console=self.console, transient=True, refresh_per_second=5)
         self.live.start()
 
-    def update(self, step: int, values: Mapping[str, float], rate: float) -> None:
+    def advance(self, step: int, values: Mapping[str, float], rate: float) -> None:
         if self.live is not None:
             self.progress.update(self.task, completed=step, rate=f"{rate:.0f}/s")
             self.values.plain = "  " + "  ".join(text.replace(" ", "=") for text in show_values(values))
 
-    def end(self) -> None:
+    def finish(self) -> None:
         if self.live is not None:
             self.live.stop()
             self.live = None
 
 
-class Displays:
-    """Several displays as one: the screen and the log file."""
+class Reporters:
+    """Several reporters as one: the screen and the log file."""
 
-    def __init__(self, displays: Sequence[Display]) -> None:
-        self.displays = displays
+    def __init__(self, reporters: Sequence[Reporter]) -> None:
+        self.reporters = reporters
 
-    def say(self, text: str) -> None:
-        for display in self.displays:
-            display.say(text)
+    def info(self, text: str) -> None:
+        for reporter in self.reporters:
+            reporter.info(text)
 
-    def begin(self, title: str, total: int) -> None:
-        for display in self.displays:
-            display.begin(title, total)
+    def start(self, title: str, total: int) -> None:
+        for reporter in self.reporters:
+            reporter.start(title, total)
 
-    def update(self, step: int, values: Mapping[str, float], rate: float) -> None:
-        for display in self.displays:
-            display.update(step, values, rate)
+    def advance(self, step: int, values: Mapping[str, float], rate: float) -> None:
+        for reporter in self.reporters:
+            reporter.advance(step, values, rate)
 
-    def end(self) -> None:
-        for display in self.displays:
-            display.end()
+    def finish(self) -> None:
+        for reporter in self.reporters:
+            reporter.finish()
 
 
 def is_first_process() -> bool:
@@ -156,24 +156,24 @@ def is_first_to_fail() -> bool:
 
 
 @contextmanager
-def open_display(*, quiet: bool = False, log: Path | None = None) -> Iterator[Display]:
-    """A display on standard error, and in the file ``log`` if given; its bar is gone when the block ends."""
+def open_reporter(*, quiet: bool = False, log: Path | None = None) -> Iterator[Reporter]:
+    """A reporter on standard error, and in the file ``log`` if given; its bar is gone when the block ends."""
     if not is_first_process():
-        yield Silent()
+        yield SilentReporter()
         return
     console = error_console()
-    displays: list[Display] = []
+    reporters: list[Reporter] = []
     if not quiet:
         moving = console.is_terminal and not console.is_dumb_terminal
-        displays.append(BarDisplay(console) if moving else LineDisplay(lambda line: print(line, file=sys.stderr)))
+        reporters.append(BarReporter(console) if moving else LineReporter(lambda line: print(line, file=sys.stderr)))
     if log is not None:
-        displays.append(LineDisplay(lambda line: append_line(log, line)))
+        reporters.append(LineReporter(lambda line: append_line(log, line)))
     try:
-        yield Displays(displays)
+        yield Reporters(reporters)
     finally:
-        for display in displays:
-            if isinstance(display, BarDisplay):
-                display.end()
+        for reporter in reporters:
+            if isinstance(reporter, BarReporter):
+                reporter.finish()
 
 
 def append_line(path: Path, line: str) -> None:

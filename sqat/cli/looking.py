@@ -43,8 +43,8 @@ def evaluate(
     from sqat.cli import console, tables
     from sqat.pipeline import runner as pipeline
 
-    with console.open_display(quiet=quiet) as display:
-        metrics = pipeline.evaluate(loaded, artifact, name, display)
+    with console.open_reporter(quiet=quiet) as reporter:
+        metrics = pipeline.evaluate(loaded, artifact, name, reporter)
     if console.is_first_process():
         tables.print_metrics(metrics, split, artifact, as_json=json)
 
@@ -138,8 +138,8 @@ def analyze(
     from sqat.analyze import command
     from sqat.cli import console
 
-    with console.open_display(quiet=quiet) as display:
-        findings = command.run_analysis(loaded, options, display)
+    with console.open_reporter(quiet=quiet) as reporter:
+        findings = command.run_analysis(loaded, options, reporter)
     from sqat.cli.machine_tables import print_sensitivity
 
     print_sensitivity(findings)  # first: a full disk does not take them from who waited for them

@@ -44,9 +44,9 @@ def engine(
             raise SqatError("nothing is built from --log or --layers", "leave out --output, --batch and --sequence")
         report = command.read_report(model, log, layers)
     else:
-        with console.open_display(quiet=quiet) as display:
+        with console.open_reporter(quiet=quiet) as reporter:
             report = command.build_report(
-                model, output=output, batch=batch, sequence=sequence, backend=backend, say=display.say
+                model, output=output, batch=batch, sequence=sequence, backend=backend, say=reporter.info
             )
     tables.print_engine(report, as_json=json)
     report.require()
@@ -102,8 +102,8 @@ def bench(
     )
     check_json(json_file)
     check_plot(plot)
-    with console.open_display(quiet=quiet) as display:
-        report = command.run_bench(options, display)
+    with console.open_reporter(quiet=quiet) as reporter:
+        report = command.run_bench(options, reporter)
     from sqat.cli.machine_tables import print_bench
 
     print_bench(report)  # first: a full disk does not take them from who waited for them

@@ -51,8 +51,8 @@ def run(
     from sqat.cli import console, tables
     from sqat.pipeline import runner as pipeline
 
-    with console.open_display(quiet=quiet, log=log_of(loaded)) as display:
-        results = pipeline.run(loaded, display, first=first, last=last, force=force)
+    with console.open_reporter(quiet=quiet, log=log_of(loaded)) as reporter:
+        results = pipeline.run(loaded, reporter, first=first, last=last, force=force)
     if console.is_first_process():
         tables.print_results(results, as_json=json)
 
@@ -163,8 +163,8 @@ def run_one(
     from sqat.cli import console
     from sqat.pipeline import runner as pipeline
 
-    with console.open_display(quiet=quiet, log=log_of(loaded)) as display:
-        directory = pipeline.run_stage(loaded, name, display, parent=parent, output=output, force=force)
+    with console.open_reporter(quiet=quiet, log=log_of(loaded)) as reporter:
+        directory = pipeline.run_stage(loaded, name, reporter, parent=parent, output=output, force=force)
     if console.is_first_process():
         console.print_text(console.nearby(directory))
 

@@ -29,8 +29,8 @@ def report(
     from sqat.cli import console
     from sqat.report.page import write_page
 
-    with console.open_display(quiet=quiet) as display:
-        path = write_page(run_folder, output, display)
+    with console.open_reporter(quiet=quiet) as reporter:
+        path = write_page(run_folder, output, reporter)
     console.print_text(console.nearby(path))
 
 

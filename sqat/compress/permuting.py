@@ -21,7 +21,7 @@ from sqat.distributed import process_state
 from sqat.errors import SqatError
 from sqat.models.layer_selection import find_qkv
 from sqat.modules.parametrize import linear
-from sqat.progress import Display
+from sqat.progress import Reporter
 from sqat.recipe.schema import DistillConfig, PruneConfig
 from sqat.sparsity.criteria import Scored
 from sqat.sparsity.pattern import Pattern
@@ -41,7 +41,7 @@ def permute_for_(
     feed: Feed,
     gather: Gather,
     seed: int,
-    display: Display,
+    reporter: Reporter,
     stage: str,
 ) -> list[str]:
     """Permute as a prune stage asks, and return its notes; the same whenever it is done again.
@@ -52,14 +52,14 @@ def permute_for_(
         masked: layers that are pruned already.
         feed: of the stage.
         gather: gives what the criterion needs.
-        stage: name that the display is told.
+        stage: name that the reporter is told.
     """
     with undisturbed(model, seed):
         rows = next(iter(feed.stream(0)))[:ROWS]
         inputs = feed.collate(rows).to(process_state().device).inputs
     fixed = {**dict.fromkeys(masked, "it has a mask already"), **compared_apart(model, config.distill)}
     notes = permute_(model, inputs, patterns, config.criterion, gather, fixed)
-    display.say(f"{stage}: {notes[0]}")
+    reporter.info(f"{stage}: {notes[0]}")
     return notes
 
 

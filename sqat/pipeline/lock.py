@@ -20,7 +20,7 @@ from pathlib import Path
 
 from sqat.distributed import run_on_rank0
 from sqat.errors import SqatError
-from sqat.progress import Display
+from sqat.progress import Reporter
 
 if sys.platform != "win32":
     import fcntl
@@ -30,7 +30,7 @@ LONGEST_COMMAND = 200
 
 
 @contextmanager
-def run_lock(directory: Path, display: Display, file: str = FILE) -> Iterator[None]:
+def run_lock(directory: Path, reporter: Reporter, file: str = FILE) -> Iterator[None]:
     """Hold a folder's lock while the block runs; every process of a distributed run learns what the first finds.
 
     Raises:
@@ -43,7 +43,7 @@ def run_lock(directory: Path, display: Display, file: str = FILE) -> Iterator[No
             handle, told = take_lock(directory / file)
             held.append(handle)
             if told:
-                display.say(told)
+                reporter.info(told)
 
     try:
         run_on_rank0(take)

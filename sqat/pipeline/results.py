@@ -14,7 +14,7 @@ from sqat.distributed import broadcast_from_rank0, run_on_rank0
 from sqat.evaluation.evaluate import evaluate_artifact
 from sqat.pipeline.fingerprint import Keys
 from sqat.pipeline.result_files import FILE, artifact_size, result_artifacts
-from sqat.progress import Display
+from sqat.progress import Reporter
 from sqat.tasks.splits import Splits
 
 
@@ -39,7 +39,7 @@ class Results:
     directory: Path
 
 
-def closing_table(keys: Keys, splits: Splits, display: Display) -> Results:
+def closing_table(keys: Keys, splits: Splits, reporter: Reporter) -> Results:
     """Measure what this recipe has made on the test split (dev where there is none), each file once."""
     loaded = keys.loaded
     recipe, directory = loaded.recipe, loaded.run_directory
@@ -50,12 +50,12 @@ def closing_table(keys: Keys, splits: Splits, display: Display) -> Results:
     for label, (stage, artifact) in result_artifacts(keys).items():
         manifest = keys.manifest(stage)
         if manifest is None or not keys.is_current(stage):
-            display.say(f"{label}: left out of the table, since {stage} has not run with this recipe")
+            reporter.info(f"{label}: left out of the table, since {stage} has not run with this recipe")
             continue
         key = f"{manifest.sha256}/{artifact.name}/{content}"
         known = remembered.get(label, {})
         if known.get("key") != key:
-            display.say(f"{label}: measuring on {split}")
+            reporter.info(f"{label}: measuring on {split}")
             known = {"metrics": evaluate_artifact(artifact, splits, split)}
         metrics = {name: float(value) for name, value in known["metrics"].items()}
         row = ResultRow(label, stage, metrics, artifact_size(artifact), artifact)

@@ -31,7 +31,7 @@ from sqat.pipeline.quality_gates import Limit, limits_of, missed, refusal, rejec
 from sqat.pipeline.results import ResultRow as ResultRow
 from sqat.pipeline.results import Results as Results
 from sqat.pipeline.results import closing_table
-from sqat.progress import Display
+from sqat.progress import Reporter
 from sqat.recipe.cross_checks import stage_range
 from sqat.recipe.schema import FitConfig, LoadedRecipe
 from sqat.stages import calibrate, export, prune, qat, train
@@ -53,7 +53,7 @@ STAGES: dict[str, Callable[[Any, Checkpoint | None, StageContext], Checkpoint]] 
 
 def run(
     loaded: LoadedRecipe,
-    display: Display,
+    reporter: Reporter,
     *,
     first: str | None = None,
     last: str | None = None,
@@ -61,30 +61,30 @@ def run(
 ) -> Results:
     """Run the plan, skip what is unchanged, and measure the results once on the test split."""
     place = loaded.run_directory
-    with raise_on_lost_peer(), run_lock(place, display), tracked(loaded.recipe, place, display) as watched:
+    with raise_on_lost_peer(), run_lock(place, reporter), tracked(loaded.recipe, place, reporter) as watched:
         return run_range(loaded, watched, first, last, force)
 
 
-def run_range(loaded: LoadedRecipe, display: Tracked, first: str | None, last: str | None, force: bool) -> Results:
+def run_range(loaded: LoadedRecipe, reporter: Tracked, first: str | None, last: str | None, force: bool) -> Results:
     """Run what is due between two stages, and measure the results."""
     keys, splits = Keys(loaded), Splits(loaded.recipe, loaded.path.parent)
     due = due_stages(keys, first, last, force)
     for name in stage_range(loaded.recipe, first, last):
-        if name not in due and keys.is_current(name) and stands(keys, name, display):
+        if name not in due and keys.is_current(name) and stands(keys, name, reporter):
             continue
         if keys.directory(name).exists() and keys.manifest(name) is None:
-            display.say(f"{name}: what is in {keys.directory(name)} is no sound checkpoint: it is made again")
+            reporter.info(f"{name}: what is in {keys.directory(name)} is no sound checkpoint: it is made again")
         parent = parent_checkpoint(keys, name)
-        execute(keys, name, keys.directory(name), parent, splits, display, force)
-    results = closing_table(keys, splits, display)
-    display.log({f"results/{row.label}/{name}": value for row in results.rows for name, value in row.metrics.items()})
+        execute(keys, name, keys.directory(name), parent, splits, reporter, force)
+    results = closing_table(keys, splits, reporter)
+    reporter.log({f"results/{row.label}/{name}": value for row in results.rows for name, value in row.metrics.items()})
     return results
 
 
 def run_stage(
     loaded: LoadedRecipe,
     name: str,
-    display: Display,
+    reporter: Reporter,
     *,
     parent: Path | None = None,
     output: Path | None = None,
@@ -103,8 +103,8 @@ def run_stage(
             what = "no checkpoint of sqat" if there is None else f"the checkpoint of stage {there.stage!r}"
             raise SqatError(f"the output exists and is {what}", "choose another folder or add --force", str(output))
     place, file = lock_of(loaded.run_directory, directory)
-    with raise_on_lost_peer(), run_lock(place, display, file), tracked(loaded.recipe, place, display) as watched:
-        if parent is None and output is None and not force and keys.is_current(name) and stands(keys, name, display):
+    with raise_on_lost_peer(), run_lock(place, reporter, file), tracked(loaded.recipe, place, reporter) as watched:
+        if parent is None and output is None and not force and keys.is_current(name) and stands(keys, name, reporter):
             return directory
         start = parent_checkpoint(keys, name) if parent is None else load_checkpoint(parent)
         execute(keys, name, directory, start, Splits(loaded.recipe, loaded.path.parent), watched, force)
@@ -157,7 +157,7 @@ def teacher_checkpoint(keys: Keys, name: str) -> Checkpoint:
     return load_checkpoint(keys.directory(teacher))
 
 
-def stands(keys: Keys, name: str, display: Display) -> bool:
+def stands(keys: Keys, name: str, reporter: Reporter) -> bool:
     """Whether an unchanged stage passes its gates as they are now; one that may try again is said to, and does not.
 
     Raises:
@@ -171,7 +171,7 @@ def stands(keys: Keys, name: str, display: Display) -> bool:
     miss = broadcast_from_rank0(missed(limits, manifest.metrics))
     if miss and manifest.attempt >= attempts(keys.loaded.recipe.stages[name]):
         raise refusal(name, miss, keys.directory(name), standing=False)
-    display.say(f"{name}: unchanged" + (f", but it misses a gate: {miss}" if miss else ""))
+    reporter.info(f"{name}: unchanged" + (f", but it misses a gate: {miss}" if miss else ""))
     return not miss
 
 
@@ -184,7 +184,7 @@ class Trial:
     directory: Path
     parent: Checkpoint | None
     splits: Splits
-    display: Tracked
+    reporter: Tracked
     key: str
     origin: dict[str, str]
     limits: list[Limit]
@@ -213,7 +213,7 @@ def execute(
     directory: Path,
     parent: Checkpoint | None,
     splits: Splits,
-    display: Tracked,
+    reporter: Tracked,
     force: bool,
 ) -> None:
     """Run one stage until it passes its gates, and save what it returns.
@@ -228,7 +228,7 @@ def execute(
     origin = made_from(None if parent is None else parent.manifest, teacher)
     key = keys.after(name, "" if parent is None else parent.manifest.key, "" if teacher is None else teacher.key)
     limits = limits_of(keys, name, None if parent is None else parent.manifest)
-    trial = Trial(keys, name, directory, parent, splits, display, key, origin, limits)
+    trial = Trial(keys, name, directory, parent, splits, reporter, key, origin, limits)
     process = process_state()
     if force and process.is_main_process:
         shutil.rmtree(trial.state, ignore_errors=True)
@@ -257,7 +257,7 @@ def next_attempt(trial: Trial, folder: Path, known: Manifest) -> int:
         shutil.rmtree(folder, ignore_errors=True)
 
     run_on_rank0(put_in_place)
-    trial.display.say(f"{trial.name}: what was set aside passes the gates now -> {trial.directory}")
+    trial.reporter.info(f"{trial.name}: what was set aside passes the gates now -> {trial.directory}")
     return 0
 
 
@@ -266,20 +266,20 @@ def try_to_pass(trial: Trial, attempt: int) -> None:
     config = trial.keys.loaded.recipe.stages[trial.name]
     for number in range(attempt, attempts(config) + 1):
         if number > 1:
-            trial.display.say(f"{trial.name}: attempt {number} of {attempts(config)}, with more steps")
+            trial.reporter.info(f"{trial.name}: attempt {number} of {attempts(config)}, with more steps")
         checkpoint = run_once(trial, number)
         for line in saturation(checkpoint.manifest) if checkpoint.manifest.kind == "calibrate" else ():
-            trial.display.say(f"{trial.name}: {line}")
+            trial.reporter.info(f"{trial.name}: {line}")
         miss = broadcast_from_rank0(missed(trial.limits, checkpoint.manifest.metrics))
         goal = rejected_folder(trial.directory) if miss else trial.directory
         run_on_rank0(partial(keep, checkpoint, goal, trial.state))
         figures = checkpoint.manifest.metrics.get("dev", {})
         shown = ", ".join(f"{metric} {value:.4f}" for metric, value in figures.items())
-        trial.display.log({f"{trial.name}/dev/{metric}": value for metric, value in figures.items()})
-        trial.display.say(f"{trial.name}: {f'dev {shown}' if shown else 'done'} -> {goal}")
+        trial.reporter.log({f"{trial.name}/dev/{metric}": value for metric, value in figures.items()})
+        trial.reporter.info(f"{trial.name}: {f'dev {shown}' if shown else 'done'} -> {goal}")
         if not miss:
             return
-        trial.display.say(f"{trial.name}: misses a gate: {miss}")
+        trial.reporter.info(f"{trial.name}: misses a gate: {miss}")
     raise refusal(trial.name, miss, goal, trial.directory.exists())
 
 
@@ -297,7 +297,7 @@ def run_once(trial: Trial, attempt: int) -> Checkpoint:
     factor = stretch(given, attempt)
     which = f"{trial.key} {trial.origin} steps x{factor:g}"
     context = StageContext(
-        loaded.recipe, loaded.path.parent, trial.name, trial.key, trial.origin, trial.splits, trial.display,
+        loaded.recipe, loaded.path.parent, trial.name, trial.key, trial.origin, trial.splits, trial.reporter,
         MidStage(trial.state, which), partial(teacher_checkpoint, trial.keys, trial.name),
     )  # fmt: skip
     checkpoint = STAGES[given.stage](config, trial.parent, context)
@@ -307,7 +307,7 @@ def run_once(trial: Trial, attempt: int) -> Checkpoint:
     return replace(checkpoint, manifest=checkpoint.manifest.model_copy(update=facts), recipe=loaded.text)
 
 
-def evaluate(loaded: LoadedRecipe, artifact: Path, split: SplitName, display: Display) -> dict[str, float]:
+def evaluate(loaded: LoadedRecipe, artifact: Path, split: SplitName, reporter: Reporter) -> dict[str, float]:
     """The task's metrics of a checkpoint folder or an ONNX file on a split."""
-    display.say(f"evaluating {artifact} on {split}")
+    reporter.info(f"evaluating {artifact} on {split}")
     return evaluate_artifact(artifact, Splits(loaded.recipe, loaded.path.parent), split)

@@ -25,7 +25,7 @@ from sqat.lint.rules import TARGETS
 from sqat.pipeline.fingerprint import Keys
 from sqat.pipeline.quality_gates import limits_of, missed, show_limits
 from sqat.pipeline.result_files import FILE, artifact_size, result_artifacts
-from sqat.progress import Display
+from sqat.progress import Reporter
 from sqat.recipe.loader import load_recipe
 from sqat.recipe.schema import LoadedRecipe, StageConfig, Target
 from sqat.report.curves import Curves, curves_of
@@ -123,7 +123,7 @@ class Run:
     missing: list[str]
 
 
-def collect(directory: Path, display: Display) -> Run:
+def collect(directory: Path, reporter: Reporter) -> Run:
     """Read a run's folder.
 
     Raises:
@@ -134,7 +134,7 @@ def collect(directory: Path, display: Display) -> Run:
     stages = read_stages(keys, directory, missing)
     results, split, digest = read_rows(keys, missing)
     speeds = read_speeds(directory, {row.label: row.path for row in results}, missing)
-    layers_of, layers = read_layers(keys, stages, display)
+    layers_of, layers = read_layers(keys, stages, reporter)
     metric = str(loaded.recipe.task.metric)
     known = list(dict.fromkeys(name for row in results for name in row.metrics))
     return Run(
@@ -150,7 +150,7 @@ def collect(directory: Path, display: Display) -> Run:
         layers_of=layers_of,
         activations=read_activations(keys, stages, missing),
         gates=read_gates(keys, stages),
-        lints=read_lints(results, display),
+        lints=read_lints(results, reporter),
         record=read_object(directory / RUN_RECORD),
         missing=missing,
     )
@@ -214,14 +214,14 @@ def read_metrics(known: Mapping[str, Any]) -> dict[str, float]:
         return {}
 
 
-def read_layers(keys: Keys, stages: list[Stage], display: Display) -> tuple[str, list[LayerReport]]:
+def read_layers(keys: Keys, stages: list[Stage], reporter: Reporter) -> tuple[str, list[LayerReport]]:
     """Name and layers of the last stage that pruned or quantized, or without one of the last that has weights."""
     done = [stage for stage in stages if stage.manifest is not None and stage.config.stage != "export"]
     treated = [stage for stage in done if stage.manifest is not None and stage.manifest.layers]
     if not done:
         return "", []
     chosen = (treated or done)[-1].name
-    display.say(f"reading the layers of {chosen}")
+    reporter.info(f"reading the layers of {chosen}")
     return chosen, inspect_checkpoint(keys.directory(chosen))
 
 
@@ -261,12 +261,12 @@ def judged(keys: Keys, stage: Stage) -> str:
     return f"misses it: {miss}" if miss else "kept"
 
 
-def read_lints(results: list[Result], display: Display) -> list[Linted]:
+def read_lints(results: list[Result], reporter: Reporter) -> list[Linted]:
     """Every exported ONNX file of the results, each once."""
     files = {row.path: row.label for row in reversed(results) if row.path.suffix == ".onnx" and row.path.is_file()}
     found = []
     for path, label in reversed(files.items()):
-        display.say(f"linting {path.parent.name}/{path.name}")
+        reporter.info(f"linting {path.parent.name}/{path.name}")
         found.append(lint_one(label, path))
     return found
 

@@ -16,7 +16,7 @@ from sqat import __version__
 from sqat.checkpoint.small_files import replace_file
 from sqat.errors import SqatError
 from sqat.lint.report_row import LayerReport
-from sqat.progress import Display
+from sqat.progress import Reporter
 from sqat.report.collecting import Activation, Linted, Result, Run, Stage, collect
 from sqat.report.figures import draw_activations, draw_curves, draw_map, draw_trade
 from sqat.report.grid import make_grid
@@ -26,7 +26,7 @@ NAME = "report.html"
 SEVERAL = 5  # findings of one file that are shown before the rest is counted
 
 
-def write_page(directory: Path, output: Path | None, display: Display) -> Path:
+def write_page(directory: Path, output: Path | None, reporter: Reporter) -> Path:
     """Write the report of a run's folder, by default into it, and return where it is.
 
     Raises:
@@ -37,7 +37,7 @@ def write_page(directory: Path, output: Path | None, display: Display) -> Path:
         import matplotlib  # noqa: F401  # told here, before anything is read
     except ImportError as error:
         raise SqatError(f"{error.name} is not installed", "pip install 'sqat[report]'", "sqat report") from error
-    run = collect(directory, display)
+    run = collect(directory, reporter)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
                                      lstrip_blocks=True)  # fmt: skip
     template = environment.from_string(files("sqat.report").joinpath("page.html").read_text(encoding="utf-8"))

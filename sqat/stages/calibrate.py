@@ -104,13 +104,13 @@ def evaluated(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def shown(batches: list[Batch], context: StageContext) -> Iterator[Mapping[str, Tensor]]:
-    """The inputs of each batch; the display is told when the next one is asked for."""
-    context.display.begin(context.name, len(batches))
+    """The inputs of each batch; the reporter is told when the next one is asked for."""
+    context.reporter.start(context.name, len(batches))
     for step, batch in enumerate(batches, start=1):
         begun = time.monotonic()
         yield batch.inputs
-        context.display.update(step, {}, len(batch) / (time.monotonic() - begun))
-    context.display.end()
+        context.reporter.advance(step, {}, len(batch) / (time.monotonic() - begun))
+    context.reporter.finish()
 
 
 def observe(

@@ -27,7 +27,7 @@ from sqat.distributed import broadcast_from_rank0
 from sqat.errors import SqatError
 from sqat.evaluation.inference import logits_of, on_device, predict
 from sqat.models.loading import build, check_head, load_pretrained, versions
-from sqat.progress import Display
+from sqat.progress import Reporter
 from sqat.recipe.schema import FitConfig, PruneConfig, QatConfig, Recipe, StageConfig
 from sqat.tasks import Task
 from sqat.tasks.splits import Splits
@@ -53,7 +53,7 @@ class StageContext:
     key: str
     made_from: dict[str, str]
     splits: Splits
-    display: Display
+    reporter: Reporter
     state: MidStage
     teacher: Callable[[], Checkpoint]
 
@@ -77,7 +77,7 @@ class StageContext:
         head = {"num_labels": task.outputs, **task.config_fields}
         model, words = load_pretrained(task.architecture, self.recipe.model, self.folder, head, self.recipe.seed)
         if isinstance(words, TextProcessor) and (end := words.tokenizer.eos_token) == words.tokenizer.pad_token and end:
-            self.display.say(f"{self.name}: texts are padded with the end token {end}")
+            self.reporter.info(f"{self.name}: texts are padded with the end token {end}")
         return on_device(model, words)
 
     def training_batches(self, config: FitConfig, processor: Processor) -> Feed:
@@ -131,7 +131,7 @@ class StageContext:
             steps=self.total_steps(config, feed),
             seed=self.recipe.seed,
             title=self.name,
-            display=self.display,
+            reporter=self.reporter,
             state=self.state,
             evaluation=Evaluation(partial(self.measure, model, processor, "dev"), self.task.metric),
             before_step=before_step,

@@ -82,12 +82,12 @@ def run(config: ExportConfig, parent: Checkpoint | None, context: StageContext) 
     with tempfile.TemporaryDirectory(prefix="sqat-") as name:
         folder = Path(name)
         for target in config.targets:
-            context.display.say(f"{context.name}: writing {target}")
+            context.reporter.info(f"{context.name}: writing {target}")
             written = TARGETS[target](source, folder)
             check_graph(folder / file_name(target), written, parent)
             found, metrics[f"dev {target}"] = prove(folder / file_name(target), written, dev, config, context)
             notes.append(f"{target}: {found}")
-            context.display.say(f"{context.name}: {notes[-1]}")
+            context.reporter.info(f"{context.name}: {notes[-1]}")
             notes += [f"{target}: {note}" for note in written.notes]
         paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}

@@ -42,12 +42,12 @@ def run(config: PruneConfig, parent: Checkpoint | None, context: StageContext) -
     feed, notes = context.training_batches(config, processor), [] if parent is None else list(parent.manifest.notes)
     moments = mask_steps(config, context.total_steps(config, feed))
     if remark := too_few_steps(moments):
-        context.display.say(f"{context.name}: {remark}")
+        context.reporter.info(f"{context.name}: {remark}")
     with stage_loss(model, config.distill, context.task, context.teacher, context.name) as loss:
         gathered = partial(gather, config.criterion, model, loss=loss, feed=feed, seed=context.recipe.seed)
         if config.permute:
             notes += permute_for_(
-                config, model, patterns, old, feed, gathered, context.recipe.seed, context.display, context.name
+                config, model, patterns, old, feed, gathered, context.recipe.seed, context.reporter, context.name
             )
         transforms = insert_weights_(model, {**masks, **kept}, (), masks if learns_all else ())
         masking = Masking(model, {name: transforms[name] for name in masks}, patterns, config, moments, gathered)

@@ -17,10 +17,10 @@ def run(config: TrainConfig, parent: Checkpoint | None, context: StageContext) -
                         "start from a train stage, or from the pretrained model")  # fmt: skip
     model, processor = context.load_model(parent)
     for remark in context.task.remarks(context.splits.prepared("train", processor)):
-        context.display.say(remark)
+        context.reporter.info(remark)
     rows, judged = len(context.splits.rows("dev")), len(context.splits.prepared("dev", processor))
     if judged < rows:
-        context.display.say(f"{rows - judged} of {rows} dev rows are not measured: no metric depends on them")
+        context.reporter.info(f"{rows - judged} of {rows} dev rows are not measured: no metric depends on them")
     fitted = context.fit(model, processor, task_loss(context.task), config)
     metrics = {"dev": context.measure(model, processor, "dev")}
     files, weights = capture(model, processor)

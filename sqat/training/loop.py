@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sqat.distributed import all_reduce_sum, any_rank, process_state, run_on_rank0, uses_fsdp
 from sqat.errors import StoppedError
 from sqat.modules.activation_quantizers import QUANTIZERS
-from sqat.progress import Display
+from sqat.progress import Reporter
 from sqat.recipe.schema import FitConfig
 from sqat.training.batches import Feed, Piece, seed_draws, shared_work, steps_of_work
 from sqat.training.data_parallel import REPLICAS, Loss, Norms, Objective, Spread, spread_
@@ -171,13 +171,13 @@ class Run:
             self.progress.without_gain += 1
         return figures
 
-    def remark(self, title: str, display: Display) -> None:
+    def remark(self, title: str, reporter: Reporter) -> None:
         """Tell once of each kind what has become weak in the model."""
         with plain(self.model):
             found = weakness(self.model, self.progress.step)
         for kind, line in found.items():
             if kind not in self.remarked:
-                display.say(f"{title}: {line}")
+                reporter.info(f"{title}: {line}")
             self.remarked.add(kind)
 
     def finish(self) -> None:
@@ -197,7 +197,7 @@ def fit(
     steps: int,
     seed: int,
     title: str,
-    display: Display,
+    reporter: Reporter,
     state: MidStage,
     evaluation: Evaluation | None = None,
     before_step: Callable[[int], None] | None = None,
@@ -220,7 +220,7 @@ def fit(
     with spread_(Objective(model, loss), accelerator) as spread:
         optimizer = make_optimizer(model, config)
         run = Run(model, optimizer, state, Progress(together=together))
-        begin(run, title, steps, config, display)
+        begin(run, title, steps, config, reporter)
         work = steps_of_work(feed, together, seed, accelerator.device, run.progress.step)
         bounds = learned_bounds(model)
         start = {site: float(bound.detach()) for site, bound in bounds.items()}
@@ -243,11 +243,11 @@ def fit(
                 seconds = time.monotonic() - begun
                 shown |= run.progress.losses
                 if run.progress.step % REMARK_EVERY == 0 or run.progress.step == steps:
-                    run.remark(title, display)
+                    run.remark(title, reporter)
                 if evaluation is not None and evaluation_due(config, run.progress.step, steps):
                     shown |= run.evaluate(evaluation, config, judge_from)
                 run.progress.seconds += time.monotonic() - begun
-                display.update(run.progress.step, shown, samples / max(seconds, 1e-9))  # some clocks stand still
+                reporter.advance(run.progress.step, shown, samples / max(seconds, 1e-9))  # some clocks stand still
                 due = accelerator.is_main_process and time.monotonic() - saved >= config.save_every
                 stop, due = any_rank(asked(), due)
                 if due and not stop and run.progress.step < steps:
@@ -258,22 +258,22 @@ def fit(
                 accelerator.wait_for_everyone()  # a launcher ends all processes once the first has ended
                 raise StoppedError(f"{title}: stopped and saved at step {run.progress.step} of {steps}",
                                    "the same command, without --force, goes on from there")  # fmt: skip
-        display.end()
+        reporter.finish()
         run.finish()
     done = run.progress
     return Fitted(done.step, done.seconds, done.samples, done.losses, done.history)
 
 
-def begin(run: Run, title: str, steps: int, config: FitConfig, display: Display) -> None:
+def begin(run: Run, title: str, steps: int, config: FitConfig, reporter: Reporter) -> None:
     """Go on from the mid-stage state where there is one, and say what is done and by how many processes."""
     sharing, there = shared_work(run.progress.together, config.gradient_accumulation), run.state.directory.exists()
     if run.resume():
-        display.say(f"{title}: resumed at step {run.progress.step} of {steps}{sharing and f'; {sharing}'}")
+        reporter.info(f"{title}: resumed at step {run.progress.step} of {steps}{sharing and f'; {sharing}'}")
     elif there:
-        display.say(f"{title}: the mid-stage state is damaged, or of another run or length: starting afresh")
+        reporter.info(f"{title}: the mid-stage state is damaged, or of another run or length: starting afresh")
     if sharing and not run.progress.step:
-        display.say(f"{title}: {sharing}")
-    display.begin(title, steps)
+        reporter.info(f"{title}: {sharing}")
+    reporter.start(title, steps)
 
 
 def take_step(

@@ -1,6 +1,6 @@
 """Losses and metrics for TensorBoard, W&B, MLflow or trackio, through Accelerate's trackers; off unless a recipe asks.
 
-A watched display: what a fit tells its watcher goes to the trackers too, as ``stage/loss part``, over steps that count
+A watched reporter: what a fit tells its watcher goes to the trackers too, as ``stage/loss part``, over steps that count
 on from stage to stage, since some trackers refuse to go back. Metrics follow as ``stage/dev/metric`` and
 ``results/row/metric``. A tracker that fails on the way is told and given up; a training is worth more than its curves.
 What trackers print goes to standard error, for standard output is the results'. MLflow takes fewer characters in names
@@ -24,7 +24,7 @@ from accelerate import Accelerator
 
 from sqat.distributed import process_state
 from sqat.errors import SqatError, first_line
-from sqat.progress import Display
+from sqat.progress import Reporter
 from sqat.recipe.schema import Recipe
 
 FOLDER = "tracking"  # in the run's folder, for trackers that write files
@@ -35,33 +35,33 @@ REFUSED = re.compile(r"[^\w. :/-]")  # in names, by MLflow
 
 @dataclass
 class Tracked:
-    """A display whose figures go to trackers as well.
+    """A reporter whose figures go to trackers as well.
 
     Attributes:
         steps: of the stages that are over.
     """
 
-    display: Display
+    reporter: Reporter
     trackers: list[Any] = field(default_factory=list)
     title: str = ""
     total: int = 0
     steps: int = 0
 
-    def say(self, text: str) -> None:
-        self.display.say(text)
+    def info(self, text: str) -> None:
+        self.reporter.info(text)
 
-    def begin(self, title: str, total: int) -> None:
+    def start(self, title: str, total: int) -> None:
         self.title, self.total = title, total
-        self.display.begin(title, total)
+        self.reporter.start(title, total)
 
-    def update(self, step: int, values: Mapping[str, float], rate: float) -> None:
-        self.display.update(step, values, rate)
+    def advance(self, step: int, values: Mapping[str, float], rate: float) -> None:
+        self.reporter.advance(step, values, rate)
         figures = {**values, "samples per second": rate}
         self.log({f"{self.title}/{name}": value for name, value in figures.items()}, step)
 
-    def end(self) -> None:
+    def finish(self) -> None:
         self.steps, self.total = self.steps + self.total, 0
-        self.display.end()
+        self.reporter.finish()
 
     def log(self, figures: Mapping[str, float], step: int = 0) -> None:
         """Hand figures to every tracker, at a step of the stage under way; curves take no infinity."""
@@ -71,12 +71,12 @@ class Tracked:
                 tracker.log(names_for(tracker.name, finite), step=self.steps + step)
             except Exception as error:  # noqa: PERF203  # each library has classes of its own, and a network
                 self.trackers.remove(tracker)
-                self.say(f"{tracker.name} is given up, the run goes on: {first_line(error)}")
+                self.info(f"{tracker.name} is given up, the run goes on: {first_line(error)}")
 
 
 @contextmanager
-def tracked(recipe: Recipe, directory: Path, display: Display) -> Iterator[Tracked]:
-    """The display of a run, watched by the trackers that the recipe names; the first process alone has any.
+def tracked(recipe: Recipe, directory: Path, reporter: Reporter) -> Iterator[Tracked]:
+    """The reporter of a run, watched by the trackers that the recipe names; the first process alone has any.
 
     Args:
         directory: of the run.
@@ -87,7 +87,7 @@ def tracked(recipe: Recipe, directory: Path, display: Display) -> Iterator[Track
     for name in recipe.trackers:
         if not is_installed(name):
             raise SqatError(f"the tracker {name} is not installed", f"pip install {name}, or leave it out", "trackers")
-    watched = Tracked(display)
+    watched = Tracked(reporter)
     try:
         for name in recipe.trackers:
             watched.trackers += start_tracker(name, recipe, directory)
@@ -98,7 +98,7 @@ def tracked(recipe: Recipe, directory: Path, display: Display) -> Iterator[Track
                 with redirect_stdout(sys.stderr):
                     tracker.finish()
             except Exception as error:  # noqa: PERF203  # what ended the run must not be hidden by it
-                display.say(f"{tracker.name}: {first_line(error)}")
+                reporter.info(f"{tracker.name}: {first_line(error)}")
 
 
 def is_installed(name: str) -> bool:

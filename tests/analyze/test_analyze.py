@@ -23,7 +23,7 @@ from sqat.analyze.treatments import find_pruning, find_rounding, treated_
 from sqat.checkpoint.store import load_checkpoint, save_checkpoint
 from sqat.errors import SqatError
 from sqat.evaluation.inference import logits_of, predict
-from sqat.progress import Silent
+from sqat.progress import SilentReporter
 from sqat.recipe.loader import load_recipe
 from sqat.recipe.schema import CalibrateConfig, LoadedRecipe, PruneConfig
 from sqat.stages.context import StageContext
@@ -63,12 +63,12 @@ def loaded(project: Project) -> LoadedRecipe:
 
 @pytest.fixture(scope="module")
 def findings(loaded: LoadedRecipe) -> Findings:
-    return run_analysis(loaded, Options(samples=ALL), Silent())
+    return run_analysis(loaded, Options(samples=ALL), SilentReporter())
 
 
 def context_of(project: Project, loaded: LoadedRecipe) -> StageContext:
     directory = project.stage("train")
-    return make_context(loaded, load_checkpoint(directory), directory, Silent())
+    return make_context(loaded, load_checkpoint(directory), directory, SilentReporter())
 
 
 def encoded(project: Project, split: str) -> dict[str, Tensor]:
@@ -179,7 +179,7 @@ def test_the_model_keeps_its_bits(project: Project, loaded: LoadedRecipe, criter
 
 def test_sparsegpt_harms_its_layer_less_than_magnitude(loaded: LoadedRecipe, findings: Findings) -> None:
     better = load_recipe(loaded.path, ["stages.prune.criterion=sparsegpt"])
-    corrected = run_analysis(better, Options(samples=ALL), Silent())
+    corrected = run_analysis(better, Options(samples=ALL), SilentReporter())
     assert corrected.summed.pruned is not None
     assert findings.summed.pruned is not None
     assert corrected.summed.pruned < findings.summed.pruned
@@ -194,7 +194,7 @@ def test_the_one_layer_that_is_not_sparse_already_comes_first(project: Project, 
     weights[f"{KEY}.weight"] = 10 * weights[f"{KEY}.weight"]
     folder = project.folder / "constructed"
     save_checkpoint(replace(checkpoint, weights=weights), folder)
-    found = run_analysis(loaded, Options(start=folder, samples=FEW), Silent())
+    found = run_analysis(loaded, Options(start=folder, samples=FEW), SilentReporter())
     damages = {layer.name: layer.damage.pruned for layer in found.layers}
     assert found.layers[0].name == KEY
     assert (damages.pop(KEY) or 0) > 1e-6
@@ -202,9 +202,11 @@ def test_the_one_layer_that_is_not_sparse_already_comes_first(project: Project, 
 
 
 def test_a_budget_is_kept_by_the_recipe_it_proposes(loaded: LoadedRecipe) -> None:
-    findings = run_analysis(loaded, Options(samples=FEW), Silent())
+    findings = run_analysis(loaded, Options(samples=FEW), SilentReporter())
     budgets = (0.6 * findings.together.both, 0.1 * findings.together.both)
-    loose, tight = (run_analysis(loaded, Options(samples=FEW, budget=budget), Silent()).choice for budget in budgets)
+    loose, tight = (
+        run_analysis(loaded, Options(samples=FEW, budget=budget), SilentReporter()).choice for budget in budgets
+    )
     assert loose is not None
     assert tight is not None
     assert len(loose.dense) + len(loose.float_layers) <= len(tight.dense) + len(tight.float_layers)
@@ -213,7 +215,7 @@ def test_a_budget_is_kept_by_the_recipe_it_proposes(loaded: LoadedRecipe) -> Non
     for budget, choice in zip(budgets, (loose, tight), strict=True):
         overrides = [f"stages.{stage}.{section}".replace(": {", "={", 1).replace("\n", "")
                      for stage, section in choice.recipe.items() if section]  # fmt: skip
-        again = run_analysis(load_recipe(loaded.path, overrides), Options(samples=FEW), Silent())
+        again = run_analysis(load_recipe(loaded.path, overrides), Options(samples=FEW), SilentReporter())
         assert again.together.both == pytest.approx(choice.measured, rel=1e-4)
         assert again.together.both <= budget * 1.0001
         assert {layer.name for layer in again.layers if not layer.pattern} <= set(choice.dense)
@@ -239,7 +241,7 @@ def test_queries_stay_whole(project: Project) -> None:
         *(f"data.{split}.path={split}-relevance.jsonl" for split in ("train", "dev", "test")),
     ]
     context = make_context(
-        load_recipe(project.recipe, overrides), load_checkpoint(project.stage("train")), Path(), Silent()
+        load_recipe(project.recipe, overrides), load_checkpoint(project.stage("train")), Path(), SilentReporter()
     )
     rows = context.splits.rows("dev")
     chosen, again = (choose_rows(rows, 10, 3) for _ in range(2))
@@ -328,7 +330,7 @@ def test_a_recipe_without_either_stage_is_refused(project: Project) -> None:
     other.write_text(text[: text.index("  prune:")])
     loaded = load_recipe(other)
     with pytest.raises(SqatError, match="neither a prune nor a calibrate stage"):
-        run_analysis(loaded, Options(start=project.stage("train")), Silent())
+        run_analysis(loaded, Options(start=project.stage("train")), SilentReporter())
 
 
 def test_channels_are_permuted_where_the_section_asks_for_it(project: Project, loaded: LoadedRecipe) -> None:

@@ -21,7 +21,7 @@ from sqat.bench.rounds import Effort, Timed
 from sqat.checkpoint.store import Checkpoint, save_checkpoint
 from sqat.data.dataset import TextProcessor
 from sqat.errors import SqatError
-from sqat.progress import Silent
+from sqat.progress import SilentReporter
 from sqat.runtime import LIBRARY
 from tests.export.cpu_models import calibrated, exported, texts
 from tests.export.test_cpu_sparse import FAMILIES, LENGTHS
@@ -57,7 +57,7 @@ def by_hand(**seconds: float) -> Callable[..., Timed]:
 
 def report_of(timer: Callable[..., Timed], **paths: Path) -> Report:
     found, left_out = candidates_of(read_artifacts([f"{name}={path}" for name, path in paths.items()]), ["onnxruntime"])
-    return measure(found, found[0].name, Grid([2], [8]), Effort(), 1, Silent(), left_out, timer=timer)
+    return measure(found, found[0].name, Grid([2], [8]), Effort(), 1, SilentReporter(), left_out, timer=timer)
 
 
 def test_figures_hang_together(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from sqat.errors import GateError, SqatError
 from sqat.pipeline import runner as pipeline
 from sqat.pipeline.plan import PlannedStage
 from sqat.pipeline.runner import ResultRow, Results
-from sqat.progress import Display
+from sqat.progress import Reporter
 from sqat.recipe.schema import LoadedRecipe
 
 ROOT = Path(__file__).parents[2]
@@ -80,11 +80,11 @@ def plan_of(loaded: LoadedRecipe, **options: Any) -> list[PlannedStage]:
     ]
 
 
-def results_of(loaded: LoadedRecipe, display: Display, **options: Any) -> Results:
-    display.begin("train", 4)
-    display.update(4, {"loss": 0.5}, 10.0)
-    display.end()
-    display.say("train: done")
+def results_of(loaded: LoadedRecipe, reporter: Reporter, **options: Any) -> Results:
+    reporter.start("train", 4)
+    reporter.advance(4, {"loss": 0.5}, 10.0)
+    reporter.finish()
+    reporter.info("train: done")
     rows = [
         ResultRow("dense fp32", "train", {"accuracy": 0.9, "pnr": float("inf")}, 90_900_000, Path("runs/r/01-train")),
         ResultRow("sparse int8", "export", {"accuracy": 0.8}, 24_900_000, Path("runs/r/05-export/model.onnx")),
@@ -234,9 +234,9 @@ def test_other_ranks_say_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_run_hands_its_flags_over(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     seen: dict[str, Any] = {}
 
-    def fake(loaded: LoadedRecipe, display: Display, **options: Any) -> Results:
+    def fake(loaded: LoadedRecipe, reporter: Reporter, **options: Any) -> Results:
         seen.update(options, seed=loaded.recipe.seed, epochs=getattr(loaded.recipe.stages["qat"], "epochs", None))
-        return results_of(loaded, display)
+        return results_of(loaded, reporter)
 
     monkeypatch.setattr(pipeline, "run", fake)
     flags = ["--from", "prune", "--to", "qat", "--force", "--set", "seed=3", "--set", "stages.qat.epochs=2"]
@@ -268,7 +268,7 @@ def test_stage_commands_run_their_stage(
 ) -> None:
     seen: list[Any] = []
 
-    def fake(loaded: LoadedRecipe, name: str, display: Display, **options: Any) -> Path:
+    def fake(loaded: LoadedRecipe, name: str, reporter: Reporter, **options: Any) -> Path:
         seen.append((name, options))
         return Path("runs/r") / name
 
@@ -286,7 +286,7 @@ def test_stage_commands_run_their_stage(
 def test_a_kind_with_two_stages_needs_a_name(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pipeline, "run_stage", lambda loaded, name, display, **options: Path(name))
+    monkeypatch.setattr(pipeline, "run_stage", lambda loaded, name, reporter, **options: Path(name))
     (folder / "r.yaml").write_text(RECIPE.replace("  qat:\n", "  qat:\n  qat-b: {stage: qat}\n"))
     line = "error: r: the recipe has 2 qat stages: qat, qat-b; choose one, e.g. --stage qat\n"
     assert call(capsys, "qat", "r.yaml") == (2, "", line)
@@ -313,7 +313,7 @@ def test_distillation_by_flag(
 ) -> None:
     seen: list[Any] = []
 
-    def fake(loaded: LoadedRecipe, name: str, display: Display, **options: Any) -> Path:
+    def fake(loaded: LoadedRecipe, name: str, reporter: Reporter, **options: Any) -> Path:
         seen.append(getattr(loaded.recipe.stages[name], "distill", None))
         return Path(name)
 
@@ -328,14 +328,14 @@ def test_distillation_by_flag(
 def test_no_distill_mends_a_recipe_without_a_teacher(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pipeline, "run_stage", lambda loaded, name, display, **options: Path(name))
+    monkeypatch.setattr(pipeline, "run_stage", lambda loaded, name, reporter, **options: Path(name))
     (folder / "r.yaml").write_text(RECIPE.replace("  train:\n", ""))
     assert call(capsys, "qat", "r.yaml")[0] == 2
     assert call(capsys, "qat", "r.yaml", "--no-distill")[0] == 0
 
 
 def test_evaluate(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def fake(loaded: LoadedRecipe, artifact: Path, split: str, display: Display) -> dict[str, float]:
+    def fake(loaded: LoadedRecipe, artifact: Path, split: str, reporter: Reporter) -> dict[str, float]:
         assert (artifact, split) == (Path("model.onnx"), "dev")
         return {"accuracy": 0.875, "pnr": float("nan")}
 
@@ -378,7 +378,7 @@ SLOW_RUN = """
 import signal, sys, time, types
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from sqat import cli
-def fake(loaded, display, **options):
+def fake(loaded, reporter, **options):
     print("started", flush=True)
     time.sleep(60)
 sys.modules["sqat.pipeline.runner"] = types.SimpleNamespace(run=fake)

@@ -37,12 +37,12 @@ class Clock:
 
 def run_lines(clock: Clock, total: int, seconds_a_step: float) -> list[str]:
     lines: list[str] = []
-    display = console.LineDisplay(lines.append)
-    display.begin("qat", total)
+    reporter = console.LineReporter(lines.append)
+    reporter.start("qat", total)
     for step in range(1, total + 1):
         clock.now += seconds_a_step
-        display.update(step, {"loss": 1 / step}, 32.0)
-    display.end()
+        reporter.advance(step, {"loss": 1 / step}, 32.0)
+    reporter.finish()
     return lines
 
 
@@ -74,14 +74,14 @@ def test_the_end_of_a_stage_without_steps_is_told(monkeypatch: pytest.MonkeyPatc
 def draw_bar(*, no_color: bool) -> str:
     file = io.StringIO()
     screen = Console(file=file, force_terminal=True, width=80, no_color=no_color, color_system="truecolor")
-    bar = console.BarDisplay(screen)
-    bar.begin(LONG, 123_400)
+    bar = console.BarReporter(screen)
+    bar.start(LONG, 123_400)
     values = {"loss": 0.04938, "task": 0.5, "minilm": 0.00345, "logits": 2.1e-07, "lr": 1.2e-05, "ndcg@10": 0.7841}
-    bar.update(12_345, values, 845.2)
+    bar.advance(12_345, values, 845.2)
     assert bar.live is not None
     bar.live.refresh()
-    bar.say("a line of news")
-    bar.end()
+    bar.info("a line of news")
+    bar.finish()
     return file.getvalue()
 
 
@@ -112,8 +112,8 @@ def test_no_color_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
 def test_the_cursor_comes_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.StringIO()
     monkeypatch.setattr(console, "error_console", lambda: Console(file=file, force_terminal=True, width=80))
-    with suppress(KeyboardInterrupt), console.open_display() as display:
-        display.begin("qat", 10)
+    with suppress(KeyboardInterrupt), console.open_reporter() as reporter:
+        reporter.start("qat", 10)
         raise KeyboardInterrupt
     assert file.getvalue().rindex("\x1b[?25h") > file.getvalue().rindex("\x1b[?25l")
 

@@ -14,7 +14,7 @@ from sqat.checkpoint.store import Checkpoint, load_checkpoint
 from sqat.models.loading import build
 from sqat.pipeline.fingerprint import Keys
 from sqat.pipeline.runner import run
-from sqat.progress import Silent
+from sqat.progress import SilentReporter
 from sqat.recipe.loader import load_recipe
 from sqat.recipe.schema import PruneConfig
 from sqat.sparsity.masks import count_violations
@@ -39,7 +39,7 @@ def quick_search(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def made(write: Write, source: Path, name: str, stages: dict[str, Any], stage: str) -> Checkpoint:
     path = write(source, stages, name=name)
-    run(load_recipe(path), Silent())
+    run(load_recipe(path), SilentReporter())
     return load_checkpoint(next((path.parent / "runs" / name).glob(f"*-{stage}")))
 
 
@@ -95,7 +95,7 @@ def test_distillation_begins_at_nothing(write_recipe: Write, source: Path) -> No
     prune |= {"layers": {"include": ["*.layer.1.*output.dense"]}}
     model = {"source": str(source), "max_length": 16, "dropout": 0.0}
     path = write_recipe(source, {**TEACHER, "prune": prune}, name="taught", model=model)
-    run(load_recipe(path), Silent())
+    run(load_recipe(path), SilentReporter())
     found = load_checkpoint(path.parent / "runs" / "taught" / "02-prune")
     assert found.manifest.notes[0].startswith("permuted the channels of 2 sites")
     assert abs(found.manifest.losses["minilm"]) < 1e-6, "what is pruned comes behind them"

@@ -17,7 +17,7 @@ from sqat.compress.patterns import choose_patterns
 from sqat.errors import SqatError
 from sqat.pipeline.fingerprint import Keys
 from sqat.pipeline.runner import run
-from sqat.progress import Silent
+from sqat.progress import SilentReporter
 from sqat.recipe.loader import load_recipe
 from sqat.recipe.schema import PruneConfig
 from sqat.sparsity.masks import count_violations, nm_mask
@@ -41,7 +41,7 @@ SR_STE = {"schedule": {"name": "sr-ste", "decay": 0.01}}
 def pruned(write: Write, source: Path, name: str = "tiny", before: Mapping[str, Any] = {}, **prune: Any) -> Checkpoint:
     """The checkpoint of a prune stage of a tiny BERT."""
     path = write(source, {**before, "prune": {**FIT, **prune}}, name=name)
-    run(load_recipe(path), Silent())
+    run(load_recipe(path), SilentReporter())
     return load_checkpoint(next((path.parent / "runs" / name).glob("*-prune")))
 
 
@@ -101,19 +101,19 @@ class KilledError(Exception):
     """Stands for a kill."""
 
 
-class Killer(Silent):
+class Killer(SilentReporter):
     """Ends the run after a step of the prune stage."""
 
     def __init__(self, step: int) -> None:
         self.kill_at, self.title, self.lines = step, "", list[str]()
 
-    def begin(self, title: str, total: int) -> None:
+    def start(self, title: str, total: int) -> None:
         self.title = title
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         self.lines.append(text)
 
-    def update(self, step: int, values: Mapping[str, float], rate: float) -> None:
+    def advance(self, step: int, values: Mapping[str, float], rate: float) -> None:
         if self.title == "prune" and step == self.kill_at:
             raise KilledError
 
@@ -177,7 +177,7 @@ def test_every_file_knows_each_layer_s_pattern(write_recipe: Write, source: Path
         "export": {"targets": ["torch-semi-structured", "compressed-tensors"]},
     }
     path = write_recipe(source, stages)
-    run(load_recipe(path), Silent())
+    run(load_recipe(path), SilentReporter())
     folder = path.parent / "runs" / "tiny" / "03-export"
     records = load_checkpoint(folder).manifest.layers
     wanted = {"query": "", "key": "2:4", "intermediate.dense": "1:4"}

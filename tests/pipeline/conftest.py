@@ -99,21 +99,21 @@ class Project:
 
 
 class Lines:
-    """A display that keeps its news."""
+    """A reporter that keeps its news."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         self.lines.append(text)
 
-    def begin(self, title: str, total: int) -> None:
+    def start(self, title: str, total: int) -> None:
         pass
 
-    def update(self, step: int, values: Any, rate: float) -> None:
+    def advance(self, step: int, values: Any, rate: float) -> None:
         pass
 
-    def end(self) -> None:
+    def finish(self) -> None:
         pass
 
 

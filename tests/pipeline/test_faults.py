@@ -31,14 +31,14 @@ def test_a_damaged_checkpoint_is_not_unchanged(copy: Project, file: str) -> None
 
 def test_a_damaged_manifest_is_said_and_its_stage_runs_again(copy: Project) -> None:
     (copy.stage("prune") / "sqat.json").write_text("{")
-    pipeline.run(load_recipe(copy.recipe), display := Lines(), last="prune")
-    assert display.lines[1] == f"prune: what is in {copy.stage('prune')} is no sound checkpoint: it is made again"
+    pipeline.run(load_recipe(copy.recipe), reporter := Lines(), last="prune")
+    assert reporter.lines[1] == f"prune: what is in {copy.stage('prune')} is no sound checkpoint: it is made again"
 
 
 class Signalled(Lines):
     """Gets a signal at the third step."""
 
-    def update(self, step: int, values: Any, rate: float) -> None:
+    def advance(self, step: int, values: Any, rate: float) -> None:
         if step == 3:
             signal.raise_signal(signal.SIGINT)
 
@@ -53,5 +53,5 @@ def test_a_state_of_another_recipe_is_not_taken(copy: Project, rate: str, said: 
         pytest.skip("signals reach the main thread only")
     with pytest.raises(StoppedError):
         pipeline.run(load_recipe(copy.recipe, ["stages.prune.learning_rate=3.0e-4"]), Signalled(), last="prune")
-    pipeline.run(load_recipe(copy.recipe, [f"stages.prune.learning_rate={rate}"]), display := Lines(), last="prune")
-    assert said in display.lines
+    pipeline.run(load_recipe(copy.recipe, [f"stages.prune.learning_rate={rate}"]), reporter := Lines(), last="prune")
+    assert said in reporter.lines

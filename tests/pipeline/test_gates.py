@@ -26,9 +26,9 @@ DROP = "stages.prune.gates={accuracy: {max_drop: 0.01}}"
 
 
 def run(project: Project, *overrides: str, last: str = "prune", **options: Any) -> list[str]:
-    display = Lines()
-    pipeline.run(load_recipe(project.recipe, overrides), display, last=last, **options)
-    return display.lines
+    reporter = Lines()
+    pipeline.run(load_recipe(project.recipe, overrides), reporter, last=last, **options)
+    return reporter.lines
 
 
 def rejected(project: Project) -> Path:
@@ -95,11 +95,11 @@ FEW = ("stages.prune.epochs=null", SHORT, "stages.prune.gates={accuracy: {min: 1
 
 
 def test_a_retry_takes_more_steps_and_is_recorded(copy: Project) -> None:
-    display = Lines()
+    reporter = Lines()
     with pytest.raises(GateError):
-        pipeline.run(load_recipe(copy.recipe, FEW), display, last="prune")
-    assert "prune: misses a gate: dev accuracy 1.0000, allowed from 1.1000 (min)" in display.lines
-    assert "prune: attempt 2 of 2, with more steps" in display.lines
+        pipeline.run(load_recipe(copy.recipe, FEW), reporter, last="prune")
+    assert "prune: misses a gate: dev accuracy 1.0000, allowed from 1.1000 (min)" in reporter.lines
+    assert "prune: attempt 2 of 2, with more steps" in reporter.lines
     manifest = load_manifest(rejected(copy))
     assert (manifest.attempt, manifest.steps) == (2, 6)
     with pytest.raises(GateError):

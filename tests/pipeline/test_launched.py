@@ -69,8 +69,8 @@ def test_a_killed_process_ends_the_run_which_goes_on_in_another_number(copy: Pro
     assert ".02-prune.state" in hidden
     assert hidden <= {".02-prune.state", ".lock"}  # nothing half-written
 
-    pipeline.run(load_recipe(copy.recipe, OVERRIDES), display := Lines(), last="prune")
-    assert any(line.startswith("prune: resumed at step") for line in display.lines)
+    pipeline.run(load_recipe(copy.recipe, OVERRIDES), reporter := Lines(), last="prune")
+    assert any(line.startswith("prune: resumed at step") for line in reporter.lines)
     resumed = load_file(copy.stage("prune") / "model.safetensors")
     alone = [*OVERRIDES, "stages.prune.gradient_accumulation=2"]
     pipeline.run(load_recipe(copy.recipe, alone), Lines(), last="prune")

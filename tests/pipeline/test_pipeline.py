@@ -34,9 +34,9 @@ Finished = tuple[Project, pipeline.Results]
 
 
 def run(project: Project, *overrides: str, **options: Any) -> list[str]:
-    display = Lines()
-    pipeline.run(load_recipe(project.recipe, overrides), display, **options)
-    return display.lines
+    reporter = Lines()
+    pipeline.run(load_recipe(project.recipe, overrides), reporter, **options)
+    return reporter.lines
 
 
 def test_golden_metrics(finished: Finished) -> None:

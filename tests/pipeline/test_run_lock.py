@@ -22,9 +22,9 @@ ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys, time
 from pathlib import Path
-from sqat.progress import Silent
+from sqat.progress import SilentReporter
 from sqat.pipeline.lock import run_lock
-with run_lock(Path(sys.argv[1]), Silent()):
+with run_lock(Path(sys.argv[1]), SilentReporter()):
     print("held", flush=True)
     time.sleep(120)
 """

@@ -38,10 +38,10 @@ class Stopping(Lines):
         super().__init__()
         self.stage, self.now = stage, ""
 
-    def begin(self, title: str, total: int) -> None:
+    def start(self, title: str, total: int) -> None:
         self.now = title
 
-    def update(self, step: int, values: object, rate: float) -> None:
+    def advance(self, step: int, values: object, rate: float) -> None:
         if self.now == self.stage and step == STOPS[self.stage]:
             raise KilledError
 
@@ -74,8 +74,8 @@ def test_a_run_that_was_stopped_within_an_epoch_goes_on_to_the_same_bits(tmp_pat
             pipeline.run(load_recipe(recipe), Stopping(stage))
         state = next((tmp_path / "runs/tiny").glob(f".??-{stage}.state/state.json"))
         assert json.loads(state.read_bytes())["progress"]["step"] == step - 1
-    pipeline.run(load_recipe(recipe), display := Lines())
-    assert "qat: resumed at step 19 of 26" in display.lines
+    pipeline.run(load_recipe(recipe), reporter := Lines())
+    assert "qat: resumed at step 19 of 26" in reporter.lines
     again = checkpoints(tmp_path)
     assert list(again) == list(whole) == ["01-train", "02-prune", "03-calibrate", "04-qat"]
     for name, known in whole.items():

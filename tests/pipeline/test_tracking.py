@@ -12,7 +12,7 @@ import pytest
 from sqat.checkpoint.manifest import load_manifest
 from sqat.cli import main
 from sqat.errors import SqatError
-from sqat.progress import Silent
+from sqat.progress import SilentReporter
 from sqat.recipe.loader import load_recipe
 from sqat.recipe.schema import Recipe
 from sqat.training import tracking
@@ -40,16 +40,16 @@ class Kept:
 
 def fit_twice(watched: Tracked) -> None:
     for title in ("train", "qat"):
-        watched.begin(title, 2)
-        watched.update(1, {"task": 1.0}, 8.0)
-        watched.update(2, {"task": 0.5, "pnr": float("inf")}, 8.0)
-        watched.end()
+        watched.start(title, 2)
+        watched.advance(1, {"task": 1.0}, 8.0)
+        watched.advance(2, {"task": 0.5, "pnr": float("inf")}, 8.0)
+        watched.finish()
         watched.log({f"{title}/dev/f1": 0.75})
 
 
 def test_steps_count_on_from_stage_to_stage() -> None:
     kept = Kept()
-    fit_twice(Tracked(Silent(), [kept]))
+    fit_twice(Tracked(SilentReporter(), [kept]))
     assert kept.seen == [
         (1, {"train/task": 1.0, "train/samples per second": 8.0}),
         (2, {"train/task": 0.5, "train/samples per second": 8.0}),
@@ -75,7 +75,7 @@ def test_trackers_are_closed_whatever_ends_the_run(
     monkeypatch.setattr(tracking, "start_tracker", lambda *_: [kept])
     monkeypatch.setattr(tracking, "is_installed", lambda _: True)
     recipe = load_recipe(pipeline.recipe, ["trackers=[wandb]"]).recipe
-    with pytest.raises(KeyboardInterrupt), tracked(recipe, tmp_path, Silent()):
+    with pytest.raises(KeyboardInterrupt), tracked(recipe, tmp_path, SilentReporter()):
         raise KeyboardInterrupt
     assert kept.over
 
@@ -96,7 +96,7 @@ def test_one_that_cannot_begin_is_named_in_a_line_and_the_others_are_closed(
     monkeypatch.setattr(tracking, "is_installed", lambda _: True)
     monkeypatch.setattr(tracking, "Accelerator", refuse)
     recipe = load_recipe(pipeline.recipe, ["trackers=[wandb,mlflow]"]).recipe
-    with pytest.raises(SqatError) as raised, tracked(recipe, tmp_path, Silent()):
+    with pytest.raises(SqatError) as raised, tracked(recipe, tmp_path, SilentReporter()):
         pass
     assert raised.value.problem == "mlflow cannot begin: no store at v1.2 of it"
     assert kept.over
@@ -120,7 +120,7 @@ def test_what_trackers_print_is_not_among_the_results(
 
     monkeypatch.setattr(tracking, "is_installed", lambda _: True)
     monkeypatch.setattr(tracking, "Accelerator", Loud)
-    with tracked(load_recipe(pipeline.recipe, ["trackers=[trackio]"]).recipe, tmp_path, Silent()):
+    with tracked(load_recipe(pipeline.recipe, ["trackers=[trackio]"]).recipe, tmp_path, SilentReporter()):
         print("a result")
     assert capsys.readouterr() == ("a result\n", "tiny begins\nand ends\n")
 
@@ -131,7 +131,7 @@ def test_mlflow_gets_names_that_it_takes() -> None:
     figures = {"results/sparse int8 (a + b)/recall@10": 0.5, f"dev/{string.printable}": 1.0}
     mlflow, other = Kept(), Kept()
     mlflow.name = "mlflow"
-    Tracked(Silent(), [mlflow, other]).log(figures)
+    Tracked(SilentReporter(), [mlflow, other]).log(figures)
     ((_, logged),) = mlflow.seen
     assert [*logged.values()] == [0.5, 1.0]
     assert all(map(takes.match, logged))

@@ -70,13 +70,13 @@ results:
 """
 
 
-class Silent:
-    """A display that shows nothing."""
+class SilentReporter:
+    """A reporter that shows nothing."""
 
-    def say(self, text: str) -> None: ...
-    def begin(self, title: str, total: int) -> None: ...
-    def update(self, step: int, values: Any, rate: float) -> None: ...
-    def end(self) -> None: ...
+    def info(self, text: str) -> None: ...
+    def start(self, title: str, total: int) -> None: ...
+    def advance(self, step: int, values: Any, rate: float) -> None: ...
+    def finish(self) -> None: ...
 
 
 def passages(queries: int, seed: int) -> str:
@@ -107,7 +107,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{split}.jsonl").write_text(passages(queries, seed))
     (folder / "relevance-pnr.yaml").write_text(RECIPE)
     for seed in (0, 1):
-        run_pipeline(run_of(folder, seed).load(), Silent())
+        run_pipeline(run_of(folder, seed).load(), SilentReporter())
     return folder
 
 

@@ -10,7 +10,7 @@ import torch
 
 from sqat.checkpoint.store import load_checkpoint
 from sqat.pipeline.runner import run
-from sqat.progress import Silent
+from sqat.progress import SilentReporter
 from sqat.recipe.loader import load_recipe
 
 
@@ -30,7 +30,7 @@ def test_a_second_stage_keeps_what_the_first_pruned(make_source: Callable[..., P
     }
     path = data_folder / "twice.yaml"
     path.write_text(json.dumps(recipe))
-    run(load_recipe(path), Silent())
+    run(load_recipe(path), SilentReporter())
     first, second = (load_checkpoint(data_folder / "runs" / "twice" / name) for name in ("02-attention", "03-rest"))
     query, dense = (f"bert.encoder.layer.0.{name}" for name in ("attention.self.query", "output.dense"))
     assert first.manifest.layers[query].pattern == "2:4"

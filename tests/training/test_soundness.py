@@ -36,7 +36,7 @@ class Broken(nn.Module):
         return x * self.factor if self.in_forward else x
 
 
-def train(net: nn.Module, folder: Path, steps: int = 4, display: object = None, **config: object) -> None:
+def train(net: nn.Module, folder: Path, steps: int = 4, reporter: object = None, **config: object) -> None:
     x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
     feed = Feed(
         lambda epoch: [list(range(i, i + 4)) for i in range(0, 16, 4)],
@@ -47,7 +47,7 @@ def train(net: nn.Module, folder: Path, steps: int = 4, display: object = None, 
         return {"square": (model(batch.inputs["x"]).squeeze(1) - batch.labels).square().mean()}
 
     known = {"save_every": 0, "learning_rate": 0.01, **config}
-    fit(net, loss, feed, FitConfig(**known), steps=steps, seed=0, title="net", display=display,  # type: ignore[arg-type]
+    fit(net, loss, feed, FitConfig(**known), steps=steps, seed=0, title="net", reporter=reporter,  # type: ignore[arg-type]
         state=MidStage(folder / "state", "key"))  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def test_a_step_that_is_no_number_moves_nothing(
 ) -> None:
     net = net_with(Broken(2, factor, forward))
     with pytest.raises(SqatError) as caught:
-        train(net, tmp_path, display=recorder, max_grad_norm=clip)
+        train(net, tmp_path, reporter=recorder, max_grad_norm=clip)
     assert str(caught.value).startswith(line)
     assert str(caught.value).endswith("; lower learning_rate, or look at the data")
     assert all(p.isfinite().all() for p in net.parameters())
@@ -99,11 +99,11 @@ class Learned(nn.Module):
 
 def test_a_scale_that_runs_away_is_told_by_its_site(tmp_path: Path, recorder: object) -> None:
     torch.manual_seed(0)
-    train(Learned(), tmp_path / "calm", display=recorder, learning_rate=1e-4)
+    train(Learned(), tmp_path / "calm", reporter=recorder, learning_rate=1e-4)
     with pytest.raises(
         SqatError, match=r"^the scale of linear:input has run away: its bound was 0\.5 and is \S+ at step"
     ):
-        train(Learned(), tmp_path / "wild", steps=40, display=recorder, learning_rate=10.0, warmup=0)
+        train(Learned(), tmp_path / "wild", steps=40, reporter=recorder, learning_rate=10.0, warmup=0)
 
 
 def test_dead_layers_and_rows_are_remarked_once_by_name(tmp_path: Path, recorder: object) -> None:
@@ -111,7 +111,7 @@ def test_dead_layers_and_rows_are_remarked_once_by_name(tmp_path: Path, recorder
     mask = torch.ones(4, 4, dtype=torch.bool)
     mask[1] = False
     insert_weights_(net, {"0": mask, "2": torch.zeros(1, 4, dtype=torch.bool)}, ())
-    train(net, tmp_path, steps=200, display=recorder, save_every=1e9)
+    train(net, tmp_path, steps=200, reporter=recorder, save_every=1e9)
     assert recorder.lines == [  # type: ignore[attr-defined]
         "net: 1 dead layers at step 100, all of whose weights are zero: 2",
         "net: 1 layers with rows of zeros at step 100: 0 (1 of 4)",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sqat.data.dataset import Batch
 from sqat.distributed import any_rank
 from sqat.errors import StoppedError
-from sqat.progress import Silent
+from sqat.progress import SilentReporter
 from sqat.recipe.schema import FitConfig
 from sqat.training.batches import Feed
 from sqat.training.loop import Evaluation, fit
@@ -69,13 +69,13 @@ def test_one_process_asks_nobody() -> None:
     assert any_rank(True, False) == [True, False]
 
 
-class Signalled(Silent):
+class Signalled(SilentReporter):
     """Gets a signal while a step is shown."""
 
     def __init__(self, at: int) -> None:
         self.at = at
 
-    def update(self, step: int, values: Any, rate: float) -> None:
+    def advance(self, step: int, values: Any, rate: float) -> None:
         if step == self.at:
             signal.raise_signal(signal.SIGTERM)
 
@@ -93,7 +93,7 @@ def train(state: Path, at: int, evaluation: Evaluation | None = None, **config: 
         return {"square": (model(batch.inputs["x"]).squeeze(1) - batch.labels).square().mean()}
 
     known = FitConfig(**{"learning_rate": 0.1, "save_every": 1e9, **config})
-    fit(net, loss, feed, known, steps=8, seed=1, title="net", display=Signalled(at), state=MidStage(state, "key"),
+    fit(net, loss, feed, known, steps=8, seed=1, title="net", reporter=Signalled(at), state=MidStage(state, "key"),
         evaluation=evaluation)  # fmt: skip
     return [parameter.detach().clone() for parameter in net.parameters()]
 

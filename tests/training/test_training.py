@@ -20,7 +20,7 @@ from sqat.data.dataset import Batch, collate, column, load_rows, plan_batches, t
 from sqat.errors import SqatError
 from sqat.models.layer_selection import linear_layers
 from sqat.modules.parametrize import insert_weights_, remove_weights_
-from sqat.progress import Silent
+from sqat.progress import SilentReporter
 from sqat.recipe.schema import ClassificationTask, Columns, FitConfig, SplitConfig
 from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import parse_pattern
@@ -141,7 +141,12 @@ class Small:
         return Feed(plan, lambda rows: Batch({"x": self.x[rows]}, self.y[rows], torch.full((len(rows),), -1)))
 
     def fit(self, net: nn.Module, config: FitConfig, steps: int, **more: Any) -> Fitted:
-        known = {"seed": 5, "title": "small", "display": Silent(), "state": MidStage(self.folder / "state", "key")}
+        known = {
+            "seed": 5,
+            "title": "small",
+            "reporter": SilentReporter(),
+            "state": MidStage(self.folder / "state", "key"),
+        }
         return fit(net, self.loss, self.feed(config.batch_size), config, steps=steps, **{**known, **more})
 
     @staticmethod
@@ -206,7 +211,7 @@ def test_the_display_is_told_every_step(small: Small, recorder: Any) -> None:
     config = FitConfig(batch_size=8, evaluate_every=2, learning_rate=1e-9)
     dev = Evaluation(lambda: {"score": 0.25}, "score")
     net = small.net()
-    fitted = small.fit(net, config, 3, display=recorder, evaluation=dev)
+    fitted = small.fit(net, config, 3, reporter=recorder, evaluation=dev)
     rows = small.feed(8).plan(0)[0]
     first = {n: part.item() for n, part in small.loss(net, small.feed(8).collate(rows)).items()}
     assert recorder.bars == [("small", 3)]
@@ -239,7 +244,7 @@ def test_a_loss_that_is_no_number_ends_the_fit(value: float, small: Small) -> No
     counted: list[int] = []
     config = FitConfig(batch_size=8, save_every=0)
     with pytest.raises(SqatError) as caught:
-        fit(small.net(), loss, small.feed(8), config, steps=6, seed=0, title="t", display=Silent(),
+        fit(small.net(), loss, small.feed(8), config, steps=6, seed=0, title="t", reporter=SilentReporter(),
             state=MidStage(small.folder / "state", "key"))  # fmt: skip
     assert str(caught.value) == f"the minilm loss is {value} at step 3; lower learning_rate, or look at the data"
     loaded = MidStage(small.folder / "state", "key").load()
@@ -360,13 +365,13 @@ class Bert:
             torch.rand(5)  # draws that must not show
             return {"score": values[now[0]]}
 
-        display = Watcher(kill_at if where == "display" else None)
-        fit(model, self.loss, self.feed(), self.config, steps=self.steps, seed=4, title="t", display=display,
+        reporter = Watcher(kill_at if where == "reporter" else None)
+        fit(model, self.loss, self.feed(), self.config, steps=self.steps, seed=4, title="t", reporter=reporter,
             state=MidStage(self.folder / name, key), evaluation=Evaluation(measure, "score"),
             before_step=before_step)  # fmt: skip
         remove_weights_(model, transforms)
         assert all(not dict(model.named_parameters())[f"{layer}.weight"][~mask].any() for layer, mask in masks.items())
-        self.said = display.lines
+        self.said = reporter.lines
         return weights(model)
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -381,16 +386,16 @@ class Bert:
         )
 
 
-class Watcher(Silent):
+class Watcher(SilentReporter):
     """Counts steps, keeps what is said, and may raise."""
 
     def __init__(self, kill_at: int | None) -> None:
         self.kill_at, self.step, self.lines = kill_at, 0, list[str]()
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         self.lines.append(text)
 
-    def update(self, step: int, values: Any, rate: float) -> None:
+    def advance(self, step: int, values: Any, rate: float) -> None:
         self.step = step
         if step == self.kill_at:
             raise KilledError
@@ -420,14 +425,14 @@ def test_the_rule_is_learned(bert: Bert) -> None:
 
     before = loss_now()
     config = replace_config(bert.config, learning_rate=3e-3)
-    fit(model, bert.loss, bert.feed(), config, steps=40, seed=0, title="t", display=Silent(),
+    fit(model, bert.loss, bert.feed(), config, steps=40, seed=0, title="t", reporter=SilentReporter(),
         state=MidStage(bert.folder / "learn", "k"))  # fmt: skip
     assert loss_now() < 0.2 < 0.6 < before
 
 
 @pytest.mark.parametrize(
     ("optimizer", "keep", "where"),
-    [("adamw", "last", "before_step"), ("adamw", "best", "display"), ("sgd", "best", "before_step")],
+    [("adamw", "last", "before_step"), ("adamw", "best", "reporter"), ("sgd", "best", "before_step")],
 )
 def test_a_killed_fit_ends_with_the_same_weights(optimizer: str, keep: str, where: str, bert: Bert) -> None:
     bert = replace(bert, config=replace_config(bert.config, keep=keep, optimizer=optimizer))
