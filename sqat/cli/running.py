@@ -173,14 +173,12 @@ def choose_targets(
     recipe: Path, names: Sequence[str], stage: str | None, parent: Path | None, overrides: Sequence[str]
 ) -> list[str]:
     """What ``--target`` means, as a ``--set``; for auto the machine, the choice and the reasons are printed."""
-    from typing import get_args
-
     from sqat.recipe.cross_checks import pick_stage, suggest
     from sqat.recipe.loader import targets_override
-    from sqat.recipe.schema import Target
+    from sqat.recipe.targets import TARGETS
 
     for name in names:
-        if name not in (known := (*get_args(Target), "auto")):
+        if name not in (known := (*TARGETS, "auto")):
             raise SqatError(f"no target {name!r}", suggest(name, known), "--target")
     if "auto" in names:
         from sqat.cli import console

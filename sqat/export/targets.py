@@ -24,7 +24,6 @@ from sqat.export.conv1x1 import to_conv1x1
 from sqat.export.cpu_encoder import Encoder, check_encoder, read_encoder
 from sqat.export.cpu_graph import to_cpu_sparse
 from sqat.export.embeddings import Widened, store_embeddings, stored_tables
-from sqat.export.file_names import file_name
 from sqat.export.float16 import to_float16
 from sqat.export.folding import fold_attention_scale
 from sqat.export.graph import export_float
@@ -34,6 +33,7 @@ from sqat.export.packed import write_packed
 from sqat.export.qdq import Quantization, insert_qdq
 from sqat.quantization.fake_quant import LAST_BITS, quantize_weight
 from sqat.recipe.schema import FLOAT_OUTPUTS, ExportConfig
+from sqat.recipe.targets import TARGETS as SPECS
 
 HALF_BITS = 2.0**-11
 
@@ -123,7 +123,7 @@ def write_tensorrt(source: Source, folder: Path) -> Written:
     rules, rounding = ("tensorrt-8" if version_8 else "tensorrt"), (HALF_BITS if half else LAST_BITS)
     written = write_graph(source, "tensorrt", graph, folder, source.checkpoint, rounding, rules)
     shapes = dict.fromkeys(source.inputs, ("batch", "sequence"))
-    made = build_files(file_name("tensorrt"), inputs=shapes, batch=config.batch, sequence=source.sequence,
+    made = build_files(SPECS["tensorrt"].file, inputs=shapes, batch=config.batch, sequence=source.sequence,
                        precision=options.precision, layers=options.layers, weights=options.weights)  # fmt: skip
     write_files(made, folder)
     return written
@@ -131,7 +131,7 @@ def write_tensorrt(source: Source, folder: Path) -> Written:
 
 def write_cpu_sparse(source: Source, folder: Path) -> Written:
     """Packed 2:4 weights and int8 attention for the kernels of `sqat.runtime`, which ordinary CPUs run."""
-    checkpoint, path = source.checkpoint, folder / file_name("cpu-sparse")
+    checkpoint, path = source.checkpoint, folder / SPECS["cpu-sparse"].file
     form = source.config.embeddings
     if form == "fp16":
         raise SqatError("target cpu-sparse stores word embeddings as fp32 or int8, not fp16", "set embeddings: int8")
@@ -174,7 +174,7 @@ def write_graph(
     That ONNX Runtime computes all of it in int8 is asked of float32 files with matrix products: its convolutions
     must have int8 outputs, and its CPU kernels compute float16 in float32.
     """
-    path = folder / file_name(target)
+    path = folder / SPECS[target].file
     write_onnx(graph, path)
     matrices = target != "tensorrt" or source.config.tensorrt.layers == "matmul"
     tables = stored_tables(source.graph, source.config.embeddings)

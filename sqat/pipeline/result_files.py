@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sqat.export.file_names import file_name
 from sqat.pipeline.fingerprint import Keys
+from sqat.recipe.targets import TARGETS
 
 FILE = "results.json"  # in the run folder: what the closing table remembers
 
@@ -24,7 +24,7 @@ def result_artifacts(keys: Keys) -> dict[str, tuple[str, Path]]:
             continue
         targets = (target,) if target else config.targets
         for each in targets:
-            found[label if len(targets) == 1 else f"{label} {each}"] = (name, directory / file_name(each))
+            found[label if len(targets) == 1 else f"{label} {each}"] = (name, directory / TARGETS[each].file)
     return found
 
 

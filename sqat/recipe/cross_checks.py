@@ -12,7 +12,6 @@ from typing import NamedTuple, get_args
 
 from sqat.errors import SqatError
 from sqat.recipe.schema import (
-    FLOAT_OUTPUTS,
     CalibrateConfig,
     ClassificationTask,
     DistillConfig,
@@ -25,6 +24,7 @@ from sqat.recipe.schema import (
     RetrievalTask,
     TrainConfig,
 )
+from sqat.recipe.targets import TARGETS, unmet_need
 from sqat.sparsity.pattern import parse_pattern
 from sqat.sparsity.settings import Schedule, SrSte
 
@@ -138,22 +138,15 @@ def _stage(recipe: Recipe, name: str) -> Iterator[Problem]:
 def _targets(recipe: Recipe, name: str, stage: ExportConfig, line: list[str]) -> Iterator[Problem]:
     path, before = ("stages", name, "targets"), [recipe.stages[other] for other in line]
     profile = next((other.profile for other in before if isinstance(other, CalibrateConfig)), None)
+    calibrated = profile is not None or any(isinstance(other, QatConfig) for other in before)
+    pruned = any(isinstance(other, PruneConfig) for other in before)
     for target in stage.targets:
-        if target in INT8_TARGETS and profile is None and not any(isinstance(other, QatConfig) for other in before):
-            text = f"{target} needs a calibrate or qat stage among those {name!r} starts from, {_chain(line)}"
-            yield Problem(path, text, "export onnx-fp32, or add a calibrate stage before it")
-        elif target == "tensorrt" and profile in FLOAT_OUTPUTS:
-            text = f"tensorrt needs the outputs of linears quantized too, and the calibrate stage has profile {profile}"
-            yield Problem(path, text, "set its profile: tensorrt, or export onnx-int8")
-        elif target == "cpu-sparse" and profile not in ("cpu", None):
-            text = f"cpu-sparse needs the scales of profile cpu, and the calibrate stage has profile {profile}"
-            yield Problem(path, text, "set its profile: cpu, or export onnx-int8")
-        elif target == "cpu-sparse" and stage.embeddings == "fp16":
-            text = "cpu-sparse stores the word embeddings as fp32 or int8, not as fp16"
-            yield Problem(("stages", name, "embeddings"), text, "set it to int8")
-        elif target == "torch-semi-structured" and not any(isinstance(other, PruneConfig) for other in before):
-            text = f"{target} needs a prune stage among those {name!r} starts from, {_chain(line)}"
-            yield Problem(path, text, "add a prune stage before it")
+        if need := unmet_need(target, calibrated=calibrated, placement=profile or "", pruned=pruned):
+            problem, hint = need
+            yield Problem(path, f"{problem}, and stage {name!r} starts from {_chain(line)}", hint)
+        if stage.embeddings not in (allowed := TARGETS[target].embeddings):
+            text = f"target {target} stores word embeddings as {' or '.join(allowed)}, not as {stage.embeddings}"
+            yield Problem(("stages", name, "embeddings"), text, f"set it to {allowed[-1]}")
 
 
 def _gates(recipe: Recipe, name: str) -> Iterator[Problem]:
@@ -172,9 +165,6 @@ def _gates(recipe: Recipe, name: str) -> Iterator[Problem]:
         elif gate.max_drop is not None and gate.against is None and recipe.parent_of(name) is None:
             text = f"stage {name!r} starts from the pretrained model, which has no figures to compare with"
             yield Problem((*path, "max_drop"), text, "give min instead" + (", or against" if before else ""))
-
-
-INT8_TARGETS = ("onnx-int8", "tensorrt", "cpu-sparse", "compressed-tensors")
 
 
 def _schedule(path: tuple[str, ...], stage: PruneConfig) -> Iterator[Problem]:

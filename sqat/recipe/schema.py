@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -31,6 +31,7 @@ from pydantic_core import CoreSchema, core_schema
 from sqat.distillation.settings import MiniLMLoss, MiniLMv2
 from sqat.quantization.settings import Calibrator, Percentile
 from sqat.recipe.gates import GATES, GATES_WORDS, STRICT, Gate, Retry
+from sqat.recipe.targets import TARGETS
 from sqat.sparsity.pattern import parse_pattern
 from sqat.sparsity.settings import Criterion, Magnitude, PerGroup, Schedule
 
@@ -478,9 +479,10 @@ class QatConfig(FitConfig):
 
 
 Range = Annotated[tuple[int, int, int], AfterValidator(ascending)]
-Target = Literal[
-    "onnx-int8", "onnx-fp32", "onnx-fp16", "tensorrt", "cpu-sparse", "torch-semi-structured", "compressed-tensors"
-]
+if TYPE_CHECKING:
+    TargetName = str
+else:
+    TargetName = Literal[tuple(TARGETS)]
 
 
 class TensorRTConfig(BaseModel):
@@ -508,7 +510,7 @@ class ExportConfig(BaseModel):
         alias="from",
         description="stage to start from; default: the nearest one before that is no export",
     )
-    targets: tuple[Target, ...] = Field(default=("onnx-int8",), min_length=1, description="what to write")
+    targets: tuple[TargetName, ...] = Field(default=("onnx-int8",), min_length=1, description="what to write")
     embeddings: Literal["fp32", "fp16", "int8"] = Field(
         default="fp32", description="how ONNX files store the embedding tables"
     )

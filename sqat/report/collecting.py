@@ -9,25 +9,25 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from sqat.checkpoint.manifest import HISTOGRAMS, RECIPE, Manifest, load_manifest
 from sqat.checkpoint.small_files import read_object
 from sqat.checkpoint.store import load_checkpoint
 from sqat.errors import SqatError
 from sqat.evaluation.inspection import inspect_checkpoint
-from sqat.export.file_names import file_name
 from sqat.lint.checks import known_target
 from sqat.lint.inspection import Lint
 from sqat.lint.repaired_file import lint_file
 from sqat.lint.report_row import LayerReport
-from sqat.lint.rules import TARGETS
+from sqat.lint.rules import TARGETS as LINT_TARGETS
 from sqat.pipeline.fingerprint import Keys
 from sqat.pipeline.quality_gates import limits_of, missed, show_limits
 from sqat.pipeline.result_files import FILE, artifact_size, result_artifacts
 from sqat.progress import Reporter
 from sqat.recipe.loader import load_recipe
-from sqat.recipe.schema import LoadedRecipe, StageConfig, Target
+from sqat.recipe.schema import LoadedRecipe, StageConfig
+from sqat.recipe.targets import TARGETS
 from sqat.report.curves import Curves, curves_of
 from sqat.report.folder import newest_stage
 from sqat.report.speeds import SpeedSetting, read_speeds
@@ -273,9 +273,9 @@ def read_lints(results: list[Result], reporter: Reporter) -> list[Linted]:
 
 def lint_one(label: str, path: Path) -> Linted:
     """One file."""
-    target = next((name for name in get_args(Target) if file_name(name) == path.name), "")
+    target = next((name for name, target in TARGETS.items() if target.file == path.name), "")
     shown = f"{path.parent.name}/{path.name}"
-    if target not in TARGETS:
+    if target not in LINT_TARGETS:
         return Linted(label, shown, target or "unknown", None, "the linter has no rules for this target")
     try:
         return Linted(label, shown, target, lint_file(path, known_target(target)))

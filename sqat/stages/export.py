@@ -20,13 +20,13 @@ from sqat.evaluation.artifacts import open_artifact
 from sqat.evaluation.evaluate import rounded_otherwise, served_model
 from sqat.evaluation.inference import logits_of, predict
 from sqat.export.card import model_card
-from sqat.export.file_names import file_name
 from sqat.export.targets import TARGETS, Source, Written
 from sqat.lint.checks import verify
 from sqat.models.architectures import ARCHITECTURES
 from sqat.models.loading import use_eager
 from sqat.modules.batch_norm import absorb_, fold_batch_norms_
 from sqat.recipe.schema import ExportConfig
+from sqat.recipe.targets import TARGETS as SPECS
 from sqat.runtime.sessions import left_in_float, optimized_graph, parity
 from sqat.stages.context import StageContext
 from sqat.tasks.slack import slack
@@ -84,8 +84,8 @@ def run(config: ExportConfig, parent: Checkpoint | None, context: StageContext) 
         for target in config.targets:
             context.reporter.info(f"{context.name}: writing {target}")
             written = TARGETS[target](source, folder)
-            check_graph(folder / file_name(target), written, parent)
-            found, metrics[f"dev {target}"] = prove(folder / file_name(target), written, dev, config, context)
+            check_graph(folder / SPECS[target].file, written, parent)
+            found, metrics[f"dev {target}"] = prove(folder / SPECS[target].file, written, dev, config, context)
             notes.append(f"{target}: {found}")
             context.reporter.info(f"{context.name}: {notes[-1]}")
             notes += [f"{target}: {note}" for note in written.notes]
@@ -93,10 +93,10 @@ def run(config: ExportConfig, parent: Checkpoint | None, context: StageContext) 
         files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
     metrics["dev"] = metrics[f"dev {config.targets[0]}"]
     manifest = context.manifest(config, parent, metrics=metrics, notes=[*parent.manifest.notes, *notes])
-    sizes = {target: artifact_bytes(files, file_name(target)) for target in config.targets}
+    sizes = {target: artifact_bytes(files, SPECS[target].file) for target in config.targets}
     card = model_card(
         manifest,
-        {target: (file_name(target), size) for target, size in sizes.items()},
+        {target: (SPECS[target].file, size) for target, size in sizes.items()},
         context.task.architecture,
         source.output,
     )

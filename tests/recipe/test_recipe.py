@@ -179,15 +179,16 @@ BAD_RECIPES = [
      "r.yaml:13: stage 'qat' distils, but none of the stages it starts from, (calibrate <- prune), is a train stage; "
      "add a train stage before it to teach, or set distill: null"),
     ("  calibrate:\n    method: percentile\n  qat:\n", "",
-     "r.yaml:13: onnx-int8 needs a calibrate or qat stage among those 'export' starts from, (prune <- train); "
-     "export onnx-fp32, or add a calibrate stage before it"),
+     "r.yaml:13: target onnx-int8 needs activation scales, and stage 'export' starts from (prune <- train); "
+     "add a calibrate stage before it, or export onnx-fp32"),
     ("targets: [onnx-int8, onnx-fp32]", "targets: [tensorrt, onnx-int8]",
-     "r.yaml:16: tensorrt needs the outputs of linears quantized too, and the calibrate stage has profile linear; "
-     "set its profile: tensorrt, or export onnx-int8"),
+     "r.yaml:16: target tensorrt needs activation placement tensorrt or tensorrt-full, and the model is calibrated "
+     "with linear, and stage 'export' starts from (qat <- calibrate <- prune <- train); "
+     "set the calibrate stage's placement to tensorrt, or export onnx-int8"),
     ("targets: [onnx-int8, onnx-fp32]", "targets: [onnx-int8]\n    batch: [4, 2, 8]",
      "r.yaml:17: stages.export.batch: needs three sizes from 1 on, none smaller than the one before it, got 4, 2, 8"),
     (GOOD[GOOD.index("  prune:"):GOOD.index("results:")], "  export: {targets: [torch-semi-structured]}\n",
-     "r.yaml:9: torch-semi-structured needs a prune stage among those 'export' starts from, "
+     "r.yaml:9: target torch-semi-structured needs a pruned model, and stage 'export' starts from "
      "(train) (and 1 more); add a prune stage before it"),
     ("  qat:\n", "  again: {stage: train}\n  qat:\n",
      "r.yaml:14: stage 'again' would undo what 'calibrate' did, (calibrate <- prune <- train); "

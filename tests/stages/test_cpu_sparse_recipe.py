@@ -117,10 +117,10 @@ def test_auto_chooses_it_on_x86(project: Project, capfd: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize(("overrides", "line"), [
     (["stages.calibrate.profile=linear"],
-     r"cpu-sparse needs the scales of profile cpu, and the calibrate stage has profile linear; set its profile: cpu"),
-    (["stages.export.embeddings=fp16"], r"cpu-sparse stores the word embeddings as fp32 or int8, not as fp16"),
+     r"target cpu-sparse needs activation placement cpu, and the model is calibrated with linear"),
+    (["stages.export.embeddings=fp16"], r"target cpu-sparse stores word embeddings as fp32 or int8, not as fp16"),
     (["stages.export.targets=[tensorrt]"],
-     r"tensorrt needs the outputs of linears quantized too, and the calibrate stage has profile cpu"),
+     r"target tensorrt needs activation placement tensorrt or tensorrt-full, and the model is calibrated with cpu"),
 ])  # fmt: skip
 def test_a_recipe_that_cannot_be_served_is_told_at_once(project: Project, overrides: list[str], line: str) -> None:
     with pytest.raises(SqatError, match=line):

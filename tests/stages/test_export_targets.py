@@ -14,10 +14,10 @@ import torch
 from sqat.cli import main
 from sqat.errors import GateError, SqatError
 from sqat.export import targets
-from sqat.export.file_names import file_name
 from sqat.lint.checks import find
 from sqat.pipeline.runner import evaluate, run, run_stage
 from sqat.recipe.loader import load_recipe
+from sqat.recipe.targets import TARGETS
 from sqat.runtime.sessions import parity
 from tests.pipeline.conftest import Lines, Project
 
@@ -67,14 +67,14 @@ def test_every_target_is_written_and_measured(everything: Path) -> None:
         assert manifest["metrics"][f"dev {target}"]["accuracy"] >= 0
         assert any(note.startswith(f"{target}: 100.00% of 80 decisions equal") for note in manifest["notes"])
     card = (everything / "README.md").read_text()
-    assert all(f"| {target} | {file_name(target)} |" in card for target in ALL)
+    assert all(f"| {target} | {TARGETS[target].file} |" in card for target in ALL)
     assert all(f"### {target}" in card for target in ALL)
 
 
 @pytest.mark.parametrize("target", ALL)
 def test_an_export_is_evaluated_as_it_is_served(project: Project, everything: Path, target: str) -> None:
     loaded = load_recipe(project.recipe, QUICK)
-    found = evaluate(loaded, everything / file_name(target), "dev", Lines())
+    found = evaluate(loaded, everything / TARGETS[target].file, "dev", Lines())
     known = json.loads((everything / "sqat.json").read_text())["metrics"][f"dev {target}"]
     assert found == pytest.approx(known, abs=1e-6)
 
@@ -120,7 +120,7 @@ def test_a_wrong_packed_weight_is_told(project: Project, monkeypatch: pytest.Mon
 
 
 def test_tensorrt_asks_for_its_profile(project: Project, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SqatError, match="tensorrt needs the outputs of linears quantized too"):
+    with pytest.raises(SqatError, match="target tensorrt needs activation placement tensorrt or tensorrt-full"):
         exported(project, "stages.export.targets=[tensorrt]", "stages.calibrate.profile=linear")
     other = Project(project.folder / "linear")
     run(load_recipe(other.recipe, QUICK), Lines(), last="calibrate")
