@@ -33,8 +33,8 @@ from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import Pattern
 from sqat.stages.calibrate import observe
 from sqat.tasks.relevance import Relevance
-from sqat.training.batches import Piece
-from sqat.training.data_parallel import Loss, Objective, Spread
+from sqat.training.batches import MicroBatch
+from sqat.training.data_parallel import Loss, Objective, ParallelModel
 from sqat.training.loop import make_optimizer, take_step
 
 TASK = Relevance()
@@ -71,13 +71,13 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"] = RATE
         objective = Objective(model, loss)
-        self.spread, self.number = Spread(objective, objective, Accelerator(cpu=True), None), 0
+        self.parallel, self.number = ParallelModel(objective, objective, Accelerator(cpu=True), None), 0
         self.batch = batch
 
     def __call__(self) -> None:
         self.number += 1
-        pieces = [Piece(self.batch, 1.0, (0, self.number, 1))]
-        take_step(self.spread, self.optimizer, pieces, self.config, self.number)
+        micro_batches = [MicroBatch(self.batch, 1.0, (0, self.number, 1))]
+        take_step(self.parallel, self.optimizer, micro_batches, self.config, self.number)
 
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:

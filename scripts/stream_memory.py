@@ -106,7 +106,7 @@ def read(folder: Path, windows: int) -> dict[str, float]:
     from transformers import BertTokenizerFast
 
     from sqat.data.dataset import TextProcessor
-    from sqat.data.streaming import Batches, open_stream
+    from sqat.data.streaming import StreamedBatches, open_stream
     from sqat.recipe.schema import ClassificationTask, Columns, SplitConfig
     from sqat.tasks.classification import Classification
 
@@ -115,10 +115,10 @@ def read(folder: Path, windows: int) -> dict[str, float]:
     task, config = Classification(("bad", "good")), ClassificationTask(labels=("bad", "good"))
     split = SplitConfig(path="*.parquet", streaming=True)
 
-    def opened() -> Batches:
-        return Batches(open_stream(split, Columns(), config, folder, 0), BATCH, task.encode)
+    def opened() -> StreamedBatches:
+        return StreamedBatches(open_stream(split, Columns(), config, folder, 0), BATCH, task.encode)
 
-    def batch(batches: Batches, numbers: list[int]) -> None:
+    def batch(batches: StreamedBatches, numbers: list[int]) -> None:
         rows = processor.prepare(batches.pick(numbers), LENGTH)
         processor.collate(rows, list(range(len(rows))))
 

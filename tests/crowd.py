@@ -33,10 +33,10 @@ from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import parse_pattern
 from sqat.sparsity.settings import SparseGPT, Taylor, Wanda
 from sqat.stages.calibrate import add_up_
-from sqat.training.batches import Feed
-from sqat.training.fsdp import plain
+from sqat.training.batches import Batches
+from sqat.training.fsdp import summon_full_params
 from sqat.training.loop import Evaluation, fit
-from sqat.training.resume_state import MidStage
+from sqat.training.resume_state import ResumeState
 from tests import forks
 
 LIMIT = 240.0  # seconds for all groups
@@ -74,7 +74,7 @@ def tiny_bert() -> Any:
     return transformers.BertForSequenceClassification(config)
 
 
-def feed_of(rows: int, batch_size: int) -> Feed:
+def batches_of(rows: int, batch_size: int) -> Batches:
     """Sequences of several lengths whose label is in their first token; what is drawn for a batch is in it too."""
     random = torch.Generator().manual_seed(1)
     ids = torch.randint(2, 30, (rows, 8), generator=random)
@@ -88,7 +88,7 @@ def feed_of(rows: int, batch_size: int) -> Feed:
         noisy = torch.where(torch.rand(len(chosen), 8) < 0.1, 1, ids[chosen])
         return Batch({"input_ids": noisy, "attention_mask": real[chosen]}, ids[chosen][:, 0] % 2, real[chosen][:, 0])
 
-    return Feed(plan, collate)
+    return Batches(plan, collate)
 
 
 def task_loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -114,7 +114,7 @@ def fitted(state: Path, loss: Any = task_loss, stop: int = 0, **config: Any) -> 
 
     def before_step(step: int) -> None:
         if step == 2:
-            with plain(model), plain(model):  # the inner one changes nothing
+            with summon_full_params(model), summon_full_params(model):  # the inner one changes nothing
                 for name, transform in transforms.items():
                     weight = original_weight(model.get_submodule(name)).detach()
                     transform.mask.copy_(nm_mask(weight.abs(), parse_pattern("2:4")))
@@ -122,8 +122,8 @@ def fitted(state: Path, loss: Any = task_loss, stop: int = 0, **config: Any) -> 
     known = {"batch_size": 5, "learning_rate": 0.01, "save_every": 0, "gradient_accumulation": accumulation(), **config}
     measured = Evaluation(lambda: {"score": float(model.classifier.weight.detach().sum())}, "score")
     try:
-        done = fit(model, loss, feed_of(24, 5), FitConfig(**known), steps=STEPS, seed=3, title="crowd",
-                   reporter=watcher, state=MidStage(state, "key"), evaluation=measured,
+        done = fit(model, loss, batches_of(24, 5), FitConfig(**known), steps=STEPS, seed=3, title="crowd",
+                   reporter=watcher, state=ResumeState(state, "key"), evaluation=measured,
                    before_step=before_step)  # fmt: skip
     except KilledError:
         return {"losses": watcher.losses}
@@ -144,12 +144,12 @@ class Filling(SilentReporter):
             self.disk.enter_context(forks.full_disk(1000))
 
 
-def starved(state: MidStage) -> Found:
+def starved(state: ResumeState) -> Found:
     """How a fit ends that cannot save, and the step of the state that is there then."""
     config = FitConfig(batch_size=5, save_every=0)
     with ExitStack() as disk:
         try:
-            fit(tiny_bert(), task_loss, feed_of(24, 5), config, steps=STEPS, seed=3, title="crowd",
+            fit(tiny_bert(), task_loss, batches_of(24, 5), config, steps=STEPS, seed=3, title="crowd",
                 reporter=Filling(disk), state=state)  # fmt: skip
         except SqatError as error:
             known = state.load()
@@ -170,12 +170,12 @@ def whole_fits(folder: Path, group: str) -> Found:
 
 def other_work(folder: Path, group: str) -> Found:
     """What the processes share beside training."""
-    model, feed = tiny_bert(), feed_of(24, 5)
+    model, batches = tiny_bert(), batches_of(24, 5)
     insert_weights_(model, {name: torch.ones_like(model.get_submodule(name).weight) > 0 for name in LAYERS}, ())
-    sums = {str(criterion): gather(criterion, model, dict(zip(LAYERS, LAYERS, strict=True)), task_loss, feed, 0)
+    sums = {str(criterion): gather(criterion, model, dict(zip(LAYERS, LAYERS, strict=True)), task_loss, batches, 0)
             for criterion in (Wanda(), SparseGPT(), Taylor(), Taylor(average="mean"))}  # fmt: skip
-    norm = {steps: normed(MidStage(folder / f"{group}-normed", "key"), steps) for steps in (1, STEPS)}
-    full = starved(MidStage(folder / f"{group}-full", "key"))
+    norm = {steps: normed(ResumeState(folder / f"{group}-normed", "key"), steps) for steps in (1, STEPS)}
+    full = starved(ResumeState(folder / f"{group}-full", "key"))
     return {"full": full, "norm": norm, "sums": sums, "histograms": histograms(), "logits": logits(),
             "indices": [*assigned_indices(3)]}  # fmt: skip
 
@@ -218,7 +218,7 @@ class Normed(nn.Module):
         return logits
 
 
-def normed(state: MidStage, steps: int) -> Found:
+def normed(state: ResumeState, steps: int) -> Found:
     """What the batch norm of a fit has seen: its buffers."""
     torch.manual_seed(0)
     model, config = Normed(), FitConfig(batch_size=5, gradient_accumulation=accumulation(), learning_rate=0.01)
@@ -226,7 +226,17 @@ def normed(state: MidStage, steps: int) -> Found:
     def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {"task": nn.functional.cross_entropy(model(batch.inputs["input_ids"].float()), batch.labels)}
 
-    fit(model, loss, feed_of(24, 5), config, steps=steps, seed=3, title="crowd", reporter=SilentReporter(), state=state)
+    fit(
+        model,
+        loss,
+        batches_of(24, 5),
+        config,
+        steps=steps,
+        seed=3,
+        title="crowd",
+        reporter=SilentReporter(),
+        state=state,
+    )
     return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from sqat.distributed import raise_on_lost_peer
 from sqat.errors import SqatError
 from sqat.quantization.histogram import Histogram
-from sqat.training.batches import seed_draws
-from tests.crowd import GROUPS, LAYERS, LIMIT, STEPS, STOP, feed_of
+from sqat.training.batches import seed_torch
+from tests.crowd import GROUPS, LAYERS, LIMIT, STEPS, STOP, batches_of
 
 ROOT = Path(__file__).parents[1]
 WORLDS = ("2", "4", "shards")
@@ -119,10 +119,10 @@ def test_batch_norms_see_what_those_of_one_process_do(group: str, crowd: Crowd) 
 
 def test_a_batch_norm_moves_once_a_step_by_the_mean_of_its_batches(crowd: Crowd) -> None:
     """The oracle adds up four batches in float64."""
-    feed, mean, var, rows = feed_of(24, 5), torch.zeros(8), torch.zeros(8), 0
-    for number, indices in enumerate(feed.plan(0)[:4]):
-        seed_draws(3, number, 0)
-        x = feed.collate(indices).inputs["input_ids"].double()
+    batches, mean, var, rows = batches_of(24, 5), torch.zeros(8), torch.zeros(8), 0
+    for number, indices in enumerate(batches.plan(0)[:4]):
+        seed_torch(3, number, 0)
+        x = batches.collate(indices).inputs["input_ids"].double()
         mean, var, rows = mean + len(x) * x.mean(0), var + len(x) * x.var(0), rows + len(x)
     found = crowd["1"][0]["norm"][1]
     torch.testing.assert_close(found["norm.running_mean"].double(), 0.1 * mean / rows, rtol=1e-5, atol=1e-6)

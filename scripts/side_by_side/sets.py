@@ -26,10 +26,10 @@ from sqat.progress import SilentReporter
 from sqat.recipe.schema import FitConfig, Recipe
 from sqat.tasks import Task
 from sqat.tasks.splits import Splits
-from sqat.training.batches import Feed
+from sqat.training.batches import Batches
 from sqat.training.data_parallel import Loss
 from sqat.training.loop import fit
-from sqat.training.resume_state import MidStage
+from sqat.training.resume_state import ResumeState
 
 FILES = {"wikiqa": ("train-mixed", "dev-mixed", "test-mixed"), "sst2": ("train", "dev", "test")}
 TASKS: dict[str, dict[str, Any]] = {
@@ -57,7 +57,7 @@ class Trial:
     def task(self) -> Task:
         return self.splits.task
 
-    def feed(self) -> Feed:
+    def feed(self) -> Batches:
         """Training batches of this seed."""
         rows = self.splits.prepared("train", self.processor)
         lengths = column(rows, "length").tolist()
@@ -66,7 +66,7 @@ class Trial:
             units = self.task.units(rows, self.seed, epoch)
             return plan_batches(lengths, units, self.budget.batch_size, self.seed, epoch)
 
-        return Feed(plan, partial(self.processor.collate, rows))
+        return Batches(plan, partial(self.processor.collate, rows))
 
     def observed(self) -> list[dict[str, torch.Tensor]]:
         """Model inputs of the first training rows, for masks and scales."""
@@ -83,7 +83,7 @@ class Trial:
         config = FitConfig(steps=steps, batch_size=self.budget.batch_size, learning_rate=learning_rate,
                            precision=self.budget.precision, save_every=1e9)  # fmt: skip
         with tempfile.TemporaryDirectory() as scratch:
-            state = MidStage(Path(scratch) / "state", "")
+            state = ResumeState(Path(scratch) / "state", "")
             fit(
                 model,
                 loss,

@@ -24,7 +24,7 @@ from sqat.progress import Reporter
 from sqat.recipe.schema import LoadedRecipe
 from sqat.stages.context import StageContext
 from sqat.tasks.splits import Splits
-from sqat.training.resume_state import MidStage
+from sqat.training.resume_state import ResumeState
 
 
 def run_analysis(loaded: LoadedRecipe, options: Options, reporter: Reporter) -> Findings:
@@ -85,7 +85,7 @@ def plain_checkpoint(directory: Path) -> Checkpoint:
 def make_context(loaded: LoadedRecipe, parent: Checkpoint, directory: Path, reporter: Reporter) -> StageContext:
     """The surroundings that stages are given; nothing is saved, so the mid-stage state is never used."""
     splits = Splits(loaded.recipe, loaded.path.parent)
-    unused = MidStage(directory / "unused", "")
+    unused = ResumeState(directory / "unused", "")
     return StageContext(loaded.recipe, loaded.path.parent, "analyze", "", {}, splits, reporter, unused, lambda: parent)
 
 

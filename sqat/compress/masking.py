@@ -19,7 +19,7 @@ from sqat.sparsity.pattern import Pattern
 from sqat.sparsity.schedule import choose_mask, decay_loss
 from sqat.sparsity.settings import Criterion, Schedule, SparseGPT, SrSte
 from sqat.training.data_parallel import Loss
-from sqat.training.fsdp import plain
+from sqat.training.fsdp import summon_full_params
 
 Gather = Callable[[Mapping[str, str]], Mapping[str, Tensor]]
 
@@ -67,7 +67,7 @@ class Masking:
     def before_step(self, step: int) -> None:
         """Set the masks of a moment; what is gathered is gathered with those of the one before in place."""
         if step in self.moments:
-            with plain(self.model):
+            with summon_full_params(self.model):
                 self.set_masks(self.moments[step])
 
     def set_masks(self, index: int) -> None:

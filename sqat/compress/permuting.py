@@ -27,7 +27,7 @@ from sqat.sparsity.criteria import Scored
 from sqat.sparsity.pattern import Pattern
 from sqat.sparsity.permutation import find_order, kept_score
 from sqat.sparsity.settings import Criterion, SparseGPT, Wanda
-from sqat.training.batches import Feed
+from sqat.training.batches import Batches
 from sqat.training.health import listed
 
 ROWS = 2  # on which sites are found and outputs compared
@@ -38,7 +38,7 @@ def permute_for_(
     model: nn.Module,
     patterns: Mapping[str, Pattern],
     masked: Iterable[str],
-    feed: Feed,
+    feed: Batches,
     gather: Gather,
     seed: int,
     reporter: Reporter,

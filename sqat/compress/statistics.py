@@ -28,12 +28,12 @@ from sqat.modules.parametrize import layer
 from sqat.modules.sites import observed_rows
 from sqat.sparsity.features import input_windows
 from sqat.sparsity.settings import Criterion, Magnitude, SparseGPT, Taylor, Wanda
-from sqat.training.batches import Feed, seed_draws
+from sqat.training.batches import Batches, seed_torch
 from sqat.training.data_parallel import Loss
 
 
 def gather(
-    criterion: Criterion, model: nn.Module, leaders: Mapping[str, str], loss: Loss, feed: Feed, seed: int
+    criterion: Criterion, model: nn.Module, leaders: Mapping[str, str], loss: Loss, feed: Batches, seed: int
 ) -> dict[str, Tensor]:
     """Gather what ``criterion`` needs; empty if that is nothing.
 
@@ -129,7 +129,7 @@ def set_random_states(states: Mapping[str, Tensor]) -> None:
         torch.cuda.set_rng_state_all(devices)
 
 
-def sample(feed: Feed, samples: int, seed: int) -> Iterator[Batch]:
+def sample(feed: Batches, samples: int, seed: int) -> Iterator[Batch]:
     """This process's share of the first epoch's batches that hold ``samples`` rows, or of all it has."""
     chosen: list[list[int]] = []
     for rows in feed.plan(0):
@@ -140,7 +140,7 @@ def sample(feed: Feed, samples: int, seed: int) -> Iterator[Batch]:
         raise SqatError("no batch of training rows is left", "look at data.train and task")
     state = process_state()
     for number in range(state.process_index, len(chosen), state.num_processes):
-        seed_draws(seed, number)
+        seed_torch(seed, number)
         yield feed.collate(chosen[number]).to(state.device)
 
 

@@ -101,7 +101,7 @@ def open_stream(split: SplitConfig, columns: Columns, task: Task, folder: Path, 
     return Stream(cut(shards, split.limit), seed, split.buffer, check)
 
 
-class Batches:
+class StreamedBatches:
     """The batches of a stream: plans of epochs, and the rows of a batch by their numbers.
 
     Args:
@@ -142,7 +142,7 @@ class Batches:
 class Plan(Sequence[list[int]]):
     """The batches of an epoch from ``start`` on, made window by window."""
 
-    batches: Batches
+    batches: StreamedBatches
     epoch: int
     start: int = 0
 

@@ -38,7 +38,7 @@ from sqat.stages import calibrate, export, prune, qat, train
 from sqat.stages.context import StageContext
 from sqat.tasks.splits import Splits
 from sqat.training.health import saturation
-from sqat.training.resume_state import MidStage
+from sqat.training.resume_state import ResumeState
 from sqat.training.tracking import Tracked, tracked
 
 STAGE_FOLDER = re.compile(r"\d{2,}-")
@@ -298,7 +298,7 @@ def run_once(trial: Trial, attempt: int) -> Checkpoint:
     which = f"{trial.key} {trial.origin} steps x{factor:g}"
     context = StageContext(
         loaded.recipe, loaded.path.parent, trial.name, trial.key, trial.origin, trial.splits, trial.reporter,
-        MidStage(trial.state, which), partial(teacher_checkpoint, trial.keys, trial.name),
+        ResumeState(trial.state, which), partial(teacher_checkpoint, trial.keys, trial.name),
     )  # fmt: skip
     checkpoint = STAGES[given.stage](config, trial.parent, context)
     seconds = max(checkpoint.manifest.seconds, time.monotonic() - begun)  # a resumed fit knows its earlier part

@@ -22,7 +22,7 @@ from sqat.data.dataset import (
     plan_batches,
 )
 from sqat.data.pixels import augmented
-from sqat.data.streaming import Batches, Stream
+from sqat.data.streaming import Stream, StreamedBatches
 from sqat.distributed import broadcast_from_rank0
 from sqat.errors import SqatError
 from sqat.evaluation.inference import logits_of, on_device, predict
@@ -31,10 +31,10 @@ from sqat.progress import Reporter
 from sqat.recipe.schema import FitConfig, PruneConfig, QatConfig, Recipe, StageConfig
 from sqat.tasks import Task
 from sqat.tasks.splits import Splits
-from sqat.training.batches import Feed
+from sqat.training.batches import Batches
 from sqat.training.data_parallel import Loss
-from sqat.training.loop import Evaluation, Figures, Fitted, batches_together, fit
-from sqat.training.resume_state import MidStage
+from sqat.training.loop import Evaluation, Figures, TrainResult, fit, resolve_accumulation_steps
+from sqat.training.resume_state import ResumeState
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class StageContext:
     made_from: dict[str, str]
     splits: Splits
     reporter: Reporter
-    state: MidStage
+    state: ResumeState
     teacher: Callable[[], Checkpoint]
 
     @property
@@ -80,7 +80,7 @@ class StageContext:
             self.reporter.info(f"{self.name}: texts are padded with the end token {end}")
         return on_device(model, words)
 
-    def training_batches(self, config: FitConfig, processor: Processor) -> Feed:
+    def training_batches(self, config: FitConfig, processor: Processor) -> Batches:
         """Training batches: a function of (seed, epoch)."""
         if self.splits.stream is not None:
             return self.streamed(self.splits.stream, config, processor)
@@ -95,22 +95,22 @@ class StageContext:
             found, how = processor.collate(rows, indices), self.recipe.data.augment
             return found if how is None else augmented(found, how.shift, how.flip)
 
-        return Feed(plan, batch)
+        return Batches(plan, batch)
 
-    def streamed(self, stream: Stream, config: FitConfig, processor: Processor) -> Feed:
+    def streamed(self, stream: Stream, config: FitConfig, processor: Processor) -> Batches:
         """Training batches that are read as they are needed."""
-        at_once = batches_together(config, self.state)
-        batches = Batches(stream, config.batch_size, self.task.encode, at_once)
+        at_once = resolve_accumulation_steps(config, self.state)
+        batches = StreamedBatches(stream, config.batch_size, self.task.encode, at_once)
 
         def batch(numbers: list[int]) -> Batch:
             rows = processor.prepare(batches.pick(numbers), self.recipe.model.max_length)
             return processor.collate(rows, list(range(len(rows))))
 
-        return Feed(batches.plan, batch)
+        return Batches(batches.plan, batch)
 
-    def total_steps(self, config: FitConfig, feed: Feed) -> int:
+    def total_steps(self, config: FitConfig, feed: Batches) -> int:
         """Optimizer steps of a fit, whose batches all processes share."""
-        return config.total_steps(len(feed.plan(0)), batches_together(config, self.state))
+        return config.total_steps(len(feed.plan(0)), resolve_accumulation_steps(config, self.state))
 
     def fit(
         self,
@@ -119,8 +119,8 @@ class StageContext:
         loss: Loss,
         config: FitConfig,
         before_step: Callable[[int], None] | None = None,
-        judge_from: int = 0,
-    ) -> Fitted:
+        best_from_step: int = 0,
+    ) -> TrainResult:
         """Train ``model`` on the train split with this stage's seed, watcher and mid-stage state."""
         feed = self.training_batches(config, processor)
         return fit(
@@ -135,7 +135,7 @@ class StageContext:
             state=self.state,
             evaluation=Evaluation(partial(self.measure, model, processor, "dev"), self.task.metric),
             before_step=before_step,
-            judge_from=judge_from,
+            best_from_step=best_from_step,
         )
 
     def measure(self, model: nn.Module, processor: Processor, split: SplitName) -> Figures:
@@ -146,7 +146,7 @@ class StageContext:
         return found
 
     def manifest(
-        self, config: StageConfig, parent: Checkpoint | None, fitted: Fitted | None = None, **entries: Any
+        self, config: StageConfig, parent: Checkpoint | None, fitted: TrainResult | None = None, **entries: Any
     ) -> Manifest:
         """Manifest of this stage's checkpoint; what the parent knows of layers and sites is handed on."""
         known: dict[str, Any] = {

@@ -52,7 +52,7 @@ def run(config: PruneConfig, parent: Checkpoint | None, context: StageContext) -
         transforms = insert_weights_(model, {**masks, **kept}, (), masks if learns_all else ())
         masking = Masking(model, {name: transforms[name] for name in masks}, patterns, config, moments, gathered)
         fitted = context.fit(model, processor, with_decay(loss, masking), config, masking.before_step,
-                         judge_from=0 if learns_all else max(moments))  # fmt: skip
+                         best_from_step=0 if learns_all else max(moments))  # fmt: skip
     masks = {name: mask.cpu() for name, mask in remove_weights_(model, transforms).items()}
     metrics = {"dev": context.measure(model, processor, "dev")}
     layers = {name: LayerRecord(pattern=str(pattern)) for name, pattern in patterns.items()}

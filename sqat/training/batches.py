@@ -19,7 +19,7 @@ from sqat.errors import SqatError
 
 
 @dataclass
-class Feed:
+class Batches:
     """Where batches come from: `plan(epoch)` gives row indices of each batch, `collate` makes one."""
 
     plan: Callable[[int], Sequence[list[int]]]
@@ -38,7 +38,7 @@ class Feed:
 
 
 @dataclass(frozen=True)
-class Piece:
+class MicroBatch:
     """One batch of an optimizer step.
 
     Attributes:
@@ -52,32 +52,34 @@ class Piece:
     seeds: tuple[int, ...]
 
 
-def steps_of_work(
-    feed: Feed, together: int, seed: int, device: torch.device, step: int
-) -> Iterator[tuple[list[Piece], int]]:
+def iterate_steps(
+    batches: Batches, accumulation_steps: int, seed: int, device: torch.device, step: int
+) -> Iterator[tuple[list[MicroBatch], int]]:
     """This process's batches of each optimizer step from ``step`` on, and the rows of that step in all processes."""
-    stream = feed.stream(step * together)
-    for first in count(step * together, together):
-        planned = [next(stream) for _ in range(together)]
-        rows, pieces = sum(map(len, planned)), []
-        for index, counts in assigned_indices(together):
-            seed_draws(seed, first + index, 0)
-            batch = feed.collate(planned[index]).to(device)
+    stream = batches.stream(step * accumulation_steps)
+    for first in count(step * accumulation_steps, accumulation_steps):
+        planned = [next(stream) for _ in range(accumulation_steps)]
+        rows, micro_batches = sum(map(len, planned)), []
+        for index, counts in assigned_indices(accumulation_steps):
+            seed_torch(seed, first + index, 0)
+            batch = batches.collate(planned[index]).to(device)
             share = len(planned[index]) / rows if counts else 0.0
-            pieces.append(Piece(batch, share, (seed, first + index, 1)))
-        yield pieces, rows
+            micro_batches.append(MicroBatch(batch, share, (seed, first + index, 1)))
+        yield micro_batches, rows
 
 
-def seed_draws(*numbers: int) -> None:
+def seed_torch(*numbers: int) -> None:
     """Make what torch draws from here on, on every device, a function of the numbers."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
-def shared_work(together: int, accumulation: int) -> str:
+def describe_sharing(accumulation_steps: int, accumulation: int) -> str:
     """What to say of a step's batches; empty where one process takes as many as the recipe says."""
     world = process_state().num_processes
-    if world == 1 and together == accumulation:
+    if world == 1 and accumulation_steps == accumulation:
         return ""
-    kept = "" if together == accumulation * world else f" as when it began, not {accumulation * world}"
+    kept = "" if accumulation_steps == accumulation * world else f" as when it began, not {accumulation * world}"
     how = " that share the model out (FSDP)" if uses_fsdp() else ""
-    return f"{world} process{'es' if world > 1 else ''}{how}, an optimizer step sums up {together} batches{kept}"
+    return (
+        f"{world} process{'es' if world > 1 else ''}{how}, an optimizer step sums up {accumulation_steps} batches{kept}"
+    )

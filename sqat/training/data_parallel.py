@@ -38,7 +38,7 @@ class Objective(nn.Module):
 
 
 @dataclass(frozen=True)
-class Spread:
+class ParallelModel:
     """The objective over all processes: each holds a replica of the model (DDP), or its shares (FSDP), or is alone.
 
     Attributes:
@@ -51,7 +51,7 @@ class Spread:
     shards: Shards | None
 
     @contextmanager
-    def unsynced(self) -> Iterator[None]:
+    def no_sync(self) -> Iterator[None]:
         """While open, gradients are only gathered: another batch of the step follows."""
         if self.shards is None:
             with self.accelerator.no_sync(self.called):
@@ -63,14 +63,14 @@ class Spread:
 
 
 @contextmanager
-def spread_(objective: Objective, accelerator: Accelerator) -> Iterator[Spread]:
-    """Spread a model over the processes; afterwards each has the whole of it."""
+def data_parallel(objective: Objective, accelerator: Accelerator) -> Iterator[ParallelModel]:
+    """ParallelModel a model over the processes; afterwards each has the whole of it."""
     if not uses_fsdp():
-        yield Spread(objective, accelerator.prepare(objective), accelerator, None)
+        yield ParallelModel(objective, accelerator.prepare(objective), accelerator, None)
         return
     model = objective.model
     with sharded_(objective, model, encoder_blocks(model)) as shards:
-        yield Spread(objective, objective, accelerator, shards)
+        yield ParallelModel(objective, objective, accelerator, shards)
 
 
 class Norms:
@@ -88,14 +88,14 @@ class Norms:
         self.before = [buffer.clone() for buffer in (*self.seen, *self.counts)]
         self.means = [torch.zeros_like(buffer) for buffer in self.seen]
 
-    def note_(self, share: float) -> None:
+    def accumulate_(self, share: float) -> None:
         """Keep where a batch has moved them, by its share of the step, and move them back."""
         for buffer, mean in zip(self.seen, self.means, strict=True):
             mean.add_(buffer, alpha=share)
         for buffer, before in zip((*self.seen, *self.counts), self.before, strict=True):
             buffer.copy_(before)
 
-    def settle_(self) -> None:
+    def apply_(self) -> None:
         """Move them, in all processes alike."""
         if not self.seen:
             return

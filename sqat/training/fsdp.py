@@ -1,17 +1,7 @@
-"""Weights, gradients and optimizer moments in shares, one for each process (torch's FSDP2), and whole again.
+"""Shard a model over the ranks with FSDP2, and gather it whole again.
 
-A launcher asks for it (``accelerate launch --use_fsdp``), no recipe does: the result is that of DDP but for rounding.
-Within a training step a process holds its share of every tensor, and the whole weights while it computes; between
-steps `plain` makes every process hold the whole model, so that masks, evaluation and states are the same code as ever.
-That is the limit too: gradients and moments, 12 of the 16 bytes that a weight takes, are shared out, but the whole
-model must fit into each process, and so must a teacher. Weights are not given back between a forward and its backward
-pass, for distillation reads them from inside a block.
-
-FSDP2 has no way of its own to hold whole tensors, change them and write them back (PyTorch issue 137129 asks for one),
-and its hooks take every gradient; so `plain` takes class, hooks and shares off the modules by hand, and puts them back.
-
-Learned scales are single numbers, which FSDP cannot share out: every process keeps them, and averages their gradients.
-Left out: loss parts on weights themselves (the decay of schedule sr-ste), which is refused.
+A rank holds its shard of weights, gradients and moments during a step. Between steps `summon_full_params` gives
+every rank the whole model, so that masks, evaluation and saved states need no code of their own.
 """
 
 from __future__ import annotations
@@ -77,7 +67,7 @@ class Shards:
             for name, share in shares.items():
                 if isinstance(share, DTensor):
                     if id(share) not in whole_ones:
-                        value = whole(share.detach()).clone() if gather else torch.empty(share.shape)
+                        value = full_tensor(share.detach()).clone() if gather else torch.empty(share.shape)
                         whole_ones[id(share)] = nn.Parameter(value, requires_grad=share.requires_grad)
                     module._parameters[name] = whole_ones[id(share)]
         return whole_ones
@@ -92,7 +82,7 @@ class Shards:
                 hooks.update(ours)
             for name, share in shares.items():
                 if isinstance(share, DTensor) and id(share) in whole_ones:
-                    share.copy_(like(share, whole_ones.pop(id(share)).detach()))
+                    share.copy_(shard_like(share, whole_ones.pop(id(share)).detach()))
                 module._parameters[name] = share
         self.sharing = []
 
@@ -129,7 +119,7 @@ def sharded_(objective: nn.Module, model: nn.Module, blocks: Iterable[str]) -> I
 
 
 @contextmanager
-def plain(model: nn.Module) -> Iterator[None]:
+def summon_full_params(model: nn.Module) -> Iterator[None]:
     """While open, the model is whole in every process, all of which must open it; what changes in it stays."""
     shards = SHARDED.get(model)
     if shards is None or shards.sharing:  # never shared out, or open already
@@ -145,12 +135,12 @@ def hooks_of(module: nn.Module) -> list[dict[int, object]]:
     return [value for name, value in vars(module).items() if "hooks" in name and isinstance(value, dict)]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor that may be shared out, whole; all processes must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(share: Tensor, tensor: Tensor) -> Tensor:
+def shard_like(share: Tensor, tensor: Tensor) -> Tensor:
     """This process's share of a whole tensor, where the other one is shared out."""
     if not isinstance(share, DTensor) or not tensor.dim():
         return tensor

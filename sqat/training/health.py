@@ -19,7 +19,7 @@ from sqat.checkpoint.manifest import Manifest
 from sqat.distributed import first_nonempty
 from sqat.errors import SqatError
 from sqat.modules.activation_quantizers import QUANTIZERS, Quantizers
-from sqat.training.fsdp import whole
+from sqat.training.fsdp import full_tensor
 
 EXPLODED = 100.0  # times what calibration found
 SATURATED = 0.1  # share of the values beyond the bound
@@ -86,7 +86,7 @@ def check_gradients(model: nn.Module, step: int) -> Tensor:
     norm = total_norm([grad for _, grad in known])
     if math.isfinite(norm):
         return norm
-    known = [(name, whole(grad)) for name, grad in known]
+    known = [(name, full_tensor(grad)) for name, grad in known]
     broken = [name for name, grad in known if not bool(torch.isfinite(grad).all())]
     worst = broken[-1] if broken else max(known, key=lambda each: float(each[1].abs().max()))[0]
     layer = scales.get(worst, plain_name(worst.removesuffix(".weight").removesuffix(".bias")))
@@ -97,7 +97,7 @@ def check_gradients(model: nn.Module, step: int) -> Tensor:
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Norm of all gradients together, those that are shared out between processes and those that are not."""
     kinds = [[each for each in gradients if isinstance(each, DTensor) is shared] for shared in (False, True)]
-    norms = [whole(nn.utils.get_total_norm(some)) for some in kinds if some]
+    norms = [full_tensor(nn.utils.get_total_norm(some)) for some in kinds if some]
     return norms[0] if len(norms) == 1 else nn.utils.get_total_norm(norms)
 
 

@@ -29,12 +29,12 @@ from sqat.errors import StoppedError
 from sqat.modules.activation_quantizers import QUANTIZERS
 from sqat.progress import Reporter
 from sqat.recipe.schema import FitConfig
-from sqat.training.batches import Feed, Piece, seed_draws, shared_work, steps_of_work
-from sqat.training.data_parallel import REPLICAS, Loss, Norms, Objective, Spread, spread_
-from sqat.training.fsdp import like, plain, whole
+from sqat.training.batches import Batches, MicroBatch, describe_sharing, iterate_steps, seed_torch
+from sqat.training.data_parallel import REPLICAS, Loss, Norms, Objective, ParallelModel, data_parallel
+from sqat.training.fsdp import full_tensor, shard_like, summon_full_params
 from sqat.training.health import check_gradients, check_losses, check_scales, learned_bounds, weakness
-from sqat.training.resume_state import MidStage, Progress
-from sqat.training.signals import noted_signals
+from sqat.training.resume_state import Progress, ResumeState
+from sqat.training.signals import catch_stop_signals
 
 REMARK_EVERY = 100  # steps
 
@@ -51,7 +51,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Fitted:
+class TrainResult:
     """What a fit did: optimizer steps, seconds, samples, the last step's loss parts, the dev figures on the way."""
 
     steps: int
@@ -61,10 +61,10 @@ class Fitted:
     history: list[Figures]
 
 
-def batches_together(config: FitConfig, state: MidStage) -> int:
+def resolve_accumulation_steps(config: FitConfig, state: ResumeState) -> int:
     """How many batches an optimizer step sums up over all processes: as many as the fit that is gone on with had."""
     known = state.peek()
-    return config.gradient_accumulation * process_state().num_processes if known is None else known.together
+    return config.gradient_accumulation * process_state().num_processes if known is None else known.accumulation_steps
 
 
 def rate_factor(config: FitConfig, step: int, steps: int) -> float:
@@ -105,7 +105,7 @@ class Run:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    state: MidStage
+    state: ResumeState
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Tensor] = field(default_factory=dict)
     remarked: set[str] = field(default_factory=set)
@@ -121,12 +121,12 @@ class Run:
 
     def tensors(self) -> dict[str, Tensor]:
         """Model, optimizer and best weights by name; where they are shared out all processes must ask."""
-        with plain(self.model):
+        with summon_full_params(self.model):
             tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for index, values in sorted(self.optimizer.state_dict()["state"].items()):  # in one order in all processes
             known = {name: value for name, value in sorted(values.items()) if isinstance(value, Tensor)}
-            tensors |= {f"optimizer.{index}.{name}": whole(value) for name, value in known.items()}
+            tensors |= {f"optimizer.{index}.{name}": full_tensor(value) for name, value in known.items()}
         return {name: tensor.clone() for name, tensor in tensors.items()}
 
     def resume(self) -> bool:
@@ -139,41 +139,41 @@ class Run:
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
-        with plain(self.model):
+        with summon_full_params(self.model):
             self.model.load_state_dict(parts["model"])
         self.best = parts["best"]
         moments: dict[int, dict[str, Tensor]] = {}
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         for name, tensor in parts["optimizer"].items():
             index, _, moment = name.partition(".")
-            moments.setdefault(int(index), {})[moment] = like(weights[int(index)], tensor)
+            moments.setdefault(int(index), {})[moment] = shard_like(weights[int(index)], tensor)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         return True
 
-    def evaluate(self, evaluation: Evaluation, config: FitConfig, judge_from: int) -> Figures:
+    def evaluate(self, evaluation: Evaluation, config: FitConfig, best_from_step: int) -> Figures:
         """Measure dev, remember the best weights where they are to be kept, count evaluations without gain."""
-        with plain(self.model):
-            return self.judge(evaluation.measure(), evaluation.metric, config, judge_from)
+        with summon_full_params(self.model):
+            return self.judge(evaluation.measure(), evaluation.metric, config, best_from_step)
 
-    def judge(self, figures: Figures, metric: str, config: FitConfig, judge_from: int) -> Figures:
+    def judge(self, figures: Figures, metric: str, config: FitConfig, best_from_step: int) -> Figures:
         """Note what was measured of the model as it stands; returns that."""
         self.model.train()
         self.progress.history.append({"step": float(self.progress.step), **figures})
-        if self.progress.step <= judge_from:
+        if self.progress.step <= best_from_step:
             return figures
         if figures[metric] > self.progress.best:
             self.progress.best = figures[metric]
-            self.progress.without_gain = 0
+            self.progress.evals_without_improvement = 0
             if config.keep == "best":
                 self.best = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
         else:
-            self.progress.without_gain += 1
+            self.progress.evals_without_improvement += 1
         return figures
 
     def remark(self, title: str, reporter: Reporter) -> None:
         """Tell once of each kind what has become weak in the model."""
-        with plain(self.model):
+        with summon_full_params(self.model):
             found = weakness(self.model, self.progress.step)
         for kind, line in found.items():
             if kind not in self.remarked:
@@ -183,7 +183,7 @@ class Run:
     def finish(self) -> None:
         """Put the best weights back, where they were kept."""
         if self.best:
-            with plain(self.model):
+            with summon_full_params(self.model):
                 self.model.load_state_dict(self.best)
         self.model.eval()
 
@@ -191,18 +191,18 @@ class Run:
 def fit(
     model: nn.Module,
     loss: Loss,
-    feed: Feed,
+    batches: Batches,
     config: FitConfig,
     *,
     steps: int,
     seed: int,
     title: str,
     reporter: Reporter,
-    state: MidStage,
+    state: ResumeState,
     evaluation: Evaluation | None = None,
     before_step: Callable[[int], None] | None = None,
-    judge_from: int = 0,
-) -> Fitted:
+    best_from_step: int = 0,
+) -> TrainResult:
     """Train ``model`` in place for ``steps`` optimizer steps.
 
     Args:
@@ -216,18 +216,18 @@ def fit(
     process_state()  # before Accelerator, which would not find gloo by itself
     accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1,  # whatever the environment says
                               kwargs_handlers=[REPLICAS])  # fmt: skip
-    together = batches_together(config, state)
-    with spread_(Objective(model, loss), accelerator) as spread:
+    accumulation_steps = resolve_accumulation_steps(config, state)
+    with data_parallel(Objective(model, loss), accelerator) as parallel:
         optimizer = make_optimizer(model, config)
-        run = Run(model, optimizer, state, Progress(together=together))
+        run = Run(model, optimizer, state, Progress(accumulation_steps=accumulation_steps))
         begin(run, title, steps, config, reporter)
-        work = steps_of_work(feed, together, seed, accelerator.device, run.progress.step)
+        work = iterate_steps(batches, accumulation_steps, seed, accelerator.device, run.progress.step)
         bounds = learned_bounds(model)
         start = {site: float(bound.detach()) for site, bound in bounds.items()}
         model.train()
         shown, saved = dict(run.progress.losses), time.monotonic()
         stop = False
-        with noted_signals() as asked:
+        with catch_stop_signals() as asked:
             while not stop and run.progress.step < steps and not stopped_early(run.progress, config):
                 begun = time.monotonic()
                 if before_step is not None:
@@ -236,8 +236,8 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = group["factor"] * config.learning_rate * factor
                 run.progress.step += 1
-                pieces, samples = next(work)
-                run.progress.losses = take_step(spread, optimizer, pieces, config, run.progress.step)
+                micro_batches, samples = next(work)
+                run.progress.losses = take_step(parallel, optimizer, micro_batches, config, run.progress.step)
                 check_scales(bounds, start, run.progress.step)
                 run.progress.samples += samples
                 seconds = time.monotonic() - begun
@@ -245,7 +245,7 @@ def fit(
                 if run.progress.step % REMARK_EVERY == 0 or run.progress.step == steps:
                     run.remark(title, reporter)
                 if evaluation is not None and evaluation_due(config, run.progress.step, steps):
-                    shown |= run.evaluate(evaluation, config, judge_from)
+                    shown |= run.evaluate(evaluation, config, best_from_step)
                 run.progress.seconds += time.monotonic() - begun
                 reporter.advance(run.progress.step, shown, samples / max(seconds, 1e-9))  # some clocks stand still
                 due = accelerator.is_main_process and time.monotonic() - saved >= config.save_every
@@ -261,12 +261,15 @@ def fit(
         reporter.finish()
         run.finish()
     done = run.progress
-    return Fitted(done.step, done.seconds, done.samples, done.losses, done.history)
+    return TrainResult(done.step, done.seconds, done.samples, done.losses, done.history)
 
 
 def begin(run: Run, title: str, steps: int, config: FitConfig, reporter: Reporter) -> None:
     """Go on from the mid-stage state where there is one, and say what is done and by how many processes."""
-    sharing, there = shared_work(run.progress.together, config.gradient_accumulation), run.state.directory.exists()
+    sharing, there = (
+        describe_sharing(run.progress.accumulation_steps, config.gradient_accumulation),
+        run.state.directory.exists(),
+    )
     if run.resume():
         reporter.info(f"{title}: resumed at step {run.progress.step} of {steps}{sharing and f'; {sharing}'}")
     elif there:
@@ -277,7 +280,11 @@ def begin(run: Run, title: str, steps: int, config: FitConfig, reporter: Reporte
 
 
 def take_step(
-    spread: Spread, optimizer: torch.optim.Optimizer, pieces: list[Piece], config: FitConfig, step: int
+    parallel: ParallelModel,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: list[MicroBatch],
+    config: FitConfig,
+    step: int,
 ) -> Figures:
     """One optimizer step over its batches; returns the mean loss parts over those of all processes.
 
@@ -285,38 +292,38 @@ def take_step(
         SqatError: a loss or a gradient is no number; no weight has moved then, in any process.
     """
     totals: dict[str, Tensor] = {}
-    model, norms = spread.objective.model, Norms(spread.objective.model)
-    device, world = spread.accelerator.device, spread.accelerator.num_processes
-    for index, piece in enumerate(pieces):
-        sync = spread.unsynced() if index + 1 < len(pieces) else nullcontext()
-        seed_draws(*piece.seeds)
+    model, norms = parallel.objective.model, Norms(parallel.objective.model)
+    device, world = parallel.accelerator.device, parallel.accelerator.num_processes
+    for index, micro_batch in enumerate(micro_batches):
+        sync = parallel.no_sync() if index + 1 < len(micro_batches) else nullcontext()
+        seed_torch(*micro_batch.seeds)
         with sync:
             with reduced(config.precision, device):
-                parts = spread.called(piece.batch)
-            weight = piece.share * world  # gradients are averaged over the processes
-            spread.accelerator.backward(torch.stack([*parts.values()]).sum() * weight)
-        norms.note_(piece.share)
+                parts = parallel.called(micro_batch.batch)
+            weight = micro_batch.share * world  # gradients are averaged over the processes
+            parallel.accelerator.backward(torch.stack([*parts.values()]).sum() * weight)
+        norms.accumulate_(micro_batch.share)
         for name, part in parts.items():
-            totals[name] = totals.get(name, part.new_zeros(())) + part.detach() * piece.share
+            totals[name] = totals.get(name, part.new_zeros(())) + part.detach() * micro_batch.share
     figures = dict(zip(totals, all_reduce_sum(torch.stack([*totals.values()])).tolist(), strict=True))
-    check_losses(figures, model, partial(compute_again, spread.objective, pieces), step)
-    if spread.shards is not None:
-        spread.shards.average_scalars_()
+    check_losses(figures, model, partial(compute_again, parallel.objective, micro_batches), step)
+    if parallel.shards is not None:
+        parallel.shards.average_scalars_()
     norm = check_gradients(model, step)
     if config.max_grad_norm is not None:
         for group in optimizer.param_groups:  # by groups: shares and whole tensors do not mix
             nn.utils.clip_grads_with_norm_(group["params"], config.max_grad_norm, norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    norms.settle_()
+    norms.apply_()
     return figures
 
 
-def compute_again(objective: nn.Module, pieces: list[Piece]) -> None:
+def compute_again(objective: nn.Module, micro_batches: list[MicroBatch]) -> None:
     """Run the batches of a step once more, with the same draws."""
-    for piece in pieces:
-        seed_draws(*piece.seeds)
-        objective(piece.batch)
+    for micro_batch in micro_batches:
+        seed_torch(*micro_batch.seeds)
+        objective(micro_batch.batch)
 
 
 @contextmanager
@@ -341,4 +348,4 @@ def evaluation_due(config: FitConfig, step: int, steps: int) -> bool:
 
 
 def stopped_early(progress: Progress, config: FitConfig) -> bool:
-    return config.early_stopping is not None and progress.without_gain >= config.early_stopping
+    return config.early_stopping is not None and progress.evals_without_improvement >= config.early_stopping

@@ -24,19 +24,19 @@ from sqat.errors import SqatError
 
 @dataclass
 class Progress:
-    """What a mid-stage state remembers beside tensors; ``together`` is how many batches a step sums up."""
+    """What a mid-stage state remembers beside tensors; ``accumulation_steps`` is how many batches a step sums up."""
 
     step: int = 0
-    together: int = 1
+    accumulation_steps: int = 1
     best: float = -math.inf
-    without_gain: int = 0
+    evals_without_improvement: int = 0
     seconds: float = 0.0
     samples: int = 0
     losses: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-class MidStage:
+class ResumeState:
     """The mid-stage state on disk: one safetensors file of tensors, one JSON that points to it.
 
     Args:

@@ -20,7 +20,7 @@ ONE_CTRL_C = 1.0  # seconds in which a terminal and a launcher both pass it on
 
 
 @contextmanager
-def noted_signals() -> Iterator[Callable[[], bool]]:
+def catch_stop_signals() -> Iterator[Callable[[], bool]]:
     """While the block runs, signals are noted; yields a function that says whether there was one."""
     noted: list[float] = []
 

@@ -18,7 +18,7 @@ from sqat.modules.parametrize import insert_weights_, layer, original_weight, re
 from sqat.recipe.schema import PruneConfig
 from sqat.sparsity.masks import count_violations, nm_mask
 from sqat.sparsity.pattern import Pattern
-from sqat.training.batches import Feed
+from sqat.training.batches import Batches
 
 PATTERN = Pattern(2, 4)
 ALIKE = {"kernel": "kernel", "first": "first", "second": "second"}
@@ -51,7 +51,7 @@ def collate(rows: list[int]) -> Batch:
     return Batch({"pixel_values": images[rows]}, torch.zeros(len(rows)), torch.zeros(len(rows)))
 
 
-FEED = Feed(lambda epoch: [list(range(start, start + 16)) for start in range(0, 64, 16)], collate)
+FEED = Batches(lambda epoch: [list(range(start, start + 16)) for start in range(0, 64, 16)], collate)
 
 
 def make_masking(net: nn.Module, **config: Any) -> Masking:

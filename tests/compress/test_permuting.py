@@ -25,7 +25,7 @@ from sqat.recipe.schema import DistillConfig, PruneConfig
 from sqat.sparsity.pattern import Pattern
 from sqat.sparsity.permutation import kept_score
 from sqat.sparsity.settings import Magnitude, SparseGPT, Wanda
-from sqat.training.batches import Feed
+from sqat.training.batches import Batches
 from tests.conftest import CONFIGS, MakeModel, Recorder
 
 TWO_OF_FOUR = Pattern(2, 4)
@@ -344,7 +344,7 @@ def test_a_stage_draws_its_rows_without_a_trace(make_model: MakeModel, batch: In
         torch.rand(3)  # a processor may draw
         return Batch({name: x[rows] for name, x in batch.items()}, torch.zeros(len(rows)), torch.zeros(len(rows)))
 
-    state, feed = torch.get_rng_state(), Feed(lambda epoch: [[2, 0], [1]], collate)
+    state, feed = torch.get_rng_state(), Batches(lambda epoch: [[2, 0], [1]], collate)
     patterns, _ = choose_patterns(model, PruneConfig())
     notes = permute_for_(PruneConfig(), model, patterns, (), feed, nothing, 0, recorder, "prune")
     assert notes[0].startswith("permuted the channels of 4 sites")

@@ -15,7 +15,7 @@ from sqat.modules.parametrize import insert_weights_, original_weight
 from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import parse_pattern
 from sqat.sparsity.settings import Criterion, Magnitude, SparseGPT, Taylor, Wanda
-from sqat.training.batches import Feed
+from sqat.training.batches import Batches
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 KEY = "bert.encoder.layer.0.attention.self.key"
@@ -28,7 +28,7 @@ def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     return {"task": nn.functional.cross_entropy(logits, batch.labels), "small": logits.square().mean()}
 
 
-def make_feed(batches: int = 3) -> Feed:
+def make_feed(batches: int = 3) -> Batches:
     """Batches of 4 texts of 8 tokens, the second of which is half padding; labels alternate."""
     ids = torch.randint(5, 60, (batches * 4, 8), generator=torch.Generator().manual_seed(3))
     mask = torch.ones_like(ids)
@@ -39,7 +39,7 @@ def make_feed(batches: int = 3) -> Feed:
         return Batch({"input_ids": ids[rows], "attention_mask": mask[rows]}, torch.tensor(rows) % 2, torch.tensor(rows))
 
     plan = [list(range(4 * i, 4 * i + 4)) for i in range(batches)]
-    return Feed(lambda epoch: plan, collate)
+    return Batches(lambda epoch: plan, collate)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def masked(make_model: Callable[..., nn.Module]) -> nn.Module:
     return model.train()
 
 
-def inputs_by_hook(model: nn.Module, feed: Feed, name: str) -> Tensor:
+def inputs_by_hook(model: nn.Module, feed: Batches, name: str) -> Tensor:
     """Rows that a layer sees at real positions, in eval mode."""
     seen: list[Tensor] = []
     hook = model.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(args[0]))
@@ -98,7 +98,7 @@ def test_magnitude_gathers_nothing(masked: nn.Module) -> None:
     def refuse(*_: object) -> dict[str, Tensor]:
         raise AssertionError
 
-    assert gather(Magnitude(), masked, LEADERS, refuse, Feed(refuse, refuse), 0) == {}
+    assert gather(Magnitude(), masked, LEADERS, refuse, Batches(refuse, refuse), 0) == {}
 
 
 @pytest.mark.parametrize("criterion", [Wanda(), SparseGPT(), Taylor()])
@@ -143,7 +143,7 @@ def test_convolutions_are_seen_by_their_windows() -> None:
             y: Tensor = self.net(pixel_values)
             return y
 
-    feed = Feed(lambda epoch: [[0, 1], [2, 3]],
+    feed = Batches(lambda epoch: [[0, 1], [2, 3]],
                 lambda rows: Batch({"pixel_values": images[rows]}, torch.zeros(2), torch.zeros(2)))  # fmt: skip
     gram = gather(SparseGPT(), Images(), {"net.0": "net.0"}, loss, feed, 0)["net.0"]
     weight = original_weight(net[0]).detach()

@@ -17,13 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from sqat.data import dataset as data
-from sqat.data.streaming import Batches, Stream, open_stream
+from sqat.data.streaming import Stream, StreamedBatches, open_stream
 from sqat.data.text_files import read_rows
 from sqat.errors import SqatError
 from sqat.recipe.loader import load_recipe
 from sqat.recipe.schema import ClassificationTask, Columns, RegressionTask, SplitConfig
 from sqat.tasks.classification import Classification
-from sqat.training.batches import Feed
+from sqat.training.batches import Batches
 
 TASK = ClassificationTask(labels=("bad", "good"))
 KINDS = ["parquet", "arrow", "stream.arrow", "jsonl", "jsonl.gz", "csv"]
@@ -63,11 +63,11 @@ def stream_of(folder: Path, kind: str, buffer: int = 24, seed: int = 3, **more: 
     return open_stream(split, Columns(), TASK, folder, seed)
 
 
-def batches_of(stream: Stream, size: int = 5) -> Batches:
-    return Batches(stream, size, Classification(("bad", "good")).encode)
+def batches_of(stream: Stream, size: int = 5) -> StreamedBatches:
+    return StreamedBatches(stream, size, Classification(("bad", "good")).encode)
 
 
-def texts(batches: Batches, plan: Any) -> list[list[str]]:
+def texts(batches: StreamedBatches, plan: Any) -> list[list[str]]:
     return [batches.pick(numbers)["text"][:] for numbers in plan]
 
 
@@ -99,11 +99,13 @@ def test_a_resumed_run_goes_on_with_the_same_batches(tmp_path: Path, kind: str) 
     """From any batch on over two epochs, by a process that has read nothing before."""
     write_shards(tmp_path, kind)
     batches = batches_of(stream_of(tmp_path, kind))
-    feed = Feed(batches.plan, lambda numbers: batches.pick(numbers)["text"][:])  # type: ignore[arg-type, return-value]
+    feed = Batches(batches.plan, lambda numbers: batches.pick(numbers)["text"][:])  # type: ignore[arg-type, return-value]
     whole = [feed.collate(numbers) for numbers in islice(feed.stream(0), 40)]
     for start in (1, 4, 5, 17, 18, 19, 25):
         fresh = batches_of(stream_of(tmp_path, kind))
-        again = [fresh.pick(numbers)["text"][:] for numbers in islice(Feed(fresh.plan, feed.collate).stream(start), 6)]
+        again = [
+            fresh.pick(numbers)["text"][:] for numbers in islice(Batches(fresh.plan, feed.collate).stream(start), 6)
+        ]
         assert again == whole[start : start + 6]
 
 
@@ -133,7 +135,9 @@ def test_what_is_planned_at_once_is_read_once(
         return true(stream, epoch, start, count)
 
     monkeypatch.setattr(Stream, "read", read)
-    batches = Batches(stream_of(tmp_path, "jsonl", buffer=10), 5, Classification(("bad", "good")).encode, at_once)
+    batches = StreamedBatches(
+        stream_of(tmp_path, "jsonl", buffer=10), 5, Classification(("bad", "good")).encode, at_once
+    )
     planned = [*islice(batches.plan(0), 9)]
     for numbers in planned:
         batches.pick(numbers)
@@ -348,6 +352,6 @@ def test_two_texts_are_streamed_too(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"t{n}", "other": f"o{n}", "label": n / 2}) for n in range(9)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     columns, split = Columns(text_pair="other"), SplitConfig(path="a.jsonl", streaming=True)
-    batches = Batches(open_stream(split, columns, RegressionTask(), tmp_path, 0), 4, lambda rows: rows)
+    batches = StreamedBatches(open_stream(split, columns, RegressionTask(), tmp_path, 0), 4, lambda rows: rows)
     pairs = {(row["text"], row["text_pair"], row["label"]) for batch in batches.plan(2) for row in batches.pick(batch)}
     assert pairs == {(f"t{n}", f"o{n}", n / 2) for n in range(9)}

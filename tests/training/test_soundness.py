@@ -14,10 +14,10 @@ from sqat.errors import SqatError
 from sqat.modules.activation_quantizers import QUANTIZERS, Quantizers
 from sqat.modules.parametrize import insert_weights_
 from sqat.recipe.schema import FitConfig
-from sqat.training.batches import Feed
+from sqat.training.batches import Batches
 from sqat.training.health import check_gradients, saturation, weakness
 from sqat.training.loop import Run, fit, make_optimizer
-from sqat.training.resume_state import MidStage, Progress
+from sqat.training.resume_state import Progress, ResumeState
 
 
 class Broken(nn.Module):
@@ -38,7 +38,7 @@ class Broken(nn.Module):
 
 def train(net: nn.Module, folder: Path, steps: int = 4, reporter: object = None, **config: object) -> None:
     x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
-    feed = Feed(
+    batches = Batches(
         lambda epoch: [list(range(i, i + 4)) for i in range(0, 16, 4)],
         lambda rows: Batch({"x": x[rows]}, x[rows].sum(1), torch.full((len(rows),), -1)),
     )
@@ -47,8 +47,8 @@ def train(net: nn.Module, folder: Path, steps: int = 4, reporter: object = None,
         return {"square": (model(batch.inputs["x"]).squeeze(1) - batch.labels).square().mean()}
 
     known = {"save_every": 0, "learning_rate": 0.01, **config}
-    fit(net, loss, feed, FitConfig(**known), steps=steps, seed=0, title="net", reporter=reporter,  # type: ignore[arg-type]
-        state=MidStage(folder / "state", "key"))  # fmt: skip
+    fit(net, loss, batches, FitConfig(**known), steps=steps, seed=0, title="net", reporter=reporter,  # type: ignore[arg-type]
+        state=ResumeState(folder / "state", "key"))  # fmt: skip
 
 
 def net_with(part: nn.Module) -> nn.Sequential:
@@ -77,7 +77,7 @@ def test_a_step_that_is_no_number_moves_nothing(
     assert str(caught.value).startswith(line)
     assert str(caught.value).endswith("; lower learning_rate, or look at the data")
     assert all(p.isfinite().all() for p in net.parameters())
-    loaded = MidStage(tmp_path / "state", "key").load()
+    loaded = ResumeState(tmp_path / "state", "key").load()
     assert loaded is not None
     assert loaded[1].step == 2, "the last good state stays"
     assert all(torch.equal(loaded[0][f"model.{name}"], p) for name, p in net.named_parameters())
@@ -121,7 +121,7 @@ def test_dead_layers_and_rows_are_remarked_once_by_name(tmp_path: Path, recorder
 
 def test_a_kind_of_weakness_is_told_once_however_many_have_it(tmp_path: Path, recorder: object) -> None:
     net = net_with(nn.Identity())
-    run = Run(net, make_optimizer(net, FitConfig()), MidStage(tmp_path / "state", "key"), Progress(step=100))
+    run = Run(net, make_optimizer(net, FitConfig()), ResumeState(tmp_path / "state", "key"), Progress(step=100))
     for layer in (net[2], net[0]):
         nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
         run.remark("net", recorder)  # type: ignore[arg-type]

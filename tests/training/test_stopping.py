@@ -21,10 +21,10 @@ from sqat.distributed import any_rank
 from sqat.errors import StoppedError
 from sqat.progress import SilentReporter
 from sqat.recipe.schema import FitConfig
-from sqat.training.batches import Feed
+from sqat.training.batches import Batches
 from sqat.training.loop import Evaluation, fit
-from sqat.training.resume_state import MidStage
-from sqat.training.signals import noted_signals
+from sqat.training.resume_state import ResumeState
+from sqat.training.signals import catch_stop_signals
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +42,7 @@ def handled() -> Iterator[None]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_noted_and_the_second_interrupts(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with noted_signals() as asked:
+    with catch_stop_signals() as asked:
         assert not asked()
         signal.raise_signal(number)
         assert asked()
@@ -56,7 +56,7 @@ def test_another_thread_gets_no_signals() -> None:
     answers: list[bool] = []
 
     def look() -> None:
-        with noted_signals() as asked:
+        with catch_stop_signals() as asked:
             answers.append(asked())
 
     thread = threading.Thread(target=look)
@@ -84,7 +84,7 @@ def train(state: Path, at: int, evaluation: Evaluation | None = None, **config: 
     """Weights of a small net after eight steps, during one of which a signal comes."""
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.3), nn.Linear(4, 1)), torch.randn(16, 4)
-    feed = Feed(
+    batches = Batches(
         lambda epoch: [list(range(i, i + 4)) for i in range(0, 16, 4)],
         lambda rows: Batch({"x": x[rows]}, x[rows].sum(1), torch.full((len(rows),), -1)),
     )
@@ -93,8 +93,18 @@ def train(state: Path, at: int, evaluation: Evaluation | None = None, **config: 
         return {"square": (model(batch.inputs["x"]).squeeze(1) - batch.labels).square().mean()}
 
     known = FitConfig(**{"learning_rate": 0.1, "save_every": 1e9, **config})
-    fit(net, loss, feed, known, steps=8, seed=1, title="net", reporter=Signalled(at), state=MidStage(state, "key"),
-        evaluation=evaluation)  # fmt: skip
+    fit(
+        net,
+        loss,
+        batches,
+        known,
+        steps=8,
+        seed=1,
+        title="net",
+        reporter=Signalled(at),
+        state=ResumeState(state, "key"),
+        evaluation=evaluation,
+    )
     return [parameter.detach().clone() for parameter in net.parameters()]
 
 
@@ -106,7 +116,7 @@ def test_a_signal_saves_at_the_step_and_the_fit_goes_on_to_the_same_weights(tmp_
     assert caught.value.exit_code == 130
     line = f"net: stopped and saved at step {at} of 8; the same command, without --force, goes on from there"
     assert str(caught.value) == line
-    loaded = MidStage(tmp_path / "state", "key").load()
+    loaded = ResumeState(tmp_path / "state", "key").load()
     assert loaded is not None
     assert loaded[1].step == at
     resumed = train(tmp_path / "state", 0)
@@ -115,15 +125,15 @@ def test_a_signal_saves_at_the_step_and_the_fit_goes_on_to_the_same_weights(tmp_
 
 def test_a_signal_during_the_last_save_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations without gain end the loop right after the save that the signal interrupts."""
-    saved, save = list[int](), MidStage.save
+    saved, save = list[int](), ResumeState.save
 
-    def interrupted(self: MidStage, tensors: Any, progress: Any) -> None:
+    def interrupted(self: ResumeState, tensors: Any, progress: Any) -> None:
         save(self, tensors, progress)
         saved.append(progress.step)
         if saved == [1, 2]:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(MidStage, "save", interrupted)
+    monkeypatch.setattr(ResumeState, "save", interrupted)
     nothing_gained = Evaluation(lambda: {"score": 1.0}, "score")
     with pytest.raises(StoppedError, match="net: stopped and saved at step 2 of 8"):
         train(tmp_path / "state", 0, nothing_gained, save_every=0, evaluate_every=1, early_stopping=1)
@@ -136,13 +146,13 @@ from pathlib import Path
 sys.path.insert(0, os.environ["ROOT"])
 from tests.training import test_stopping
 from sqat.errors import StoppedError
-from sqat.training.resume_state import MidStage
-save = MidStage.save
-MidStage.save = lambda *known: (time.sleep(1), save(*known))
+from sqat.training.resume_state import ResumeState
+save = ResumeState.save
+ResumeState.save = lambda *known: (time.sleep(1), save(*known))
 try:
     test_stopping.train(Path(sys.argv[1]), 3 if os.environ["RANK"] == "1" else 0)
 except StoppedError as error:
-    print(error, MidStage(Path(sys.argv[1]), "key").load() is not None)
+    print(error, ResumeState(Path(sys.argv[1]), "key").load() is not None)
     sys.exit(error.exit_code)
 """
 
@@ -162,6 +172,6 @@ def test_all_processes_stop_at_the_step_at_which_one_was_told(tmp_path: Path) ->
     assert all(out.endswith("goes on from there True\n") for out, _ in ends), (
         "no process ends before the state is whole"
     )
-    loaded = MidStage(tmp_path / "state", "key").load()
+    loaded = ResumeState(tmp_path / "state", "key").load()
     assert loaded is not None
     assert loaded[1].step == 3

@@ -27,9 +27,9 @@ from sqat.sparsity.pattern import parse_pattern
 from sqat.tasks import build_task
 from sqat.training import loop as training
 from sqat.training import resume_state as mid_stage
-from sqat.training.batches import Feed
-from sqat.training.loop import Evaluation, Fitted, fit, make_optimizer, rate_factor
-from sqat.training.resume_state import MidStage, Progress
+from sqat.training.batches import Batches
+from sqat.training.loop import Evaluation, TrainResult, fit, make_optimizer, rate_factor
+from sqat.training.resume_state import Progress, ResumeState
 
 
 @pytest.fixture(autouse=True)
@@ -133,21 +133,21 @@ class Small:
         torch.manual_seed(3)
         return nn.Sequential(nn.Linear(4, 8), nn.Dropout(dropout), nn.Tanh(), nn.Linear(8, 1))
 
-    def feed(self, batch_size: int) -> Feed:
+    def batches(self, batch_size: int) -> Batches:
         def plan(epoch: int) -> list[list[int]]:
             order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(epoch)).tolist()
             return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
-        return Feed(plan, lambda rows: Batch({"x": self.x[rows]}, self.y[rows], torch.full((len(rows),), -1)))
+        return Batches(plan, lambda rows: Batch({"x": self.x[rows]}, self.y[rows], torch.full((len(rows),), -1)))
 
-    def fit(self, net: nn.Module, config: FitConfig, steps: int, **more: Any) -> Fitted:
+    def fit(self, net: nn.Module, config: FitConfig, steps: int, **more: Any) -> TrainResult:
         known = {
             "seed": 5,
             "title": "small",
             "reporter": SilentReporter(),
-            "state": MidStage(self.folder / "state", "key"),
+            "state": ResumeState(self.folder / "state", "key"),
         }
-        return fit(net, self.loss, self.feed(config.batch_size), config, steps=steps, **{**known, **more})
+        return fit(net, self.loss, self.batches(config.batch_size), config, steps=steps, **{**known, **more})
 
     @staticmethod
     def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -180,7 +180,7 @@ def test_a_fit_is_the_plain_loop(optimizer: str, small: Small) -> None:
     for group, decay in zip(groups, (0.1, 0.0), strict=True):
         group["weight_decay"] = decay
     updater = torch.optim.AdamW(groups) if optimizer == "adamw" else torch.optim.SGD(groups, lr=1, momentum=0.9)
-    plan = [*small.feed(8).plan(0), *small.feed(8).plan(1)]
+    plan = [*small.batches(8).plan(0), *small.batches(8).plan(1)]
     for rows, factor in zip(plan[:5], (0.5, 1, 1, 2 / 3, 1 / 3), strict=True):
         for group in updater.param_groups:
             group["lr"] = 0.02 * factor
@@ -197,13 +197,13 @@ def test_a_fit_is_the_plain_loop(optimizer: str, small: Small) -> None:
 def test_accumulation_is_a_bigger_batch(small: Small) -> None:
     known = {"learning_rate": 0.05, "optimizer": "sgd", "max_grad_norm": None}
     big, small_ones = small.net(), small.net()
-    small.fit(big, FitConfig(batch_size=12, **known), 4, state=MidStage(small.folder / "a", "k"))
+    small.fit(big, FitConfig(batch_size=12, **known), 4, state=ResumeState(small.folder / "a", "k"))
     fitted = small.fit(small_ones, FitConfig(batch_size=4, gradient_accumulation=3, **known), 4)
     assert fitted.samples == 48
     for a, b in zip(weights(big), weights(small_ones), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     once = small.net()
-    small.fit(once, FitConfig(batch_size=4, **known), 4, state=MidStage(small.folder / "b", "k"))
+    small.fit(once, FitConfig(batch_size=4, **known), 4, state=ResumeState(small.folder / "b", "k"))
     assert not torch.allclose(weights(once)[0], weights(big)[0], rtol=1e-3)
 
 
@@ -212,8 +212,8 @@ def test_the_display_is_told_every_step(small: Small, recorder: Any) -> None:
     dev = Evaluation(lambda: {"score": 0.25}, "score")
     net = small.net()
     fitted = small.fit(net, config, 3, reporter=recorder, evaluation=dev)
-    rows = small.feed(8).plan(0)[0]
-    first = {n: part.item() for n, part in small.loss(net, small.feed(8).collate(rows)).items()}
+    rows = small.batches(8).plan(0)[0]
+    first = {n: part.item() for n, part in small.loss(net, small.batches(8).collate(rows)).items()}
     assert recorder.bars == [("small", 3)]
     assert recorder.ended == 1
     assert [step for step, _ in recorder.updates] == [1, 2, 3]
@@ -225,13 +225,13 @@ def test_the_display_is_told_every_step(small: Small, recorder: Any) -> None:
 
 
 def test_epochs_follow_each_other(small: Small) -> None:
-    feed = small.feed(10)
-    whole = [batch for epoch in range(4) for batch in feed.plan(epoch)]
+    batches = small.batches(10)
+    whole = [batch for epoch in range(4) for batch in batches.plan(epoch)]
     for start in range(8):
-        stream = feed.stream(start)
+        stream = batches.stream(start)
         assert [next(stream) for _ in range(4)] == whole[start : start + 4]
     with pytest.raises(SqatError, match="no batch of training rows is left"):
-        next(Feed(lambda epoch: [], feed.collate).stream(0))
+        next(Batches(lambda epoch: [], batches.collate).stream(0))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -244,10 +244,10 @@ def test_a_loss_that_is_no_number_ends_the_fit(value: float, small: Small) -> No
     counted: list[int] = []
     config = FitConfig(batch_size=8, save_every=0)
     with pytest.raises(SqatError) as caught:
-        fit(small.net(), loss, small.feed(8), config, steps=6, seed=0, title="t", reporter=SilentReporter(),
-            state=MidStage(small.folder / "state", "key"))  # fmt: skip
+        fit(small.net(), loss, small.batches(8), config, steps=6, seed=0, title="t", reporter=SilentReporter(),
+            state=ResumeState(small.folder / "state", "key"))  # fmt: skip
     assert str(caught.value) == f"the minilm loss is {value} at step 3; lower learning_rate, or look at the data"
-    loaded = MidStage(small.folder / "state", "key").load()
+    loaded = ResumeState(small.folder / "state", "key").load()
     assert loaded is not None
     assert loaded[1].step == 2, "the last sound state stays"
     assert all(tensor.isfinite().all() for name, tensor in loaded[0].items() if name.startswith("model."))
@@ -285,7 +285,7 @@ def test_the_best_or_the_last_weights_are_kept(keep: str, kept: int, small: Smal
     small.fit(net, config, 6, evaluation=Evaluation(measure, "score"))
     assert equal(weights(net), at[kept])
     undisturbed = small.net(dropout=0.3)
-    small.fit(undisturbed, replace_config(config, keep="last"), 6, state=MidStage(small.folder / "b", "k"))
+    small.fit(undisturbed, replace_config(config, keep="last"), 6, state=ResumeState(small.folder / "b", "k"))
     assert equal(weights(undisturbed), at[6]), "measuring changes neither dropout nor order"
 
 
@@ -299,7 +299,7 @@ def test_the_last_step_is_among_the_best(small: Small) -> None:
     fitted = small.fit(net, config, 5, evaluation=scores(0.1, 0.2, 0.9))
     assert [figures["step"] for figures in fitted.history] == [2, 4, 5]
     last = small.net()
-    small.fit(last, replace_config(config, keep="last"), 5, state=MidStage(small.folder / "b", "k"), evaluation=None)
+    small.fit(last, replace_config(config, keep="last"), 5, state=ResumeState(small.folder / "b", "k"), evaluation=None)
     assert equal(weights(net), weights(last))
 
 
@@ -312,7 +312,7 @@ def test_no_step_before_the_last_mask_is_judged(small: Small) -> None:
         seen.append(weights(net))
         return {"score": next(values)}
 
-    fitted = small.fit(net, config, 6, evaluation=Evaluation(measure, "score"), judge_from=3)
+    fitted = small.fit(net, config, 6, evaluation=Evaluation(measure, "score"), best_from_step=3)
     assert fitted.steps == 6
     assert equal(weights(net), seen[4])
 
@@ -366,8 +366,8 @@ class Bert:
             return {"score": values[now[0]]}
 
         reporter = Watcher(kill_at if where == "reporter" else None)
-        fit(model, self.loss, self.feed(), self.config, steps=self.steps, seed=4, title="t", reporter=reporter,
-            state=MidStage(self.folder / name, key), evaluation=Evaluation(measure, "score"),
+        fit(model, self.loss, self.batches(), self.config, steps=self.steps, seed=4, title="t", reporter=reporter,
+            state=ResumeState(self.folder / name, key), evaluation=Evaluation(measure, "score"),
             before_step=before_step)  # fmt: skip
         remove_weights_(model, transforms)
         assert all(not dict(model.named_parameters())[f"{layer}.weight"][~mask].any() for layer, mask in masks.items())
@@ -377,10 +377,10 @@ class Bert:
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {"task": self.task.loss(model(**batch.inputs).logits, batch)}
 
-    def feed(self) -> Feed:
+    def batches(self) -> Batches:
         lengths = column(self.rows, "length").tolist()
         units = self.task.units(self.rows, 0, 0)
-        return Feed(
+        return Batches(
             lambda epoch: plan_batches(lengths, units, self.config.batch_size, 0, epoch),
             partial(collate, self.rows, tokenizer=self.tokenizer),
         )
@@ -425,8 +425,8 @@ def test_the_rule_is_learned(bert: Bert) -> None:
 
     before = loss_now()
     config = replace_config(bert.config, learning_rate=3e-3)
-    fit(model, bert.loss, bert.feed(), config, steps=40, seed=0, title="t", reporter=SilentReporter(),
-        state=MidStage(bert.folder / "learn", "k"))  # fmt: skip
+    fit(model, bert.loss, bert.batches(), config, steps=40, seed=0, title="t", reporter=SilentReporter(),
+        state=ResumeState(bert.folder / "learn", "k"))  # fmt: skip
     assert loss_now() < 0.2 < 0.6 < before
 
 
@@ -502,7 +502,7 @@ def test_a_damaged_state_or_one_of_another_stage_is_not_used(
     with pytest.raises(KilledError):
         bert.run(3, key="another" if other else "key")
     damage(bert.folder / "state")
-    assert MidStage(bert.folder / "state", "key").load() is None
+    assert ResumeState(bert.folder / "state", "key").load() is None
     assert equal(bert.run(None), unbroken)
     said = "t: the mid-stage state is damaged, or of another run or length: starting afresh"
     assert bert.said == [said]
@@ -516,15 +516,15 @@ TENSORS = {"model.w": torch.arange(6.0).view(2, 3), "model.mask": torch.tensor([
 
 def test_a_state_comes_back(tmp_path: Path) -> None:
     progress = Progress(step=4, best=float("inf"), history=[{"step": 2.0, "pnr": float("inf")}])
-    MidStage(tmp_path / "s", "key").save(TENSORS, progress)
-    loaded = MidStage(tmp_path / "s", "key").load()
+    ResumeState(tmp_path / "s", "key").save(TENSORS, progress)
+    loaded = ResumeState(tmp_path / "s", "key").load()
     assert loaded is not None
     assert loaded[1] == progress
     assert all(torch.equal(loaded[0][name], tensor) for name, tensor in TENSORS.items())
-    MidStage(tmp_path / "s", "key").save(TENSORS, Progress(step=6))
+    ResumeState(tmp_path / "s", "key").save(TENSORS, Progress(step=6))
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["state.json", "step-6.safetensors"]
-    assert MidStage(tmp_path / "s", "other").load() is None
-    assert MidStage(tmp_path / "nowhere", "key").load() is None
+    assert ResumeState(tmp_path / "s", "other").load() is None
+    assert ResumeState(tmp_path / "nowhere", "key").load() is None
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "rename"])
@@ -532,7 +532,7 @@ def test_a_state_comes_back(tmp_path: Path) -> None:
 def test_a_failed_save_leaves_the_last_state(
     call: str, nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state = MidStage(tmp_path / "s", "key")
+    state = ResumeState(tmp_path / "s", "key")
     state.save(TENSORS, Progress(step=2))
     calls: list[int] = []
 
