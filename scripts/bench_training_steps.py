@@ -23,7 +23,7 @@ from sqat.api.quantizing import Scales, calibrate
 from sqat.compress.losses import distilled_loss, task_loss
 from sqat.data.dataset import Batch
 from sqat.models.layer_selection import choose_layers, encoder_blocks
-from sqat.models.loading import capture_last, load_pretrained
+from sqat.models.loading import hook_last_qkv, load_pretrained
 from sqat.modules.activation_quantizers import Quantizers, insert_quantizers_
 from sqat.modules.parametrize import insert_weights_, layer
 from sqat.modules.sites import discover_sites
@@ -118,7 +118,7 @@ def distilled_step(student: nn.Module, teacher: nn.Module, batch: Batch) -> Step
     """A step with the loss of a QAT stage with the default distillation."""
     teacher.eval().requires_grad_(False)
     config = QatConfig().distill or DistillConfig()
-    return Step(student, distilled_loss(config, TASK, teacher, [capture_last(student), capture_last(teacher)]), batch)
+    return Step(student, distilled_loss(config, TASK, teacher, [hook_last_qkv(student), hook_last_qkv(teacher)]), batch)
 
 
 def optimized(model: nn.Module, batch: Batch) -> nn.Module:

@@ -21,7 +21,7 @@ from sqat.checkpoint.manifest import LayerRecord, Manifest, SiteRecord
 from sqat.checkpoint.store import Checkpoint
 from sqat.data.dataset import TextProcessor
 from sqat.models.layer_selection import choose_layers
-from sqat.models.loading import capture
+from sqat.models.loading import serialize_model
 from sqat.recipe.schema import Layers
 from sqat.sparsity.masks import apply_mask, nm_mask
 from sqat.sparsity.pattern import parse_pattern
@@ -167,7 +167,7 @@ def make_checkpoint(make_model: MakeModel, tokenizer: Any) -> Callable[..., Chec
         masks = {name: nm_mask(linears[name].weight.detach().abs(), parse_pattern("2:4")) for name in choice.chosen}
         for name, mask in masks.items():
             linears[name].weight.data = apply_mask(linears[name].weight.detach(), mask)
-        files, weights = capture(model, TextProcessor(tokenizer))
+        files, weights = serialize_model(model, TextProcessor(tokenizer))
         first, *rest = choice.chosen
         layers = {name: LayerRecord(pattern="2:4", quantized=True) for name in rest}
         layers[first] = LayerRecord(pattern="2:4", float_because="excluded by the recipe")

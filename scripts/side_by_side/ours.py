@@ -13,7 +13,7 @@ import sqat
 from side_by_side.chain import Made, Phases
 from side_by_side.sets import Trial
 from sqat.compress.losses import distilled_loss
-from sqat.models.loading import capture_last
+from sqat.models.loading import hook_last_qkv
 from sqat.modules.parametrize import layer
 from sqat.quantization.settings import Maximum, Percentile
 from sqat.recipe.schema import DistillConfig
@@ -57,7 +57,7 @@ def effective(model: nn.Module, name: str) -> Tensor:
 @contextmanager
 def loss_of(trial: Trial, model: nn.Module, teacher: nn.Module) -> Iterator[Loss]:
     """MiniLM relations and logits of the teacher, as stages with ``distill`` have them."""
-    captures = [capture_last(network) for network in (model, teacher)]
+    captures = [hook_last_qkv(network) for network in (model, teacher)]
     try:
         yield distilled_loss(DistillConfig(logits=1.0, task=0.0), trial.task, teacher, captures)
     finally:

@@ -63,7 +63,7 @@ class Trial:
         lengths = column(rows, "length").tolist()
 
         def plan(epoch: int) -> list[list[int]]:
-            units = self.task.units(rows, self.seed, epoch)
+            units = self.task.training_groups(rows, self.seed, epoch)
             return plan_batches(lengths, units, self.budget.batch_size, self.seed, epoch)
 
         return Batches(plan, partial(self.processor.collate, rows))

@@ -16,7 +16,7 @@ from sqat.data.dataset import Batch
 from sqat.distillation.minilm import relation_loss
 from sqat.distillation.settings import MiniLMLoss, MiniLMv1, MiniLMv2
 from sqat.errors import SqatError
-from sqat.models.loading import capture_last
+from sqat.models.loading import hook_last_qkv
 
 LossName = Literal["minilm-v1", "minilm-v2"]
 
@@ -50,7 +50,7 @@ def distillation_loss(
     chosen = named("loss", loss, LOSSES)
     relations = partial(relation_loss, chosen) if isinstance(chosen, MiniLMLoss) else chosen
     check_teacher(model, teacher)
-    student, taught = capture_last(model, qkv), capture_last(teacher, teacher_qkv)
+    student, taught = hook_last_qkv(model, qkv), hook_last_qkv(teacher, teacher_qkv)
 
     def of_batch(batch: Inputs) -> Tensor:
         if not student.outputs:

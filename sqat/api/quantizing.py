@@ -18,7 +18,7 @@ from sqat.compress.statistics import undisturbed
 from sqat.errors import SqatError
 from sqat.export.cpu_encoder import check_encoder
 from sqat.models.layer_selection import choose_layers, encoder_blocks, is_convolutional, weighted_layers
-from sqat.models.loading import attention_in_use, use_attention, use_taps
+from sqat.models.loading import current_attention, use_attention, use_hooked_attention
 from sqat.modules.activation_quantizers import Quantizers
 from sqat.modules.quantized import quantized_
 from sqat.modules.sites import discover_sites
@@ -143,8 +143,8 @@ def check_scales(model: nn.Module, scales: Scales) -> None:
 @contextmanager
 def attention_of(model: nn.Module, profile: Profile) -> Iterator[None]:
     """The attention that a profile can tap; the model's own is put back."""
-    before = attention_in_use(model)
-    tapped = profile != "linear" and use_taps(model, profile)
+    before = current_attention(model)
+    tapped = profile != "linear" and use_hooked_attention(model, profile)
     try:
         yield
     finally:

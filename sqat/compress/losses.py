@@ -13,7 +13,7 @@ from sqat.checkpoint.store import Checkpoint
 from sqat.data.dataset import Batch
 from sqat.distillation.minilm import QKV, relation_loss
 from sqat.errors import SqatError
-from sqat.models.loading import build, capture_last
+from sqat.models.loading import build, hook_last_qkv
 from sqat.modules.qkv_hooks import Capture
 from sqat.recipe.schema import DistillConfig
 from sqat.tasks import Task
@@ -39,7 +39,7 @@ def stage_loss(
         return
     teacher, _ = build(load_teacher())
     teacher.requires_grad_(False)
-    captures = [capture_last(network, config.qkv) for network in (model, teacher)] if config.weight else []
+    captures = [hook_last_qkv(network, config.qkv) for network in (model, teacher)] if config.weight else []
     try:
         check_relations(partial(relation_loss, config.loss), captures, f"change stages.{stage}.distill.loss")
         yield distilled_loss(config, task, teacher, captures)

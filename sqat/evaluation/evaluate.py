@@ -16,13 +16,13 @@ from sqat.errors import SqatError
 from sqat.evaluation.artifacts import config_of, is_export, open_artifact
 from sqat.evaluation.inference import logits_of, on_device, predict
 from sqat.models.layer_selection import encoder_blocks
-from sqat.models.loading import build, check_head, load_processor, use_taps
+from sqat.models.loading import build, check_head, load_processor, use_hooked_attention
 from sqat.modules.activation_quantizers import Quantizers
 from sqat.modules.quantized import quantized_
 from sqat.modules.sites import is_activation
 from sqat.quantization.fake_quant import LAST_BITS
 from sqat.tasks.splits import Splits
-from sqat.training.loop import Figures
+from sqat.training.loop import Metrics
 
 
 def quantizers_of(checkpoint: Checkpoint, learned: bool = False) -> Quantizers:
@@ -39,7 +39,7 @@ def served_model(checkpoint: Checkpoint) -> Iterator[tuple[nn.Module, Processor]
         yield model, processor
         return
     if checkpoint.manifest.placement != "linear":
-        use_taps(model, checkpoint.manifest.placement)
+        use_hooked_attention(model, checkpoint.manifest.placement)
     blocks, layers = encoder_blocks(model), quantized_layers(checkpoint)
     with quantized_(model, checkpoint.masks, layers, quantizers_of(checkpoint), blocks):
         yield model, processor
@@ -72,7 +72,7 @@ def computes(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.Conv2d) or "Norm" in type(module).__name__ or is_activation(module)
 
 
-def evaluate_artifact(artifact: Path, splits: Splits, split: SplitName) -> Figures:
+def evaluate_artifact(artifact: Path, splits: Splits, split: SplitName) -> Metrics:
     """The task's metrics of a checkpoint folder, or of an exported file or folder (with its processor beside it).
 
     Raises:

@@ -71,7 +71,7 @@ def architecture_of(folder: Path) -> Architecture:
     return next(kind for kind in ARCHITECTURES.values() if kind.claims(names))
 
 
-def capture(model: nn.Module, processor: Processor) -> tuple[dict[str, bytes], dict[str, Tensor]]:
+def serialize_model(model: nn.Module, processor: Processor) -> tuple[dict[str, bytes], dict[str, Tensor]]:
     """Config and processor files, and plain weights; a tied weight is kept once, under its first name.
 
     Linears that stand for a Conv1D are named in the file `LAYOUT`, where there are any.
@@ -177,7 +177,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], place: str) ->
         raise SqatError(f"the weight {missing[0]} is missing", "the files do not belong together", place)
 
 
-def use_taps(model: nn.Module, profile: str = "tensorrt") -> bool:
+def use_hooked_attention(model: nn.Module, profile: str = "tensorrt") -> bool:
     """Switch to a profile's tapped attention; False where the family does not go through the attention interface."""
     if not isinstance(model, PreTrainedModel) or not model._can_set_attn_implementation():
         return False
@@ -191,7 +191,7 @@ def use_attention(model: nn.Module, name: str) -> None:
         model.set_attn_implementation(name)
 
 
-def attention_in_use(model: nn.Module) -> str | None:
+def current_attention(model: nn.Module) -> str | None:
     """The implementation that a model's attention goes through."""
     return str(model.config._attn_implementation) if isinstance(model, PreTrainedModel) else None
 
@@ -207,7 +207,7 @@ def attention_heads(model: nn.Module) -> int:
     return int(config.num_attention_heads)
 
 
-def capture_last(model: nn.Module, qkv: Sequence[str] | None = None) -> Capture:
+def hook_last_qkv(model: nn.Module, qkv: Sequence[str] | None = None) -> Capture:
     """Catch q, k and v of a model's last block, found by their names or named by ``qkv``."""
     names, heads = find_qkv(model, qkv), attention_heads(model)
     shared = getattr(model.config, "num_key_value_heads", None)  # of families that know grouped queries

@@ -21,7 +21,7 @@ from sqat.errors import SqatError
 from sqat.evaluation.inference import logits_of
 from sqat.export.cpu_encoder import check_encoder
 from sqat.models.layer_selection import choose_layers, encoder_blocks
-from sqat.models.loading import capture, use_taps
+from sqat.models.loading import serialize_model, use_hooked_attention
 from sqat.modules.activation_quantizers import Quantizers, tap_sites
 from sqat.modules.batch_norm import fold_batch_norms_
 from sqat.modules.bias import snap_biases_
@@ -43,7 +43,7 @@ def run(config: CalibrateConfig, parent: Checkpoint | None, context: StageContex
     blocks = encoder_blocks(model)
     if config.profile == "cpu":
         check_encoder(model)
-    tapped = config.profile == "linear" or use_taps(model, config.profile)
+    tapped = config.profile == "linear" or use_hooked_attention(model, config.profile)
     notes = [] if parent is None else list(parent.manifest.notes)
     if not tapped:
         notes.append(f"{type(model).__name__} has no attention interface: its attention products stay float")
@@ -64,7 +64,7 @@ def run(config: CalibrateConfig, parent: Checkpoint | None, context: StageContex
     with quantized_(model, masks, choice.chosen, quantizers, blocks):
         metrics = {"dev": context.measure(model, processor, "dev")}
     layers = record_layers(parent, choice.chosen, choice.left)
-    files, weights = capture(model, processor)
+    files, weights = serialize_model(model, processor)
     files[HISTOGRAMS] = summaries(histograms)
     manifest = context.manifest(config, parent, metrics=metrics, layers=layers, sites=records, skipped=sites.left,
                             placement=config.profile, notes=notes)  # fmt: skip

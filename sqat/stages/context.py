@@ -33,7 +33,7 @@ from sqat.tasks import Task
 from sqat.tasks.splits import Splits
 from sqat.training.batches import Batches
 from sqat.training.data_parallel import Loss
-from sqat.training.loop import Evaluation, Figures, TrainResult, fit, resolve_accumulation_steps
+from sqat.training.loop import Evaluation, Metrics, TrainResult, fit, resolve_accumulation_steps
 from sqat.training.resume_state import ResumeState
 
 
@@ -88,7 +88,9 @@ class StageContext:
         lengths = column(rows, "length").tolist()
 
         def plan(epoch: int) -> list[list[int]]:
-            units = task.units(rows, seed, epoch) if needs_labels(config) else [[row] for row in range(len(rows))]
+            units = (
+                task.training_groups(rows, seed, epoch) if needs_labels(config) else [[row] for row in range(len(rows))]
+            )
             return plan_batches(lengths, units, config.batch_size, seed, epoch)
 
         def batch(indices: list[int]) -> Batch:
@@ -138,11 +140,11 @@ class StageContext:
             best_from_step=best_from_step,
         )
 
-    def measure(self, model: nn.Module, processor: Processor, split: SplitName) -> Figures:
+    def measure(self, model: nn.Module, processor: Processor, split: SplitName) -> Metrics:
         """The task's metrics of a torch model on a split, as the first process finds them."""
         rows = self.splits.prepared(split, processor)
         figures = self.task.metrics(predict(partial(logits_of, model.eval()), rows, processor), rows)
-        found: Figures = json.loads(broadcast_from_rank0(json.dumps(figures)))
+        found: Metrics = json.loads(broadcast_from_rank0(json.dumps(figures)))
         return found
 
     def manifest(

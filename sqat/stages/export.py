@@ -30,7 +30,7 @@ from sqat.recipe.targets import TARGETS as SPECS
 from sqat.runtime.sessions import left_in_float, optimized_graph, parity
 from sqat.stages.context import StageContext
 from sqat.tasks.slack import slack
-from sqat.training.loop import Figures
+from sqat.training.loop import Metrics
 
 NOISE_FACTOR = 3
 SHAKES = 8
@@ -77,7 +77,7 @@ def run(config: ExportConfig, parent: Checkpoint | None, context: StageContext) 
     source = Source(parent, model.eval(), sample.inputs, config,
                     sequence_range(config, context.recipe.model.max_length),
                     ARCHITECTURES[context.task.architecture].output)  # fmt: skip
-    metrics: dict[str, Figures] = {}
+    metrics: dict[str, Metrics] = {}
     notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="sqat-") as name:
         folder = Path(name)
@@ -132,7 +132,7 @@ def artifact_bytes(files: dict[str, bytes], name: str) -> int:
 
 def prove(
     artifact: Path, written: Written, dev: Rows, config: ExportConfig, context: StageContext
-) -> tuple[Parity, Figures]:
+) -> tuple[Parity, Metrics]:
     """Run what was written on dev rows, compare it with the torch model it came from, and measure it.
 
     Raises:
@@ -144,7 +144,7 @@ def prove(
         wanted = predict(partial(logits_of, model), some, processor)
         got = predict(forward, dev, processor)
         part = got[: len(some)]
-        equal = task.agreement(wanted, part, some)
+        equal = task.same_decision(wanted, part, some)
         if not len(equal):
             raise SqatError(f"the first {len(some)} dev rows hold nothing to decide on", "raise parity_samples")
         difference = parity(wanted.numpy(), part.numpy())
@@ -152,7 +152,7 @@ def prove(
         noise, explained = 0.0, equal
         for other in rounded(model, some, processor, written.rounding):
             noise = max(noise, parity(wanted.numpy(), other.numpy()))
-            explained = explained | ~task.agreement(wanted, other, some)
+            explained = explained | ~task.same_decision(wanted, other, some)
             if noise >= enough and share(~explained) <= config.max_disagreement:
                 break
     found = Parity(len(equal), difference, noise, share(equal), int((explained & ~equal).sum()), share(~explained))

@@ -19,7 +19,7 @@ from sqat.compress.patterns import choose_patterns
 from sqat.compress.permuting import permute_for_
 from sqat.compress.statistics import gather
 from sqat.errors import SqatError
-from sqat.models.loading import capture
+from sqat.models.loading import serialize_model
 from sqat.modules.parametrize import insert_weights_, layer, remove_weights_
 from sqat.recipe.schema import PruneConfig
 from sqat.sparsity.moments import mask_steps, too_few_steps
@@ -59,6 +59,6 @@ def run(config: PruneConfig, parent: Checkpoint | None, context: StageContext) -
     layers |= {name: LayerRecord(dense_because=reason) for name, reason in left.items()}
     if parent is not None:
         layers |= {name: parent.manifest.layers[name] for name in kept}
-    files, weights = capture(model, processor)
+    files, weights = serialize_model(model, processor)
     manifest = context.manifest(config, parent, fitted, metrics=metrics, layers=layers, notes=notes)
     return Checkpoint(manifest, files, weights, masks)

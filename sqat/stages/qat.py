@@ -7,7 +7,7 @@ from sqat.compress.losses import stage_loss
 from sqat.errors import SqatError
 from sqat.evaluation.evaluate import quantizers_of
 from sqat.models.layer_selection import encoder_blocks
-from sqat.models.loading import capture, use_taps
+from sqat.models.loading import serialize_model, use_hooked_attention
 from sqat.modules.bias import snap_biases_
 from sqat.modules.quantized import quantized_
 from sqat.recipe.schema import QatConfig
@@ -20,7 +20,7 @@ def run(config: QatConfig, parent: Checkpoint | None, context: StageContext) -> 
         raise SqatError(f"stage {context.name} needs activation scales", "put a calibrate stage before it")
     model, processor = context.load_model(parent)
     if parent.manifest.placement != "linear":
-        use_taps(model, parent.manifest.placement)
+        use_hooked_attention(model, parent.manifest.placement)
     quantizers = quantizers_of(parent, learned=config.activation_scales == "learned")
     with (
         quantized_(model, parent.masks, quantized_layers(parent), quantizers, encoder_blocks(model)),
@@ -29,7 +29,7 @@ def run(config: QatConfig, parent: Checkpoint | None, context: StageContext) -> 
         fitted = context.fit(model, processor, loss, config)
         snap_biases_(model, quantized_layers(parent), quantizers.amax(), quantizers.leaders)
         metrics = {"dev": context.measure(model, processor, "dev")}
-    files, weights = capture(model, processor)
+    files, weights = serialize_model(model, processor)
     sites = parent.manifest.sites
     if config.activation_scales == "learned":  # what calibration clipped says nothing of bounds that moved
         sites = {site: record.model_copy(update={"saturated": None}) for site, record in sites.items()}

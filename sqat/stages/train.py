@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqat.checkpoint.store import Checkpoint
 from sqat.compress.losses import task_loss
 from sqat.errors import SqatError
-from sqat.models.loading import capture
+from sqat.models.loading import serialize_model
 from sqat.recipe.schema import TrainConfig
 from sqat.stages.context import StageContext
 
@@ -16,13 +16,13 @@ def run(config: TrainConfig, parent: Checkpoint | None, context: StageContext) -
         raise SqatError(f"stage {context.name} would undo the masks or scales of {parent.manifest.stage}",
                         "start from a train stage, or from the pretrained model")  # fmt: skip
     model, processor = context.load_model(parent)
-    for remark in context.task.remarks(context.splits.prepared("train", processor)):
+    for remark in context.task.data_warnings(context.splits.prepared("train", processor)):
         context.reporter.info(remark)
     rows, judged = len(context.splits.rows("dev")), len(context.splits.prepared("dev", processor))
     if judged < rows:
         context.reporter.info(f"{rows - judged} of {rows} dev rows are not measured: no metric depends on them")
     fitted = context.fit(model, processor, task_loss(context.task), config)
     metrics = {"dev": context.measure(model, processor, "dev")}
-    files, weights = capture(model, processor)
+    files, weights = serialize_model(model, processor)
     manifest = context.manifest(config, parent, fitted, metrics=metrics)
     return Checkpoint(manifest, files, weights)

@@ -43,17 +43,17 @@ class Task(Protocol):
     def encode(self, rows: Rows) -> Rows:
         """Rows with a numeric label."""
 
-    def units(self, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
+    def training_groups(self, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
         """Rows of one epoch; those that must share a batch stand together."""
 
-    def judged(self, rows: Rows) -> Rows:
+    def evaluation_rows(self, rows: Rows) -> Rows:
         """Rows of dev or test that the metrics look at; the others are not even computed."""
 
     def output_loss(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """How far the student's output [B, ...] is from the teacher's, a scalar."""
 
-    def remarks(self, rows: Rows) -> list[str]:
-        """What `units` leaves out of the train rows, a line each, for the user."""
+    def data_warnings(self, rows: Rows) -> list[str]:
+        """What `training_groups` leaves out of the train rows, a line each, for the user."""
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Loss [] of logits [B, C]."""
@@ -61,7 +61,7 @@ class Task(Protocol):
     def metrics(self, logits: Tensor, rows: Rows) -> dict[str, float]:
         """Metrics of logits [N, C], in the order of the rows."""
 
-    def agreement(self, wanted: Tensor, got: Tensor, rows: Rows) -> Tensor:
+    def same_decision(self, wanted: Tensor, got: Tensor, rows: Rows) -> Tensor:
         """Whether two forms of one model lead to the same decision: a bool for each thing a user decides on."""
 
 

@@ -70,13 +70,13 @@ class Classification:
             raise SqatError(f'unknown class "{names[unknown]}"', hint, rows[unknown]["place"])
         return rows.remove_columns("label").add_column("label", [numbers[name] for name in names])
 
-    def units(self, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
+    def training_groups(self, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
         return [[row] for row in range(len(rows))]
 
-    def judged(self, rows: Rows) -> Rows:
+    def evaluation_rows(self, rows: Rows) -> Rows:
         return rows
 
-    def remarks(self, rows: Rows) -> list[str]:
+    def data_warnings(self, rows: Rows) -> list[str]:
         return []
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -93,7 +93,7 @@ class Classification:
         """Number of the chosen class, int64 [N]."""
         return logits.argmax(dim=1)
 
-    def agreement(self, wanted: Tensor, got: Tensor, rows: Rows) -> Tensor:
+    def same_decision(self, wanted: Tensor, got: Tensor, rows: Rows) -> Tensor:
         """Bool [N]: the same class, or one that the reference scores as high but for its `slack`."""
         chosen = wanted.gather(1, self.decisions(got, rows)[:, None]).squeeze(1)
         return wanted.amax(dim=1) - chosen <= slack(wanted)

@@ -43,13 +43,13 @@ class QueryPerformance:
     def encode(self, rows: Rows) -> Rows:
         return rows
 
-    def judged(self, rows: Rows) -> Rows:
+    def evaluation_rows(self, rows: Rows) -> Rows:
         return rows
 
-    def units(self, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
+    def training_groups(self, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
         return [[row] for row in range(len(rows))]
 
-    def remarks(self, rows: Rows) -> list[str]:
+    def data_warnings(self, rows: Rows) -> list[str]:
         return []
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -71,7 +71,7 @@ class QueryPerformance:
             figures["mse"] = float(np.square(predicted - labels).mean())
         return figures
 
-    def agreement(self, wanted: Tensor, got: Tensor, rows: Rows) -> Tensor:
+    def same_decision(self, wanted: Tensor, got: Tensor, rows: Rows) -> Tensor:
         """Bool [N]: predictions that differ by the `slack` of the reference at most."""
         close: Tensor = (wanted - got).abs().squeeze(1) <= slack(wanted)
         return close

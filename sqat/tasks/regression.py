@@ -37,13 +37,13 @@ class Regression:
     def encode(self, rows: Rows) -> Rows:
         return rows
 
-    def units(self, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
+    def training_groups(self, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
         return [[row] for row in range(len(rows))]
 
-    def judged(self, rows: Rows) -> Rows:
+    def evaluation_rows(self, rows: Rows) -> Rows:
         return rows
 
-    def remarks(self, rows: Rows) -> list[str]:
+    def data_warnings(self, rows: Rows) -> list[str]:
         return []
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -55,7 +55,7 @@ class Regression:
     def metrics(self, logits: Tensor, rows: Rows) -> dict[str, float]:
         return metrics.regression(column(rows, "label"), logits.squeeze(1))
 
-    def agreement(self, wanted: Tensor, got: Tensor, rows: Rows) -> Tensor:
+    def same_decision(self, wanted: Tensor, got: Tensor, rows: Rows) -> Tensor:
         """Bool [N]: scores that differ by the `slack` of the reference at most."""
         close: Tensor = (wanted - got).abs().squeeze(1) <= slack(wanted)
         return close

@@ -66,7 +66,7 @@ class Relevance:
     def encode(self, rows: Rows) -> Rows:
         return rows
 
-    def units(self, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
+    def training_groups(self, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
         """Passages of one epoch: alone for pointwise, a query's together for pairwise.
 
         With ``candidates`` set, a query keeps at most that many: those above its lowest grade first (in all
@@ -84,12 +84,12 @@ class Relevance:
         queries = np.split(kept, starts + 1)
         return [query.tolist() for query, mixed in zip(queries, lowest < highest, strict=True) if mixed]
 
-    def judged(self, rows: Rows) -> Rows:
+    def evaluation_rows(self, rows: Rows) -> Rows:
         """Rows of the queries whose passages differ in grade; in a ranking of the others nothing can be wrong."""
         mixed = _mixed(column(rows, "label"), column(rows, "group"))
         return rows if mixed.all() else rows.select(np.flatnonzero(mixed))
 
-    def remarks(self, rows: Rows) -> list[str]:
+    def data_warnings(self, rows: Rows) -> list[str]:
         if self.loss_name == "pointwise":
             return []
         lowest, highest = grade_range(column(rows, "label"), column(rows, "group"))
@@ -124,7 +124,7 @@ class Relevance:
         order = np.lexsort((-metrics.finite(logits.squeeze(1)), groups))
         return torch.from_numpy(order[np.flatnonzero(np.diff(groups, prepend=groups[:1] - 1))])
 
-    def agreement(self, wanted: Tensor, got: Tensor, rows: Rows) -> Tensor:
+    def same_decision(self, wanted: Tensor, got: Tensor, rows: Rows) -> Tensor:
         """Bool [queries]: the same top passage, or one that the reference scores as high but for its `slack`."""
         scores = wanted.squeeze(1)
         return scores[self.decisions(wanted, rows)] - scores[self.decisions(got, rows)] <= slack(wanted)
@@ -139,7 +139,7 @@ def _mixed(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 def _sample(labels: np.ndarray, groups: np.ndarray, candidates: int, seed: int, epoch: int) -> np.ndarray:
-    """Rows, in order, of at most ``candidates`` passages a query, as `Relevance.units` says."""
+    """Rows, in order, of at most ``candidates`` passages a query, as `Relevance.training_groups` says."""
     _, query = np.unique(groups, return_inverse=True)
     lowest, _ = grade_range(labels, groups)
     better = labels > lowest[query]

@@ -70,7 +70,7 @@ class Retrieval:
     def encode(self, rows: Rows) -> Rows:
         return rows
 
-    def units(self, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
+    def training_groups(self, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
         """A query, one of its positives and some of its negatives, drawn by (seed, epoch); others stay out."""
         random = np.random.default_rng((seed, epoch, 1))  # 1: other numbers than plan_batches draws
         units = []
@@ -91,12 +91,12 @@ class Retrieval:
         for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
             yield start, np.arange(start + 1, end), labels[start + 1 : end]
 
-    def judged(self, rows: Rows) -> Rows:
+    def evaluation_rows(self, rows: Rows) -> Rows:
         """All passages, and the queries that have a positive: the others say nothing of a search."""
         unanswered = [query for query, _, grades in self.queries(rows) if not (grades >= self.relevant_from).any()]
         return rows.select(np.setdiff1d(np.arange(len(rows)), unanswered)) if unanswered else rows
 
-    def remarks(self, rows: Rows) -> list[str]:
+    def data_warnings(self, rows: Rows) -> list[str]:
         """Queries without a positive, passages that stand twice under one query, texts without a query."""
         labels, groups, texts = column(rows, "label"), column(rows, "group"), rows["text"][:]
         queries = int((labels == QUERY).sum())
@@ -154,7 +154,7 @@ class Retrieval:
         figures = metrics.ranking(labels, scores, groups, self.relevant_from)
         return {"rerank-ndcg@10": figures["ndcg@10"], "pnr": figures["pnr"]}
 
-    def agreement(self, wanted: Tensor, got: Tensor, rows: Rows) -> Tensor:
+    def same_decision(self, wanted: Tensor, got: Tensor, rows: Rows) -> Tensor:
         """Bool [Q]: the same passage comes first, or one that the reference scores as high but for its `slack`."""
         labels = torch.from_numpy(column(rows, "label"))
         reference, scores = (cosines(logits, labels) for logits in (wanted, got))

@@ -49,7 +49,7 @@ class Splits:
         """Rows that an epoch of the train split trains on."""
         if self.stream is not None:
             return self.stream.rows
-        return sum(map(len, self.task.units(self.task.encode(self.rows("train")), self.recipe.seed, 0)))
+        return sum(map(len, self.task.training_groups(self.task.encode(self.rows("train")), self.recipe.seed, 0)))
 
     @cached_property
     def task(self) -> Task:
@@ -63,6 +63,6 @@ class Splits:
         """
         if name not in self.encoded:
             rows = self.task.encode(self.rows(name))
-            rows = rows if name == "train" else self.task.judged(rows)
+            rows = rows if name == "train" else self.task.evaluation_rows(rows)
             self.encoded[name] = processor.prepare(rows, self.recipe.model.max_length)
         return self.encoded[name]

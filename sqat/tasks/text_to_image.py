@@ -41,14 +41,14 @@ class TextToImage:
     def encode(self, rows: Rows) -> Rows:
         return rows
 
-    def units(self, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
+    def training_groups(self, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
         return [[row] for row in range(len(rows))]
 
-    def judged(self, rows: Rows) -> Rows:
+    def evaluation_rows(self, rows: Rows) -> Rows:
         """All rows, numbered: their noise and time are drawn from it, and no caption is dropped."""
         return rows.add_column(NUMBER, list(range(len(rows))))
 
-    def remarks(self, rows: Rows) -> list[str]:
+    def data_warnings(self, rows: Rows) -> list[str]:
         cut = sum(rows[CUT])
         return [f"{cut} of {len(rows)} captions are longer than model.max_length: cut"] if cut else []
 
@@ -68,7 +68,7 @@ class TextToImage:
         variance = float((picture - noise).var(unbiased=False))
         return {"explained": 1 - error / variance, "velocity-mse": error}
 
-    def agreement(self, wanted: Tensor, got: Tensor, rows: Rows) -> Tensor:
+    def same_decision(self, wanted: Tensor, got: Tensor, rows: Rows) -> Tensor:
         """Bool [N]: pictures whose root mean square difference is at most the reference's `slack`."""
         difference: Tensor = (wanted - got).double().square().flatten(1).mean(dim=1).sqrt()
         return difference <= slack(wanted)

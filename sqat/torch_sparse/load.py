@@ -24,7 +24,7 @@ from sqat.data.dataset import Processor
 from sqat.errors import SqatError
 from sqat.export.packed_folder import TYPES, Packed, read_folder
 from sqat.models.layer_selection import encoder_blocks
-from sqat.models.loading import assemble, attention_in_use, load_weights, use_attention, use_taps
+from sqat.models.loading import assemble, current_attention, load_weights, use_attention, use_hooked_attention
 from sqat.modules.activation_quantizers import Insertion, Quantizers, insert_quantizers_, remove_quantizers_
 from sqat.modules.sites import PRODUCT_ROLES, role
 from sqat.torch_sparse.backends import AUTO, Backend, Choice
@@ -147,8 +147,8 @@ def switch_attention_(model: nn.Module, sites: Mapping[str, str]) -> str | None:
     """Make attention products reachable where sites are there; returns the implementation that was in use."""
     if not any(role(site) in PRODUCT_ROLES for site in sites):
         return None
-    before = attention_in_use(model)
-    return before if use_taps(model) else None
+    before = current_attention(model)
+    return before if use_hooked_attention(model) else None
 
 
 def insert_taps_(model: nn.Module, packed: Packed, sites: Mapping[str, str], blocks: list[str]) -> Insertion | None:

@@ -39,14 +39,14 @@ from sqat.training.signals import catch_stop_signals
 REMARK_EVERY = 100  # steps
 
 
-Figures = dict[str, float]
+Metrics = dict[str, float]
 
 
 @dataclass
 class Evaluation:
     """How the dev split is measured: a figure to maximise among all figures."""
 
-    measure: Callable[[], Figures]
+    measure: Callable[[], Metrics]
     metric: str
 
 
@@ -57,8 +57,8 @@ class TrainResult:
     steps: int
     seconds: float
     samples: int
-    losses: Figures
-    history: list[Figures]
+    losses: Metrics
+    history: list[Metrics]
 
 
 def resolve_accumulation_steps(config: FitConfig, state: ResumeState) -> int:
@@ -151,12 +151,12 @@ class Run:
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         return True
 
-    def evaluate(self, evaluation: Evaluation, config: FitConfig, best_from_step: int) -> Figures:
+    def evaluate(self, evaluation: Evaluation, config: FitConfig, best_from_step: int) -> Metrics:
         """Measure dev, remember the best weights where they are to be kept, count evaluations without gain."""
         with summon_full_params(self.model):
             return self.judge(evaluation.measure(), evaluation.metric, config, best_from_step)
 
-    def judge(self, figures: Figures, metric: str, config: FitConfig, best_from_step: int) -> Figures:
+    def judge(self, figures: Metrics, metric: str, config: FitConfig, best_from_step: int) -> Metrics:
         """Note what was measured of the model as it stands; returns that."""
         self.model.train()
         self.progress.history.append({"step": float(self.progress.step), **figures})
@@ -285,7 +285,7 @@ def take_step(
     micro_batches: list[MicroBatch],
     config: FitConfig,
     step: int,
-) -> Figures:
+) -> Metrics:
     """One optimizer step over its batches; returns the mean loss parts over those of all processes.
 
     Raises:

@@ -18,7 +18,7 @@ from sqat.data.dataset import TextProcessor
 from sqat.errors import SqatError
 from sqat.evaluation.inspection import inspect_checkpoint
 from sqat.lint.report_row import LayerReport
-from sqat.models.loading import capture
+from sqat.models.loading import serialize_model
 from sqat.sparsity.masks import apply_mask, nm_mask
 from sqat.sparsity.pattern import parse_pattern
 
@@ -49,7 +49,7 @@ def test_a_row_per_linear_in_the_models_order(make_checkpoint: Callable[..., Che
 def test_layer_ten_comes_after_layer_two(
     make_model: Callable[..., PreTrainedModel], tokenizer: Any, tmp_path: Path
 ) -> None:
-    files, weights = capture(make_model("bert", num_hidden_layers=11), TextProcessor(tokenizer))
+    files, weights = serialize_model(make_model("bert", num_hidden_layers=11), TextProcessor(tokenizer))
     manifest = Manifest(stage="t", kind="train", key="k", base_model="b", seed=0)
     names = list(inspected(Checkpoint(manifest, files, weights), tmp_path))
     assert [int(name.split(".")[3]) for name in names if "output.dense" in name] == [i for i in range(11) for _ in "ab"]
@@ -97,7 +97,7 @@ def test_what_was_left_alone_says_why(make_checkpoint: Callable[..., Checkpoint]
 def test_a_dense_checkpoint_says_that_no_stage_pruned_it(
     make_model: Callable[..., PreTrainedModel], tokenizer: Any, tmp_path: Path
 ) -> None:
-    files, weights = capture(make_model("bert"), TextProcessor(tokenizer))
+    files, weights = serialize_model(make_model("bert"), TextProcessor(tokenizer))
     manifest = Manifest(stage="t", kind="train", key="k", base_model="b", seed=0)
     row = inspected(Checkpoint(manifest, files, weights), tmp_path)[FIRST]
     assert row == LayerReport(FIRST, (32, 32), "dense", 0.0, None, None, None, None, "dense: no prune stage yet")
@@ -125,7 +125,7 @@ def test_the_pattern_is_the_weights_own(
     tokenizer: Any,
     tmp_path: Path,
 ) -> None:
-    files, weights = capture(make_model("bert"), TextProcessor(tokenizer))
+    files, weights = serialize_model(make_model("bert"), TextProcessor(tokenizer))
     mask = nm_mask(weights[f"{FIRST}.weight"].abs(), parse_pattern(pattern))
     weights[f"{FIRST}.weight"] = apply_mask(weights[f"{FIRST}.weight"], mask)
     layers = {FIRST: LayerRecord(pattern=claimed)}
@@ -136,7 +136,7 @@ def test_the_pattern_is_the_weights_own(
 
 
 def test_a_pruned_row_has_a_scale(make_model: Callable[..., PreTrainedModel], tokenizer: Any, tmp_path: Path) -> None:
-    files, weights = capture(make_model("bert"), TextProcessor(tokenizer))
+    files, weights = serialize_model(make_model("bert"), TextProcessor(tokenizer))
     weights[f"{FIRST}.weight"][3] = 0.0
     layers = {FIRST: LayerRecord(quantized=True)}
     sites = {f"{FIRST}:input": SiteRecord(shared_with="shared", saturated=0.0)}

@@ -23,7 +23,7 @@ from sqat.errors import SqatError
 from sqat.evaluation.evaluate import served_model
 from sqat.export.targets import Source, write_cpu_sparse
 from sqat.models.layer_selection import choose_layers, encoder_blocks
-from sqat.models.loading import capture, use_eager, use_taps
+from sqat.models.loading import serialize_model, use_eager, use_hooked_attention
 from sqat.modules.activation_quantizers import tap_sites
 from sqat.modules.sites import discover_sites
 from sqat.recipe.schema import ExportConfig, Layers
@@ -57,7 +57,7 @@ def calibrated(
             weight = model.get_submodule(name).weight
             masks[name] = nm_mask(weight.detach().abs(), parse_pattern("2:4"))
             weight.data = apply_mask(weight.detach(), masks[name])
-    use_taps(model, "cpu")
+    use_hooked_attention(model, "cpu")
     blocks = encoder_blocks(model)
     sites = discover_sites(model, inputs, chosen.chosen, blocks, "cpu")
     amax: dict[str, Tensor] = {}
@@ -71,7 +71,7 @@ def calibrated(
     with torch.no_grad():
         model(**inputs)
     taps.remove()
-    files, weights = capture(model, processor)
+    files, weights = serialize_model(model, processor)
     known = {name: LayerRecord(pattern="2:4" if name in masks else "", quantized=True) for name in chosen.chosen}
     known |= {name: LayerRecord(dense_because=why, float_because=why) for name, why in chosen.left.items()}
     records = {site: SiteRecord(shared_with=leader, saturated=0.0) for site, leader in sites.leaders.items()}

@@ -23,7 +23,7 @@ from sqat.export.compressed import write_compressed
 from sqat.export.packed import write_packed
 from sqat.models.conv1d import to_conv1d_, to_linears_
 from sqat.models.layer_selection import LinearOfConv1D, choose_layers, find_qkv
-from sqat.models.loading import build, capture, capture_last
+from sqat.models.loading import build, hook_last_qkv, serialize_model
 from sqat.modules.parametrize import layer
 from sqat.recipe.schema import Layers
 from sqat.sparsity.masks import apply_mask, nm_mask
@@ -48,7 +48,7 @@ def pruned(linears: PreTrainedModel, make_checkpoint: Callable[..., Checkpoint],
     masks = {name: nm_mask(layer(linears, name).weight.detach().abs(), parse_pattern("2:4")) for name in names}
     for name, mask in masks.items():
         layer(linears, name).weight.data = apply_mask(layer(linears, name).weight.detach(), mask)
-    files, weights = capture(linears, TextProcessor(tokenizer))
+    files, weights = serialize_model(linears, TextProcessor(tokenizer))
     record, site = (
         encoder.manifest.layers["bert.encoder.layer.1.output.dense"],
         next(iter(encoder.manifest.sites.values())),
@@ -84,7 +84,7 @@ def test_no_random_number_is_drawn(make_model: MakeModel) -> None:
 
 def test_q_k_and_v_lie_side_by_side(linears: PreTrainedModel, batch: dict[str, Tensor]) -> None:
     assert find_qkv(linears) == (f"{LAST}.attn.c_attn",)
-    capture, seen = capture_last(linears), []
+    capture, seen = hook_last_qkv(linears), []
     handle = layer(linears, f"{LAST}.attn.c_attn").register_forward_hook(lambda *a: seen.append(a[2]))
     with torch.no_grad():
         linears(**batch)
@@ -138,4 +138,4 @@ def test_what_other_targets_make_of_it(pruned: Checkpoint) -> None:
 
 
 def test_an_encoder_has_no_layout(make_model: MakeModel, tokenizer: object) -> None:
-    assert LAYOUT not in capture(make_model("bert"), TextProcessor(tokenizer))[0]
+    assert LAYOUT not in serialize_model(make_model("bert"), TextProcessor(tokenizer))[0]

@@ -30,9 +30,9 @@ from sqat.models.diffusion import CaptionedPictures, Diffusion, drawing_, from_c
 from sqat.models.layer_selection import choose_layers, is_convolutional  # noqa: E402
 from sqat.models.loading import (  # noqa: E402
     build,
-    capture,
     diffusion,
     load_pretrained,
+    serialize_model,
 )
 from sqat.models.rectified_flow import fixed_draws, on_path  # noqa: E402
 from sqat.recipe.loader import load_recipe  # noqa: E402
@@ -120,7 +120,7 @@ def test_it_is_diffusers_unet_on_patches_with_the_mean_state_as_class() -> None:
 
 def test_a_checkpoint_is_read_back_and_by_diffusers(encoder: Path, tmp_path: Path) -> None:
     model, processor = started(encoder)
-    files, weights = capture(model, processor)
+    files, weights = serialize_model(model, processor)
     manifest = Manifest(stage="train", kind="train", key="0" * 64, base_model="unet", seed=0, versions={})
     save_checkpoint(Checkpoint(manifest, files, weights), tmp_path / "checkpoint")
     again, reader = build(load_checkpoint(tmp_path / "checkpoint"))
@@ -158,8 +158,8 @@ def test_captions_are_read_as_the_encoder_reads_them_alone(encoder: Path) -> Non
 def test_captions_that_are_cut_are_counted_aloud(encoder: Path, rows: Dataset) -> None:
     """Four tokens: [CLS], two words, [SEP]; one caption has three words."""
     prepared = CaptionedPictures(SIDE, Captions.of(str(encoder), 4)).prepare(rows, 99)
-    assert TextToImage().remarks(prepared) == ["1 of 4 captions are longer than model.max_length: cut"]
-    assert TextToImage().remarks(started(encoder)[1].prepare(rows, 99)) == []
+    assert TextToImage().data_warnings(prepared) == ["1 of 4 captions are longer than model.max_length: cut"]
+    assert TextToImage().data_warnings(started(encoder)[1].prepare(rows, 99)) == []
 
 
 def test_training_draws_anew_and_repeats_from_the_same_state(encoder: Path, rows: Dataset) -> None:
@@ -183,13 +183,13 @@ def test_captions_are_dropped_whole_and_in_training_alone(encoder: Path, rows: D
     states = torch.cat([batch["encoder_hidden_states"].abs().sum(dim=(1, 2)) for batch in batches])
     assert torch.equal(masks == 0, states == 0)
     assert float((masks == 0).float().mean()) == pytest.approx(0.1, abs=0.03)
-    measured = processor.collate(TextToImage().judged(prepared), [0, 1, 2, 3] * 50).inputs
+    measured = processor.collate(TextToImage().evaluation_rows(prepared), [0, 1, 2, 3] * 50).inputs
     assert bool((measured["encoder_attention_mask"].sum(dim=1) > 0).all())
 
 
 def test_measured_rows_have_noise_and_time_of_their_own(encoder: Path, rows: Dataset) -> None:
     _, processor = started(encoder)
-    prepared = processor.prepare(TextToImage().judged(rows), 99)
+    prepared = processor.prepare(TextToImage().evaluation_rows(rows), 99)
     one, other = processor.collate(prepared, [2, 0]), processor.collate(prepared, [0, 1, 2])
     noise, time = fixed_draws([2], (3, SIDE, SIDE))
     picture = torch.from_numpy(np.frombuffer(rows[2]["pixels"], np.uint8).reshape(SIDE, SIDE, 3).copy())
@@ -202,7 +202,7 @@ def test_measured_rows_have_noise_and_time_of_their_own(encoder: Path, rows: Dat
 def test_it_learns_a_picture_from_its_caption(encoder: Path, rows: Dataset) -> None:
     model, processor = started(encoder)
     task = TextToImage()
-    prepared, judged = processor.prepare(rows, 99), processor.prepare(task.judged(rows), 99)
+    prepared, judged = processor.prepare(rows, 99), processor.prepare(task.evaluation_rows(rows), 99)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
     def explained() -> float:

@@ -23,7 +23,7 @@ from sqat.checkpoint.store import Checkpoint
 from sqat.data.dataset import TextProcessor
 from sqat.errors import SqatError
 from sqat.models.layer_selection import choose_layers, encoder_blocks, find_qkv
-from sqat.models.loading import build, capture, load_pretrained, use_taps
+from sqat.models.loading import build, load_pretrained, serialize_model, use_hooked_attention
 from sqat.models.sources import resolve_source, source_digest
 from sqat.models.text import load_tokenizer, set_dropout
 from sqat.recipe.schema import Layers, ModelConfig
@@ -461,7 +461,7 @@ def test_a_model_comes_back_from_its_checkpoint(
     family: str, make_model: MakeModel, tokenizer: Any, batch: dict[str, Tensor]
 ) -> None:
     model = make_model(family, num_labels=3)
-    files, weights = capture(model, TextProcessor(tokenizer))
+    files, weights = serialize_model(model, TextProcessor(tokenizer))
     again, words = build(Checkpoint(MANIFEST, files, weights))
     assert not again.training
     assert type(again) is type(model)
@@ -475,7 +475,7 @@ def test_a_model_comes_back_from_its_checkpoint(
 
 def test_captured_weights_are_copies(make_model: MakeModel, tokenizer: Any) -> None:
     model = make_model("bert")
-    _, weights = capture(model, TextProcessor(tokenizer))
+    _, weights = serialize_model(model, TextProcessor(tokenizer))
     before = weights["classifier.weight"].clone()
     with torch.no_grad():
         model.classifier.weight.zero_()
@@ -484,14 +484,14 @@ def test_captured_weights_are_copies(make_model: MakeModel, tokenizer: Any) -> N
 
 def test_the_tapped_attention_is_not_written_down(make_model: MakeModel, tokenizer: Any) -> None:
     model = make_model("bert")
-    files, _ = capture(model, TextProcessor(tokenizer))
-    assert use_taps(model)
-    assert capture(model, TextProcessor(tokenizer))[0] == files
+    files, _ = serialize_model(model, TextProcessor(tokenizer))
+    assert use_hooked_attention(model)
+    assert serialize_model(model, TextProcessor(tokenizer))[0] == files
 
 
 def test_tied_weights_are_kept_once(make_model: MakeModel, tokenizer: Any) -> None:
     model = make_model("bart")
-    files, weights = capture(model, TextProcessor(tokenizer))
+    files, weights = serialize_model(model, TextProcessor(tokenizer))
     tied = {f"model.{part}embed_tokens.weight" for part in ("encoder.", "decoder.")}
     assert set(model.state_dict()) - set(weights) == tied
     again, _ = build(Checkpoint(MANIFEST, files, weights))
@@ -501,7 +501,7 @@ def test_tied_weights_are_kept_once(make_model: MakeModel, tokenizer: Any) -> No
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
 def test_weights_that_do_not_fit_the_config(change: str, make_model: MakeModel, tokenizer: Any) -> None:
-    files, weights = capture(make_model("bert"), TextProcessor(tokenizer))
+    files, weights = serialize_model(make_model("bert"), TextProcessor(tokenizer))
     name = "bert.pooler.dense.weight"
     said = "is missing" if change == "missing" else "does not fit the config"
     if change == "missing":
@@ -517,7 +517,7 @@ def test_weights_that_do_not_fit_the_config(change: str, make_model: MakeModel, 
 
 
 def test_a_checkpoint_without_config_cannot_be_built(make_model: MakeModel, tokenizer: Any) -> None:
-    files, weights = capture(make_model("bert"), TextProcessor(tokenizer))
+    files, weights = serialize_model(make_model("bert"), TextProcessor(tokenizer))
     whole = Checkpoint(MANIFEST, files, weights)
     no_config = replace(whole, files={n: c for n, c in files.items() if n != "config.json"})
     assert problem(build, no_config, "runs/x").startswith("runs/x: the checkpoint's model cannot be built: ")

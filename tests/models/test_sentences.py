@@ -18,7 +18,7 @@ from sqat.data.dataset import Processor, Rows
 from sqat.errors import SqatError
 from sqat.export.float16 import to_float16
 from sqat.export.graph import export_float
-from sqat.models.loading import build, capture, load_pretrained
+from sqat.models.loading import build, load_pretrained, serialize_model
 from sqat.recipe.schema import ModelConfig
 from sqat.runtime.sessions import session
 
@@ -81,7 +81,7 @@ def embed(encoder: Encoder, texts: list[str]) -> Tensor:
 
 
 def saved(encoder: Encoder, folder: Path) -> Path:
-    files, weights = capture(*encoder)
+    files, weights = serialize_model(*encoder)
     manifest = Manifest(stage="train", kind="train", key="k", base_model="tiny", seed=0)
     save_checkpoint(Checkpoint(manifest, files, weights), folder)
     return folder
@@ -150,14 +150,14 @@ def test_without_normalize_vectors_keep_their_length(source: Path) -> None:
     vectors = embed(load(source), TEXTS)
     assert bool((vectors.norm(dim=1) - 1).abs().min() > 0.1)
     assert torch.nn.functional.normalize(vectors).numpy() == pytest.approx(wanted.numpy(), abs=1e-6)
-    assert "2_Normalize/config.json" not in capture(*load(source))[0]
+    assert "2_Normalize/config.json" not in serialize_model(*load(source))[0]
 
 
 def test_a_checkpoint_comes_back_as_it_was(source: Path) -> None:
     encoder = load(source, "max")
     checkpoint = load_checkpoint(saved(encoder, source / "checkpoint"))
     again = build(checkpoint)
-    files, weights = capture(*again)
+    files, weights = serialize_model(*again)
     assert files == checkpoint.files
     assert torch.equal(embed(again, TEXTS), embed(encoder, TEXTS))
     assert set(weights) == set(transformers.AutoModel.from_pretrained(source).state_dict())
@@ -170,7 +170,7 @@ def test_nothing_of_the_source_is_dropped(source: Path) -> None:
     (source / "sentence_bert_config.json").write_text('{"max_seq_length": 5, "do_lower_case": false, "more": 1}')
     (source / "README.md").write_text("# a card\n")
     (source / "pytorch_model.bin").write_bytes(b"weights of another form")
-    files, _ = capture(*load(source))
+    files, _ = serialize_model(*load(source))
     assert json.loads(files["config_sentence_transformers.json"]) == prompts
     assert json.loads(files["sentence_bert_config.json"]) == {"max_seq_length": 12, "do_lower_case": False, "more": 1}
     assert files["README.md"] == b"# a card\n"

@@ -13,7 +13,7 @@ from sqat.distillation.minilm import relation_loss
 from sqat.distillation.settings import MiniLMv1
 from sqat.errors import SqatError
 from sqat.models.layer_selection import encoder_blocks, find_qkv
-from sqat.models.loading import attention_heads, capture_last, use_taps
+from sqat.models.loading import attention_heads, hook_last_qkv, use_hooked_attention
 from sqat.modules.activation_quantizers import Quantizers, insert_quantizers_, remove_quantizers_
 from sqat.modules.hooks import tap_attention
 from sqat.modules.qkv_hooks import Capture
@@ -61,7 +61,7 @@ def test_gradients_reach_the_linears(make_model: MakeModel, batch: dict[str, Ten
 
 def test_the_products_quantizers_come_later(make_model: MakeModel, batch: dict[str, Tensor]) -> None:
     model = make_model("bert")
-    use_taps(model)
+    use_hooked_attention(model)
     own = "bert.encoder.layer.1.attention.self"
     sites = [f"{own}:{part}" for part in ("query", "key", "value")]
     coarse = Quantizers(dict.fromkeys(sites, torch.tensor(0.01)), {site: site for site in sites})
@@ -82,10 +82,10 @@ def test_shared_keys_and_values_are_caught_as_the_products_read_them(
 ) -> None:
     """Four query heads on two of keys and values; values reach the products as they left their linear."""
     model = make_model(family)
-    use_taps(model)
+    use_hooked_attention(model)
     own, seen = "model.layers.1.self_attn", {}
     taps = tap_attention(model, lambda site, x: seen.setdefault(site, x), [own])
-    capture = capture_last(model)
+    capture = hook_last_qkv(model)
     with torch.no_grad():
         model(**batch)
     caught, blank = capture.take(), capture.blank(3)
@@ -99,7 +99,7 @@ def test_shared_keys_and_values_are_caught_as_the_products_read_them(
 
 def test_keys_are_repeated_like_values(make_model: MakeModel, batch: dict[str, Tensor]) -> None:
     model = make_model("llama")
-    capture = capture_last(model)
+    capture = hook_last_qkv(model)
     own: list[Tensor] = []
     handle = model.get_submodule("model.layers.1.self_attn.k_proj").register_forward_hook(lambda *a: own.append(a[2]))
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_keys_are_repeated_like_values(make_model: MakeModel, batch: dict[str, T
 
 
 def test_an_encoder_reads_both_ways(family: str, make_model: MakeModel) -> None:
-    assert not capture_last(make_model(family)).causal
+    assert not hook_last_qkv(make_model(family)).causal
 
 
 def test_a_fused_linear_is_cut_by_its_heads() -> None:

@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 from sqat.export.cpu_encoder import ACTIVATIONS, FAMILIES, check_encoder
 from sqat.export.cpu_packing import pack_dense
 from sqat.models.layer_selection import choose_layers, encoder_blocks
-from sqat.models.loading import use_taps
+from sqat.models.loading import use_hooked_attention
 from sqat.modules.activation_quantizers import Quantizers, insert_quantizers_, remove_quantizers_
 from sqat.modules.attention import byte_attention, byte_weights, tapped_attention
 from sqat.modules.gelu import ERF, POLYNOMIALS, TANH
@@ -151,7 +151,7 @@ def test_the_polynomial_is_used_in_eval_mode_and_goes_with_the_quantizers(
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra"])
 def test_sites_are_inputs_of_linears_and_q_k_v(family: str, make_model: MakeModel, batch: dict[str, Tensor]) -> None:
     model = make_model(family)
-    use_taps(model, "cpu")
+    use_hooked_attention(model, "cpu")
     linears = choose_layers(model, Layers(), "quantize").chosen
     sites = discover_sites(model, batch, linears, encoder_blocks(model), "cpu")
     roles = [role(site) for site in sites.leaders]

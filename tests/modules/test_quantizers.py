@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from sqat.models.layer_selection import choose_layers, encoder_blocks
-from sqat.models.loading import use_eager, use_taps
+from sqat.models.loading import use_eager, use_hooked_attention
 from sqat.modules import activation_quantizers as module
 from sqat.modules.activation_quantizers import QUANTIZERS, Quantizers, insert_quantizers_, remove_quantizers_, tap_sites
 from sqat.modules.quantized import quantized_
@@ -77,7 +77,7 @@ def written_out(model: Any, batch: dict[str, Tensor], setup: Setup) -> Tensor:
 def setup(make_model: MakeModel, batch: dict[str, Tensor]) -> Setup:
     """A BERT, its tensorrt sites, bounds that clip a little, 2:4 masks, and its linears."""
     model = make_model("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    use_taps(model)
+    use_hooked_attention(model)
     return prepared(model, batch, "tensorrt")
 
 
@@ -304,7 +304,7 @@ def test_a_bound_that_is_none_is_refused() -> None:
 @pytest.mark.parametrize("profile", ["linear", "tensorrt"])
 def test_only_the_wanted_sites_are_tapped(profile: str, make_model: MakeModel, batch: dict[str, Tensor]) -> None:
     model = make_model("distilbert")
-    use_taps(model)
+    use_hooked_attention(model)
     _, sites, *_ = prepared(model, batch, profile)
     seen: list[str] = []
     taps = tap_sites(model, lambda site, x: seen.append(site) or x, sites.leaders, encoder_blocks(model))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sqat.errors import SqatError
 from sqat.models.layer_selection import encoder_blocks
-from sqat.models.loading import use_taps
+from sqat.models.loading import use_hooked_attention
 from sqat.modules.activation_quantizers import Quantizers, insert_quantizers_, remove_quantizers_
 from sqat.modules.parametrize import insert_weights_, remove_weights_
 from sqat.modules.served_arithmetic import (
@@ -162,7 +162,7 @@ def test_training_computes_as_before_and_the_model_comes_back(
     module = model.get_submodule(query)
     own = module.forward = module.forward
     norm = model.bert.encoder.layer[0].output.LayerNorm
-    use_taps(model, "cpu")
+    use_hooked_attention(model, "cpu")
     with torch.no_grad():
         before = model.eval()(**batch).logits
         insertion = insert_quantizers_(

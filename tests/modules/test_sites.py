@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sqat.models.layer_selection import choose_layers, encoder_blocks
-from sqat.models.loading import use_taps
+from sqat.models.loading import use_hooked_attention
 from sqat.modules.sites import Sites, discover_sites, observed_rows, role
 from sqat.recipe.schema import Layers
 
@@ -127,7 +127,7 @@ BERT_TIED = [f"attention.self:{part}" for part in ("query", "key", "value")]
 
 def discover(model: PreTrainedModel, batch: dict[str, Tensor], profile: str) -> Sites:
     if profile != "linear":
-        use_taps(model)
+        use_hooked_attention(model)
     linears = choose_layers(model, Layers(), "quantize").chosen
     return discover_sites(model, batch, linears, encoder_blocks(model), profile)
 

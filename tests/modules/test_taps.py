@@ -12,7 +12,7 @@ from torch.overrides import _get_current_function_mode_stack as mode_stack
 from transformers import PreTrainedModel
 
 from sqat.models.layer_selection import encoder_blocks, linear_layers
-from sqat.models.loading import use_eager, use_taps
+from sqat.models.loading import use_eager, use_hooked_attention
 from sqat.modules.attention import tapped_attention
 from sqat.modules.hooks import ATTENTION_TAP, Taps, tap_adds, tap_attention, tap_linears
 from sqat.modules.sites import inner_modules
@@ -55,7 +55,7 @@ def test_taps_change_nothing_and_leave_nothing(family: str, make_model: MakeMode
     model = make_model(family)
     use_eager(model)
     before, attributes = untapped(model, batch), {n: set(vars(m)) for n, m in model.named_modules()}
-    assert use_taps(model) is (family in INTERFACE)
+    assert use_hooked_attention(model) is (family in INTERFACE)
     seen: list[str] = []
 
     def tap(site: str, x: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def test_taps_change_nothing_and_leave_nothing(family: str, make_model: MakeMode
 
 def test_what_a_tap_returns_is_what_the_model_reads(make_model: MakeModel, batch: dict[str, Tensor]) -> None:
     model = make_model("bert")
-    use_taps(model)
+    use_hooked_attention(model)
     output = model.bert.encoder.layer[1].output
 
     def double(site: str, x: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def test_what_a_tap_returns_is_what_the_model_reads(make_model: MakeModel, batch
 @pytest.mark.parametrize("role", ["query", "key", "softmax", "value"])
 def test_attention_reads_its_tapped_operands(role: str, make_model: MakeModel, batch: dict[str, Tensor]) -> None:
     model = make_model("bert")
-    use_taps(model)
+    use_hooked_attention(model)
     name = "bert.encoder.layer.0.attention.self"
     operands: dict[str, Tensor] = {}
 
@@ -223,7 +223,7 @@ def test_gradients_pass_through_taps(make_model: MakeModel, batch: dict[str, Ten
     model = make_model("bert")
     use_eager(model)
     before = {name: grad.clone() for name, grad in gradients(model).items() if grad is not None}
-    use_taps(model)
+    use_hooked_attention(model)
     taps = tap_all(model, lambda site, x: x)
     after = gradients(model)
     taps.remove()

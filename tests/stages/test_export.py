@@ -85,12 +85,12 @@ def export_deciding(project: Project, monkeypatch: pytest.MonkeyPatch, shaken: b
     """Export where the file takes row 0 otherwise than torch does, and torch rounded otherwise as ``shaken`` says."""
     answers = [False]  # of the file, which is asked first
 
-    def agreement(task: Classification, wanted: Tensor, got: Tensor, rows: Any) -> Tensor:
+    def same_decision(task: Classification, wanted: Tensor, got: Tensor, rows: Any) -> Tensor:
         equal = torch.ones(len(rows), dtype=torch.bool)
         equal[0] = answers.pop() if answers else shaken
         return equal
 
-    monkeypatch.setattr(Classification, "agreement", agreement)
+    monkeypatch.setattr(Classification, "same_decision", same_decision)
     run_stage(load_recipe(project.recipe, ["stages.qat.epochs=0.2"]), "export", Lines(), force=True)
 
 

@@ -68,7 +68,7 @@ def test_an_unknown_class_is_told_with_its_place(name: str, line: str) -> None:
 
 
 def test_units_are_the_rows_one_by_one() -> None:
-    assert Classification(("a", "b")).units(rows_of("a", "b", "a"), 0, 0) == [[0], [1], [2]]
+    assert Classification(("a", "b")).training_groups(rows_of("a", "b", "a"), 0, 0) == [[0], [1], [2]]
 
 
 def test_the_loss_is_the_mean_negative_log_probability() -> None:
@@ -98,4 +98,4 @@ def test_another_class_agrees_only_where_the_reference_sees_a_tie() -> None:
     wanted = torch.tensor([[1.0, 0.0], [0.501, 0.5], [2.0, -2.0]])
     got = torch.tensor([[0.9, 0.1], [0.4, 0.5], [-1.0, 0.0]])
     rows = datasets.Dataset.from_dict({"label": [0, 0, 0]})
-    assert Classification(("a", "b"), "accuracy").agreement(wanted, got, rows).tolist() == [True, True, False]
+    assert Classification(("a", "b"), "accuracy").same_decision(wanted, got, rows).tolist() == [True, True, False]

@@ -115,15 +115,15 @@ def test_metrics_refuse_what_has_no_order() -> None:
 def test_predictions_agree_within_a_hundredth_of_their_spread() -> None:
     wanted = torch.tensor([[0.0], [1.0], [2.0], [3.0]])  # standard deviation 1.118
     got = wanted + torch.tensor([[0.0], [0.011], [0.012], [-0.013]])
-    assert QueryPerformance().agreement(wanted, got, rows_of(0, 0, 0, 0)).tolist() == [True, True, False, False]
+    assert QueryPerformance().same_decision(wanted, got, rows_of(0, 0, 0, 0)).tolist() == [True, True, False, False]
 
 
 def test_every_row_is_a_unit_measured_and_kept_as_it_is() -> None:
     rows, task = rows_of(0.0, 1.0), QueryPerformance()
-    assert task.units(rows, 3, 1) == [[0], [1]]
+    assert task.training_groups(rows, 3, 1) == [[0], [1]]
     assert task.encode(rows) is rows
-    assert task.judged(rows) is rows
-    assert task.remarks(rows) == []
+    assert task.evaluation_rows(rows) is rows
+    assert task.data_warnings(rows) == []
 
 
 def test_the_student_is_held_to_the_teachers_logit() -> None:

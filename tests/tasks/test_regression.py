@@ -34,8 +34,13 @@ def test_the_loss_is_the_mean_squared_error_in_float32() -> None:
 def test_scores_agree_within_a_hundredth_of_their_spread() -> None:
     wanted = torch.tensor([[0.0], [100.0], [200.0], [300.0]])  # standard deviation 111.8
     got = wanted + torch.tensor([[0.0], [1.1], [1.2], [-1.3]])
-    assert Regression().agreement(wanted, got, rows_of(0, 0, 0, 0)).tolist() == [True, True, False, False]
-    assert Regression().agreement(wanted / 1e3, got / 1e3, rows_of(0, 0, 0, 0)).tolist() == [True, True, False, False]
+    assert Regression().same_decision(wanted, got, rows_of(0, 0, 0, 0)).tolist() == [True, True, False, False]
+    assert Regression().same_decision(wanted / 1e3, got / 1e3, rows_of(0, 0, 0, 0)).tolist() == [
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_metrics_see_order_and_line() -> None:
@@ -47,6 +52,6 @@ def test_metrics_see_order_and_line() -> None:
 def test_every_row_is_a_unit_and_kept_as_it_is() -> None:
     rows = rows_of(1.0, 2.0)
     task = Regression()
-    assert task.units(rows, 3, 1) == [[0], [1]]
+    assert task.training_groups(rows, 3, 1) == [[0], [1]]
     assert task.encode(rows) is rows
-    assert task.remarks(rows) == []
+    assert task.data_warnings(rows) == []

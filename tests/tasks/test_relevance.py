@@ -113,15 +113,15 @@ def test_descending_the_loss_ranks_the_passages(loss: str) -> None:
 def test_pairwise_units_are_whole_queries_with_different_grades() -> None:
     task = Relevance()
     rows = rows_of([[1, 0], [0, 0, 0], [2, 1, 0]])
-    assert task.units(rows, 0, 0) == [[0, 1], [5, 6, 7]]
-    assert task.remarks(rows) == ["1 of 3 queries have passages of one grade only: left out"]
-    assert task.remarks(rows_of([[1, 0]])) == []
+    assert task.training_groups(rows, 0, 0) == [[0, 1], [5, 6, 7]]
+    assert task.data_warnings(rows) == ["1 of 3 queries have passages of one grade only: left out"]
+    assert task.data_warnings(rows_of([[1, 0]])) == []
 
 
 def test_pointwise_units_are_all_the_rows() -> None:
     task = Relevance("pointwise")
-    assert task.units(rows_of([[1, 0], [0]]), 0, 0) == [[0], [1], [2]]
-    assert task.remarks(rows_of([[1, 0], [0]])) == []
+    assert task.training_groups(rows_of([[1, 0], [0]]), 0, 0) == [[0], [1], [2]]
+    assert task.data_warnings(rows_of([[1, 0], [0]])) == []
 
 
 @settings(max_examples=100, deadline=None)
@@ -130,7 +130,7 @@ def test_an_epoch_takes_few_passages_of_a_query_and_the_better_ones_first(
     queries: Queries, candidates: int, seed: int, epoch: int
 ) -> None:
     rows = rows_of(queries)
-    units = Relevance(candidates=candidates).units(rows, seed, epoch)
+    units = Relevance(candidates=candidates).training_groups(rows, seed, epoch)
     labels, groups = np.array(rows["label"][:]), np.array(rows["group"][:])
     mixed = [number for number, grades in enumerate(queries) if len(set(grades)) > 1]
     assert [int(groups[unit[0]]) for unit in units] == mixed
@@ -141,20 +141,20 @@ def test_an_epoch_takes_few_passages_of_a_query_and_the_better_ones_first(
         assert {int(groups[row]) for row in unit} == {number}
         assert len(unit) == min(candidates, len(grades), min(better, candidates - 1) + len(grades) - better)
         assert int((labels[unit] > min(grades)).sum()) == min(better, candidates - 1)
-    assert units == Relevance(candidates=candidates).units(rows, seed, epoch)
+    assert units == Relevance(candidates=candidates).training_groups(rows, seed, epoch)
 
 
 def test_every_epoch_draws_other_negatives_evenly() -> None:
     rows = rows_of([[0.0] * 5 + [1.0] + [0.0] * 5])
     task = Relevance(candidates=4)
-    drawn = Counter(row for epoch in range(300) for row in task.units(rows, 0, epoch)[0])
+    drawn = Counter(row for epoch in range(300) for row in task.training_groups(rows, 0, epoch)[0])
     assert drawn.pop(5) == 300
     assert set(drawn) == {0, 1, 2, 3, 4, 6, 7, 8, 9, 10}
     assert all(60 < count < 120 for count in drawn.values())
 
 
 def test_pointwise_takes_a_sample_of_queries_of_one_grade_too() -> None:
-    units = Relevance("pointwise", candidates=2).units(rows_of([[0, 0, 0], [0, 1, 0]]), 0, 0)
+    units = Relevance("pointwise", candidates=2).training_groups(rows_of([[0, 0, 0], [0, 1, 0]]), 0, 0)
     rows = [row for unit in units for row in unit]
     assert len(units) == 4
     assert 4 in rows
@@ -188,14 +188,14 @@ def test_accuracy_is_the_share_of_right_decisions() -> None:
 def test_another_top_passage_agrees_only_where_the_reference_sees_a_tie() -> None:
     wanted = torch.tensor([[1.0], [0.999], [2.0], [0.0]])
     got = torch.tensor([[0.9], [1.1], [0.1], [0.2]])
-    assert Relevance().agreement(wanted, got, rows_of([[0, 1], [0, 1]])).tolist() == [True, False]
+    assert Relevance().same_decision(wanted, got, rows_of([[0, 1], [0, 1]])).tolist() == [True, False]
 
 
 @settings(max_examples=60, deadline=None)
 @given(GRADES)
 def test_judged_are_the_queries_that_differ_in_grade(queries: Queries) -> None:
     rows = rows_of(queries)
-    kept = Relevance().judged(rows)
+    kept = Relevance().evaluation_rows(rows)
     wanted = [number for number, grades in enumerate(queries) for _ in grades if len(set(grades)) > 1]
     assert kept["group"][:] == wanted
     assert (kept is rows) == (len(wanted) == len(rows))
@@ -206,7 +206,7 @@ def test_what_is_not_judged_changes_no_metric_of_order() -> None:
     logits = torch.tensor([[0.1], [0.9], [3.0], [2.0], [5.0], [0.3], [0.2], [0.4], [-9.0]])
     judged = torch.tensor([0, 1, 5, 6, 7])
     task = Relevance()
-    every, some = task.metrics(logits, rows), task.metrics(logits[judged], task.judged(rows))
+    every, some = task.metrics(logits, rows), task.metrics(logits[judged], task.evaluation_rows(rows))
     assert {name: every[name] for name in ("ndcg@10", "pnr", "mrr", "accuracy")} == {
         name: some[name] for name in ("ndcg@10", "pnr", "mrr", "accuracy")
     }

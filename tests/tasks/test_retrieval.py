@@ -123,7 +123,7 @@ def test_a_unit_is_a_query_with_a_positive_and_some_negatives(
 ) -> None:
     rows = rows_of(queries, loose=2)
     task = Retrieval(negatives=negatives)
-    units = task.units(rows, seed, epoch)
+    units = task.training_groups(rows, seed, epoch)
     labels, groups = rows["label"][:], rows["group"][:]
     assert [groups[unit[0]] for unit in units] == [n for n, grades in enumerate(queries) if 1.0 in grades]
     for query, positive, *others in units:
@@ -131,21 +131,21 @@ def test_a_unit_is_a_query_with_a_positive_and_some_negatives(
         assert {groups[row] for row in (positive, *others)} == {groups[query]}
         assert [labels[row] for row in others] == [0.0] * min(negatives, queries[groups[query]].count(0.0))
         assert len(set(others)) == len(others)
-    assert units == task.units(rows, seed, epoch)
+    assert units == task.training_groups(rows, seed, epoch)
 
 
 def test_every_epoch_draws_other_passages_evenly() -> None:
     rows = rows_of([[1.0, 0, 0, 0, 1.0, 0]])
-    seen = Counter(row for epoch in range(300) for row in Retrieval(negatives=2).units(rows, 0, epoch)[0])
+    seen = Counter(row for epoch in range(300) for row in Retrieval(negatives=2).training_groups(rows, 0, epoch)[0])
     assert seen.pop(0) == 300
     assert all(120 < seen[row] < 180 for row in range(1, 7))
 
 
 def test_queries_without_a_positive_are_not_judged_but_their_passages_are_searched() -> None:
     rows = rows_of([[1, 0], [0, 0], [0]])
-    kept = Retrieval().judged(rows)
+    kept = Retrieval().evaluation_rows(rows)
     assert [row for row in range(len(rows)) if rows[row]["text"] not in set(kept["text"])] == [3, 6]
-    assert Retrieval().judged(kept) is kept
+    assert Retrieval().evaluation_rows(kept) is kept
     vectors = drawn(len(rows), 1)
     inside = torch.tensor([0, 1, 2, 4, 5, 7])
     assert Retrieval().metrics(vectors[inside], kept) == Retrieval().metrics(vectors, rows)
@@ -156,12 +156,12 @@ def test_remarks_count_what_is_left_out() -> None:
     texts = rows["text"][:]
     texts[6] = texts[5]
     rows = rows.remove_columns("text").add_column("text", texts)
-    assert Retrieval().remarks(rows) == [
+    assert Retrieval().data_warnings(rows) == [
         "1 of 2 queries have no positive: they train nothing and are not judged",
         "1 passages stand more than once under one query: they count once",
         "3 texts have no query: they serve distillation, and as passages to search",
     ]
-    assert Retrieval().remarks(rows_of([[1, 0]])) == []
+    assert Retrieval().data_warnings(rows_of([[1, 0]])) == []
 
 
 def test_a_text_without_a_query_makes_the_search_harder() -> None:
@@ -189,9 +189,9 @@ def test_another_top_passage_agrees_only_where_the_reference_sees_a_tie() -> Non
     wanted = torch.tensor([[1.0, 0], [1, 0], [1, 1e-4], [0, 1], [0, 1], [-1, 0]])
     tie, other = wanted.clone(), wanted.clone()
     tie[1], other[3] = torch.tensor([0.9, 0.1]), torch.tensor([-1.0, 0])
-    assert Retrieval().agreement(wanted, wanted, rows).tolist() == [True, True]
-    assert Retrieval().agreement(wanted, tie, rows).tolist() == [True, True]
-    assert Retrieval().agreement(wanted, other, rows).tolist() == [True, False]
+    assert Retrieval().same_decision(wanted, wanted, rows).tolist() == [True, True]
+    assert Retrieval().same_decision(wanted, tie, rows).tolist() == [True, True]
+    assert Retrieval().same_decision(wanted, other, rows).tolist() == [True, False]
 
 
 def test_the_recipe_makes_it() -> None:

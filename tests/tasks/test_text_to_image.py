@@ -31,7 +31,7 @@ def rows_of(path: Path) -> Dataset:
 
 @pytest.fixture
 def judged(tmp_path: Path) -> Dataset:
-    return TextToImage().judged(rows_of(write(tmp_path / "some.npz")))
+    return TextToImage().evaluation_rows(rows_of(write(tmp_path / "some.npz")))
 
 
 def pictures(rows: Dataset) -> torch.Tensor:
@@ -84,7 +84,7 @@ def test_agreement_is_told_picture_by_picture(judged: Dataset) -> None:
     got = wanted.clone()
     got[2] += 0.05
     got[3] += 0.002
-    assert TextToImage().agreement(wanted, got, judged).tolist() == [True, True, False, True, True, True]
+    assert TextToImage().same_decision(wanted, got, judged).tolist() == [True, True, False, True, True, True]
 
 
 def test_distillation_is_the_squared_error_of_pictures() -> None:

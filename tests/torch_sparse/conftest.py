@@ -17,7 +17,7 @@ from sqat.data.dataset import TextProcessor
 from sqat.export.packed import write_packed
 from sqat.export.packed_folder import FOLDER
 from sqat.models.layer_selection import choose_layers, encoder_blocks
-from sqat.models.loading import capture, use_taps
+from sqat.models.loading import serialize_model, use_hooked_attention
 from sqat.modules.activation_quantizers import tap_sites
 from sqat.modules.sites import discover_sites
 from sqat.recipe.schema import Layers
@@ -50,7 +50,7 @@ def calibrate(model: Any, tokenizer: Any, profile: str) -> Checkpoint:
         masks[name] = nm_mask(linear.weight.detach().abs(), parse_pattern("2:4"))
         linear.weight.data = apply_mask(linear.weight.detach(), masks[name])
     if profile != "linear":
-        use_taps(model, profile)
+        use_hooked_attention(model, profile)
     blocks, batch = encoder_blocks(model), texts(3, 12)
     sites = discover_sites(model, batch, choice.chosen, blocks, profile)
     largest: dict[str, float] = {}
@@ -64,7 +64,7 @@ def calibrate(model: Any, tokenizer: Any, profile: str) -> Checkpoint:
         model(**batch)
     taps.remove()
     leaders, amax = tie(sites, largest)
-    files, weights = capture(model, TextProcessor(tokenizer))
+    files, weights = serialize_model(model, TextProcessor(tokenizer))
     layers = {name: LayerRecord(pattern="2:4", quantized=True) for name in choice.chosen}
     layers |= {name: LayerRecord(dense_because=why, float_because=why) for name, why in choice.left.items()}
     records = {site: SiteRecord(shared_with=leader, saturated=0.0) for site, leader in leaders.items()}

@@ -379,7 +379,7 @@ class Bert:
 
     def batches(self) -> Batches:
         lengths = column(self.rows, "length").tolist()
-        units = self.task.units(self.rows, 0, 0)
+        units = self.task.training_groups(self.rows, 0, 0)
         return Batches(
             lambda epoch: plan_batches(lengths, units, self.config.batch_size, 0, epoch),
             partial(collate, self.rows, tokenizer=self.tokenizer),

