@@ -20,6 +20,7 @@ from bench_training import MODEL_OPTIMIZER, Group
 from torch import Tensor, nn
 
 from sqat.api.quantizing import Scales, calibrate
+from sqat.compress.calibrate import observe
 from sqat.compress.losses import distilled_loss, task_loss
 from sqat.data.dataset import Batch
 from sqat.models.layer_selection import choose_layers, encoder_blocks
@@ -31,7 +32,6 @@ from sqat.quantization.fake_quant import ACTIVATION_LOW, HIGH, SMALLEST_AMAX
 from sqat.recipe.schema import DistillConfig, FitConfig, Layers, ModelConfig, QatConfig
 from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import Pattern
-from sqat.stages.calibrate import observe
 from sqat.tasks.relevance import Relevance
 from sqat.training.batches import MicroBatch
 from sqat.training.data_parallel import Loss, Objective, ParallelModel

@@ -20,6 +20,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from sqat.compress.calibrate import merge_over_processes_
 from sqat.compress.statistics import gather
 from sqat.data.dataset import Batch
 from sqat.distributed import assigned_indices, process_state, uses_fsdp
@@ -32,7 +33,6 @@ from sqat.recipe.schema import FitConfig
 from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import parse_pattern
 from sqat.sparsity.settings import SparseGPT, Taylor, Wanda
-from sqat.stages.calibrate import add_up_
 from sqat.training.batches import Batches
 from sqat.training.fsdp import summon_full_params
 from sqat.training.loop import Evaluation, fit
@@ -188,7 +188,7 @@ def histograms() -> dict[str, dict[str, Tensor]]:
         if counts:
             found["a"].observe(x)
             found["b"].observe(x.flip(0)[:7])
-    add_up_(found)
+    merge_over_processes_(found)
     return {name: each.to_tensors() for name, each in found.items()}
 
 

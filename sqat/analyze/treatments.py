@@ -20,17 +20,14 @@ from sqat.compress.losses import task_loss
 from sqat.compress.masking import Masking, mask_of
 from sqat.compress.patterns import choose_patterns
 from sqat.compress.permuting import permute_for_
+from sqat.compress.quantize import quantized_model
 from sqat.compress.statistics import gather
 from sqat.data.dataset import Processor
-from sqat.models.layer_selection import choose_layers, encoder_blocks
-from sqat.modules.activation_quantizers import Quantizers
+from sqat.models.layer_selection import choose_layers
 from sqat.modules.parametrize import insert_weights_, layer, original_weight, remove_weights_
-from sqat.modules.quantized import quantized_
-from sqat.modules.sites import discover_sites
-from sqat.quantization.calibrators import find_bound
 from sqat.recipe.schema import CalibrateConfig, PruneConfig
 from sqat.sparsity.settings import PerGroup
-from sqat.stages.calibrate import fold_, observe, sample_batches, shown, tie
+from sqat.stages.calibrate import calibrate_on_rows
 from sqat.stages.context import StageContext
 
 
@@ -45,16 +42,16 @@ class Pruning:
 
 @dataclass(frozen=True)
 class Rounding:
-    """Layers whose weights and inputs are int8: bound of each leading site, and the leader of each site."""
+    """Layers whose weights and inputs are int8, and how they were calibrated."""
 
     layers: list[str] = field(default_factory=list)
-    bounds: dict[str, Tensor] = field(default_factory=dict)
-    leaders: dict[str, str] = field(default_factory=dict)
+    amax: dict[str, Tensor] = field(default_factory=dict)
+    shared_with: dict[str, str] = field(default_factory=dict)
 
-    def quantizers(self, names: Collection[str]) -> Quantizers:
-        """Fake quantizers of the sites of the named layers alone."""
-        leaders = {site: to for site, to in self.leaders.items() if site.rpartition(":")[0] in names}
-        return Quantizers({to: self.bounds[to] for to in leaders.values()}, leaders)
+    def of_layers(self, names: Collection[str]) -> Rounding:
+        """The same for the named layers alone."""
+        shared_with = {site: owner for site, owner in self.shared_with.items() if site.rpartition(":")[0] in names}
+        return Rounding([*names], {owner: self.amax[owner] for owner in shared_with.values()}, shared_with)
 
 
 @contextmanager
@@ -66,7 +63,8 @@ def treated_(
     masks = {name: pruning.masks[name] for name in pruned}
     try:
         set_weights_(model, {name: pruning.corrected[name] for name in pruned if name in pruning.corrected})
-        with quantized_(model, masks, quantized, rounding.quantizers(quantized), encoder_blocks(model)):
+        int8 = rounding.of_layers(quantized)
+        with quantized_model(model, masks, int8.layers, int8.amax, int8.shared_with, "linear"):
             yield
     finally:
         set_weights_(model, saved)
@@ -111,10 +109,6 @@ def find_rounding(model: nn.Module, config: CalibrateConfig, context: StageConte
 
     Batch norms are folded first, as that stage folds them, and stay so.
     """
-    chosen, blocks = choose_layers(model, config.layers, "quantize").chosen, encoder_blocks(model)
-    batches = sample_batches(config, context, processor)
-    fold_(model, batches[0])
-    sites = discover_sites(model, batches[0].inputs, chosen, blocks, "linear")
-    histograms = observe(model, sites, blocks, shown(batches, context))
-    leaders, amax = tie(sites, {site: find_bound(config.method, histogram) for site, histogram in histograms.items()})
-    return Rounding(chosen, {site: torch.tensor(bound) for site, bound in amax.items()}, leaders)
+    layers = choose_layers(model, config.layers, "quantize").chosen
+    found = calibrate_on_rows(config, "linear", model, processor, layers, context)
+    return Rounding(layers, found.amax, found.shared_with)

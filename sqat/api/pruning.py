@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from sqat.api.choices import Inputs, check_masks, check_plain, model_inputs, named
+from sqat.compress.eval_mode import eval_mode
 from sqat.compress.masking import Judge, Masking, mask_of
 from sqat.compress.permuting import permute_
-from sqat.compress.statistics import sum_up, undisturbed
+from sqat.compress.statistics import sum_up
 from sqat.data.dataset import Batch
 from sqat.errors import SqatError
 from sqat.models.layer_selection import choose_layers
@@ -233,7 +234,7 @@ class Pruner:
         def parts(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
             return {"loss": self.loss(model, batch.inputs)}
 
-        with undisturbed(self.model, 0):  # a loader draws its order as soon as it is asked
+        with eval_mode(self.model):  # a loader draws its order as soon as it is asked
             stream = (Batch(model_inputs(batch, device, labels), none, none) for batch in self.batches)
             if (first := next(stream, None)) is None:
                 raise SqatError(

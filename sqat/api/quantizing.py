@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from sqat.api.choices import Inputs, check_masks, check_plain, model_inputs, named
 from sqat.api.pruning import Masks
-from sqat.compress.statistics import undisturbed
+from sqat.compress.calibrate import calibrate as calibrate_model
+from sqat.compress.quantize import quantized_model
 from sqat.errors import SqatError
 from sqat.export.cpu_encoder import check_encoder
-from sqat.models.layer_selection import choose_layers, encoder_blocks, is_convolutional, weighted_layers
-from sqat.models.loading import current_attention, use_attention, use_hooked_attention
-from sqat.modules.activation_quantizers import Quantizers
-from sqat.modules.quantized import quantized_
-from sqat.modules.sites import discover_sites
+from sqat.models.layer_selection import choose_layers, is_convolutional, weighted_layers
 from sqat.quantization.calibrators import find_bound
-from sqat.quantization.fake_quant import check_amax
 from sqat.quantization.histogram import Histogram
 from sqat.quantization.settings import Calibrator, Entropy, Maximum, MeanSquaredError, Percentile
 from sqat.recipe.cross_checks import suggest
 from sqat.recipe.schema import Layers, Profile
-from sqat.stages.calibrate import observe, tie
 
 MethodName = Literal["percentile", "max", "mse", "entropy"]
 Method = Callable[[Histogram], float]
@@ -89,18 +82,16 @@ def calibrate(
     chosen = partial(find_bound, named_method) if isinstance(named_method, Calibrator) else named_method
     layers = Layers(include=None if include is None else tuple(include), exclude=tuple(exclude))
     choice = choose_layers(model, layers, "quantize")
-    blocks, device = encoder_blocks(model), next(model.parameters()).device
-    with undisturbed(model, 0), attention_of(model, profile):
-        stream = (model_inputs(batch, device) for batch in batches)
-        if (first := next(stream, None)) is None:
-            raise SqatError("there is no batch to calibrate with", "give some of the training batches")
-        sites = discover_sites(model, first, choice.chosen, blocks, profile)
-        histograms = observe(model, sites, blocks, itertools.chain([first], stream))
-    leaders, amax = tie(sites, {site: float(chosen(histogram)) for site, histogram in histograms.items()})
-    bounds = {site: torch.tensor(bound, dtype=torch.float32) for site, bound in amax.items()}
-    for site, bound in bounds.items():
-        check_amax(bound, site)
-    return Scales(bounds, leaders, tuple(choice.chosen), profile, {**choice.left, **sites.left})
+    found = calibrate_model(model, inputs_of(model, batches), chosen, profile, choice.chosen)
+    skipped = {**choice.left, **found.skipped}
+    return Scales(found.amax, found.shared_with, tuple(choice.chosen), profile, skipped)
+
+
+def inputs_of(model: nn.Module, batches: Iterable[Inputs]) -> Iterator[Inputs]:
+    """Batches on the model's device, without labels; a loader is not asked before the first is read."""
+    device = next(model.parameters()).device
+    for batch in batches:
+        yield model_inputs(batch, device)
 
 
 @contextmanager
@@ -120,11 +111,7 @@ def quantized(model: nn.Module, masks: Masks | None, scales: Scales) -> Iterator
     check_plain(model)
     check_masks(model, kept)
     check_scales(model, scales)
-    quantizers = Quantizers(scales.amax, scales.leaders, kernels=scales.profile == "cpu")
-    with (
-        attention_of(model, scales.profile),
-        quantized_(model, kept, scales.layers, quantizers, encoder_blocks(model)),
-    ):
+    with quantized_model(model, kept, scales.layers, scales.amax, scales.leaders, scales.profile):
         yield
 
 
@@ -138,18 +125,6 @@ def check_scales(model: nn.Module, scales: Scales) -> None:
     if missing := [f"{leader}, whose bound {site} has" for site, leader in scales.leaders.items()
                    if leader not in scales.amax]:  # fmt: skip
         raise SqatError(f"the scales have no bound of {missing[0]}", "calibrate this model")
-
-
-@contextmanager
-def attention_of(model: nn.Module, profile: Profile) -> Iterator[None]:
-    """The attention that a profile can tap; the model's own is put back."""
-    before = current_attention(model)
-    tapped = profile != "linear" and use_hooked_attention(model, profile)
-    try:
-        yield
-    finally:
-        if tapped and before is not None:
-            use_attention(model, before)
 
 
 METHODS: dict[str, Calibrator] = {

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sqat.compress.channels import Site, change, find_sites, head_count, outputs_of, reorder_
+from sqat.compress.eval_mode import eval_mode
 from sqat.compress.masking import Gather, Judge, scores_of
-from sqat.compress.statistics import undisturbed
 from sqat.distillation.settings import MiniLMv2
 from sqat.distributed import process_state
 from sqat.errors import SqatError
@@ -54,7 +54,7 @@ def permute_for_(
         gather: gives what the criterion needs.
         stage: name that the reporter is told.
     """
-    with undisturbed(model, seed):
+    with eval_mode(model, seed):
         rows = next(iter(feed.stream(0)))[:ROWS]
         inputs = feed.collate(rows).to(process_state().device).inputs
     fixed = {**dict.fromkeys(masked, "it has a mask already"), **compared_apart(model, config.distill)}

@@ -14,12 +14,12 @@ trained, it cost 0.014 NDCG@10 (one seed).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from sqat.compress.eval_mode import eval_mode
 from sqat.data.dataset import Batch
 from sqat.distributed import all_reduce_sum, broadcast_from, process_state
 from sqat.errors import SqatError
@@ -50,7 +50,7 @@ def gather(
     """
     if isinstance(criterion, Magnitude):
         return {}
-    with undisturbed(model, seed):
+    with eval_mode(model, seed):
         return sum_up(criterion, model, leaders, loss, sample(feed, criterion.samples, seed))
 
 
@@ -98,35 +98,6 @@ def zeros_for(criterion: Wanda | Taylor | SparseGPT, module: nn.Linear | nn.Conv
     columns = weight[0].numel()
     shapes = {"squares": (columns,), "gram": (columns, columns)}
     return torch.zeros(shapes.get(criterion.needs, weight.shape), device=weight.device)
-
-
-@contextmanager
-def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
-    """Evaluation mode and random numbers of their own; both are put back."""
-    states, training = random_states(), {module: module.training for module in model.modules()}
-    torch.manual_seed(seed)
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was in training.items():
-            module.training = was
-        set_random_states(states)
-
-
-def random_states() -> dict[str, Tensor]:
-    """State of torch's generators: CPU and every CUDA device in use."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    return states
-
-
-def set_random_states(states: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    devices = [states[f"cuda{i}"] for i in range(len(states) - 1)]
-    if devices and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(devices)
 
 
 def sample(feed: Batches, samples: int, seed: int) -> Iterator[Batch]:

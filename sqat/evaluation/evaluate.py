@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +11,34 @@ import torch
 from torch import Tensor, nn
 
 from sqat.checkpoint.store import Checkpoint, load_checkpoint, quantized_layers
+from sqat.compress.quantize import quantized_model
 from sqat.data.dataset import Processor, SplitName
 from sqat.errors import SqatError
 from sqat.evaluation.artifacts import config_of, is_export, open_artifact
 from sqat.evaluation.inference import logits_of, on_device, predict
-from sqat.models.layer_selection import encoder_blocks
-from sqat.models.loading import build, check_head, load_processor, use_hooked_attention
+from sqat.models.loading import build, check_head, load_processor
 from sqat.modules.activation_quantizers import Quantizers
-from sqat.modules.quantized import quantized_
 from sqat.modules.sites import is_activation
 from sqat.quantization.fake_quant import LAST_BITS
 from sqat.tasks.splits import Splits
 from sqat.training.loop import Metrics
 
 
-def quantizers_of(checkpoint: Checkpoint, learned: bool = False) -> Quantizers:
-    """Activation quantizers of a calibrated checkpoint."""
-    leaders = {site: record.shared_with for site, record in checkpoint.manifest.sites.items()}
-    return Quantizers(checkpoint.amax, leaders, learned, kernels=checkpoint.manifest.placement == "cpu")
+def quantize_as_calibrated(
+    model: nn.Module, checkpoint: Checkpoint, learned: bool = False
+) -> AbstractContextManager[Quantizers]:
+    """Insert the masks and fake quantizers of a calibrated checkpoint for as long as a block of code runs."""
+    manifest = checkpoint.manifest
+    shared_with = {site: record.shared_with for site, record in manifest.sites.items()}
+    layers = quantized_layers(checkpoint)
+    return quantized_model(model, checkpoint.masks, layers, checkpoint.amax, shared_with, manifest.placement, learned)
 
 
 @contextmanager
 def served_model(checkpoint: Checkpoint) -> Iterator[tuple[nn.Module, Processor]]:
     """Model and processor of a checkpoint; with fake quantization inside the block where it is calibrated."""
     model, processor = on_device(*build(checkpoint))
-    if not checkpoint.amax:
-        yield model, processor
-        return
-    if checkpoint.manifest.placement != "linear":
-        use_hooked_attention(model, checkpoint.manifest.placement)
-    blocks, layers = encoder_blocks(model), quantized_layers(checkpoint)
-    with quantized_(model, checkpoint.masks, layers, quantizers_of(checkpoint), blocks):
+    with quantize_as_calibrated(model, checkpoint) if checkpoint.amax else nullcontext():
         yield model, processor
 
 

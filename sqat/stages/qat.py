@@ -1,15 +1,13 @@
-"""Quantization-aware training: masks, fake quantization and MiniLM distillation together in every step."""
+"""The QAT stage: masks, fake quantization and MiniLM distillation together in every step."""
 
 from __future__ import annotations
 
 from sqat.checkpoint.store import Checkpoint, quantized_layers
 from sqat.compress.losses import stage_loss
 from sqat.errors import SqatError
-from sqat.evaluation.evaluate import quantizers_of
-from sqat.models.layer_selection import encoder_blocks
-from sqat.models.loading import serialize_model, use_hooked_attention
+from sqat.evaluation.evaluate import quantize_as_calibrated
+from sqat.models.loading import serialize_model
 from sqat.modules.bias import snap_biases_
-from sqat.modules.quantized import quantized_
 from sqat.recipe.schema import QatConfig
 from sqat.stages.context import StageContext
 
@@ -17,13 +15,13 @@ from sqat.stages.context import StageContext
 def run(config: QatConfig, parent: Checkpoint | None, context: StageContext) -> Checkpoint:
     """Train the calibrated parent with its masks and quantizers in place."""
     if parent is None or not parent.amax:
-        raise SqatError(f"stage {context.name} needs activation scales", "put a calibrate stage before it")
+        raise SqatError(
+            f"stage {context.name} needs activation scales", "put a calibrate stage before it", code="stage-order"
+        )
     model, processor = context.load_model(parent)
-    if parent.manifest.placement != "linear":
-        use_hooked_attention(model, parent.manifest.placement)
-    quantizers = quantizers_of(parent, learned=config.activation_scales == "learned")
+    learned = config.activation_scales == "learned"
     with (
-        quantized_(model, parent.masks, quantized_layers(parent), quantizers, encoder_blocks(model)),
+        quantize_as_calibrated(model, parent, learned) as quantizers,
         stage_loss(model, config.distill, context.task, context.teacher, context.name) as loss,
     ):
         fitted = context.fit(model, processor, loss, config)
@@ -31,7 +29,7 @@ def run(config: QatConfig, parent: Checkpoint | None, context: StageContext) -> 
         metrics = {"dev": context.measure(model, processor, "dev")}
     files, weights = serialize_model(model, processor)
     sites = parent.manifest.sites
-    if config.activation_scales == "learned":  # what calibration clipped says nothing of bounds that moved
+    if learned:  # the share that calibration clipped does not hold for an amax that moved
         sites = {site: record.model_copy(update={"saturated": None}) for site, record in sites.items()}
     manifest = context.manifest(config, parent, fitted, metrics=metrics, sites=sites)
     return Checkpoint(manifest, files, weights, parent.masks, quantizers.amax())

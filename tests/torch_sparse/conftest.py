@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sqat.checkpoint.manifest import LayerRecord, Manifest, SiteRecord
 from sqat.checkpoint.store import Checkpoint
+from sqat.compress.calibrate import share_amax
 from sqat.data.dataset import TextProcessor
 from sqat.export.packed import write_packed
 from sqat.export.packed_folder import FOLDER
@@ -23,7 +24,6 @@ from sqat.modules.sites import discover_sites
 from sqat.recipe.schema import Layers
 from sqat.sparsity.masks import apply_mask, nm_mask
 from sqat.sparsity.pattern import parse_pattern
-from sqat.stages.calibrate import tie
 
 VOCABULARY = 65
 MakeCheckpoint = Callable[..., Checkpoint]
@@ -63,7 +63,7 @@ def calibrate(model: Any, tokenizer: Any, profile: str) -> Checkpoint:
     with torch.no_grad():
         model(**batch)
     taps.remove()
-    leaders, amax = tie(sites, largest)
+    leaders, amax = share_amax(sites, largest)
     files, weights = serialize_model(model, TextProcessor(tokenizer))
     layers = {name: LayerRecord(pattern="2:4", quantized=True) for name in choice.chosen}
     layers |= {name: LayerRecord(dense_because=why, float_because=why) for name, why in choice.left.items()}

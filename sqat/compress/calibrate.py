@@ -1,0 +1,168 @@
+"""Calibrate a model: observe batches -> histograms of |x| -> one amax for every activation site.
+
+Processes that share the batches find the very histograms that one process finds, since histograms count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from sqat.compress.eval_mode import eval_mode
+from sqat.compress.quantize import attention_for
+from sqat.distributed import all_reduce_max, all_reduce_sum
+from sqat.errors import SqatError
+from sqat.models.layer_selection import encoder_blocks
+from sqat.modules.activation_quantizers import tap_sites
+from sqat.modules.batch_norm import fold_batch_norms_, foldable
+from sqat.modules.sites import Sites, discover_sites, observed_rows
+from sqat.quantization.fake_quant import check_amax
+from sqat.quantization.histogram import Histogram
+
+FOLDING_TOLERANCE = 1e-3  # of the largest logit
+
+Inputs = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where activations are quantized, and the amax of each site.
+
+    Attributes:
+        amax: site -> positive 0-d float32.
+        shared_with: site -> the site whose amax it uses, itself for most.
+        saturated: site -> share of its values beyond the amax.
+        skipped: site -> why it stays float.
+        histograms: site -> histogram of |x|, of every tensor once.
+        has_attention: False where the placement quantizes attention products, and the model keeps them float.
+    """
+
+    amax: dict[str, Tensor]
+    shared_with: dict[str, str]
+    saturated: dict[str, float]
+    skipped: dict[str, str]
+    histograms: dict[str, Histogram]
+    has_attention: bool
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Inputs],
+    find_amax: Callable[[Histogram], float],
+    placement: str,
+    layers: Sequence[str],
+    example: Inputs | None = None,
+) -> Calibration:
+    """Observe batches in eval mode and choose the amax of every activation site; the model stays as it is.
+
+    Args:
+        batches: arguments of the model's forward; padding is not observed.
+        layers: linears and convolutions that are quantized.
+        example: the same batch in all processes, where these share the batches and merge what they observe.
+            Default: the first of ``batches``, and each process is on its own.
+
+    Raises:
+        SqatError: there is no batch.
+        ValueError: a value is not finite, or an amax is not positive.
+    """
+    blocks, alone = encoder_blocks(model), example is None
+    with eval_mode(model), attention_for(model, placement) as has_attention:
+        if example is None:
+            remaining = iter(batches)
+            example = next(remaining, None)
+            if example is None:
+                raise SqatError("there is no batch to calibrate with", "give some training batches", code="no-rows")
+            batches = chain([example], remaining)
+        sites = discover_sites(model, example, layers, blocks, placement)
+        histograms = observe(model, sites, blocks, batches)
+    if not alone:
+        merge_over_processes_(histograms)
+    return choose_amax(sites, histograms, find_amax, has_attention)
+
+
+def observe(model: nn.Module, sites: Sites, blocks: list[str], batches: Iterable[Inputs]) -> dict[str, Histogram]:
+    """Collect a histogram of |x| at every site, over the real (unpadded) positions of all batches."""
+    histograms = {site: Histogram() for site in dict.fromkeys(sites.leaders.values())}
+    attention_mask: Tensor | None = None
+
+    def hook(site: str, x: Tensor) -> Tensor:
+        if site in histograms:
+            read = x.clamp(0, sites.rectified[site]) if site in sites.rectified else x
+            histograms[site].observe(*observed_rows(site, read, attention_mask))
+        return x
+
+    hooks = tap_sites(model, hook, histograms, blocks)
+    try:
+        with torch.no_grad():
+            for inputs in batches:
+                attention_mask = inputs.get("attention_mask")
+                model(**inputs)
+    finally:
+        hooks.remove()
+    return histograms
+
+
+def merge_over_processes_(histograms: Mapping[str, Histogram]) -> None:
+    """Let every process's histograms hold what all processes observed."""
+    names = sorted(histograms)
+    exponents = all_reduce_max(torch.tensor([histograms[name].exponent for name in names]))
+    peaks = all_reduce_max(torch.tensor([histograms[name].max_abs for name in names], dtype=torch.float64))
+    for name, exponent in zip(names, exponents, strict=True):
+        empty = Histogram()
+        empty.exponent = int(exponent)
+        histograms[name].merge(empty)  # makes the bins as wide as the widest
+    counts = all_reduce_sum(torch.stack([histograms[name].counts for name in names]))
+    for name, count, peak in zip(names, counts, peaks.tolist(), strict=True):
+        histograms[name].counts, histograms[name].max_abs = count, peak
+
+
+def choose_amax(
+    sites: Sites, histograms: Mapping[str, Histogram], find_amax: Callable[[Histogram], float], has_attention: bool
+) -> Calibration:
+    """Choose the amax of every site; sites that share one get the largest of theirs (rule T16)."""
+    found = {site: float(find_amax(histogram)) for site, histogram in histograms.items()}
+    shared_with, found = share_amax(sites, found)
+    amax = {site: torch.tensor(value, dtype=torch.float32) for site, value in found.items()}
+    for site, value in amax.items():
+        check_amax(value, site)
+    saturated = {
+        site: histograms[sites.leaders[site]].share_beyond(found[owner]) for site, owner in shared_with.items()
+    }
+    return Calibration(amax, shared_with, saturated, sites.left, dict(histograms), has_attention)
+
+
+def share_amax(sites: Sites, amax: Mapping[str, float]) -> tuple[dict[str, str], dict[str, float]]:
+    """Give each group of sites with one amax the largest of theirs; returns ``shared_with`` and ``amax``."""
+    owners: dict[str, str] = {}
+    largest_of = dict(amax)
+    for group in sites.tied:
+        largest_of[group[0]] = max(largest_of[site] for site in group)
+        owners |= dict.fromkeys(group, group[0])
+    shared_with = {site: owners.get(first, first) for site, first in sites.leaders.items()}
+    return shared_with, {site: largest_of[site] for site in dict.fromkeys(shared_with.values())}
+
+
+@torch.no_grad()
+def fold_norms_(model: nn.Module, inputs: Inputs) -> None:
+    """Fold the batch norms, if there are any, and check that the model computes what it did.
+
+    Raises:
+        SqatError: it does not. A norm then follows another convolution than the one before it in its module.
+    """
+    if not foldable(model):
+        return
+    before: Tensor = model.eval()(**inputs).logits
+    norms = fold_batch_norms_(model)
+    difference = float((model(**inputs).logits - before).abs().max())
+    if difference > FOLDING_TOLERANCE * float(before.abs().max()):
+        norm, convolution = next(iter(norms.items()))
+        raise SqatError(
+            f"cannot fold the {len(norms)} batch norms, the first of them {norm} into {convolution}: the logits move "
+            f"by {difference:.2g}",
+            "use a model whose batch norms directly follow their convolutions",
+            code="unsupported-model",
+        )
