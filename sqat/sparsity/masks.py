@@ -92,6 +92,13 @@ def nm_mask(scores: Tensor, pattern: Pattern, dim: int = 1) -> Tensor:
     return group_ranks(scores, pattern.m, dim).lt_(pattern.n).view(torch.bool)
 
 
+def mark_smallest(losses: Tensor, count: int) -> Tensor:
+    """Return a bool tensor, True at the ``count`` smallest losses; the lower index comes first among equals."""
+    marks = torch.zeros(losses.numel(), dtype=torch.bool, device=losses.device)
+    marks[losses.flatten().sort(stable=True).indices[:count]] = True
+    return marks.view(losses.shape)
+
+
 def count_violations(weight_or_mask: Tensor, pattern: Pattern, dim: int = 1) -> int:
     """Count the groups that hold more than ``pattern.n`` non-zeros."""
     kept = split_groups(weight_or_mask != 0, pattern.m, dim).sum(dim + 1, dtype=torch.uint8)
