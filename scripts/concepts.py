@@ -14,9 +14,9 @@ import torch
 
 from sqat.recipe.schema import PruneConfig
 from sqat.sparsity.masks import nm_mask
-from sqat.sparsity.moments import mask_steps
 from sqat.sparsity.pattern import parse_pattern
-from sqat.sparsity.settings import GroupFraction, PerGroup
+from sqat.sparsity.schedules.group_fraction import GroupFraction
+from sqat.sparsity.schedules.per_group import PerGroup
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "figures"
 INK, STAYS, GOES, TEACHES = "#30363d", "#e08214", "#f2f2f2", "#2c7bb6"
@@ -74,7 +74,7 @@ def draw_pattern() -> Any:
 def growth(config: PruneConfig) -> tuple[list[int], list[float]]:
     """Steps and the sparsity from each on, to the end."""
     sparsities = config.schedule.sparsities(parse_pattern(config.pattern))
-    moments = sorted(mask_steps(config, STEPS).items())
+    moments = sorted(config.schedule.mask_steps(STEPS, config.recover).items())
     return [0, *(step for step, _ in moments), STEPS], [0.0, *(sparsities[index] for _, index in moments), 0.5]
 
 

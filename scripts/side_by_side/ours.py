@@ -15,9 +15,10 @@ from side_by_side.sets import Trial
 from sqat.compress.losses import distilled_loss
 from sqat.models.loading import hook_last_qkv
 from sqat.modules.parametrize import layer
-from sqat.quantization.settings import Maximum, Percentile
+from sqat.quantization.calibrators.maximum import Maximum
+from sqat.quantization.calibrators.percentile import Percentile
 from sqat.recipe.schema import DistillConfig
-from sqat.sparsity.settings import SparseGPT
+from sqat.sparsity.criteria.sparsegpt import SparseGPT
 from sqat.training.data_parallel import Loss
 
 CALIBRATIONS = {"max": Maximum(), "percentile-99.999": Percentile(coverage=0.99999)}

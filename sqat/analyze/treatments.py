@@ -26,7 +26,7 @@ from sqat.data.dataset import Processor
 from sqat.models.layer_selection import choose_layers
 from sqat.modules.parametrize import insert_weights_, layer, original_weight, remove_weights_
 from sqat.recipe.schema import CalibrateConfig, PruneConfig
-from sqat.sparsity.settings import PerGroup
+from sqat.sparsity.schedules.per_group import PerGroup
 from sqat.stages.calibrate import calibrate_on_rows
 from sqat.stages.context import StageContext
 

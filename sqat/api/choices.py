@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,28 +14,29 @@ from sqat.models.layer_selection import weighted_layers
 from sqat.modules.activation_quantizers import QUANTIZERS
 from sqat.recipe.cross_checks import suggest
 
-T = TypeVar("T")
 Inputs = Mapping[str, Tensor]
 
 
-def named(what: str, given: str | T, known: Mapping[str, T]) -> T:
-    """What a name means; settings of our own, and functions, are themselves.
+def choose_part(what: str, given: Any, parts: Sequence[type[Any]], base: type[Any]) -> Any:
+    """Return the part of a name with its default settings; a part with settings, or a function, is itself.
+
+    Args:
+        what: kind of the part, for errors.
+        parts: table of the kind.
+        base: class of all of them.
 
     Raises:
-        SqatError: it is none of that, or a class made from our settings, whose own code nothing would call.
+        SqatError: it is none of these.
     """
     if isinstance(given, str):
-        if given not in known:
-            raise SqatError(f"there is no {what} {given!r}", suggest(given, known))
-        return known[given]
-    kinds = [type(each) for each in known.values()]
-    base = next((kind for kind in kinds if isinstance(given, kind)), None)
-    kind = type(given).__name__
-    if base is not None and type(given) is not base:
-        raise SqatError(f"{what} {kind} is made from {base.__name__}, of which only the settings are read",
-                        "give a function instead")  # fmt: skip
-    if base is None and not callable(given):
-        raise SqatError(f"{what} is a {kind}", f"take one of {', '.join(known)}, its settings or a function")
+        names = {part.name: part for part in parts}
+        if given not in names:
+            raise SqatError(f"there is no {what} {given!r}", suggest(given, names), code="unknown-name")
+        return names[given]()
+    if isinstance(given, type) or not (isinstance(given, base) or callable(given)):
+        allowed = ", ".join(part.name for part in parts)
+        raise SqatError(f"{what} is a {type(given).__name__}",
+                        f"take one of {allowed}, its settings or a function", code="usage")  # fmt: skip
     return given
 
 

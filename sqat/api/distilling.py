@@ -4,28 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from sqat.api.choices import Inputs, model_inputs, named
+from sqat.api.choices import Inputs, choose_part, model_inputs
 from sqat.compress.losses import Relations, check_relations, real_positions
 from sqat.data.dataset import Batch
-from sqat.distillation.minilm import relation_loss
-from sqat.distillation.settings import MiniLMLoss, MiniLMv1, MiniLMv2
+from sqat.distillation import LOSSES, RelationLoss
 from sqat.errors import SqatError
 from sqat.models.loading import hook_last_qkv
-
-LossName = Literal["minilm-v1", "minilm-v2"]
 
 
 @contextmanager
 def distillation_loss(
     model: nn.Module,
     teacher: nn.Module,
-    loss: LossName | MiniLMLoss | Relations = "minilm-v2",
+    loss: str | RelationLoss | Relations = "minilm-v2",
     *,
     qkv: Sequence[str] | None = None,
     teacher_qkv: Sequence[str] | None = None,
@@ -35,8 +30,8 @@ def distillation_loss(
     Args:
         model: the student.
         teacher: in eval mode, and another object; it gets no gradient.
-        loss: a name, one of `sqat.distillation.settings`, or any function of two `QKV` (student, teacher) and the
-            attention mask [B,T] to a scalar.
+        loss: a name, one of `sqat.distillation.LOSSES` with its settings, or any function of two `QKV`
+            (student, teacher) and the attention mask [B,T] to a scalar.
         qkv: names of three linears, or one fused, of the student; default: found by their names.
         teacher_qkv: the same of the teacher.
 
@@ -47,8 +42,7 @@ def distillation_loss(
         SqatError: an unknown name, q, k and v that cannot be told, heads that do not fit the loss, or a teacher in
             training mode.
     """
-    chosen = named("loss", loss, LOSSES)
-    relations = partial(relation_loss, chosen) if isinstance(chosen, MiniLMLoss) else chosen
+    relations: Relations = choose_part("loss", loss, LOSSES, RelationLoss)
     check_teacher(model, teacher)
     student, taught = hook_last_qkv(model, qkv), hook_last_qkv(teacher, teacher_qkv)
 
@@ -76,6 +70,3 @@ def check_teacher(model: nn.Module, teacher: nn.Module) -> None:
         raise SqatError("student and teacher are one model", "teach with a copy: copy.deepcopy(model).eval()")
     if teacher.training:
         raise SqatError("the teacher is in training mode", "call teacher.eval()")
-
-
-LOSSES: dict[str, MiniLMLoss] = {"minilm-v1": MiniLMv1(), "minilm-v2": MiniLMv2()}

@@ -11,7 +11,7 @@ import torch
 from onnx import ModelProto
 from torch import Tensor, nn
 
-from sqat.api.choices import Inputs, check_masks, check_plain, model_inputs, named
+from sqat.api.choices import Inputs, check_masks, check_plain, model_inputs
 from sqat.api.pruning import Masks
 from sqat.api.quantizing import Scales, check_scales, quantized
 from sqat.data.dataset import Batch
@@ -24,6 +24,7 @@ from sqat.export.qdq import Quantization, insert_qdq
 from sqat.lint.checks import verify
 from sqat.models.loading import use_eager
 from sqat.quantization.fake_quant import quantize_weight
+from sqat.recipe.cross_checks import suggest
 from sqat.recipe.schema import FLOAT_OUTPUTS
 from sqat.runtime.sessions import parity
 
@@ -80,13 +81,14 @@ def chosen_target(target: Target | None, scales: Scales | None) -> Target:
     """The target asked for, or the one that the scales are for."""
     if target is None:
         return "onnx-fp32" if scales is None else "onnx-int8" if scales.profile in FLOAT_OUTPUTS else "tensorrt"
-    known = named("target", target, {name: name for name in TARGETS})
-    if (scales is None) != (known == "onnx-fp32"):
-        raise SqatError(f"target {known} {'needs' if scales is None else 'takes no'} scales", "see sqat.calibrate")
-    if known == "tensorrt" and scales is not None and scales.profile in FLOAT_OUTPUTS:
+    if target not in TARGETS:
+        raise SqatError(f"there is no target {target!r}", suggest(str(target), TARGETS), code="unknown-name")
+    if (scales is None) != (target == "onnx-fp32"):
+        raise SqatError(f"target {target} {'needs' if scales is None else 'takes no'} scales", "see sqat.calibrate")
+    if target == "tensorrt" and scales is not None and scales.profile in FLOAT_OUTPUTS:
         raise SqatError(f"target tensorrt needs scales of linears' outputs, which profile {scales.profile} has not",
                         "calibrate with profile='tensorrt'")  # fmt: skip
-    return known
+    return target
 
 
 def check_zeros(model: nn.Module, masks: Masks) -> None:

@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from sqat.api.choices import Inputs, check_masks, check_plain, model_inputs, named
+from sqat.api.choices import Inputs, check_masks, check_plain, choose_part, model_inputs
 from sqat.compress.eval_mode import eval_mode
-from sqat.compress.masking import Judge, Masking, mask_of
+from sqat.compress.masking import Masking, mask_of
 from sqat.compress.permuting import permute_
 from sqat.compress.statistics import sum_up
 from sqat.data.dataset import Batch
@@ -23,25 +22,14 @@ from sqat.errors import SqatError
 from sqat.models.layer_selection import choose_layers
 from sqat.modules.parametrize import WeightTransform, insert_weights_, layer, remove_weights_
 from sqat.recipe.schema import Layers
+from sqat.sparsity.criteria import CRITERIA, Criterion
 from sqat.sparsity.masks import count_violations
-from sqat.sparsity.moments import mask_steps, too_few_steps
 from sqat.sparsity.pattern import Pattern, parse_pattern
-from sqat.sparsity.settings import (
-    Criterion,
-    GroupFraction,
-    Magnitude,
-    PerGroup,
-    Schedule,
-    SparseGPT,
-    SrSte,
-    Taylor,
-    Wanda,
-)
+from sqat.sparsity.schedules import SCHEDULES, Schedule
+from sqat.sparsity.schedules.per_group import PerGroup
+from sqat.sparsity.schedules.schedule import describe_skipped_masks
 
-CriterionName = Literal["magnitude", "wanda", "taylor", "sparsegpt"]
-ScheduleName = Literal["per-group", "group-fraction"]
-Progressive = PerGroup | GroupFraction
-Scores = Callable[[Tensor], Tensor]
+CriterionFn = Callable[[Tensor], Tensor]
 ModelLoss = Callable[[nn.Module, Inputs], Tensor]
 
 
@@ -65,7 +53,7 @@ class Masks:
 def prune(
     model: nn.Module,
     pattern: str = "2:4",
-    criterion: CriterionName | Criterion | Scores = "magnitude",
+    criterion: str | Criterion | CriterionFn = "magnitude",
     *,
     batches: Iterable[Inputs] = (),
     loss: ModelLoss | None = None,
@@ -113,9 +101,9 @@ class Pruner:
     Args:
         steps: training steps to come; with too few of them masks on the way to N:M are left out, with a warning.
         pattern: ``N:M``, keep N of each M along the inputs.
-        criterion: which weights matter: a name, one of `sqat.sparsity.settings` with knobs of its own, or any
+        criterion: which weights matter: a name, one of `sqat.sparsity.criteria` with its settings, or any
             function from a weight [out,in] to scores of its shape, the highest of which stay.
-        schedule: ``per-group`` or ``group-fraction``, or one of `sqat.sparsity.settings`; equal steps up to N:M.
+        schedule: ``per-group`` or ``group-fraction``, or one of them with its settings; equal steps up to N:M.
         recover: share of the steps after the last mask.
         batches: keyword arguments of the model's forward, for criteria that observe; gone through at every mask, all of
             them, so a list rather than a generator.
@@ -141,8 +129,8 @@ class Pruner:
         model: nn.Module,
         steps: int,
         pattern: str = "2:4",
-        criterion: CriterionName | Criterion | Scores = "magnitude",
-        schedule: ScheduleName | Progressive = "per-group",
+        criterion: str | Criterion | CriterionFn = "magnitude",
+        schedule: str | Schedule = "per-group",
         recover: float = 0.8,
         *,
         batches: Iterable[Inputs] = (),
@@ -152,8 +140,8 @@ class Pruner:
         permute: bool = False,
     ) -> None:
         check_plain(model)
-        self.rules = Rules(judge(criterion), progressive(schedule), recover)
-        if isinstance(self.rules.criterion, OBSERVING) and isinstance(batches, Iterator):
+        self.rules = Rules(choose_criterion(criterion), choose_schedule(schedule), recover)
+        if self.rules.criterion.statistics != "none" and isinstance(batches, Iterator):
             raise SqatError(f"criterion {self.rules.criterion.name} goes through batches at every mask",
                             "give a list or a DataLoader, not a generator")  # fmt: skip
         self.model, self.batches, self.loss = model, batches, loss or own_loss
@@ -227,9 +215,9 @@ class Pruner:
     def gather(self, leaders: Mapping[str, str]) -> dict[str, Tensor]:
         """What the criterion needs, of all batches."""
         criterion = self.rules.criterion
-        if not isinstance(criterion, OBSERVING):
+        if criterion.statistics == "none":
             return {}
-        device, none, labels = next(self.model.parameters()).device, torch.empty(0), isinstance(criterion, Taylor)
+        device, none, labels = next(self.model.parameters()).device, torch.empty(0), criterion.needs_labels
 
         def parts(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
             return {"loss": self.loss(model, batch.inputs)}
@@ -258,7 +246,7 @@ class Pruner:
 class Rules:
     """As of a prune stage, but with any criterion."""
 
-    criterion: Criterion | Judge
+    criterion: Criterion
     schedule: Schedule
     recover: float
 
@@ -268,40 +256,42 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class OwnCriterion:
-    """A function of the user's own, called as a criterion is."""
+class OwnCriterion(Criterion):
+    """A function of the user's own as a criterion."""
 
-    scores: Scores
+    function: CriterionFn
     name: str = "of your own"
 
-    def __call__(self, weight: Tensor, gathered: Tensor | None) -> Tensor:
+    def score(self, weight: Tensor, statistics: Tensor | None = None) -> Tensor:
         """Return its scores, which must be floats of the weight's shape."""
-        scores = self.scores(weight)
+        scores = self.function(weight)
         if scores.shape != weight.shape or not scores.is_floating_point():
             raise ValueError(f"scores {scores.dtype} {tuple(scores.shape)} of a weight {tuple(weight.shape)}")
         return scores.detach()
 
 
-def judge(criterion: CriterionName | Criterion | Scores) -> Criterion | Judge:
-    """The criterion of a name, itself, or a function as one."""
-    chosen = named("criterion", criterion, CRITERIA)
+def choose_criterion(criterion: str | Criterion | CriterionFn) -> Criterion:
+    """Return the criterion of a name, itself, or a function as one."""
+    chosen: Criterion | CriterionFn = choose_part("criterion", criterion, CRITERIA, Criterion)
     return chosen if isinstance(chosen, Criterion) else OwnCriterion(chosen)
 
 
-def progressive(schedule: ScheduleName | Schedule) -> Progressive:
-    """The schedule of a name, or itself; sr-ste is none, for its decay is a part of the loss."""
-    found: Schedule = named("schedule", schedule, SCHEDULES)
-    if isinstance(found, SrSte):
-        raise SqatError("schedule sr-ste needs a recipe: it adds to the loss", "take per-group or group-fraction")
-    return found
+def choose_schedule(schedule: str | Schedule) -> Schedule:
+    """Return the schedule of a name, or itself; its decay, which is a part of the loss, needs a recipe."""
+    chosen: Schedule = choose_part("schedule", schedule, SCHEDULES, Schedule)
+    if chosen.every_step:
+        raise SqatError(
+            f"schedule {chosen.name} needs a recipe: it adds to the loss", "take per-group or group-fraction"
+        )
+    return chosen
 
 
 def moments(rules: Rules, steps: int) -> dict[int, int]:
     """Training step -> index of its sparsity; a warning where there is none for some."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    found = mask_steps(rules, steps)
-    if remark := too_few_steps(found):
+    found = rules.schedule.mask_steps(steps, rules.recover)
+    if remark := describe_skipped_masks(found):
         warnings.warn(remark, stacklevel=3)
     return found
 
@@ -312,13 +302,3 @@ def own_loss(model: nn.Module, inputs: Inputs) -> Tensor:
     if loss is None:
         raise SqatError("the model has no loss for these batches", "put labels in the batches, or give loss=...")
     return loss
-
-
-OBSERVING = (Wanda, Taylor, SparseGPT)
-CRITERIA: dict[str, Criterion] = {
-    "magnitude": Magnitude(),
-    "wanda": Wanda(),
-    "taylor": Taylor(),
-    "sparsegpt": SparseGPT(),
-}
-SCHEDULES: dict[str, Schedule] = {"per-group": PerGroup(), "group-fraction": GroupFraction(), "sr-ste": SrSte()}

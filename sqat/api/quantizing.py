@@ -5,25 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
 
 from torch import Tensor, nn
 
-from sqat.api.choices import Inputs, check_masks, check_plain, model_inputs, named
+from sqat.api.choices import Inputs, check_masks, check_plain, choose_part, model_inputs
 from sqat.api.pruning import Masks
 from sqat.compress.calibrate import calibrate as calibrate_model
 from sqat.compress.quantize import quantized_model
 from sqat.errors import SqatError
 from sqat.export.cpu_encoder import check_encoder
 from sqat.models.layer_selection import choose_layers, is_convolutional, weighted_layers
-from sqat.quantization.calibrators import find_bound
+from sqat.quantization.calibrators import CALIBRATORS, Calibrator
 from sqat.quantization.histogram import Histogram
-from sqat.quantization.settings import Calibrator, Entropy, Maximum, MeanSquaredError, Percentile
 from sqat.recipe.cross_checks import suggest
 from sqat.recipe.schema import Layers, Profile
 
-MethodName = Literal["percentile", "max", "mse", "entropy"]
 Method = Callable[[Histogram], float]
 
 
@@ -49,7 +45,7 @@ class Scales:
 def calibrate(
     model: nn.Module,
     batches: Iterable[Inputs],
-    method: MethodName | Calibrator | Method = "percentile",
+    method: str | Calibrator | Method = "percentile",
     profile: Profile = "linear",
     *,
     include: Sequence[str] | None = None,
@@ -59,7 +55,7 @@ def calibrate(
 
     Args:
         batches: keyword arguments of the model's forward; ``labels`` are left out, padding is not observed.
-        method: a name, one of `sqat.quantization.settings` with knobs of its own, or any function from a
+        method: a name, one of `sqat.quantization.calibrators` with its settings, or any function from a
             `Histogram` of |x| to a positive bound.
         profile: which sites are quantized: ``linear`` the inputs of linears, ``tensorrt`` also outputs, residual adds
             and attention products, ``tensorrt-full`` also what activation functions read, ``cpu`` as `sqat.runtime`.
@@ -78,8 +74,7 @@ def calibrate(
         raise SqatError("networks of convolutions are calibrated by a recipe, which folds their batch norms")
     if profile == "cpu":
         check_encoder(model)
-    named_method = named("method", method, METHODS)
-    chosen = partial(find_bound, named_method) if isinstance(named_method, Calibrator) else named_method
+    chosen: Method = choose_part("method", method, CALIBRATORS, Calibrator)
     layers = Layers(include=None if include is None else tuple(include), exclude=tuple(exclude))
     choice = choose_layers(model, layers, "quantize")
     found = calibrate_model(model, inputs_of(model, batches), chosen, profile, choice.chosen)
@@ -127,10 +122,4 @@ def check_scales(model: nn.Module, scales: Scales) -> None:
         raise SqatError(f"the scales have no bound of {missing[0]}", "calibrate this model")
 
 
-METHODS: dict[str, Calibrator] = {
-    "percentile": Percentile(),
-    "max": Maximum(),
-    "mse": MeanSquaredError(),
-    "entropy": Entropy(),
-}
 PROFILES: tuple[Profile, ...] = ("linear", "tensorrt", "tensorrt-full", "cpu")

@@ -10,9 +10,10 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sqat.api.choices import Inputs
-from sqat.api.pruning import CriterionName, Masks, ModelLoss, Progressive, Pruner, ScheduleName, Scores
+from sqat.api.pruning import CriterionFn, Masks, ModelLoss, Pruner
 from sqat.errors import SqatError
-from sqat.sparsity.settings import Criterion
+from sqat.sparsity.criteria import Criterion
+from sqat.sparsity.schedules import Schedule
 
 UNKNOWN = 10**9  # steps, until the Trainer says how many
 
@@ -42,8 +43,8 @@ class SparseCallback(TrainerCallback):
         self,
         model: nn.Module,
         pattern: str = "2:4",
-        criterion: CriterionName | Criterion | Scores = "magnitude",
-        schedule: ScheduleName | Progressive = "per-group",
+        criterion: str | Criterion | CriterionFn = "magnitude",
+        schedule: str | Schedule = "per-group",
         recover: float = 0.8,
         *,
         batches: Iterable[Inputs] = (),

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from sqat.checkpoint.store import Checkpoint
 from sqat.data.dataset import Batch
-from sqat.distillation.minilm import QKV, relation_loss
+from sqat.distillation.relations import QKV
 from sqat.errors import SqatError
 from sqat.models.loading import build, hook_last_qkv
 from sqat.modules.qkv_hooks import Capture
@@ -41,7 +40,7 @@ def stage_loss(
     teacher.requires_grad_(False)
     captures = [hook_last_qkv(network, config.qkv) for network in (model, teacher)] if config.weight else []
     try:
-        check_relations(partial(relation_loss, config.loss), captures, f"change stages.{stage}.distill.loss")
+        check_relations(config.loss, captures, f"change stages.{stage}.distill.loss")
         yield distilled_loss(config, task, teacher, captures)
     finally:
         for capture in captures:
@@ -76,7 +75,7 @@ def distilled_loss(config: DistillConfig, task: Task, teacher: nn.Module, captur
         parts = {}
         if captures:
             student, taught = (capture.take() for capture in captures)
-            relations = relation_loss(config.loss, student, taught, real_positions(batch, student))
+            relations = config.loss(student, taught, real_positions(batch, student))
             parts["minilm"] = config.weight * relations
         if config.logits:
             parts["logits"] = config.logits * task.output_loss(logits, wanted, config.temperature)

@@ -13,31 +13,20 @@ from sqat.data.dataset import Batch
 from sqat.distributed import uses_fsdp
 from sqat.errors import SqatError
 from sqat.modules.parametrize import WeightTransform, layer, original_weight
-from sqat.sparsity import sparsegpt
-from sqat.sparsity.criteria import Scored, score
+from sqat.sparsity.criteria import Criterion
 from sqat.sparsity.pattern import Pattern
-from sqat.sparsity.schedule import choose_mask, decay_loss
-from sqat.sparsity.settings import Criterion, Schedule, SparseGPT, SrSte
+from sqat.sparsity.schedules import Schedule
 from sqat.training.data_parallel import Loss
 from sqat.training.fsdp import summon_full_params
 
 Gather = Callable[[Mapping[str, str]], Mapping[str, Tensor]]
 
 
-class Judge(Protocol):
-    """A criterion of the user's own, which is called."""
-
-    @property
-    def name(self) -> str: ...
-
-    def __call__(self, weight: Tensor, gathered: Tensor | None) -> Tensor: ...
-
-
 class Rules(Protocol):
     """Which weights go, how many, and when: of a recipe's prune stage, or of a loop of the user's own."""
 
     @property
-    def criterion(self) -> Criterion | Judge: ...
+    def criterion(self) -> Criterion: ...
 
     @property
     def schedule(self) -> Schedule: ...
@@ -96,19 +85,9 @@ class Masking:
         sparsity = schedule.sparsities(pattern)[index]
 
         def by_schedule(scores: Tensor) -> Tensor:
-            return choose_mask(schedule, scores, pattern, sparsity, previous)
+            return schedule.choose_mask(scores, pattern, sparsity, previous)
 
-        if isinstance(criterion, SparseGPT):
-            assert gathered is not None
-            regrows = isinstance(schedule, SrSte) or schedule.regrow
-            kept = None if regrows else previous
-            return sparsegpt.prune(criterion, weight * previous, gathered, pattern.m, by_schedule, kept)
-        return by_schedule(scores_of(criterion, weight, gathered)), weight
-
-
-def scores_of(criterion: Scored | Judge, weight: Tensor, gathered: Tensor | None) -> Tensor:
-    """Scores of the shape of a weight, by one of ours or the user's own."""
-    return score(criterion, weight, gathered) if isinstance(criterion, Scored) else criterion(weight, gathered)
+        return criterion.prune(weight, gathered, previous, pattern, by_schedule, schedule.regrow)
 
 
 def mask_of(transform: WeightTransform) -> Tensor:
@@ -126,16 +105,16 @@ def shared_weights(model: nn.Module, names: Mapping[str, object]) -> dict[str, s
 def with_decay(loss: Loss, masking: Masking) -> Loss:
     """The loss, and for schedule sr-ste the decay of pruned weights as a part of it."""
     schedule = masking.config.schedule
-    if not isinstance(schedule, SrSte) or not schedule.decay:
+    if not schedule.decay:
         return loss
     if uses_fsdp():
-        raise SqatError("schedule sr-ste decays weights that FSDP shares out between processes",
+        raise SqatError(f"schedule {schedule.name} decays weights that FSDP shares out between processes",
                         "set decay: 0, or start without --use_fsdp")  # fmt: skip
     leaders = dict.fromkeys(shared_weights(masking.model, masking.transforms).values())
 
     def decayed(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         parts = [
-            decay_loss(schedule, original_weight(layer(masking.model, name)), mask_of(masking.transforms[name]))
+            schedule.decay_loss(original_weight(layer(masking.model, name)), mask_of(masking.transforms[name]))
             for name in leaders
         ]
         return {**loss(model, batch), "decay": torch.stack(parts).sum()}

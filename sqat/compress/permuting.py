@@ -15,18 +15,16 @@ from torch import Tensor, nn
 
 from sqat.compress.channels import Site, change, find_sites, head_count, outputs_of, reorder_
 from sqat.compress.eval_mode import eval_mode
-from sqat.compress.masking import Gather, Judge, scores_of
-from sqat.distillation.settings import MiniLMv2
+from sqat.compress.masking import Gather
 from sqat.distributed import process_state
 from sqat.errors import SqatError
 from sqat.models.layer_selection import find_qkv
 from sqat.modules.parametrize import linear
 from sqat.progress import Reporter
 from sqat.recipe.schema import DistillConfig, PruneConfig
-from sqat.sparsity.criteria import Scored
+from sqat.sparsity.criteria import Criterion
 from sqat.sparsity.pattern import Pattern
 from sqat.sparsity.permutation import find_order, kept_score
-from sqat.sparsity.settings import Criterion, SparseGPT, Wanda
 from sqat.training.batches import Batches
 from sqat.training.health import listed
 
@@ -65,8 +63,7 @@ def permute_for_(
 
 def compared_apart(model: nn.Module, distill: DistillConfig | None) -> dict[str, str]:
     """The last block's q, k and v where distillation cuts heads in pieces, which a permuted head would mix."""
-    loss = None if distill is None or not distill.weight else distill.loss
-    pieces = loss.relation_heads if isinstance(loss, MiniLMv2) else None
+    pieces = distill.loss.relation_heads if distill is not None and distill.weight else None
     if distill is None or pieces is None or head_count(model) % pieces == 0:
         return {}
     return dict.fromkeys(find_qkv(model, distill.qkv), f"distillation compares it in {pieces} relation heads")
@@ -76,7 +73,7 @@ def permute_(
     model: nn.Module,
     inputs: Mapping[str, Tensor],
     patterns: Mapping[str, Pattern],
-    criterion: Criterion | Judge,
+    criterion: Criterion,
     gather: Gather,
     fixed: Mapping[str, str] | None = None,
 ) -> list[str]:
@@ -94,12 +91,12 @@ def permute_(
         SqatError: the model's outputs would be others; it is as it was.
     """
     sites, left = find_sites(model, inputs, patterns, fixed)
-    judge, gathered = judged(criterion, gather({site.consumer: site.consumer for site in sites}) if sites else {})
+    gathered = gather({site.consumer: site.consumer for site in sites}) if sites else {}
     before, orders, kept = outputs_of(model, inputs), [], []
     for site in sites:
         pattern, weight = patterns[site.consumer], linear(model, site.consumer).weight.detach()
-        scores = scores_of(judge, weight, gathered.get(site.consumer)).cpu()
-        orders.append(good_order(site, scores, pattern, judge.name))
+        scores = criterion.score(weight, gathered.get(site.consumer)).cpu()
+        orders.append(good_order(site, scores, pattern, criterion.score_name))
         better = scores[:, site.columns(orders[-1])]
         kept.append((kept_score(scores, pattern), kept_score(better, pattern), float(scores.double().sum())))
         reorder_(model, site, orders[-1])
@@ -108,7 +105,7 @@ def permute_(
         for site, order in zip(sites, orders, strict=True):
             reorder_(model, site, order.argsort(1))
         raise SqatError(f"permuted channels move the model's outputs by {moved:.1e}", "leave permute out")
-    return [f"permuted the channels of {len(sites)} sites{gain(kept, judge.name)}", *reasons(left)]
+    return [f"permuted the channels of {len(sites)} sites{gain(kept, criterion.score_name)}", *reasons(left)]
 
 
 def gain(kept: Sequence[tuple[float, float, float]], criterion: str) -> str:
@@ -117,13 +114,6 @@ def gain(kept: Sequence[tuple[float, float, float]], criterion: str) -> str:
         return ""
     before, after, whole = (sum(column) for column in zip(*kept, strict=True))
     return f": the layers that read them keep {before / whole:.1%} -> {after / whole:.1%} of their {criterion} scores"
-
-
-def judged(criterion: Criterion | Judge, gathered: Mapping[str, Tensor]) -> tuple[Scored | Judge, Mapping[str, Tensor]]:
-    """What scores weights, and of what: wanda, whose squares are on the diagonal of X'X, for sparsegpt."""
-    if isinstance(criterion, SparseGPT):
-        return Wanda(), {name: gram.diagonal() for name, gram in gathered.items()}
-    return criterion, gathered
 
 
 def good_order(site: Site, scores: Tensor, pattern: Pattern, criterion: str) -> Tensor:

@@ -26,8 +26,8 @@ from sqat.errors import SqatError
 from sqat.modules.hooks import tap_linears
 from sqat.modules.parametrize import layer
 from sqat.modules.sites import observed_rows
+from sqat.sparsity.criteria import Criterion
 from sqat.sparsity.features import input_windows
-from sqat.sparsity.settings import Criterion, Magnitude, SparseGPT, Taylor, Wanda
 from sqat.training.batches import Batches, seed_torch
 from sqat.training.data_parallel import Loss
 
@@ -48,14 +48,14 @@ def gather(
     Raises:
         SqatError: a layer that no row (or gradient) reaches, or figures that are not finite.
     """
-    if isinstance(criterion, Magnitude):
+    if criterion.statistics == "none":
         return {}
     with eval_mode(model, seed):
         return sum_up(criterion, model, leaders, loss, sample(feed, criterion.samples, seed))
 
 
 def sum_up(
-    criterion: Wanda | Taylor | SparseGPT,
+    criterion: Criterion,
     model: nn.Module,
     leaders: Mapping[str, str],
     loss: Loss,
@@ -66,10 +66,10 @@ def sum_up(
     state = process_state()
     while any(having := holders(batch := next(batches, None))):
         found = sums if state.num_processes == 1 else {leader: torch.zeros_like(it) for leader, it in sums.items()}
-        if batch is not None and criterion.needs in ("squares", "gram"):
-            add_inputs_(found, model, leaders, batch, criterion.needs == "gram")
+        if batch is not None and criterion.statistics in ("input_squares", "gram"):
+            add_inputs_(found, model, leaders, batch, criterion.statistics == "gram")
         elif batch is not None:
-            add_gradients_(found, model, leaders, loss, batch, criterion.needs == "gradient-squares")
+            add_gradients_(found, model, leaders, loss, batch, criterion.statistics == "squared_gradients")
         if found is not sums:
             add_in_order_(sums, found, having)
     check_sums(criterion.name, sums)
@@ -92,12 +92,12 @@ def add_in_order_(sums: Mapping[str, Tensor], found: Mapping[str, Tensor], havin
                 total += broadcast_from(found[leader], owner)
 
 
-def zeros_for(criterion: Wanda | Taylor | SparseGPT, module: nn.Linear | nn.Conv2d) -> Tensor:
+def zeros_for(criterion: Criterion, module: nn.Linear | nn.Conv2d) -> Tensor:
     """Sums to begin with: [C], [C,C], or as the weight."""
     weight = module.weight.detach()
     columns = weight[0].numel()
-    shapes = {"squares": (columns,), "gram": (columns, columns)}
-    return torch.zeros(shapes.get(criterion.needs, weight.shape), device=weight.device)
+    shapes = {"input_squares": (columns,), "gram": (columns, columns)}
+    return torch.zeros(shapes.get(criterion.statistics, weight.shape), device=weight.device)
 
 
 def sample(feed: Batches, samples: int, seed: int) -> Iterator[Batch]:

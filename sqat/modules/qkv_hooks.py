@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sqat.distillation.minilm import QKV
+from sqat.distillation.relations import QKV
 from sqat.errors import SqatError
 from sqat.modules.parametrize import linear
 

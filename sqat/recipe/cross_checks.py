@@ -26,7 +26,7 @@ from sqat.recipe.schema import (
 )
 from sqat.recipe.targets import TARGETS, unmet_need
 from sqat.sparsity.pattern import parse_pattern
-from sqat.sparsity.settings import Schedule, SrSte
+from sqat.sparsity.schedules import Schedule
 
 
 class Problem(NamedTuple):
@@ -172,13 +172,14 @@ def _schedule(path: tuple[str, ...], stage: PruneConfig) -> Iterator[Problem]:
     for pattern in sorted({stage.pattern, *stage.patterns.values()} - {"dense"}):
         if problem := misfit(stage.schedule, pattern):
             yield Problem((*path, "schedule", "steps"), f"{where}.schedule: {problem}")
-    if not isinstance(stage.schedule, SrSte):
+    if not stage.schedule.every_step:
         return
-    if stage.criterion.needs != "nothing":
-        text = f"{where}: schedule sr-ste chooses masks before every step, so {stage.criterion.name} would observe anew"
-        yield Problem((*path, "criterion"), f"{text} each time", "sr-ste takes the criterion magnitude")
+    name = stage.schedule.name
+    if stage.criterion.statistics != "none":
+        text = f"{where}: schedule {name} chooses masks before every step, so {stage.criterion.name} would observe anew"
+        yield Problem((*path, "criterion"), f"{text} each time", f"{name} takes the criterion magnitude")
     if "recover" in stage.model_fields_set:
-        text = f"{where}: recover means nothing to schedule sr-ste"
+        text = f"{where}: recover means nothing to schedule {name}"
         yield Problem((*path, "recover"), text, "schedule.until is the share of the steps in which masks change")
 
 

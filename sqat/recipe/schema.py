@@ -1,16 +1,17 @@
 """The recipe language: every key a YAML recipe may hold, its type, bounds and default.
 
 This file is the whole schema and nothing else; `sqat.recipe.loader` reads YAML into it and
-`sqat.recipe.cross_checks` holds what must be true between stages. Knobs of an algorithm (a calibrator, a mask
-schedule, a distillation loss) live in a frozen dataclass of the core's settings, which import no torch, so a new
-one appears here by being added to their union. A ValueError raised here starts with the key it is
-about, so that the error can point at that key's line.
+`sqat.recipe.cross_checks` holds what must be true between stages. The settings of a part (a criterion,
+schedule, calibrator or distillation loss) live in the file of the part and come here by the table of their room.
+A ValueError raised here starts with the key it is about, so that the error can point at that key's line.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from math import ceil
+from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,12 +29,17 @@ from pydantic import (
 from pydantic import GetJsonSchemaHandler as JsonHandler
 from pydantic_core import CoreSchema, core_schema
 
-from sqat.distillation.settings import MiniLMLoss, MiniLMv2
-from sqat.quantization.settings import Calibrator, Percentile
+from sqat.distillation import LOSSES, RelationLoss
+from sqat.distillation.minilm_v2 import MiniLMv2
+from sqat.quantization.calibrators import CALIBRATORS, Calibrator
+from sqat.quantization.calibrators.percentile import Percentile
 from sqat.recipe.gates import GATES, GATES_WORDS, STRICT, Gate, Retry
 from sqat.recipe.targets import TARGETS
+from sqat.sparsity.criteria import CRITERIA, Criterion
+from sqat.sparsity.criteria.magnitude import Magnitude
 from sqat.sparsity.pattern import parse_pattern
-from sqat.sparsity.settings import Criterion, Magnitude, PerGroup, Schedule
+from sqat.sparsity.schedules import SCHEDULES, Schedule
+from sqat.sparsity.schedules.per_group import PerGroup
 
 
 def tupled(value: Any) -> Any:
@@ -62,6 +68,17 @@ class Short:
         full = handler(schema)
         names = list(full.get("discriminator", {}).get("mapping", ()))
         return {"anyOf": [full, {"type": "string", **({"enum": names} if names else {})}], "short": self.key}
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Allow the settings of each part in a table, told apart by ``name``; a bare text is ``{name: text}``."""
+
+    parts: tuple[type, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        union = reduce(or_, self.parts)
+        return handler.generate_schema(Annotated[union, Field(discriminator="name"), Short("name")])
 
 
 def pattern_text(value: str) -> str:
@@ -373,7 +390,7 @@ class DistillConfig(BaseModel):
 
     model_config = STRICT
 
-    loss: Annotated[MiniLMLoss, Field(discriminator="name"), Short("name")] = Field(
+    loss: Annotated[RelationLoss, OneOf(LOSSES)] = Field(
         default=MiniLMv2(), description="relations of q, k and v that the student learns"
     )
     weight: float = Field(default=1.0, ge=0, description="weight of the MiniLM loss")
@@ -404,10 +421,8 @@ class PruneConfig(FitConfig):
     patterns: dict[str, Annotated[str, AfterValidator(pattern_or_dense)]] = Field(
         default={}, description="glob over layer names -> N:M or dense, where it is not pattern; the first glob counts"
     )
-    criterion: Annotated[Criterion, Field(discriminator="name"), Short("name")] = Field(
-        default=Magnitude(), description="which weights matter"
-    )
-    schedule: Annotated[Schedule, Field(discriminator="name"), Short("name")] = Field(
+    criterion: Annotated[Criterion, OneOf(CRITERIA)] = Field(default=Magnitude(), description="which weights matter")
+    schedule: Annotated[Schedule, OneOf(SCHEDULES)] = Field(
         default=PerGroup(), description="how the sparsity grows to its target"
     )
     permute: bool = Field(
@@ -450,7 +465,7 @@ class CalibrateConfig(BaseModel):
         alias="from",
         description="stage to start from; default: the nearest one before that is no export",
     )
-    method: Annotated[Calibrator, Field(discriminator="name"), Short("name")] = Field(
+    method: Annotated[Calibrator, OneOf(CALIBRATORS)] = Field(
         default=Percentile(), description="how a histogram of activations becomes a scale"
     )
     profile: Profile = Field(

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 from sqat.checkpoint.manifest import Manifest
 from sqat.recipe.schema import PruneConfig, StageConfig
-from sqat.sparsity.moments import mask_steps
 from sqat.sparsity.pattern import parse_pattern
 
 STEP = re.compile(r"(\d+)/(\d+), (.+), [\d.]+ samples/s, \S+ left$")
@@ -101,4 +100,6 @@ def schedule_of(config: StageConfig, steps: int) -> Points:
     if not isinstance(config, PruneConfig) or not steps:
         return []
     sparsities = config.schedule.sparsities(parse_pattern(config.pattern))
-    return [(step, sparsities[index]) for step, index in sorted(mask_steps(config, steps).items())]
+    return [
+        (step, sparsities[index]) for step, index in sorted(config.schedule.mask_steps(steps, config.recover).items())
+    ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,6 @@ from sqat.export.cpu_encoder import check_encoder
 from sqat.models.layer_selection import choose_layers
 from sqat.models.loading import serialize_model
 from sqat.modules.bias import snap_biases_
-from sqat.quantization.calibrators import find_bound
 from sqat.quantization.histogram import Histogram
 from sqat.recipe.schema import CalibrateConfig
 from sqat.stages.context import StageContext
@@ -64,8 +62,7 @@ def calibrate_on_rows(
     batches = sample_batches(config, context, processor)
     fold_norms_(model, batches[0].inputs)
     own = batches[process_state().process_index :: process_state().num_processes]
-    find_amax = partial(find_bound, config.method)
-    return calibrate(model, show_progress(own, context), find_amax, placement, layers, batches[0].inputs)
+    return calibrate(model, show_progress(own, context), config.method, placement, layers, batches[0].inputs)
 
 
 def sample_batches(config: CalibrateConfig, context: StageContext, processor: Processor) -> list[Batch]:

@@ -22,8 +22,7 @@ from sqat.errors import SqatError
 from sqat.models.loading import serialize_model
 from sqat.modules.parametrize import insert_weights_, layer, remove_weights_
 from sqat.recipe.schema import PruneConfig
-from sqat.sparsity.moments import mask_steps, too_few_steps
-from sqat.sparsity.settings import SrSte
+from sqat.sparsity.schedules.schedule import describe_skipped_masks
 from sqat.stages.context import StageContext
 
 
@@ -38,10 +37,10 @@ def run(config: PruneConfig, parent: Checkpoint | None, context: StageContext) -
     masks = {name: old.get(name, torch.ones_like(layer(model, name).weight, dtype=torch.bool)).clone()
              for name in patterns}  # fmt: skip
     kept = {name: mask for name, mask in old.items() if name not in masks}
-    learns_all = isinstance(config.schedule, SrSte)
+    learns_all = config.schedule.every_step
     feed, notes = context.training_batches(config, processor), [] if parent is None else list(parent.manifest.notes)
-    moments = mask_steps(config, context.total_steps(config, feed))
-    if remark := too_few_steps(moments):
+    moments = config.schedule.mask_steps(context.total_steps(config, feed), config.recover)
+    if remark := describe_skipped_masks(moments):
         context.reporter.info(f"{context.name}: {remark}")
     with stage_loss(model, config.distill, context.task, context.teacher, context.name) as loss:
         gathered = partial(gather, config.criterion, model, loss=loss, feed=feed, seed=context.recipe.seed)

@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize, softplus
+from torch.nn.functional import normalize, softplus
 
 from sqat.data.dataset import Batch, Rows, column
 from sqat.data.records import LOOSE as LOOSE
 from sqat.data.records import QUERY as QUERY
+from sqat.distillation.outputs import embedding_loss
 from sqat.recipe.schema import RetrievalTask
 from sqat.tasks import metrics
 from sqat.tasks.retrieval_metrics import Floats, retrieval, similarities
@@ -127,7 +128,7 @@ class Retrieval:
 
     def output_loss(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """1 - cosine of embeddings [B, H], mean; the temperature has nothing to soften."""
-        return (1 - cosine_similarity(student.float(), teacher.float(), dim=-1)).mean()
+        return embedding_loss(student, teacher)
 
     def metrics(self, logits: Tensor, rows: Rows) -> dict[str, float]:
         vectors = metrics.finite(logits)

@@ -21,8 +21,12 @@ class Schedule(ABC):
 
     name: str
     regrow: bool = True  # whether a pruned weight may return
-    every_step: bool = False  # whether a mask is chosen before every step, while pruned weights go on learning
     decay: float = 0.0  # of pruned weights that go on learning
+
+    @property
+    def every_step(self) -> bool:
+        """Whether a mask is chosen before every step, while pruned weights go on learning."""
+        return False
 
     @abstractmethod
     def sparsities(self, pattern: Pattern) -> tuple[float, ...]:

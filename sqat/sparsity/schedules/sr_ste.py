@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from sqat.sparsity.schedules.schedule import Schedule
 
@@ -28,7 +28,11 @@ class SrSte(Schedule):
     name: Literal["sr-ste"] = "sr-ste"
     decay: float = 2e-4
     until: float = 1.0
-    every_step: ClassVar[bool] = True
+
+    @property
+    def every_step(self) -> bool:
+        """A mask is chosen before every step."""
+        return True
 
     def __post_init__(self) -> None:
         if not (self.decay >= 0 and math.isfinite(self.decay)):
