@@ -30,9 +30,12 @@ from sqat.modules.parametrize import insert_weights_, original_weight, remove_we
 from sqat.progress import SilentReporter
 from sqat.quantization.histogram import Histogram
 from sqat.recipe.schema import FitConfig
+from sqat.sparsity.criteria.sparsegpt import SparseGPT
+from sqat.sparsity.criteria.taylor import Taylor
+from sqat.sparsity.criteria.wanda import Wanda
 from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import parse_pattern
-from sqat.sparsity.settings import SparseGPT, Taylor, Wanda
+from sqat.stages.calibrate import add_up_
 from sqat.training.batches import Batches
 from sqat.training.fsdp import summon_full_params
 from sqat.training.loop import Evaluation, fit

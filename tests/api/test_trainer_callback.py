@@ -124,7 +124,7 @@ def test_after_a_train_that_raises_the_pruner_gives_plain_weights_back(make_mode
 def test_a_trainer_with_too_few_steps_is_told_so_once_they_are_known(make_model: MakeModel, tmp_path: Path) -> None:
     model = make_model()
     callback = sqat.SparseCallback(model)
-    with pytest.warns(UserWarning, match="too few steps before the last mask: 1 of 2 masks are left out"):
+    with pytest.warns(UserWarning, match="too few steps before the last mask: 1 of 2 masks are skipped"):
         make_trainer(model, tmp_path, callback, max_steps=2).train()
     assert_pruned(model, callback.masks)
 

@@ -14,17 +14,20 @@ from torch.nn import functional as F
 
 from sqat.compress.channels import Site, change, find_sites, outputs_of, reorder_
 from sqat.compress.patterns import choose_patterns
-from sqat.compress.permuting import compared_apart, judged, permute_, permute_for_
+from sqat.compress.permuting import compared_apart, permute_, permute_for_
 from sqat.data.dataset import Batch
-from sqat.distillation.minilm import QKV, relation_loss
-from sqat.distillation.settings import MiniLMv1, MiniLMv2
+from sqat.distillation.minilm_v1 import MiniLMv1
+from sqat.distillation.minilm_v2 import MiniLMv2
+from sqat.distillation.relations import QKV
 from sqat.errors import SqatError
 from sqat.models.conv1d import to_linears_
 from sqat.models.layer_selection import find_qkv
 from sqat.recipe.schema import DistillConfig, PruneConfig
+from sqat.sparsity.criteria.magnitude import Magnitude
+from sqat.sparsity.criteria.sparsegpt import SparseGPT
+from sqat.sparsity.criteria.wanda import Wanda
 from sqat.sparsity.pattern import Pattern
 from sqat.sparsity.permutation import kept_score
-from sqat.sparsity.settings import Magnitude, SparseGPT, Wanda
 from sqat.training.batches import Batches
 from tests.conftest import CONFIGS, MakeModel, Recorder
 
@@ -275,10 +278,9 @@ def test_scores_that_are_no_numbers_are_told(make_model: MakeModel, batch: Input
 
 def test_sparsegpt_is_ordered_by_wanda_s_scores() -> None:
     x = torch.randn(10, 8)
-    judge, squares = judged(SparseGPT(), {"a": x.T @ x})
-    assert isinstance(judge, Wanda)
-    torch.testing.assert_close(squares["a"], x.square().sum(0))
-    assert judged(Magnitude(), {}) == (Magnitude(), {})
+    weight = torch.randn(4, 8)
+    torch.testing.assert_close(SparseGPT().score(weight, x.T @ x), Wanda().score(weight, x.square().sum(0)))
+    assert (SparseGPT().score_name, Magnitude().score_name) == ("wanda", "magnitude")
 
 
 def caught(model: nn.Module, inputs: Inputs) -> QKV:
@@ -303,9 +305,7 @@ def test_value_relations_do_not_see_the_order_within_a_head(
     permuted(student, batch)
     values = find_qkv(student)[2]
     assert not torch.equal(student.get_submodule(values).weight, teacher.get_submodule(values).weight)
-    assert (
-        abs(float(relation_loss(loss, caught(student, batch), caught(teacher, batch), batch["attention_mask"]))) < 1e-12
-    )
+    assert abs(float(loss(caught(student, batch), caught(teacher, batch), batch["attention_mask"]))) < 1e-12
     config = DistillConfig(loss=loss)
     assert compared_apart(student, config) == {}
 
@@ -316,12 +316,10 @@ def test_relation_heads_that_cut_a_head_hold_its_values(make_model: MakeModel, b
     assert list(fixed) == list(find_qkv(student))
     notes = permuted(student, batch, fixed=fixed)
     assert notes[-1].endswith("attention.self.value: distillation compares it in 4 relation heads")
-    assert (
-        abs(float(relation_loss(loss, caught(student, batch), caught(teacher, batch), batch["attention_mask"]))) < 1e-12
-    )
+    assert abs(float(loss(caught(student, batch), caught(teacher, batch), batch["attention_mask"]))) < 1e-12
     free = make_model("bert").double()
     permuted(free, batch)
-    assert float(relation_loss(loss, caught(free, batch), caught(teacher, batch), batch["attention_mask"])) > 1e-6
+    assert float(loss(caught(free, batch), caught(teacher, batch), batch["attention_mask"])) > 1e-6
     assert compared_apart(student, None) == compared_apart(student, DistillConfig(loss=loss, weight=0)) == {}
 
 

@@ -21,7 +21,6 @@ from sqat.progress import SilentReporter
 from sqat.recipe.loader import load_recipe
 from sqat.recipe.schema import PruneConfig
 from sqat.sparsity.masks import count_violations, nm_mask
-from sqat.sparsity.moments import mask_steps
 from sqat.sparsity.pattern import Pattern, parse_pattern
 
 pytestmark = pytest.mark.pipeline
@@ -273,6 +272,7 @@ def test_no_patterns_are_no_key(write_recipe: Write, source: Path) -> None:
 
 def test_masks_are_set_as_before_the_last_at_recover() -> None:
     config = PruneConfig.model_validate({"schedule": {"name": "per-group", "steps": (0.1, 0.3, 0.5)}, "recover": 0.5})
-    assert mask_steps(config, 40) == {0: 0, 10: 1, 20: 2}
-    assert mask_steps(PruneConfig.model_validate({"schedule": {"name": "per-group", "steps": 1}}), 40) == {0: 0}
-    assert mask_steps(PruneConfig.model_validate({"schedule": "sr-ste"}), 3) == {0: 0, 1: 0, 2: 0}
+    assert config.schedule.mask_steps(40, config.recover) == {0: 0, 10: 1, 20: 2}
+    one_shot = PruneConfig.model_validate({"schedule": {"name": "per-group", "steps": 1}})
+    assert one_shot.schedule.mask_steps(40, one_shot.recover) == {0: 0}
+    assert PruneConfig.model_validate({"schedule": "sr-ste"}).schedule.mask_steps(3, 0.8) == {0: 0, 1: 0, 2: 0}

@@ -12,9 +12,13 @@ from sqat.compress.statistics import gather
 from sqat.data.dataset import Batch
 from sqat.errors import SqatError
 from sqat.modules.parametrize import insert_weights_, original_weight
+from sqat.sparsity.criteria import Criterion
+from sqat.sparsity.criteria.magnitude import Magnitude
+from sqat.sparsity.criteria.sparsegpt import SparseGPT
+from sqat.sparsity.criteria.taylor import Taylor
+from sqat.sparsity.criteria.wanda import Wanda
 from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import parse_pattern
-from sqat.sparsity.settings import Criterion, Magnitude, SparseGPT, Taylor, Wanda
 from sqat.training.batches import Batches
 
 QUERY = "bert.encoder.layer.0.attention.self.query"

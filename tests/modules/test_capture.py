@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sqat.distillation.minilm import relation_loss
-from sqat.distillation.settings import MiniLMv1
+from sqat.distillation.minilm_v1 import MiniLMv1
 from sqat.errors import SqatError
 from sqat.models.layer_selection import encoder_blocks, find_qkv
 from sqat.models.loading import attention_heads, hook_last_qkv, use_hooked_attention
@@ -51,7 +50,7 @@ def test_gradients_reach_the_linears(make_model: MakeModel, batch: dict[str, Ten
     student(**batch)
     with torch.no_grad():
         teacher(**batch)
-    relation_loss(MiniLMv1(), catch[0].take(), catch[1].take(), batch["attention_mask"]).backward()
+    MiniLMv1()(catch[0].take(), catch[1].take(), batch["attention_mask"]).backward()
     touched = {name for name, p in student.named_parameters() if p.grad is not None and p.grad.any()}
     last = "bert.encoder.layer.1.attention.self"
     assert {f"{last}.{part}.weight" for part in ("query", "key", "value")} <= touched

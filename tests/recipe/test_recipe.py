@@ -16,7 +16,7 @@ from sqat.recipe.json_schema import recipe_schema
 from sqat.recipe.loader import distill_override, load_recipe
 from sqat.recipe.schema import LoadedRecipe, PruneConfig, QatConfig, TrainConfig
 from sqat.recipe.yaml_nodes import Place, compose, resolve_scalar
-from sqat.sparsity.settings import GroupFraction
+from sqat.sparsity.schedules.group_fraction import GroupFraction
 
 TARGETS = "onnx-int8, onnx-fp32, onnx-fp16, tensorrt, cpu-sparse, torch-semi-structured, compressed-tensors"
 GOOD = """\

@@ -25,7 +25,7 @@ from sqat.report.figures import (
 from sqat.report.grid import WIDE, make_grid, short_parts
 from sqat.report.page import points_note
 from sqat.report.verdict import figure
-from sqat.sparsity.settings import PerGroup
+from sqat.sparsity.schedules.per_group import PerGroup
 
 BEGUN = """\
 2026-01-01 00:00:00 qat-b: 20 steps

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sqat.recipe.schema import PruneConfig
-from sqat.sparsity.settings import PerGroup
+from sqat.sparsity.schedules.per_group import PerGroup
 from tests.script_loader import load_script
 
 pytest.importorskip("matplotlib")

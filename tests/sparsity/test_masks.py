@@ -8,10 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sqat.sparsity.criteria import score
+from sqat.sparsity.criteria.magnitude import Magnitude
 from sqat.sparsity.masks import apply_mask, count_violations, nm_mask
 from sqat.sparsity.pattern import Pattern, parse_pattern
-from sqat.sparsity.settings import Magnitude
 
 PATTERNS = [Pattern(*p) for p in ((1, 2), (2, 4), (1, 4), (3, 4), (2, 3), (4, 8), (1, 8), (3, 7), (5, 16), (16, 32))]
 
@@ -45,7 +44,7 @@ def test_mask_equals_a_stable_sort(pattern):
 def test_kept_magnitude_of_the_seeded_figure(dtype):
     np.random.seed(1)  # the published figure was drawn from numpy's global generator
     weight = torch.from_numpy(np.random.rand(128, 64)).to(dtype)
-    kept = apply_mask(weight, nm_mask(score(Magnitude(), weight), Pattern(2, 4))).double().sum().item()
+    kept = apply_mask(weight, nm_mask(Magnitude().score(weight), Pattern(2, 4))).double().sum().item()
     unstructured = weight.double().flatten().topk(weight.numel() // 2).values.sum().item()
     tolerance = 5e-4 if dtype is not torch.bfloat16 else 3
     assert weight.double().sum().item() == pytest.approx(4083.169, abs=tolerance)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from sqat.sparsity.masks import count_violations, nm_mask
 from sqat.sparsity.pattern import Pattern
-from sqat.sparsity.schedule import choose_mask
-from sqat.sparsity.settings import GroupFraction, PerGroup, Schedule
+from sqat.sparsity.schedules import Schedule
+from sqat.sparsity.schedules.group_fraction import GroupFraction
+from sqat.sparsity.schedules.per_group import PerGroup
 
 KINDS = [PerGroup, GroupFraction]
 PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(1, 2), Pattern(4, 8), Pattern(2, 3)]
@@ -33,7 +34,7 @@ def test_masks_grow_to_exactly_n_of_m(kind, pattern, steps, rows, groups, seed):
     previous = None
     for step, sparsity in enumerate(schedule.sparsities(pattern)):
         scores = random_scores(seed + step, rows, groups * pattern.m)  # training moved the weights in between
-        mask = choose_mask(schedule, scores, pattern, sparsity, previous)
+        mask = schedule.choose_mask(scores, pattern, sparsity, previous)
         assert abs(int((~mask).sum()) - sparsity * mask.numel()) <= pattern.m  # group-fraction prunes whole groups
         if previous is not None:
             assert not (mask & ~previous).any(), "a pruned weight came back"
@@ -48,7 +49,7 @@ def test_one_shot_is_the_mask_itself(kind, pattern):
     scores = random_scores(0, 6, 24)
     schedule = kind(steps=1)
     (sparsity,) = schedule.sparsities(pattern)
-    assert torch.equal(choose_mask(schedule, scores, pattern, sparsity, None), nm_mask(scores, pattern))
+    assert torch.equal(schedule.choose_mask(scores, pattern, sparsity, None), nm_mask(scores, pattern))
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.25, 0.4, 0.5])
@@ -62,7 +63,7 @@ def test_per_group_takes_the_cheapest_next_weight(sparsity):
     for g in by_loss[: total % len(groups)]:
         zeros[g] += 1
     expected = [[i not in orders[g][: zeros[g]] for i in range(4)] for g in range(len(groups))]
-    assert choose_mask(PerGroup(), scores, Pattern(2, 4), sparsity, None).view(-1, 4).tolist() == expected
+    assert PerGroup().choose_mask(scores, Pattern(2, 4), sparsity, None).view(-1, 4).tolist() == expected
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.25, 0.4, 0.5])
@@ -73,18 +74,18 @@ def test_group_fraction_takes_the_cheapest_groups(sparsity):
     chosen = by_loss[: round(len(groups) * sparsity / 0.5)]
     full = nm_mask(scores, Pattern(2, 4)).view(-1, 4).tolist()
     expected = [full[g] if g in chosen else [True] * 4 for g in range(len(groups))]
-    assert choose_mask(GroupFraction(), scores, Pattern(2, 4), sparsity, None).view(-1, 4).tolist() == expected
+    assert GroupFraction().choose_mask(scores, Pattern(2, 4), sparsity, None).view(-1, 4).tolist() == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_choosing_groups_beats_taking_them_in_order(kind):
     scores = torch.rand(64, 64, generator=torch.Generator().manual_seed(5))
     pattern, sparsity = Pattern(2, 4), 0.125
-    kept = (scores * choose_mask(kind(), scores, pattern, sparsity, None)).sum()
+    kept = (scores * kind().choose_mask(scores, pattern, sparsity, None)).sum()
     rows = 64 * 0.125 / (0.5 if kind is GroupFraction else 0.25)
     in_order = torch.ones_like(scores, dtype=torch.bool)
     in_order[: int(rows)] = nm_mask(scores[: int(rows)], pattern if kind is GroupFraction else Pattern(3, 4))
-    assert in_order.sum() == choose_mask(kind(), scores, pattern, sparsity, None).sum()
+    assert in_order.sum() == kind().choose_mask(scores, pattern, sparsity, None).sum()
     assert kept > (scores * in_order).sum() * 1.01
 
 
@@ -93,8 +94,8 @@ def test_pruned_weights_return_only_with_regrow(kind):
     pattern = Pattern(2, 4)
     before = nm_mask(torch.tensor([[4.0, 3.0, 2.0, 1.0]]), pattern)
     scores = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
-    assert choose_mask(kind(), scores, pattern, 0.5, before).tolist() == [[True, True, False, False]]
-    assert choose_mask(kind(regrow=True), scores, pattern, 0.5, before).tolist() == [[False, False, True, True]]
+    assert kind().choose_mask(scores, pattern, 0.5, before).tolist() == [[True, True, False, False]]
+    assert kind(regrow=True).choose_mask(scores, pattern, 0.5, before).tolist() == [[False, False, True, True]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -102,7 +103,7 @@ def test_convolutions_are_grouped_along_their_input(kind):
     scores = torch.rand(4, 8, 3, 3, generator=torch.Generator().manual_seed(6))
     schedule, previous = kind(steps=3), None
     for sparsity in schedule.sparsities(Pattern(2, 4)):
-        previous = choose_mask(schedule, scores, Pattern(2, 4), sparsity, previous)
+        previous = schedule.choose_mask(scores, Pattern(2, 4), sparsity, previous)
     assert previous is not None
     assert previous.shape == scores.shape
     assert count_violations(previous, Pattern(2, 4)) == 0
@@ -131,8 +132,8 @@ def test_bad_steps_are_refused(kind, steps):
 def test_bad_calls_are_refused(kind):
     scores, pattern = torch.ones(2, 8), Pattern(2, 4)
     with pytest.raises(ValueError, match=r"sparsity 0\.6 is outside 0\.\.0\.5"):
-        choose_mask(kind(), scores, pattern, 0.6, None)
+        kind().choose_mask(scores, pattern, 0.6, None)
     with pytest.raises(ValueError, match=r"previous mask \(8,\) and scores \(2, 8\) differ"):
-        choose_mask(kind(), scores, pattern, 0.5, torch.ones(8, dtype=torch.bool))
+        kind().choose_mask(scores, pattern, 0.5, torch.ones(8, dtype=torch.bool))
     with pytest.raises(ValueError, match="1 of 16 scores are not finite"):
-        choose_mask(kind(), scores.masked_fill(torch.arange(16).view(2, 8) == 3, -torch.inf), pattern, 0.5, None)
+        kind().choose_mask(scores.masked_fill(torch.arange(16).view(2, 8) == 3, -torch.inf), pattern, 0.5, None)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from torch import Tensor
 
-from sqat.sparsity import sparsegpt
-from sqat.sparsity.criteria import score
+from sqat.sparsity.criteria.magnitude import Magnitude
+from sqat.sparsity.criteria.sparsegpt import SparseGPT, inverse_factor, sweep
+from sqat.sparsity.criteria.wanda import Wanda
 from sqat.sparsity.features import from_columns, to_columns
 from sqat.sparsity.masks import count_violations, nm_mask
 from sqat.sparsity.pattern import Pattern
-from sqat.sparsity.schedule import choose_mask
-from sqat.sparsity.settings import GroupFraction, Magnitude, PerGroup, SparseGPT, Wanda
-from sqat.sparsity.sparsegpt import inverse_factor, sweep
+from sqat.sparsity.schedules import Schedule
+from sqat.sparsity.schedules.group_fraction import GroupFraction
+from sqat.sparsity.schedules.per_group import PerGroup
 
 PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(1, 2), Pattern(4, 8), Pattern(2, 3)]
 
@@ -73,8 +72,24 @@ def test_the_factor_holds_the_inverses_of_what_is_left() -> None:
 
 
 def prune(weight: Tensor, x: Tensor, pattern: Pattern = PATTERNS[0], **knobs: float) -> tuple[Tensor, Tensor]:
-    rule = partial(choose_mask, PerGroup(steps=1), pattern=pattern, sparsity=pattern.sparsity, previous=None)
-    return sparsegpt.prune(SparseGPT(**knobs), weight, x.T @ x, pattern.m, rule)
+    return prune_by(PerGroup(steps=1), weight, x, pattern, torch.ones_like(weight, dtype=torch.bool), **knobs)
+
+
+def prune_by(
+    schedule: Schedule,
+    weight: Tensor,
+    x: Tensor,
+    pattern: Pattern,
+    previous: Tensor,
+    sparsity: float = 0.0,
+    **knobs: float,
+) -> tuple[Tensor, Tensor]:
+    """The mask of a schedule's sparsity (the last by default), and the weight."""
+
+    def choose(scores: Tensor) -> Tensor:
+        return schedule.choose_mask(scores, pattern, sparsity or pattern.sparsity, previous)
+
+    return SparseGPT(**knobs).prune(weight, x.T @ x, previous, pattern, choose, schedule.regrow)
 
 
 def output_error(x: Tensor, weight: Tensor, pruned: Tensor) -> float:
@@ -87,8 +102,8 @@ def test_outputs_are_nearer_than_by_magnitude_or_wanda(pattern: Pattern) -> None
     mask, swept = prune(weight, seen, pattern)
     assert torch.equal(swept != 0, mask)
     assert count_violations(mask, pattern) == 0
-    by_wanda = weight * nm_mask(score(Wanda(), weight, seen.square().sum(0)), pattern)
-    by_magnitude = weight * nm_mask(score(Magnitude(), weight), pattern)
+    by_wanda = weight * nm_mask(Wanda().score(weight, seen.square().sum(0)), pattern)
+    by_magnitude = weight * nm_mask(Magnitude().score(weight), pattern)
     errors = [output_error(unseen, weight, pruned) for pruned in (swept, by_wanda, by_magnitude)]
     assert errors[0] < 0.95 * errors[1]
     assert errors[1] < errors[2]
@@ -122,9 +137,9 @@ def test_a_schedule_says_how_many_and_the_sweep_which(kind: type[PerGroup | Grou
     weight, x, pattern = weights(8, 32), activations(128, 32), Pattern(2, 4)
     schedule, previous = kind(steps=steps), torch.ones(8, 32, dtype=torch.bool)
     for sparsity in schedule.sparsities(pattern):
-        rule = partial(choose_mask, schedule, pattern=pattern, sparsity=sparsity, previous=previous)
-        mask, weight = sparsegpt.prune(SparseGPT(), weight * previous, x.T @ x, 4, rule, previous)
-        assert int((~mask).sum()) == int((~rule(weight.abs())).sum()), "as many zeros as the schedule asks for"
+        wanted = schedule.choose_mask(weight.abs(), pattern, sparsity, previous)
+        mask, weight = prune_by(schedule, weight, x, pattern, previous, sparsity)
+        assert int((~mask).sum()) == int((~wanted).sum()), "as many zeros as the schedule asks for"
         assert not (mask & ~previous).any(), "what is pruned stays pruned"
         assert not weight[~mask].any()
         previous = mask
@@ -134,8 +149,7 @@ def test_a_schedule_says_how_many_and_the_sweep_which(kind: type[PerGroup | Grou
 def test_a_pruned_weight_may_return_where_the_schedule_regrows() -> None:
     weight, x, pattern = weights(8, 32), activations(128, 32), Pattern(2, 4)
     previous = nm_mask(-weight.abs(), Pattern(3, 4))  # the worst there is: the largest of each group is gone
-    rule = partial(choose_mask, PerGroup(steps=1, regrow=True), pattern=pattern, sparsity=0.5, previous=previous)
-    mask, swept = sparsegpt.prune(SparseGPT(), weight * previous, x.T @ x, 4, rule)
+    mask, swept = prune_by(PerGroup(steps=1, regrow=True), weight, x, pattern, previous)
     assert (mask & ~previous).any()
     assert count_violations(swept, pattern) == 0
 
@@ -143,8 +157,7 @@ def test_a_pruned_weight_may_return_where_the_schedule_regrows() -> None:
 def test_a_convolution_is_swept_as_its_unfolded_matrix() -> None:
     weight = weights(8, 8 * 9).view(8, 8, 3, 3)
     x = activations(200, 72)
-    rule = partial(choose_mask, PerGroup(steps=1), pattern=Pattern(2, 4), sparsity=0.5, previous=None)
-    mask, swept = sparsegpt.prune(SparseGPT(), weight, x.T @ x, 4, rule)
+    mask, swept = prune(weight, x)
     flat = to_columns(weight).clone()
     wanted_mask, wanted = prune(flat, x)
     assert torch.equal(to_columns(mask), wanted_mask)

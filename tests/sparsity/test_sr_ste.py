@@ -9,8 +9,7 @@ from torch import nn
 from sqat.modules.parametrize import insert_weights_, original_weight, remove_weights_
 from sqat.sparsity.masks import apply_mask, nm_mask
 from sqat.sparsity.pattern import Pattern
-from sqat.sparsity.schedule import choose_mask, decay_loss
-from sqat.sparsity.settings import SrSte
+from sqat.sparsity.schedules.sr_ste import SrSte
 
 PATTERN = Pattern(2, 4)
 
@@ -20,10 +19,10 @@ def test_one_step_is_the_formula(decay: float) -> None:
     torch.manual_seed(0)
     schedule, net, x, target = SrSte(decay=decay), nn.Linear(8, 3, bias=False), torch.randn(5, 8), torch.randn(5, 3)
     dense = net.weight.detach().double().clone()
-    mask = choose_mask(schedule, dense.abs(), PATTERN, 0.5, None)
+    mask = schedule.choose_mask(dense.abs(), PATTERN, 0.5, None)
     transforms = insert_weights_(net, {"": mask}, (), [""])
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    loss = (net(x) - target).square().sum() / 2 + decay_loss(schedule, original_weight(net), mask)
+    loss = (net(x) - target).square().sum() / 2 + schedule.decay_loss(original_weight(net), mask)
     loss.backward()
     optimizer.step()
     kept = mask.double()
@@ -49,9 +48,9 @@ def test_a_pruned_weight_that_grows_comes_back() -> None:
         assert mask is not None
         optimizer = torch.optim.SGD([weight], lr=0.05)
         for _ in range(50):
-            mask.copy_(choose_mask(schedule, weight.detach().abs(), PATTERN, 0.5, mask))
+            mask.copy_(schedule.choose_mask(weight.detach().abs(), PATTERN, 0.5, mask))
             optimizer.zero_grad()
-            loss = (net(x) - target).square().mean() + decay_loss(schedule, weight, mask)
+            loss = (net(x) - target).square().mean() + schedule.decay_loss(weight, mask)
             loss.backward()
             optimizer.step()
         losses[straight] = float(loss.detach())
@@ -61,7 +60,7 @@ def test_a_pruned_weight_that_grows_comes_back() -> None:
 def test_the_penalty_pulls_at_pruned_weights_alone() -> None:
     weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
     mask = nm_mask(weight.abs(), PATTERN)
-    decay_loss(SrSte(decay=0.5), weight, mask).backward()
+    SrSte(decay=0.5).decay_loss(weight, mask).backward()
     torch.testing.assert_close(weight.grad, 0.5 * weight.detach() * ~mask)
 
 
@@ -77,12 +76,12 @@ def test_straight_masks_compute_what_others_do() -> None:
 
 def test_the_mask_is_chosen_anew_whatever_was_pruned() -> None:
     scores = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
-    assert choose_mask(SrSte(), scores, PATTERN, 0.5, torch.tensor([[True, True, False, False]])).tolist() == [
+    assert SrSte().choose_mask(scores, PATTERN, 0.5, torch.tensor([[True, True, False, False]])).tolist() == [
         [False, False, True, True]
     ]
     assert SrSte().sparsities(PATTERN) == (0.5,)
     with pytest.raises(ValueError, match="1 of 4 scores are not finite"):
-        choose_mask(SrSte(), scores.log1p().log().masked_fill(scores == 1, torch.nan), PATTERN, 0.5, None)
+        SrSte().choose_mask(scores.log1p().log().masked_fill(scores == 1, torch.nan), PATTERN, 0.5, None)
 
 
 @pytest.mark.parametrize(
