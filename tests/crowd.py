@@ -35,7 +35,6 @@ from sqat.sparsity.criteria.taylor import Taylor
 from sqat.sparsity.criteria.wanda import Wanda
 from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import parse_pattern
-from sqat.stages.calibrate import add_up_
 from sqat.training.batches import Batches
 from sqat.training.fsdp import summon_full_params
 from sqat.training.loop import Evaluation, fit
