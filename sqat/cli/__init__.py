@@ -1,10 +1,9 @@
-"""The command line: thin commands over `sqat.pipeline.runner` and its neighbours, and the one place that exits.
+"""The command line: one file per command, named after it.
 
-`commands` lists them all; each is a function of `running`, `looking`, `machine` or `writing`. Heavy imports (torch,
-transformers, pydantic, Rich) are inside their bodies, so that ``--help`` is quick, and behind what can be checked
-without them, so that a mistake is. Exit codes: 0, 1 a fault of this program, 2 the user's mistake, 3 a missed quality
-gate, 130 interrupted.
+Options that several commands share are in `options`. `commands` lists all commands, and `exit_codes` is the one place
+that ends the program. Heavy imports (torch, transformers, pydantic, Rich) stand inside the command functions, after
+the checks that do not need them.
 """
 
 from sqat.cli.commands import app as app
-from sqat.cli.ending import main as main
+from sqat.cli.exit_codes import main as main

@@ -1,4 +1,4 @@
-"""The program: every command, in the order that ``sqat --help`` shows them in."""
+"""The Typer application: every command, in the order in which `sqat --help` shows them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ from typing import Annotated
 import typer
 
 from sqat import __version__
-from sqat.cli.looking import analyze, evaluate, inspect
-from sqat.cli.machine import bench, doctor, engine
-from sqat.cli.running import calibrate, export, prune, qat, run, train
-from sqat.cli.writing import init, report, schema
+from sqat.cli.analyze import analyze
+from sqat.cli.bench import bench
+from sqat.cli.doctor import doctor
+from sqat.cli.engine import engine
+from sqat.cli.evaluate import evaluate
+from sqat.cli.init import init
+from sqat.cli.inspect import inspect
+from sqat.cli.report import report
+from sqat.cli.run import run
+from sqat.cli.schema import schema
+from sqat.cli.stages import STAGE_COMMANDS
 
 app = typer.Typer(
     name="sqat",
@@ -22,8 +29,9 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def print_version(is_given: bool) -> None:
+    """Print the version and exit."""
+    if is_given:
         typer.echo(f"sqat {__version__}")
         raise typer.Exit
 
@@ -32,29 +40,12 @@ def _print_version(wanted: bool) -> None:
 def sqat(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="print the version")
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
 
-COMMANDS = (
-    run,
-    train,
-    prune,
-    calibrate,
-    qat,
-    export,
-    evaluate,
-    inspect,
-    analyze,
-    engine,
-    doctor,
-    bench,
-    report,
-    init,
-    schema,
-)
-for command in COMMANDS:
+for command in (run, *STAGE_COMMANDS, evaluate, inspect, analyze, engine, doctor, bench, report, init, schema):
     app.command()(command)

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands have, and the checks that come first."""
+"""Arguments and options that several commands share, and the checks of paths that come first."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from sqat.recipe.schema import LoadedRecipe
 
 
-def _set_verbosity(count: int) -> int:
-    """-v shows the libraries' news and warnings, -vv also tracebacks."""
+def set_verbosity(count: int) -> int:
+    """Show the libraries' messages for -v, and tracebacks as well for -vv."""
     if count:
         logging.basicConfig(level=logging.INFO if count == 1 else logging.DEBUG, stream=sys.stderr)
         warnings.simplefilter("default")
@@ -33,13 +33,15 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. stages.qat.epochs=2; repeatable"),
 ]
-Force = Annotated[bool, typer.Option("--force", help="run even what is unchanged")]
+Force = Annotated[bool, typer.Option("--force", help="run stages even if they are unchanged")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write all figures", show_default=False)]
-PlotFile = Annotated[
-    Path | None, typer.Option("--plot", metavar="FILE", help="draw them (.png, .svg)", show_default=False)
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="write all figures to a .json file", show_default=False)
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="only results and errors")]
+PlotFile = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE", help="draw the figures (.png, .svg, .pdf)", show_default=False)
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print only results and errors")]
 Verbose = Annotated[
     int,
     typer.Option(
@@ -47,53 +49,51 @@ Verbose = Annotated[
         "-v",
         count=True,
         show_default=False,
-        callback=_set_verbosity,
-        help="libraries' messages; -vv: tracebacks too",
+        callback=set_verbosity,
+        help="show messages of the libraries; -vv: tracebacks too",
     ),
 ]
 Stage = Annotated[
-    str | None, typer.Option("--stage", metavar="NAME", help="which stage, if the recipe has several of the kind")
+    str | None, typer.Option("--stage", metavar="NAME", help="stage to run, if the recipe has several of this type")
 ]
 Parent = Annotated[
-    Path | None,
-    typer.Option("--from", metavar="CHECKPOINT", help="start from this folder, not from the recipe's run folder"),
+    Path | None, typer.Option("--from", metavar="CHECKPOINT", help="start from this folder instead of the parent stage")
 ]
 Output = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="DIR", help="where to save; default: the run folder")
+    Path | None, typer.Option("--output", "-o", metavar="DIR", help="folder to write; default: in the run folder")
 ]
 Distill = Annotated[
-    bool | None,
-    typer.Option("--distill/--no-distill", help="with or without MiniLM distillation, whatever the recipe says"),
+    bool | None, typer.Option("--distill/--no-distill", help="turn MiniLM distillation on or off for this stage")
 ]
 Targets = Annotated[
     list[str] | None,
-    typer.Option("--target", metavar="NAME", help="instead of the recipe's; auto: what fits this machine; repeatable"),
+    typer.Option("--target", metavar="NAME", help="export target; auto: the best one for this machine; repeatable"),
 ]
 
 
 def load(recipe: Path, overrides: Sequence[str] | None) -> LoadedRecipe:
-    """Read a recipe whose local files must be there, so that the last split is not missed hours later."""
+    """Load a recipe and check that its local files exist: a missing split must not show up hours later."""
     from sqat.recipe.loader import load_recipe
 
     return load_recipe(recipe, overrides or (), check_files=True)
 
 
-def must_exist(path: Path) -> None:
-    """Tell early that a file or folder is not there."""
+def check_exists(path: Path) -> None:
+    """Raise SqatError if there is no such file or folder."""
     if not path.exists():
-        raise SqatError("no such file or folder", near_files(path), str(path))
+        raise SqatError("no such file or folder", near_files(path), str(path), code="missing-file")
 
 
-def must_be_artifact(path: Path) -> None:
-    """Tell early that something is not there, or neither a folder nor an ONNX file."""
-    must_exist(path)
+def check_artifact(path: Path) -> None:
+    """Raise SqatError if a path is neither a folder nor an ONNX file."""
+    check_exists(path)
     if not path.is_dir() and path.suffix != ".onnx":
-        raise SqatError("is neither a checkpoint folder nor an .onnx file", place=str(path))
+        raise SqatError("is neither a checkpoint folder nor an .onnx file", place=str(path), code="unreadable-file")
 
 
-def must_be_checkpoint(path: Path) -> None:
-    """Tell early that a folder is not there, or holds no checkpoint."""
-    must_exist(path)
+def check_checkpoint(path: Path) -> None:
+    """Raise SqatError if a folder holds no checkpoint."""
+    check_exists(path)
     from sqat.checkpoint.manifest import load_manifest
 
     load_manifest(path)

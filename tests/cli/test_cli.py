@@ -160,7 +160,7 @@ def test_a_mistake_is_one_line_and_code_2(
     [
         (SqatError("bad row", "mend it", "train.jsonl:7"), 2, "error: train.jsonl:7: bad row; mend it\n"),
         (GateError("parity lost", "", "export"), 3, "error: export: parity lost\n"),
-        (KeyboardInterrupt(), 130, "interrupted; the same command goes on from the last saved state\n"),
+        (KeyboardInterrupt(), 130, "interrupted; run the same command again to resume from the last saved state\n"),
         (OSError(28, "No space left on device", "runs/r"), 2, "error: runs/r: No space left on device\n"),
         (ZeroDivisionError("oh\nno"), 1,
          "internal error: ZeroDivisionError (oh); run it again with -vv or SQAT_DEBUG=1 for the traceback\n"),
@@ -382,7 +382,7 @@ def fake(loaded, reporter, **options):
     print("started", flush=True)
     time.sleep(60)
 sys.modules["sqat.pipeline.runner"] = types.SimpleNamespace(run=fake)
-sys.modules["sqat.cli.tables"] = types.SimpleNamespace()
+sys.modules["sqat.cli.tables.results"] = types.SimpleNamespace(print_plan=None, print_results=None)
 sys.exit(cli.main(["run", "r.yaml"]))
 """
 
@@ -403,7 +403,10 @@ def test_signals_interrupt_with_130(number: signal.Signals, folder: Path) -> Non
     started = time.monotonic()
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (130, "interrupted; the same command goes on from the last saved state\n")
+    assert (process.returncode, err) == (
+        130,
+        "interrupted; run the same command again to resume from the last saved state\n",
+    )
     assert time.monotonic() - started < 20
 
 

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sqat.cli import console, tables
+from sqat.cli import printing, progress_bars
+from sqat.cli.tables import layers as layer_tables
+from sqat.cli.tables import layout
+from sqat.cli.tables import results as result_tables
 from sqat.errors import SqatError
 from sqat.lint.report_row import LayerReport
 from sqat.pipeline.plan import PlannedStage
@@ -32,12 +35,12 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr("sqat.cli.console.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("sqat.cli.progress_bars.time.monotonic", lambda: self.now)
 
 
 def run_lines(clock: Clock, total: int, seconds_a_step: float) -> list[str]:
     lines: list[str] = []
-    reporter = console.LineReporter(lines.append)
+    reporter = progress_bars.LineReporter(lines.append)
     reporter.start("qat", total)
     for step in range(1, total + 1):
         clock.now += seconds_a_step
@@ -74,7 +77,7 @@ def test_the_end_of_a_stage_without_steps_is_told(monkeypatch: pytest.MonkeyPatc
 def draw_bar(*, no_color: bool) -> str:
     file = io.StringIO()
     screen = Console(file=file, force_terminal=True, width=80, no_color=no_color, color_system="truecolor")
-    bar = console.BarReporter(screen)
+    bar = progress_bars.BarReporter(screen)
     bar.start(LONG, 123_400)
     values = {"loss": 0.04938, "task": 0.5, "minilm": 0.00345, "logits": 2.1e-07, "lr": 1.2e-05, "ndcg@10": 0.7841}
     bar.advance(12_345, values, 845.2)
@@ -90,7 +93,7 @@ def test_the_bar_fits_80_columns_and_says_all() -> None:
     lines = drawn.replace("\r", "\n").splitlines()
     assert max(len(line) for line in lines) <= 80
     bar = next(line for line in lines if "12345/123400" in line)
-    assert bar.startswith(LONG[: console.TITLE_WIDTH])
+    assert bar.startswith(LONG[: progress_bars.TITLE_WIDTH])
     assert "845/s" in bar
     for value in ("loss=0.04938", "minilm=0.00345", "ndcg@10=0.7841"):
         assert value in drawn
@@ -105,14 +108,14 @@ def test_no_color_means_no_colour() -> None:
 
 def test_no_color_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
-    assert console.result_console().no_color
-    assert console.error_console().no_color
+    assert printing.result_console().no_color
+    assert printing.error_console().no_color
 
 
 def test_the_cursor_comes_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.StringIO()
-    monkeypatch.setattr(console, "error_console", lambda: Console(file=file, force_terminal=True, width=80))
-    with suppress(KeyboardInterrupt), console.open_reporter() as reporter:
+    monkeypatch.setattr(printing, "error_console", lambda: Console(file=file, force_terminal=True, width=80))
+    with suppress(KeyboardInterrupt), progress_bars.open_reporter() as reporter:
         reporter.start("qat", 10)
         raise KeyboardInterrupt
     assert file.getvalue().rindex("\x1b[?25h") > file.getvalue().rindex("\x1b[?25l")
@@ -122,11 +125,11 @@ def test_errors_are_one_line_in_a_file_and_wrapped_at_words_in_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = SqatError("unknown key 'x' [bold] in stages.train", "allowed: " + ", ".join(["epochs"] * 20), "r.yaml:7")
-    console.print_error(error)
+    printing.print_error(error)
     assert capsys.readouterr().err == f"error: {error}\n"
     file = io.StringIO()
-    monkeypatch.setattr(console, "error_console", lambda: Console(file=file, force_terminal=True, width=80))
-    console.print_error(error)
+    monkeypatch.setattr(printing, "error_console", lambda: Console(file=file, force_terminal=True, width=80))
+    printing.print_error(error)
     lines = re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue()).splitlines()
     assert max(len(line) for line in lines) <= 80
     assert " ".join(line.strip() for line in lines) == f"error: {error}"
@@ -145,7 +148,7 @@ def output_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 def test_a_narrow_table_holds_the_paths(capsys: pytest.CaptureFixture[str]) -> None:
-    tables.print_results(results({"accuracy": 0.9}, "runs"))
+    result_tables.print_results(results({"accuracy": 0.9}, "runs"))
     lines = output_of(capsys)
     assert max(len(line) for line in lines) <= 80
     assert lines[0].split() == ["accuracy", "MB", "path"]
@@ -154,7 +157,7 @@ def test_a_narrow_table_holds_the_paths(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_paths_go_below_a_wide_table(capsys: pytest.CaptureFixture[str]) -> None:
     metrics = {"ndcg@10": 0.7841, "pnr": 4.514, "mrr": 0.771, "accuracy": 0.91}
-    tables.print_results(results(metrics, "/" + "folder/" * 12))
+    result_tables.print_results(results(metrics, "/" + "folder/" * 12))
     lines = output_of(capsys)
     assert lines[0].split() == ["ndcg@10", "pnr", "mrr", "accuracy", "MB"]
     assert lines[5].split() == ["sparse", "int8", "(Sparse-QAT)", "0.7841", "4.514", "0.7710", "0.9100", "24.9"]
@@ -163,19 +166,19 @@ def test_paths_go_below_a_wide_table(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_counts_have_no_decimals_and_an_empty_table_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    tables.print_results(results({"accuracy": 1.0, "pnr": float("inf"), "queries": 237.0}, "runs"))
+    result_tables.print_results(results({"accuracy": 1.0, "pnr": float("inf"), "queries": 237.0}, "runs"))
     assert output_of(capsys)[2].split()[:5] == ["dense", "fp32", "1.0000", "inf", "237"]
-    tables.print_results(Results([], "test", "3f4a" * 16, Path("runs/relevance")))
+    result_tables.print_results(Results([], "test", "3f4a" * 16, Path("runs/relevance")))
     assert output_of(capsys) == ["no results yet in runs/relevance"]
 
 
 def test_metrics_that_do_not_fit_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     metrics = {f"metric_number_{number}": 0.5 for number in range(8)}
-    tables.print_results(results(metrics, "runs"))
+    result_tables.print_results(results(metrics, "runs"))
     lines = output_of(capsys)
     assert max(len(line) for line in lines[:6]) <= 80
     shown = [name for name in lines[0].split() if name in metrics]
-    hidden = " ".join(lines).partition("also measured, see --json: ")[2].partition(" test split")[0]
+    hidden = " ".join(lines).partition("--json also shows: ")[2].partition(" test split")[0]
     assert shown + [name.strip() for name in hidden.split(",")] == list(metrics)
     assert shown
 
@@ -186,12 +189,12 @@ def test_the_plan_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
         PlannedStage(10, "qat", "qat", LONG, "3f4a" * 4, Path("x"), True, 99_999, 999_999, 12.0),
         PlannedStage(11, "export", "export", "qat", "3f4a" * 4, Path("x"), False, None, 128, None),
     ]
-    tables.print_plan(plan)
+    result_tables.print_plan(plan)
     lines = output_of(capsys)
     assert max(len(line) for line in lines) <= 80
     assert lines[2].split()[-6:] == ["3f4a3f4", "123k", "3.84M", "2h13m", "will", "run"]
     assert lines[-1] == "2 of 3 stages will run, time 2h13m, and 1 of unknown time"
-    tables.print_plan(plan[1:2])
+    result_tables.print_plan(plan[1:2])
     assert output_of(capsys)[-1] == "nothing to do: every stage is unchanged"
 
 
@@ -212,7 +215,7 @@ def layers() -> list[LayerReport]:
 
 
 def test_layers_fit_80_columns_with_their_reasons(capsys: pytest.CaptureFixture[str]) -> None:
-    tables.print_layers(layers(), Path("x"))
+    layer_tables.print_layers(layers(), Path("x"))
     lines = output_of(capsys)
     assert max(len(line) for line in lines) <= 80
     assert lines[0].split() == ["layer", "shape", "N:M", "zero%", "scale", "amax", "SQNR", "sat.%"]
@@ -220,13 +223,13 @@ def test_layers_fit_80_columns_with_their_reasons(capsys: pytest.CaptureFixture[
     assert names[:3] == ["~0.attention.output.dense", "~0.attention.self.query", "~0.output.dense"]
     assert names[3:6] == [name.replace("0", "11") for name in names[:3]]
     assert lines[3].split() == ["~0.attention.self.query", "384x384", "2:4", "50.0", "1.2-9.8", "3.46", "38.2", "0.01"]
-    assert "a: left alone, outside the encoder (B8) (2 of 8 layers)" in lines
+    assert "a: skipped: outside the encoder (B8) (2 of 8 layers)" in lines
     assert lines[9].split()[:4] == ["classifier", "1x384", "dense", "a"]
     assert "~ is bert.encoder.layer." in lines
 
 
 def test_layers_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    tables.print_layers(layers(), Path("x"), as_json=True)
+    layer_tables.print_layers(layers(), Path("x"), as_json=True)
     value = json.loads("\n".join(output_of(capsys)))
     assert value["layers"][1] == {
         "name": "bert.encoder.layer.0.attention.self.query",
@@ -242,7 +245,7 @@ def test_layers_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_json_says_what_json_cannot(capsys: pytest.CaptureFixture[str]) -> None:
-    console.print_json({"a": float("inf"), "b": [-float("inf"), float("nan")], "c": (1, None, "é")})
+    printing.print_json({"a": float("inf"), "b": [-float("inf"), float("nan")], "c": (1, None, "é")})
     text = capsys.readouterr().out
     value = json.loads(text, parse_constant=lambda name: pytest.fail(f"bare {name}"))
     assert value == {"a": "Infinity", "b": ["-Infinity", "NaN"], "c": [1, None, "é"]}
@@ -255,14 +258,14 @@ def test_json_says_what_json_cannot(capsys: pytest.CaptureFixture[str]) -> None:
      (8000, "2h13m")],
 )  # fmt: skip
 def test_times(seconds: float | None, text: str) -> None:
-    assert console.show_time(seconds) == text
+    assert printing.format_time(seconds) == text
 
 
 def test_counts_and_shares_fit_their_columns() -> None:
-    assert [tables.show_count(count) for count in (None, 0, 99_999, 123_400, 999_999, 3_840_000)] == [
+    assert [layout.format_count(count) for count in (None, 0, 99_999, 123_400, 999_999, 3_840_000)] == [
         "-", "0", "99,999", "123k", "1M", "3.84M",
     ]  # fmt: skip
-    assert [tables.show_share(share) for share in (0, 1e-6, 0.00012, 0.5, 1)] == [
+    assert [layer_tables.format_saturation(share) for share in (0, 1e-6, 0.00012, 0.5, 1)] == [
         "0",
         "<0.01",
         "0.01",

@@ -1,0 +1,39 @@
+"""`sqat evaluate`: the metrics of one artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from sqat.cli.options import Json, Quiet, RecipeFile, Set, Verbose, check_artifact, load
+from sqat.errors import SqatError
+
+
+def evaluate(
+    recipe: RecipeFile,
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="checkpoint folder or .onnx file")],
+    split: Annotated[str, typer.Option("--split", metavar="test|dev", help="split to measure on")] = "test",
+    overrides: Set = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Measure a checkpoint or an exported file."""
+    if split not in ("test", "dev"):
+        raise SqatError(f"no split {split!r}", "allowed: test, dev", "--split", code="unknown-name")
+    name: Literal["test", "dev"] = "dev" if split == "dev" else "test"
+    check_artifact(artifact)
+    loaded = load(recipe, overrides)
+    if split == "test" and loaded.recipe.data.test is None:
+        hint = "add data.test or give --split dev"
+        raise SqatError("the recipe has no test split", hint, recipe.name, code="usage")
+    from sqat.cli.progress_bars import is_rank0, open_reporter
+    from sqat.cli.tables.results import print_metrics
+    from sqat.pipeline import runner
+
+    with open_reporter(quiet=quiet) as reporter:
+        metrics = runner.evaluate(loaded, artifact, name, reporter)
+    if is_rank0():
+        print_metrics(metrics, split, artifact, as_json=json)

@@ -1,0 +1,26 @@
+"""`sqat schema`: the JSON schema of recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def schema(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="file to write; default: print the schema")
+    ] = None,
+) -> None:
+    """Print the JSON schema of recipes: every key with its type and default."""
+    from sqat.recipe.json_schema import schema_text
+
+    if output is None:
+        from sqat.cli.printing import print_text
+
+        print_text(schema_text().rstrip())
+    else:
+        from sqat.checkpoint.small_files import replace_file
+
+        replace_file(output, schema_text().encode())

@@ -1,0 +1,127 @@
+"""Tables of `sqat run` (results and plan) and `sqat evaluate` (metrics)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from sqat.cli.printing import format_time, print_json, relative_path, result_console
+from sqat.cli.tables.layout import format_count, natural_width, new_table
+
+if TYPE_CHECKING:
+    from sqat.pipeline.plan import PlannedStage
+    from sqat.pipeline.results import Results
+
+
+def print_results(results: Results, *, as_json: bool = False) -> None:
+    """Print the results table: metrics, size and path of each artifact."""
+    if as_json:
+        rows = [{**vars(row), "path": str(row.path)} for row in results.rows]
+        print_json({"split": results.split, "data_digest": results.data_digest,
+                    "directory": str(results.directory), "rows": rows})  # fmt: skip
+        return
+    console = result_console()
+    if not results.rows:
+        console.print(f"no results yet in {relative_path(results.directory)}", soft_wrap=True)
+        return
+    metrics = list(dict.fromkeys(metric for row in results.rows for metric in row.metrics))
+    table, num_metrics, has_path = widest_table(results, metrics, console)
+    console.print(table)
+    console.print()
+    if not has_path:
+        for row in results.rows:
+            console.print(f"{row.label}: {relative_path(row.path)}", soft_wrap=True)
+    if num_metrics < len(metrics):
+        console.print(f"--json also shows: {', '.join(metrics[num_metrics:])}")
+    source = f"{results.split} split, data {results.data_digest[:12]}, run in {relative_path(results.directory)}"
+    console.print(source, soft_wrap=True)
+
+
+def widest_table(results: Results, metrics: list[str], console: Console) -> tuple[Table, int, bool]:
+    """Return the fullest table that fits the console: without the paths and the last metrics if it must be."""
+    for num_metrics, has_path in [(len(metrics), True), *((count, False) for count in range(len(metrics), 0, -1))]:
+        table = results_table(results, metrics[:num_metrics], has_path)
+        if Measurement.get(console, console.options, table).minimum <= console.width >= natural_width(table):
+            return table, num_metrics, has_path
+    return results_table(results, metrics[:1], False), min(len(metrics), 1), False
+
+
+def results_table(results: Results, metrics: list[str], has_path: bool) -> Table:
+    """Build the results table of some metrics."""
+    table = new_table("", *metrics, "MB")
+    if has_path:
+        table.add_column("path")
+    digits = {metric: num_decimals([row.metrics.get(metric) for row in results.rows]) for metric in metrics}
+    for row in results.rows:
+        values = [format_metric(row.metrics.get(metric), digits[metric]) for metric in metrics]
+        path = [relative_path(row.path)] if has_path else []
+        table.add_row(row.label, *values, f"{row.size_bytes / 1e6:.1f}", *path)
+    return table
+
+
+def print_metrics(metrics: Mapping[str, float], split: str, artifact: Path, *, as_json: bool = False) -> None:
+    """Print the metrics of one artifact."""
+    if as_json:
+        print_json({"artifact": str(artifact), "split": split, "metrics": metrics})
+        return
+    table = new_table(split)
+    table.add_column(relative_path(artifact), justify="right", overflow="fold")
+    for name, value in metrics.items():
+        table.add_row(name, format_metric(value, num_decimals([value])))
+    result_console().print(table)
+
+
+def num_decimals(values: Sequence[float | None]) -> int:
+    """Return the decimals of a column: none for counts, four for shares, three for values over 1."""
+    numbers = [abs(value) for value in values if value is not None]
+    if numbers and max(numbers) > 1 and all(value % 1 == 0 for value in numbers):
+        return 0
+    return 4 if all(value <= 1 for value in numbers) else 3
+
+
+def format_metric(value: float | None, decimals: int) -> str:
+    """Format a metric; ``-`` for None."""
+    return "-" if value is None else f"{value:.{decimals}f}"
+
+
+def print_plan(plan: Sequence[PlannedStage], *, as_json: bool = False) -> None:
+    """Print what `sqat run` would do."""
+    if as_json:
+        print_json([{**vars(stage), "directory": str(stage.directory)} for stage in plan])
+        return
+    console = result_console()
+    console.print(plan_table(plan))
+    for stage in plan:
+        for gate in stage.gates:
+            console.print(f"gate of {stage.name}: {gate}", soft_wrap=True)
+        if stage.missed:
+            console.print(f"{stage.name} misses a gate: {stage.missed}", soft_wrap=True)
+    pending = [stage for stage in plan if not stage.unchanged]
+    if not pending:
+        console.print("nothing to do: every stage is unchanged")
+        return
+    seconds = [stage.seconds for stage in pending if stage.seconds is not None]
+    num_unknown = len(pending) - len(seconds)
+    time = format_time(sum(seconds)) if seconds else "unknown"
+    time += f", and {num_unknown} of unknown time" if num_unknown and seconds else ""
+    console.print(f"{len(pending)} of {len(plan)} stages will run, time {time}")
+
+
+def plan_table(plan: Sequence[PlannedStage]) -> Table:
+    """Build the table of the plan: a row per stage."""
+    table = new_table("#")
+    for title in ("stage", "from"):
+        table.add_column(title, overflow="fold")
+    for title in ("key", "steps", "samples", "time", ""):
+        table.add_column(title, justify="left" if title in ("key", "") else "right", no_wrap=True)
+    for stage in plan:
+        name = stage.name if stage.name == stage.kind else f"{stage.name} ({stage.kind})"
+        amounts = (format_count(stage.steps), format_count(stage.samples), format_time(stage.seconds))
+        state = "unchanged" if stage.unchanged else "will run"
+        table.add_row(str(stage.number), name, stage.parent or "-", stage.key[:7], *amounts, state)
+    return table
