@@ -25,12 +25,12 @@ from sqat.data.dataset import load_rows  # noqa: E402
 from sqat.errors import SqatError  # noqa: E402
 from sqat.export.float16 import to_float16  # noqa: E402
 from sqat.export.graph import export_float  # noqa: E402
+from sqat.models import diffusion  # noqa: E402
 from sqat.models.captions import Captions  # noqa: E402
 from sqat.models.diffusion import CaptionedPictures, Diffusion, drawing_, from_config  # noqa: E402
 from sqat.models.layer_selection import choose_layers, is_convolutional  # noqa: E402
 from sqat.models.loading import (  # noqa: E402
     build,
-    diffusion,
     load_pretrained,
     serialize_model,
 )

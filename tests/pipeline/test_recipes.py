@@ -27,7 +27,7 @@ ELSEWHERE = {  # recipes of other tasks, whose tests have data of their own
     "emoji-vit": "pipeline/test_image_recipes.py",
     "query-performance": "pipeline/test_performance_recipe.py",
     "retrieval": "pipeline/test_search_pipeline.py",
-    "text-to-image": "test_diffusion.py",
+    "text-to-image": "models/test_diffusion.py",
 }
 
 
