@@ -4,9 +4,9 @@
 
 TensorRT times its kernels while it builds: run it on the GPU that is to serve the engine (``pip install tensorrt``,
 8.6 to 11). TensorRT-RTX builds without a GPU and chooses its kernels when the engine first runs on one (``pip install
-tensorrt-rtx-cu13``). Both have the same Python interface, so this is one program. It writes the engine, the build log
-and, with TensorRT, the layer information; ``sqat engine MODEL.onnx --log LOG --layers JSON`` says from these which
-layers run sparse. Left out: timing caches, several profiles, plugins.
+tensorrt-rtx-cu13``). Both have the same Python interface, so one program serves both. It writes the engine,
+the build log and, with TensorRT, the layer information. ``sqat engine MODEL.onnx --log LOG --layers JSON`` reads them
+and says which layers run sparse.
 """
 
 from __future__ import annotations
@@ -23,24 +23,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
 
-# Settings, as `sqat export` writes them.
-MODEL: str = "model.tensorrt.onnx"
-SHAPES: dict[str, list[list[int]]] = {}  # of each input with free sizes: smallest, usual, largest
-PRECISIONS: list[str] = ["INT8"]  # for TensorRT 8, whose networks do not carry their types
-# End of the settings.
-
+SETTINGS = "build_engine.json"  # beside this script; `sqat export` writes it
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 LETTERS = {"INTERNAL_ERROR": "F", "ERROR": "E", "WARNING": "W", "INFO": "I", "VERBOSE": "V"}
 FOLLOW_UPS = ("catchCudaError", "Invalid Node - ")
 
 
 class BuildError(Exception):
-    """What went wrong, in one line."""
+    """Why no engine was built, in one line."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = read_options(arguments)
     try:
+        options = read_options(arguments)
         library = import_library(options.backend)
         with options.log.open("w", encoding="utf-8") as log:
             engine = build(library, options.model, json.loads(options.shapes), options.precisions, log)
@@ -55,38 +50,60 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Command line; files not named lie beside the model."""
+    """Read the command line; the settings file gives what it leaves out, and files lie beside the model."""
+    settings = read_settings(Path(__file__).with_name(SETTINGS))
+    precisions = ["INT8", "FP16"] if settings.get("precision") == "fp16" else ["INT8"]
     parser = argparse.ArgumentParser(description="Build a TensorRT engine with sparse kernels from an ONNX file.")
-    parser.add_argument("model", nargs="?", type=Path, default=Path(__file__).with_name(MODEL))
+    parser.add_argument("model", nargs="?", type=Path, help=f"default: the one that {SETTINGS} names")
     parser.add_argument("--backend", choices=["auto", *MODULES], default="auto")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--log", type=Path)
     parser.add_argument("--layers", type=Path, help="where TensorRT's layer information goes")
-    parser.add_argument("--shapes", default=json.dumps(SHAPES), help="JSON, in the form of SHAPES above")
-    parser.add_argument("--precisions", nargs="*", default=PRECISIONS)
+    parser.add_argument(
+        "--shapes",
+        default=json.dumps(settings.get("inputs", {})),
+        help="JSON: of each input with free sizes, the smallest, usual and largest shape",
+    )
+    parser.add_argument("--precisions", nargs="*", default=precisions, help="for TensorRT 8, whose files hold no types")
     options = parser.parse_args(arguments)
+    if options.model is None and "file" not in settings:
+        parser.error(f"name a model: there is no {SETTINGS} beside this script")
+    options.model = options.model or Path(__file__).with_name(settings["file"])
     options.output = options.output or options.model.with_suffix(".engine")
     options.log = options.log or options.model.with_suffix(".build.log")
     options.layers = options.layers or options.model.with_suffix(".layers.json")
     return options
 
 
-def import_library(backend: str) -> ModuleType:
-    """TensorRT if it is installed, else TensorRT-RTX; or the one that is asked for."""
-    names = list(MODULES) if backend == "auto" else [backend]
-    found = next((MODULES[name] for name in names if importlib.util.find_spec(MODULES[name])), None)
-    if found is None:
-        raise BuildError(f"{' and '.join(names)} cannot be found; see the head of this file")
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read the settings file; empty where there is none."""
+    if not path.is_file():
+        return {}
     try:
-        return importlib.import_module(found)
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BuildError(f"{path} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise BuildError(f"{path} holds no object")
+    return settings
+
+
+def import_library(backend: str) -> ModuleType:
+    """Import the backend that is asked for; ``auto`` is TensorRT if it is installed, else TensorRT-RTX."""
+    names = list(MODULES) if backend == "auto" else [backend]
+    module = next((MODULES[name] for name in names if importlib.util.find_spec(MODULES[name])), None)
+    if module is None:
+        raise BuildError(f"{' and '.join(names)} not installed; the head of this file says how")
+    try:
+        return importlib.import_module(module)
     except ImportError as error:
-        raise BuildError(f"{found} cannot be imported: {error}") from error
+        raise BuildError(f"{module} cannot be imported: {error}") from error
 
 
 def build(
     library: ModuleType, model: Path, shapes: dict[str, list[list[int]]], precisions: Sequence[str], file: TextIO
 ) -> Any:
-    """The serialized engine; everything the library says goes to ``file``."""
+    """Build and serialize an engine; write the library's messages to ``file``."""
     log = open_log(library, file)
     log.log(library.ILogger.INFO, f"{library.__name__} {library.__version__}, sparse weights allowed")
     builder = library.Builder(log)
@@ -105,62 +122,62 @@ def build(
             profile.set_shape(name, smallest, usual, largest)
         config.add_optimization_profile(profile)
     engine = builder.build_serialized_network(network, config)
-    if log.unfit:
-        raise BuildError(f"the shapes do not fit the model: {plain(log.unfit[0])}")
+    if log.shape_errors:
+        raise BuildError(f"the shapes do not fit the model: {first_sentence(log.shape_errors[0])}")
     if engine is None:
-        raise BuildError(plain(log.errors[0]) if log.errors else "the library does not say why it built nothing")
+        raise BuildError(
+            first_sentence(log.errors[0]) if log.errors else "the library does not say why it built nothing"
+        )
     return engine
 
 
 def open_log(library: ModuleType, file: TextIO) -> Any:
-    """A logger that writes lines as trtexec does and keeps the errors.
-
-    An error alone is no failure (a kernel that needs too much memory is one); shapes that cannot be right are only a
-    warning, and the engine would fail later.
-    """
+    """Open a logger that writes lines as trtexec does and keeps the errors."""
+    # A build that succeeds may log errors: a kernel that needs too much memory is one. Shapes that contradict each
+    # other are only a warning, but the engine would fail later.
 
     class Log(library.ILogger):  # type: ignore[name-defined,misc]
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []
-            self.unfit: list[str] = []
+            self.shape_errors: list[str] = []
 
         def log(self, severity: Any, text: str) -> None:
             file.write(f"[{LETTERS[severity.name]}] [TRT] {text}\n")
             if severity.name in ("ERROR", "INTERNAL_ERROR") and FOLLOW_UPS[0] not in text:
                 self.errors.append(text)
             if "values are not self-consistent" in text:
-                self.unfit.append(text)
+                self.shape_errors.append(text)
 
     return Log()
 
 
 def new_network(library: ModuleType, builder: Any) -> tuple[Any, bool]:
-    """An empty network, strongly typed from TensorRT 9 on: the Q/DQ nodes and casts of the file decide the types."""
+    """Create an empty network; from TensorRT 9 on it is strongly typed: Q/DQ and Cast nodes decide the types."""
     flags = library.NetworkDefinitionCreationFlag.__members__
-    wanted = [int(flags[name]) for name in ("EXPLICIT_BATCH", "STRONGLY_TYPED") if name in flags]
-    return builder.create_network(sum(1 << flag for flag in wanted)), "STRONGLY_TYPED" in flags
+    numbers = [int(flags[name]) for name in ("EXPLICIT_BATCH", "STRONGLY_TYPED") if name in flags]
+    return builder.create_network(sum(1 << number for number in numbers)), "STRONGLY_TYPED" in flags
 
 
 def parser_problem(parser: Any) -> str:
-    """The parser's first error with the node it is about."""
+    """Describe the parser's first error and its node."""
     if parser.num_errors == 0:
         return "no ONNX graph in it"
     error = parser.get_error(0)
     if not hasattr(error, "node_name"):  # before TensorRT 10
-        return f"node {error.node()}: {plain(error.desc())}"
-    return f"node {error.node_name() or error.node()} ({error.node_operator()}): {plain(error.desc())}"
+        return f"node {error.node()}: {first_sentence(error.desc())}"
+    return f"node {error.node_name() or error.node()} ({error.node_operator()}): {first_sentence(error.desc())}"
 
 
-def plain(text: str) -> str:
-    """What a message says, without the library's source lines and its error codes."""
+def first_sentence(text: str) -> str:
+    """Cut the library's source lines and error codes from a message."""
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip("[").startswith(FOLLOW_UPS)]
     line = re.sub(r"^.*?Error Code \d+: [^(]*\(", "", (lines or [text])[0])
     return re.sub(r"\.?\s+In \S+ at /.*$", "", line).strip()
 
 
 def layer_information(library: ModuleType, engine: Any) -> str:
-    """What TensorRT tells of each layer of the engine, JSON; it needs the GPU."""
+    """Read TensorRT's description of each engine layer as JSON; this needs the GPU."""
     loaded = library.Runtime(library.Logger(library.Logger.ERROR)).deserialize_cuda_engine(engine)
     if loaded is None:
         raise BuildError("the engine was built but cannot be loaded again; see the messages above")
@@ -170,12 +187,12 @@ def layer_information(library: ModuleType, engine: Any) -> str:
 
 def write(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
-    fresh = path.with_name(f".{path.name}.new")
+    temporary = path.with_name(f".{path.name}.new")
     try:
-        fresh.write_bytes(content)
-        os.replace(fresh, path)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
     finally:
-        fresh.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,7 @@
-"""What a build log or a layer-information file says an engine was made of, whichever TensorRT wrote it (rule T19).
+"""Read what a build log or a layer-information file says of an engine, whichever TensorRT wrote it.
 
-What: the ``(Sparsity)`` lines in both their forms (TensorRT 8, and 10 to 11), the weight bytes, and the layers of the
-engine, from the JSON that trtexec and IEngineInspector write or from the ``Layers:`` part of a verbose log, where each
-is a line of the same content. Nothing is known here of the ONNX file: `sqat.tensorrt.report` brings both together.
-
-Why so tolerant: a log passes through terminals, loggers and continuous integration, so lines may have any prefix and
-anything may stand between. A log that ends too early is refused all the same: half of the truth would read as
-"no sparse kernel". Left out: lines that a terminal has wrapped.
+It reads the ``(Sparsity)`` lines in both their forms (TensorRT 8; 10 to 11), the weight bytes, and the engine's
+layers: from JSON, or from the ``Layers:`` part of a verbose log. Lines may have any prefix.
 """
 
 from __future__ import annotations
@@ -44,7 +39,7 @@ STUB = "CASK_STUB"
 TYPES = {"int8": "int8", "half": "fp16", "fp16": "fp16", "bfloat16": "bf16", "float": "fp32", "fp32": "fp32"}
 
 
-class Named(NamedTuple):
+class SparsityLine(NamedTuple):
     """What one ``(Sparsity)`` line says; ``version_8`` as in `Choice`."""
 
     number: int
@@ -54,8 +49,12 @@ class Named(NamedTuple):
 
 @dataclass(frozen=True)
 class Tensor:
-    """A constant of an engine layer: type (``int8``, ``fp16``, ``fp32`` or TensorRT's own word) and number of elements,
-    0 where a size is free."""
+    """A constant of an engine layer.
+
+    Attributes:
+        type: ``int8``, ``fp16``, ``fp32``, or TensorRT's own word for another one.
+        count: number of elements, 0 where a size is free.
+    """
 
     type: str
     count: int
@@ -68,9 +67,9 @@ class EngineLayer:
     Attributes:
         kind: TensorRT's layer type, e.g. ``gemm`` or ``CaskConvolution``.
         tactic: name of the kernel, empty where there is none.
-        nodes: ONNX nodes that the layer is made from, as far as it tells.
-        constants: what it reads that is stored in the engine, where TensorRT tells that apart from its inputs.
-        eligible: whether its weights are 2:4 to TensorRT, None where it does not say.
+        nodes: ONNX nodes in the layer, as far as TensorRT lists them.
+        constants: tensors stored in the engine that it reads, where TensorRT lists them apart from its inputs.
+        eligible: whether TensorRT takes its weights for 2:4, None where it does not say.
     """
 
     name: str
@@ -88,10 +87,10 @@ class EngineLayer:
 
 @dataclass(frozen=True)
 class Choice:
-    """A pair of ``(Sparsity)`` lines: how many engine layers, and the names as far as they are listed.
+    """A pair of ``(Sparsity)`` lines: how many engine layers, and those names that are listed.
 
     Attributes:
-        version_8: whether it is the form of TensorRT 8.
+        version_8: whether it has the form of TensorRT 8.
     """
 
     eligible: int
@@ -101,100 +100,105 @@ class Choice:
     version_8: bool = False
 
     @property
-    def names_all(self) -> bool:
-        """Whether every layer is named."""
+    def lists_all_names(self) -> bool:
+        """Whether the lines name every layer that they count."""
         return len(self.eligible_names) == self.eligible and len(self.chosen_names) == self.chosen
 
 
 @dataclass(frozen=True)
 class BuildLog:
-    """What was found in a log, a layer file, or both.
+    """What a log, a layer file, or both say.
 
     Attributes:
-        choice: None where no ``(Sparsity)`` line was found.
-        weight_bytes: of all weights in the engine, None where not told.
-        of_rtx: whether TensorRT-RTX names itself.
+        choice: None without ``(Sparsity)`` lines.
+        weight_bytes: of all weights in the engine, None where the log does not say.
+        is_rtx: whether TensorRT-RTX wrote the log.
     """
 
     choice: Choice | None = None
     layers: tuple[EngineLayer, ...] = ()
     weight_bytes: int | None = None
-    of_rtx: bool = False
+    is_rtx: bool = False
 
     @property
     def chosen_later(self) -> bool:
-        """Whether kernels are chosen only when the engine first runs (TensorRT-RTX)."""
-        return self.choice is None and (self.of_rtx or any(STUB in layer.tactic for layer in self.layers))
+        """Whether the GPU chooses kernels when the engine first runs (TensorRT-RTX)."""
+        return self.choice is None and (self.is_rtx or any(STUB in layer.tactic for layer in self.layers))
 
 
 def read_log(path: Path, *, alone: bool = True) -> BuildLog:
     """Read the log of a build.
 
     Args:
-        alone: whether it is all there is, so that it has to tell of sparse kernels.
+        alone: whether there is no layer information beside it, so that it must name sparse kernels.
 
     Raises:
-        SqatError: no such file, cut short, or nothing in it that tells of sparse kernels.
+        SqatError: no such file, cut short, or nothing in it about sparse kernels.
     """
     text = read_text(path)
     try:
         log = parse_log(text)
     except ValueError as error:
-        raise SqatError(str(error), "give the whole log of the build", str(path)) from error
+        raise unreadable(path, str(error), "give the whole log of the build") from error
     if alone and log.choice is None and not log.layers:
-        raise SqatError(
+        raise unreadable(
+            path,
             "says nothing of sparse kernels" if text.strip() else "is empty",
             "build with --sparsity=enable --verbose and keep everything it prints",
-            str(path),
         )
     return log
 
 
+def unreadable(path: Path, problem: str, hint: str = "") -> SqatError:
+    """The error about a file that does not say what it should."""
+    return SqatError(problem, hint, str(path), code="unreadable-file")
+
+
 def read_text(path: Path) -> str:
-    """A log as text; PowerShell's redirection writes UTF-16."""
+    """Read a log as text; PowerShell's redirection writes UTF-16."""
     if not path.is_file():
-        raise SqatError("no such file", place=str(path))
+        raise SqatError("no such file", place=str(path), code="missing-file")
     content = path.read_bytes()
     return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8", errors="replace")
 
 
 def parse_log(text: str) -> BuildLog:
-    """What a log says; nothing in it is not an error here.
+    """Parse a log, which may say nothing.
 
     Raises:
         ValueError: an ``eligible`` line without its ``chosen`` line, or more chosen than eligible.
     """
-    eligible: list[Named] = []
-    chosen: list[Named] = []
+    eligible: list[SparsityLine] = []
+    chosen: list[SparsityLine] = []
     layers: list[EngineLayer] = []
-    weight_bytes, of_rtx = None, False
+    weight_bytes, is_rtx = None, False
     for line in re.split("\r?\n", text):  # splitlines would also split at the \x1e between the ONNX nodes of a layer
-        if found := ELIGIBLE.search(line):
-            eligible.append(count_names(found))
-        elif found := CHOSEN.search(line):
-            chosen.append(count_names(found))
-        elif found := LAYER_LINE.search(line):
-            layers.append(layer_of_line(found))
-        elif found := WEIGHT_BYTES.search(line):
-            weight_bytes = int(found[1])
+        if match := ELIGIBLE.search(line):
+            eligible.append(parse_sparsity_line(match))
+        elif match := CHOSEN.search(line):
+            chosen.append(parse_sparsity_line(match))
+        elif match := LAYER_LINE.search(line):
+            layers.append(parse_layer_line(match))
+        elif match := WEIGHT_BYTES.search(line):
+            weight_bytes = int(match[1])
         elif RTX.search(line):
-            of_rtx = True
-    return BuildLog(largest_pair(eligible, chosen), tuple(dict.fromkeys(layers)), weight_bytes, of_rtx)
+            is_rtx = True
+    return BuildLog(largest_pair(eligible, chosen), tuple(dict.fromkeys(layers)), weight_bytes, is_rtx)
 
 
-def count_names(found: re.Match[str]) -> Named:
+def parse_sparsity_line(match: re.Match[str]) -> SparsityLine:
     """Number and names in a ``(Sparsity)`` line; the older form has only names."""
-    names = tuple(name for part in (found[2] or "").split(", ") if (name := part.strip(", ")) and name != "...")
-    return Named(len(names), names, True) if found[1] is None else Named(int(found[1]), names, False)
+    names = tuple(name for part in (match[2] or "").split(", ") if (name := part.strip(", ")) and name != "...")
+    return SparsityLine(len(names), names, True) if match[1] is None else SparsityLine(int(match[1]), names, False)
 
 
-def largest_pair(eligible: list[Named], chosen: list[Named]) -> Choice | None:
-    """The pair about the whole engine: TensorRT writes one for each part it builds."""
+def largest_pair(eligible: list[SparsityLine], chosen: list[SparsityLine]) -> Choice | None:
+    """The pair about the whole engine; TensorRT writes one for each part that it builds."""
     if len(eligible) != len(chosen):
-        raise ValueError("is cut short: it says which layers are eligible for sparse kernels, not which were chosen")
+        raise ValueError("is cut short: it lists eligible layers, but not which of them chose a sparse kernel")
     pairs = [
-        Choice(found.number, picked.number, found.names, picked.names, found.version_8)
-        for found, picked in zip(eligible, chosen, strict=True)
+        Choice(before.number, after.number, before.names, after.names, before.version_8)
+        for before, after in zip(eligible, chosen, strict=True)
     ]
     for pair in pairs:
         if pair.chosen > pair.eligible:
@@ -202,19 +206,19 @@ def largest_pair(eligible: list[Named], chosen: list[Named]) -> Choice | None:
     return max(pairs, key=lambda pair: (pair.eligible, pair.chosen), default=None)
 
 
-def layer_of_line(found: re.Match[str]) -> EngineLayer:
-    """A layer from its line in a verbose log."""
-    rest = found["rest"]
+def parse_layer_line(match: re.Match[str]) -> EngineLayer:
+    """Parse a layer's line in a verbose log."""
+    rest = match["rest"]
     tactic = TACTIC.search(rest)
     tensors = TENSOR.findall(constants_text[1] or "") if (constants_text := CONSTANTS.search(rest)) else []
     weights = WEIGHTS.findall(rest)
-    constants = [Tensor(type_name(kind), count(dimensions.split(","))) for dimensions, kind in tensors]
+    constants = [Tensor(type_name(kind), count_elements(dimensions.split(","))) for dimensions, kind in tensors]
     constants += [Tensor(type_name(kind), int(number)) for kind, number in weights]
     metadata = rest.rpartition("Metadata: ")[2]
     eligible = SPARSE_WEIGHTS.search(rest)
     return EngineLayer(
-        name=found["name"],
-        kind=found["kind"].strip(),
+        name=match["name"],
+        kind=match["kind"].strip(),
         tactic=tactic[1] if tactic else "",
         nodes=tuple(ONNX_LAYER.findall(metadata)),
         constants=tuple(constants),
@@ -223,7 +227,7 @@ def layer_of_line(found: re.Match[str]) -> EngineLayer:
 
 
 def read_layers(path: Path) -> BuildLog:
-    """Read the JSON of ``trtexec --exportLayerInfo`` or of IEngineInspector.
+    """Read the JSON of ``trtexec --exportLayerInfo`` or IEngineInspector.
 
     Raises:
         SqatError: no such file, not JSON, cut short, or without details of the layers.
@@ -232,24 +236,27 @@ def read_layers(path: Path) -> BuildLog:
     try:
         content = json.loads(text)
     except ValueError as error:
-        what = "is empty" if not text.strip() else "is not JSON, or cut short"
-        raise SqatError(what, "export the layer information again", str(path)) from error
+        problem = "is empty" if not text.strip() else "is not JSON, or cut short"
+        raise unreadable(path, problem, "export the layer information again") from error
     entries = content.get("Layers") if isinstance(content, dict) else content
     if not isinstance(entries, list) or not entries:
-        raise SqatError("holds no list of layers", "give the file of trtexec --exportLayerInfo", str(path))
+        raise unreadable(path, "holds no list of layers", "give the file of trtexec --exportLayerInfo")
     if not all(isinstance(entry, dict) and "LayerType" in entry for entry in entries):
-        raise SqatError("names the layers and no more", "build with --profilingVerbosity=detailed", str(path))
+        raise unreadable(path, "names the layers and no more", "build with --profilingVerbosity=detailed")
     try:
-        return BuildLog(layers=tuple(layer_of_entry(entry) for entry in entries))
+        return BuildLog(layers=tuple(parse_layer_entry(entry) for entry in entries))
     except (TypeError, ValueError) as error:
-        raise SqatError(f"describes a layer in a way that is not known: {error}", place=str(path)) from error
+        raise unreadable(path, f"describes a layer in an unknown form: {error}") from error
 
 
-def layer_of_entry(entry: dict[str, Any]) -> EngineLayer:
-    """A layer from its JSON entry."""
+def parse_layer_entry(entry: dict[str, Any]) -> EngineLayer:
+    """Parse a layer's JSON entry."""
     tensors = entry.get("Constants", [])
     constants = [
-        Tensor(type_name(str(tensor.get("Format/Datatype", tensor.get("Datatype", "")))), count(tensor["Dimensions"]))
+        Tensor(
+            type_name(str(tensor.get("Format/Datatype", tensor.get("Datatype", "")))),
+            count_elements(tensor["Dimensions"]),
+        )
         for tensor in tensors
         if isinstance(tensor, dict) and isinstance(tensor.get("Dimensions"), list)
     ]
@@ -263,19 +270,19 @@ def layer_of_entry(entry: dict[str, Any]) -> EngineLayer:
 
 
 def type_name(text: str) -> str:
-    """``int8`` of ``Int8``, of ``Row major linear INT8`` and of the other ways to say it."""
+    """``int8`` of ``Int8``, of ``Row major linear INT8`` and of TensorRT's other spellings."""
     words = re.findall(r"[a-z]+\d*", text.lower())
     return next((TYPES[word] for word in words if word in TYPES), text.strip())
 
 
-def count(dimensions: list[Any]) -> int:
-    """Number of elements, 0 where a size is free or the shape is not told."""
+def count_elements(dimensions: list[Any]) -> int:
+    """Number of elements, 0 where a size is free or missing."""
     sizes = [int(size) for size in dimensions if str(size).strip()]
     return prod(sizes) if sizes and min(sizes) > 0 else 0
 
 
 def merge(log: BuildLog | None, layers: BuildLog | None) -> BuildLog:
-    """What a log and a layer file of one build say together; the file's layers count."""
+    """Put a log and a layer file of one build together; the file's layers replace the log's."""
     if log is None or layers is None:
         return log or layers or BuildLog()
-    return BuildLog(log.choice, layers.layers, log.weight_bytes, log.of_rtx)
+    return BuildLog(log.choice, layers.layers, log.weight_bytes, log.is_rtx)

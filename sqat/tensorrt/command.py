@@ -1,4 +1,4 @@
-"""`sqat engine`: build an engine or read what another machine's build said, and report on it."""
+"""`sqat engine`: build an engine, or read the log of another machine's build, and report on it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from onnx import ModelProto, TensorProto
 
 from sqat.errors import SqatError
-from sqat.export.build_recipe import Range, Shapes, parse_range, profile_shapes, written_half, written_ranges
+from sqat.export.build_recipe import Range, Shapes, parse_range, profile_shapes, read_settings
 from sqat.export.names import needs_kernels
 from sqat.export.onnx_files import read_onnx
 from sqat.hardware.machine import find_gpus
-from sqat.tensorrt.backends import TENSORRT, build_engine, choose_backend, too_old
+from sqat.tensorrt.backends import TENSORRT, build_engine, choose_backend, sparse_kernel_problem
 from sqat.tensorrt.build_log import BuildLog, merge, read_layers, read_log
 from sqat.tensorrt.report import EngineReport, make_report
 
@@ -34,61 +34,70 @@ def build_report(
 
     Args:
         output: the engine file; default: beside the model. Log and layer information go beside it.
-        batch: smallest, usual and largest, ``1,8,32``; default: as in the ``build_engine.py`` beside the model.
+        batch: smallest, usual and largest, ``1,8,32``; default: as ``build_engine.json`` beside the model says.
         sequence: the same of the tokens.
-        say: told what is going on.
+        say: receives a line of progress.
 
     Raises:
-        SqatError: nothing here that could build, a wrong range, or a file that TensorRT refuses.
+        SqatError: nothing here can build, a range is wrong, or TensorRT refuses the file.
     """
-    written = written_ranges(path)
-    sizes = {name: parse_range(text, f"--{name}") for name, text in (("batch", batch), ("sequence", sequence)) if text}
+    batch_option = parse_range(batch, "--batch") if batch else None
+    sequence_option = parse_range(sequence, "--sequence") if sequence else None
+    settings = read_settings(path)
     target = output or path.with_suffix(".engine")
     if target.resolve() == path.resolve():
-        raise SqatError("the engine would be written over the model", place="--output")
+        raise SqatError("the engine would be written over the model", place="--output", code="output-exists")
     model = read_model(path)
-    chosen = choose_backend(backend)
-    shapes = profile_shapes(free_inputs(model), **{"batch": BATCH, "sequence": SEQUENCE, **written, **sizes})
-    say(f"building with {chosen} for {show_shapes(shapes)}")
-    half = written_half(path)
-    built = build_engine(path, target, shapes, backend=chosen, half=holds_half(model) if half is None else half)
-    log = read_build(built.log, built.layers)
-    note = too_old(find_gpus()) if chosen == TENSORRT else ""
-    report = make_report(path, model, log)
-    return replace(report, engine=built.engine, log=built.log, backend=chosen, seconds=built.seconds,
+    library = choose_backend(backend)
+    shapes = profile_shapes(
+        free_inputs(model),
+        batch_option or (settings.batch_range if settings else BATCH),
+        sequence_option or (settings.sequence_range if settings else SEQUENCE),
+    )
+    say(f"building with {library} for {show_shapes(shapes)}")
+    # Another model beside the same settings has its ranges, but not its precision.
+    half = settings.precision == "fp16" if settings and settings.file == path.name else holds_half(model)
+    built = build_engine(path, target, shapes, backend=library, half=half)
+    report = make_report(path, model, read_build(built.log, built.layers))
+    note = sparse_kernel_problem(find_gpus()) if library == TENSORRT else ""
+    return replace(report, engine=built.engine, log=built.log, backend=library, seconds=built.seconds,
                    notes=(note,) if note else ())  # fmt: skip
 
 
 def read_report(path: Path, log: Path | None, layers: Path | None) -> EngineReport:
-    """Report on a build that was done elsewhere, from its log, its layer information, or both.
+    """Report on another machine's build from its log, its layer information, or both.
 
     Raises:
-        SqatError: a file that is missing, cut short, without the details, or of another model.
+        SqatError: a file is missing, cut short, without the details, or of another model.
     """
     return replace(make_report(path, read_model(path), read_build(log, layers)), log=log)
 
 
 def read_model(path: Path) -> ModelProto:
-    """The model of a file that TensorRT may know.
+    """Read an ONNX file that TensorRT may accept.
 
     Raises:
-        SqatError: no ONNX file that can be read, or one of the target cpu-sparse.
+        SqatError: the file cannot be read, or is of target cpu-sparse.
     """
     model = read_onnx(path)
     if needs_kernels(model):
-        raise SqatError("is of target cpu-sparse: its layers are operators of sqat's own, which TensorRT lacks",
-                        "export the target tensorrt", str(path))  # fmt: skip
+        raise SqatError(
+            "is of target cpu-sparse: its layers are operators of sqat, which TensorRT lacks",
+            "export the target tensorrt",
+            str(path),
+            code="unsupported-target",
+        )
     return model
 
 
 def read_build(log: Path | None, layers: Path | None) -> BuildLog:
-    """What a log and layer information say, of which one may be missing."""
-    described = read_layers(layers) if layers else None
-    return merge(read_log(log, alone=described is None) if log else None, described)
+    """Read a log and layer information, of which one may be missing."""
+    information = read_layers(layers) if layers else None
+    return merge(read_log(log, alone=information is None) if log else None, information)
 
 
 def free_inputs(model: ModelProto) -> dict[str, tuple[int | str, ...]]:
-    """Shapes of the inputs, sizes that are not fixed as text."""
+    """Shapes of the inputs, with free sizes as text."""
     stored = {tensor.name for tensor in model.graph.initializer}
     return {
         value.name: tuple(size.dim_value or size.dim_param or "?" for size in value.type.tensor_type.shape.dim)
@@ -106,6 +115,5 @@ def show_shapes(shapes: Shapes) -> str:
     """``1x16 to 32x256, usually 8x128`` of the first input."""
     if not shapes:
         return "its fixed shapes"
-    ends = next(iter(shapes.values()))
-    smallest, usual, largest = ("x".join(str(size) for size in sizes) for sizes in ends)
+    smallest, usual, largest = ("x".join(str(size) for size in sizes) for sizes in next(iter(shapes.values())))
     return f"{smallest} to {largest}, usually {usual}"

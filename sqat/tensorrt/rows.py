@@ -1,7 +1,6 @@
-"""One row for each layer of a file: whether it runs sparse in the engine, and why not where it does not.
+"""One row for each layer of a file: whether it runs sparse in the engine, and if not, why.
 
-What the file says (the linter's verdict by the rules for TensorRT) is looked at before what the build says, since only
-the file can be mended: "a dense kernel was faster" is told of layers that nothing in the file speaks against.
+The file's own problems go before what the build says, since only the file can be mended.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ class EngineRow:
     Attributes:
         node: its MatMul, Gemm or Conv as TensorRT calls it.
         shape: [out, in] of the weight.
-        pattern: N:M found in the weight, or ``dense``.
+        pattern: N:M pattern of the weight, or ``dense``.
         int8: whether its weight is quantized in the file.
-        eligible: whether a sparse kernel may compute it: by TensorRT, or by our rules where it does not say.
-        chosen: whether one does; None where that is not known.
-        weight_type: type of its weight in the engine, empty where not known.
-        kernel: the kernel that computes it, empty where not known.
+        eligible: whether a sparse kernel may compute it, by TensorRT, or by our rules where TensorRT does not say.
+        chosen: whether one does; None where that is unknown.
+        weight_type: type of its weight in the engine, empty where that is unknown.
+        kernel: the kernel that computes it, empty where that is unknown.
         reason: why it does not run sparse, empty where it does or may.
     """
 
@@ -59,38 +58,41 @@ class EngineRow:
         return self.pattern in SPARSE_PATTERNS
 
 
+class BuildFacts(NamedTuple):
+    """What a build says of one product: whether it lists it as eligible and as chosen, and what computes it."""
+
+    eligible: bool
+    chosen: bool
+    layers: list[EngineLayer]
+
+
 def engine_rows(wiring: Wiring, log: BuildLog, place: str) -> list[EngineRow]:
-    """A row for each product that has a weight, in order of execution.
+    """Make a row for each product that has a weight, in order of execution.
 
     Args:
         place: the file, for messages.
 
     Raises:
-        SqatError: there is no such product in the file, or the log is of another model.
+        SqatError: the file holds no such product, or the log is of another model.
     """
     target: Target = "tensorrt-8" if log.choice is not None and log.choice.version_8 else "tensorrt"
-    reports = rows(wiring, find_in(wiring, None, target), target, place)
-    weights = {
-        engine_name(weight.node): (weight, report) for weight, report in zip(wiring.layers, reports, strict=True)
-    }
-    known = set(weights)
-    if is_of_another_model(log, known):
-        raise SqatError("the log names none of its layers", "give the log of a build from this very file", place)
-    computed, by_name = layers_by_node(log.layers, known), {layer.name: layer for layer in log.layers}
-    eligible, _ = trace(log.choice.eligible_names if log.choice else (), by_name, known)
-    chosen, _ = trace(log.choice.chosen_names if log.choice else (), by_name, known)
+    layer_rows = rows(wiring, find_in(wiring, None, target), target, place)
+    weights = {engine_name(weight.node): (weight, row) for weight, row in zip(wiring.layers, layer_rows, strict=True)}
+    names = set(weights)
+    if is_of_another_model(log, names):
+        raise SqatError(
+            "the log names none of its layers",
+            "give the log of a build from this very file",
+            place,
+            code="model-mismatch",
+        )
+    computed, by_name = layers_by_node(log.layers, names), {layer.name: layer for layer in log.layers}
+    eligible, _ = trace(log.choice.eligible_names if log.choice else (), by_name, names)
+    chosen, _ = trace(log.choice.chosen_names if log.choice else (), by_name, names)
     return [
-        row_of(node, weight, report, Told(node in eligible, node in chosen, computed.get(node, [])), log)
-        for node, (weight, report) in weights.items()
+        make_row(node, weight, row, BuildFacts(node in eligible, node in chosen, computed.get(node, [])), log)
+        for node, (weight, row) in weights.items()
     ]
-
-
-class Told(NamedTuple):
-    """What a build says of one product: whether it is listed as eligible and chosen, and the layers that compute it."""
-
-    eligible: bool
-    chosen: bool
-    layers: list[EngineLayer]
 
 
 def engine_name(node: NodeProto) -> str:
@@ -98,58 +100,57 @@ def engine_name(node: NodeProto) -> str:
     return node.name or f"node_of_{node.output[0]}"
 
 
-def row_of(node: str, weight: Weight, report: LayerReport, told: Told, log: BuildLog) -> EngineRow:
-    """One row."""
-    may = report.runs.startswith("sparse")
-    chosen = is_chosen(told, log)
-    eligible = is_eligible(told, log, otherwise=may)
+def make_row(node: str, weight: Weight, row: LayerReport, facts: BuildFacts, log: BuildLog) -> EngineRow:
+    """Make one row."""
+    chosen = is_chosen(facts, log)
+    eligible = is_eligible(facts, log, default=row.runs.startswith("sparse"))
     return EngineRow(
-        name=report.name,
+        name=row.name,
         node=node,
-        shape=report.shape,
-        pattern=report.pattern,
+        shape=row.shape,
+        pattern=row.pattern,
         int8=weight.dequantizer is not None,
         eligible=eligible,
         chosen=chosen,
-        weight_type=weight_type(told.layers, prod(weight.size)),
-        kernel=kernel_of(told.layers),
-        reason="" if chosen else why_not(report, eligible, chosen, log),
+        weight_type=weight_type(facts.layers, prod(weight.size)),
+        kernel=kernel_name(facts.layers),
+        reason="" if chosen else reason_not_sparse(row, eligible, chosen, log),
     )
 
 
-def is_eligible(told: Told, log: BuildLog, *, otherwise: bool) -> bool:
-    """Whether TensorRT may compute a layer with a sparse kernel, as it says itself, or ``otherwise`` by our rules."""
-    if told.eligible or (log.choice is not None and log.choice.names_all):
-        return told.eligible
-    flags = [layer.eligible for layer in told.layers if layer.eligible is not None]
-    return any(layer.sparse for layer in told.layers) or (any(flags) if flags else otherwise)
+def is_eligible(facts: BuildFacts, log: BuildLog, *, default: bool) -> bool:
+    """Whether TensorRT may compute a layer with a sparse kernel; ``default`` where it does not say."""
+    if facts.eligible or (log.choice is not None and log.choice.lists_all_names):
+        return facts.eligible
+    flags = [layer.eligible for layer in facts.layers if layer.eligible is not None]
+    return any(layer.sparse for layer in facts.layers) or (any(flags) if flags else default)
 
 
-def is_chosen(told: Told, log: BuildLog) -> bool | None:
+def is_chosen(facts: BuildFacts, log: BuildLog) -> bool | None:
     """Whether a sparse kernel computes a layer; None where the build does not say."""
-    if told.chosen or any(layer.sparse for layer in told.layers):
+    if facts.chosen or any(layer.sparse for layer in facts.layers):
         return True
     if log.chosen_later:
         return None
-    if log.choice is not None and (log.choice.names_all or log.choice.chosen == 0):
+    if log.choice is not None and (log.choice.lists_all_names or log.choice.chosen == 0):
         return False
-    return False if any(layer.tactic for layer in told.layers) else None
+    return False if any(layer.tactic for layer in facts.layers) else None
 
 
-def kernel_of(layers: list[EngineLayer]) -> str:
+def kernel_name(layers: list[EngineLayer]) -> str:
     """Name of the kernel, the sparse one first."""
     tactics = sorted((layer for layer in layers if layer.tactic), key=lambda layer: not layer.sparse)
     return tactics[0].tactic if tactics else ""
 
 
-def why_not(report: LayerReport, eligible: bool, chosen: bool | None, log: BuildLog) -> str:
+def reason_not_sparse(row: LayerReport, eligible: bool, chosen: bool | None, log: BuildLog) -> str:
     """Why a layer does not run sparse; empty where it may, once the GPU chooses."""
-    if not report.runs.startswith("sparse"):
-        return report.why
+    if not row.runs.startswith("sparse"):
+        return row.why
     if log.chosen_later:
-        return f"in doubt: {report.why}" if report.runs.endswith(DOUBT) else ""
+        return f"in doubt: {row.why}" if row.runs.endswith(DOUBT) else ""
     if chosen is None:
         return "the build does not say"
     if not eligible:
         return "TensorRT does not list it, though the file is in order"
-    return "a dense kernel was faster" + (f", perhaps because {report.why}" if report.why else "")
+    return "a dense kernel was faster" + (f", perhaps because {row.why}" if row.why else "")

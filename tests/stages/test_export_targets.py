@@ -57,6 +57,7 @@ def test_every_target_is_written_and_measured(everything: Path) -> None:
     names = {path.relative_to(everything).as_posix() for path in everything.rglob("*") if path.is_file()}
     assert {f"model.{name}.onnx" for name in ("int8", "fp32", "fp16", "tensorrt")} <= names
     assert {
+        "build_engine.json",
         "build_engine.sh",
         "build_engine.py",
         "semi-structured/sparse.json",

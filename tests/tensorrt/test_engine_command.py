@@ -1,4 +1,4 @@
-"""`sqat engine` at its edges: nothing that could build, ranges that are none, files that do not fit."""
+"""`sqat engine` at its edges: nothing here can build, a range is wrong, files do not fit."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pytest
 
 from sqat.cli import main
 from sqat.errors import SqatError
+from sqat.export.build_recipe import build_files
 from sqat.hardware.machine import Gpu
-from sqat.tensorrt import backends
-from sqat.tensorrt.backends import choose_backend, too_old
+from sqat.tensorrt import backends, command
+from sqat.tensorrt.backends import choose_backend, sparse_kernel_problem
 from sqat.tensorrt.command import free_inputs, holds_half, show_shapes
 from tests.tensorrt.encoder import encoder
 
@@ -31,12 +32,12 @@ def model(tmp_path: Path) -> Path:
 
 def machine(monkeypatch: pytest.MonkeyPatch, *packages: str, gpus: tuple[Gpu, ...] | OSError = ()) -> None:
     """A machine with just these of the two packages, and these GPUs."""
-    known = importlib.util.find_spec
+    real_find_spec = importlib.util.find_spec
 
     def find_spec(name: str, package: str | None = None) -> ModuleSpec | None:
         if name in ("tensorrt", "tensorrt_rtx"):
             return ModuleSpec(name, None) if name in packages else None
-        return known(name, package)
+        return real_find_spec(name, package)
 
     def find_gpus() -> tuple[Gpu, ...]:
         if isinstance(gpus, OSError):
@@ -47,8 +48,15 @@ def machine(monkeypatch: pytest.MonkeyPatch, *packages: str, gpus: tuple[Gpu, ..
     monkeypatch.setattr(backends, "find_gpus", find_gpus)
 
 
+def only_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a command wrote, to stderr."""
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    return err
+
+
 @pytest.mark.parametrize(
-    ("wanted", "packages", "gpus", "chosen"),
+    ("option", "packages", "gpus", "backend"),
     [
         ("auto", ("tensorrt", "tensorrt_rtx"), (AMPERE,), "tensorrt"),
         ("auto", ("tensorrt", "tensorrt_rtx"), (), "tensorrt-rtx"),
@@ -59,9 +67,11 @@ def machine(monkeypatch: pytest.MonkeyPatch, *packages: str, gpus: tuple[Gpu, ..
         ("tensorrt", ("tensorrt", "tensorrt_rtx"), (TURING,), "tensorrt"),
     ],
 )
-def test_what_builds_here(monkeypatch: pytest.MonkeyPatch, wanted: str, packages, gpus, chosen: str) -> None:
+def test_the_backend_that_builds_here(
+    monkeypatch: pytest.MonkeyPatch, option: str, packages, gpus, backend: str
+) -> None:
     machine(monkeypatch, *packages, gpus=gpus)
-    assert choose_backend(wanted) == chosen
+    assert choose_backend(option) == backend
 
 
 NO_TENSORRT = "TensorRT is not installed (pip install tensorrt)"
@@ -71,7 +81,7 @@ NO_RTX = "TensorRT-RTX is not installed"
 
 
 @pytest.mark.parametrize(
-    ("wanted", "packages", "gpus", "message"),
+    ("option", "packages", "gpus", "message"),
     [
         ("auto", (), (), f"{NO_TENSORRT}, and {NO_RTX}; {RTX_LINE}"),
         ("auto", ("tensorrt",), (), f"{NO_GPU}, and {NO_RTX}; {RTX_LINE}"),
@@ -82,38 +92,63 @@ NO_RTX = "TensorRT-RTX is not installed"
         ("cuda", (), (), "--backend: no backend 'cuda'; allowed: auto, tensorrt, tensorrt-rtx"),
     ],
 )
-def test_what_is_missing(monkeypatch: pytest.MonkeyPatch, model: Path, capsys, wanted, packages, gpus, message) -> None:
+def test_what_is_missing_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, model: Path, capsys, option, packages, gpus, message
+) -> None:
     machine(monkeypatch, *packages, gpus=gpus)
-    assert main(["engine", str(model), "--backend", wanted]) == 2
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
+    assert main(["engine", str(model), "--backend", option]) == 2
+    err = only_line(capsys)
     assert err.startswith(f"error: {message}")
 
 
+def test_the_precision_beside_a_model_is_its_own(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    """Another model beside the same settings has their ranges, but not their precision."""
+    other = model.with_name("other.onnx")
+    other.write_bytes(model.read_bytes())
+    files = build_files(model.name, inputs={"hidden": ("batch", "sequence", 32)}, batch=(1, 2, 4),
+                        sequence=(8, 16, 32), precision="fp16")  # fmt: skip
+    model.with_name("build_engine.json").write_bytes(files["build_engine.json"])
+    calls: list[dict[str, object]] = []
+
+    def stop(*arguments: object, **options: object) -> None:
+        calls.append({"shapes": arguments[2], **options})
+        raise SqatError("stop")
+
+    machine(monkeypatch, "tensorrt_rtx")
+    monkeypatch.setattr(command, "build_engine", stop)
+    shapes = {"hidden": ([1, 8, 32], [2, 16, 32], [4, 32, 32])}
+    for path, half in ((model, True), (other, False)):
+        with pytest.raises(SqatError):
+            command.build_report(path)
+        assert calls.pop() == {"shapes": shapes, "backend": "tensorrt-rtx", "half": half}
+
+
 def test_gpus_without_sparse_kernels() -> None:
-    assert too_old((TURING,)) == "NVIDIA T4 has no sparse tensor cores, which came with compute capability 8.0"
-    assert too_old((TURING, AMPERE)) == ""
-    assert too_old(()) == ""
+    assert (
+        sparse_kernel_problem((TURING,))
+        == "NVIDIA T4 has no sparse tensor cores, which came with compute capability 8.0"
+    )
+    assert sparse_kernel_problem((TURING, AMPERE)) == ""
+    assert sparse_kernel_problem(()) == ""
 
 
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--batch=8,1,32", "--batch: needs three sizes from 1 on, none smaller than the one before it, got 8,1,32"),
+        ("--batch=8,1,32", "--batch: needs three ascending sizes from 1 on, got 8,1,32"),
         ("--batch=8", "--batch: needs smallest,usual,largest such as 1,8,32, got '8'"),
         ("--sequence=a,b,c", "--sequence: needs smallest,usual,largest such as 1,8,32, got 'a,b,c'"),
-        ("--sequence=0,1,2", "--sequence: needs three sizes from 1 on"),
+        ("--sequence=0,1,2", "--sequence: needs three ascending sizes"),
     ],
 )
-def test_ranges_that_are_none_are_told_in_a_line(model: Path, capsys, option: str, message: str) -> None:
+def test_a_wrong_range_is_one_line(model: Path, capsys, option: str, message: str) -> None:
     assert main(["engine", str(model), option]) == 2
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
+    err = only_line(capsys)
     assert err.startswith(f"error: {message}")
 
 
 @pytest.mark.parametrize("packages", [(), ("tensorrt_rtx",)])
-def test_a_file_for_kernels_of_our_own_is_told_in_a_line(
+def test_a_cpu_sparse_file_is_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys, packages: tuple[str, ...]
 ) -> None:
     machine(monkeypatch, *packages)
@@ -123,13 +158,12 @@ def test_a_file_for_kernels_of_our_own_is_told_in_a_line(
     path.write_bytes(proto.SerializeToString())
     for more in ([], [f"--log={LOGS / 'trtexec-10.log'}"]):
         assert main(["engine", str(path), *more]) == 2
-        out, err = capsys.readouterr()
-        assert (out, err.count("\n")) == ("", 1)
+        err = only_line(capsys)
         assert err.startswith(f"error: {path}: is of target cpu-sparse")
     assert not list(tmp_path.glob("*.engine"))
 
 
-def test_a_model_and_logs_that_are_none(model: Path, tmp_path: Path, capsys) -> None:
+def test_files_that_do_not_fit_are_one_line(model: Path, tmp_path: Path, capsys) -> None:
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"# no model\n")
     cases = [
@@ -140,8 +174,7 @@ def test_a_model_and_logs_that_are_none(model: Path, tmp_path: Path, capsys) -> 
     ]
     for path, log, message in cases:
         assert main(["engine", str(path), "--log", str(log)]) == 2
-        out, err = capsys.readouterr()
-        assert (out, err.count("\n")) == ("", 1)
+        err = only_line(capsys)
         assert message in err
 
 
@@ -172,7 +205,7 @@ def test_the_table_of_a_log(model: Path, capsys, monkeypatch: pytest.MonkeyPatch
     assert lines[-1] == "8 of 12 sparse layers chose a sparse kernel"
 
 
-def test_a_log_that_says_nothing_will_do_beside_layer_information(model: Path, tmp_path: Path, capsys) -> None:
+def test_layer_information_is_enough_beside_a_silent_log(model: Path, tmp_path: Path, capsys) -> None:
     log = tmp_path / "build.log"
     log.write_text("[I] [TRT] Engine generation completed in 7.1 seconds.\n")
     assert main(["engine", str(model), "--log", str(log)]) == 2
@@ -195,7 +228,7 @@ def test_json_of_a_log(model: Path, capsys) -> None:
     assert content["rows"][0]["kernel"].startswith("sm80_xmma_sparse_gemm")
 
 
-def test_what_is_read_from_a_model() -> None:
+def test_shapes_and_precision_of_a_model() -> None:
     model = encoder(layers=1)
     assert free_inputs(model) == {"hidden": ("batch", "sequence", 32)}
     assert not holds_half(model)
@@ -205,6 +238,6 @@ def test_what_is_read_from_a_model() -> None:
 
 
 def test_errors_name_the_place() -> None:
-    with pytest.raises(SqatError) as caught:
+    with pytest.raises(SqatError) as error:
         choose_backend("cuda")
-    assert (caught.value.place, caught.value.exit_code) == ("--backend", 2)
+    assert (error.value.code, error.value.place, error.value.exit_code) == ("unknown-name", "--backend", 2)
