@@ -49,7 +49,7 @@ def lint(target: str, path: Path, fix: bool, output: Path | None, json: bool) ->
     """Lint an ONNX file for a target, after its repair if ``fix``; errors that remain end the command."""
     if path.is_dir():
         hint = "name the .onnx file of an export"
-        raise SqatError("a checkpoint folder has no graph to lint", hint, str(path), code="usage")
+        raise SqatError("a checkpoint folder has no graph to lint or fix", hint, str(path), code="usage")
     from sqat.cli.tables.layers import print_findings
     from sqat.lint.checks import known_target
     from sqat.lint.repaired_file import lint_file, repair_file, require
