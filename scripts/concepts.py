@@ -81,10 +81,14 @@ def growth(config: PruneConfig) -> tuple[list[int], list[float]]:
 def draw_schedules() -> Any:
     """Sparsity over the steps of a prune stage, for the schedules of a recipe."""
     shown: Mapping[str, PruneConfig] = {
-        "per-group, steps: 1 (one-shot)": PruneConfig(schedule=PerGroup(steps=1)),
-        "per-group, steps: 2, recover: 0.8": PruneConfig(schedule=PerGroup(steps=2)),
-        "per-group, steps: 2, recover: 0.5": PruneConfig(schedule=PerGroup(steps=2), recover=0.5),
-        "group-fraction, steps: 4, recover: 0.5": PruneConfig(schedule=GroupFraction(steps=4), recover=0.5),
+        "per-group, num_masks: 1 (one-shot)": PruneConfig(schedule=PerGroup(num_masks=1)),
+        "per-group, num_masks: 2, recovery_fraction: 0.8": PruneConfig(schedule=PerGroup(num_masks=2)),
+        "per-group, num_masks: 2, recovery_fraction: 0.5": PruneConfig(
+            schedule=PerGroup(num_masks=2), recovery_fraction=0.5
+        ),
+        "group-fraction, num_masks: 4, recovery_fraction: 0.5": PruneConfig(
+            schedule=GroupFraction(num_masks=4), recovery_fraction=0.5
+        ),
     }
     figure = new_figure(6, 2.5)
     panel = figure.subplots()

@@ -43,7 +43,7 @@ stages:
   train: {steps: 2}
   prune:
     pattern: '2:4'
-    schedule: {name: per-group, steps: 2}
+    schedule: {name: per-group, num_masks: 2}
   calibrate: {method: mse}
   qat:
     epochs: 1.5
@@ -60,7 +60,7 @@ data:
   dev: {hub: h, split: s}
 stages:
   train: &a {epochs: 1}
-  again: {stage: train, <<: *a}
+  again: {type: train, <<: *a}
   export: {targets: [onnx-fp32], gates: {f1: {min: 0.5}}}
 results: {r: train}
 """,
@@ -125,7 +125,7 @@ def fuzzed_manifest(draw: random.Random, sound: dict[str, Any]) -> bytes:
 
 def sound_manifest() -> dict[str, Any]:
     """What a manifest holds, with something of every kind."""
-    found = Manifest(stage="p", kind="prune", key="k", base_model="b", seed=0, versions={"torch": "2"}, notes=["n"],
+    found = Manifest(stage="p", type="prune", key="k", base_model="b", seed=0, versions={"torch": "2"}, notes=["n"],
                      metrics={"dev": {"f1": 0.5, "pnr": float("inf")}}, history=[{"step": 1.0}], losses={"task": 1.0},
                      layers={"a.b": LayerRecord(pattern="2:4")},
                      sites={"s": SiteRecord(shared_with="s", saturated=0.1)},

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from sqat.recipe.json_schema import SCHEMA_FILE, describe, recipe_schema, schema_text, union_of, variants
-from sqat.recipe.schema import STAGE_KINDS
+from sqat.recipe.schema import STAGE_TYPES
 
 Schema = Mapping[str, Any]
 PAGE = Path(__file__).parents[1] / "recipes" / "REFERENCE.md"
@@ -30,7 +30,7 @@ Any key can be set beside the file, too: `--set stages.prune.steps=200`.
 A mapping with a `name` may be written as the bare name where its other keys have defaults: `task: relevance`.
 """
 FITTED = ("train", "prune", "qat")
-STAGE = "stage"  # the key that names a stage's kind, told once for all
+TYPE = "type"  # the key that names a stage's type, told once for all
 
 
 def main() -> None:
@@ -87,19 +87,19 @@ def union(schema: Schema, level: int) -> Iterator[str]:
 
 
 def stages(schema: Schema) -> Iterator[str]:
-    """What all fitted stages share, and each kind's own keys."""
+    """What all fitted stages share, and each type's own keys."""
     found = union_of(next(iter(schema["patternProperties"].values())))
     assert found is not None
-    kinds = {kind: next(variants({"$ref": found["mapping"][kind]})) for kind in STAGE_KINDS}
-    shared = {name: each for name, each in kinds[FITTED[0]]["properties"].items()
-              if all(kinds[kind]["properties"].get(name) == each for kind in FITTED)}  # fmt: skip
-    yield f"{schema['description'].capitalize()}. The kinds: {', '.join(f'`{kind}`' for kind in kinds)}."
+    types = {type_: next(variants({"$ref": found["mapping"][type_]})) for type_ in STAGE_TYPES}
+    shared = {name: each for name, each in types[FITTED[0]]["properties"].items()
+              if all(types[type_]["properties"].get(name) == each for type_ in FITTED)}  # fmt: skip
+    yield f"{schema['description'].capitalize()}. The types: {', '.join(f'`{type_}`' for type_ in types)}."
     yield f"### Keys of {', '.join(FITTED[:-1])} and {FITTED[-1]}"
     yield from keys_of(shared, (), 4)
-    for kind, option in kinds.items():
-        known = {**({} if kind not in FITTED else shared), STAGE: option["properties"][STAGE]}
+    for type_, option in types.items():
+        known = {**({} if type_ not in FITTED else shared), TYPE: option["properties"][TYPE]}
         own = {name: each for name, each in option["properties"].items() if known.get(name) != each}
-        yield f"### `{kind}`"
+        yield f"### `{type_}`"
         yield description(option)
         yield from keys_of(own, option.get("required", ()), 4)
 

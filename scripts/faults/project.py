@@ -39,7 +39,7 @@ task: image-classification
 output: OUTPUT
 data: {train: train.npz, dev: dev.npz, test: test.npz, columns: {image: x, label: y}, augment: {shift: 1}}
 stages:
-  train: {steps: STEPS, learning_rate: 5.0e-3, save_every: 0, evaluate_every: 10, keep: best}
+  train: {steps: STEPS, learning_rate: 5.0e-3, save_every: 0, evaluate_every: 10, keep_checkpoint: best}
   prune: {steps: STEPS, learning_rate: 2.0e-3, save_every: 0.05, distill: {loss: minilm-v2}}
   calibrate: {samples: 128}
   qat: {steps: STEPS, learning_rate: 1.0e-3, save_every: 0, distill: {loss: minilm-v2}}

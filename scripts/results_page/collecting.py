@@ -74,7 +74,7 @@ def collect_seed(loaded: LoadedRecipe) -> tuple[Seed, dict[str, str]]:
     if len(digests) > 1:
         raise SqatError("rows were measured on different data", "run it once more", str(folder / FILE))
     found = {name: manifest for name in loaded.recipe.stages if (manifest := keys.manifest(name)) is not None}
-    stages = {name: Stage(kind=each.kind, steps=each.steps, seconds=each.seconds) for name, each in found.items()}
+    stages = {name: Stage(kind=each.type, steps=each.steps, seconds=each.seconds) for name, each in found.items()}
     record = read(RunRecord, folder / RECORD)
     versions = dict(sorted(item for each in found.values() for item in each.versions.items()))
     return Seed(

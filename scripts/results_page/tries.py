@@ -120,7 +120,7 @@ def plain(recipe: Recipe, path: list[str], before: Recipe) -> dict[str, Any]:
     whole["stages"] = {
         name: {
             **stage.model_dump(mode="json", exclude={"save_every"}, exclude_defaults=name not in before.stages),
-            "stage": stage.stage,
+            "type": stage.type,
         }
         for name, stage in stages.items()
     }

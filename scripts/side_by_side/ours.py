@@ -21,7 +21,7 @@ from sqat.recipe.schema import DistillConfig
 from sqat.sparsity.criteria.sparsegpt import SparseGPT
 from sqat.training.data_parallel import Loss
 
-CALIBRATIONS = {"max": Maximum(), "percentile-99.999": Percentile(coverage=0.99999)}
+CALIBRATIONS = {"max": Maximum(), "percentile-99.999": Percentile(percentile=99.999)}
 
 
 def sparse(trial: Trial, teacher: nn.Module, learning_rate: float) -> Phases:

@@ -53,7 +53,7 @@ def start_stage(loaded: LoadedRecipe, wanted: str | None) -> str:
         SqatError: it has not run, or the recipe would not make its checkpoint any more.
     """
     keys, stages = Keys(loaded), loaded.recipe.stages
-    trained = [name for name, config in stages.items() if config.stage == "train"]
+    trained = [name for name, config in stages.items() if config.type == "train"]
     name = wanted or next((name for name in reversed(trained) if keys.manifest(name) is not None), None)
     if name is None:
         todo = f"run `sqat run --to {trained[0]}`, or give" if trained else "give"

@@ -40,8 +40,8 @@ class Sections:
     def notes(self) -> list[str]:
         """What the analysis leaves out of them."""
         notes = ["nothing is trained after pruning or rounding: a stage's training wins most of the damage back"]
-        if self.calibrate is not None and self.calibrate[1].profile != "linear":
-            notes.append(f"int8 is that of profile linear: sites that {self.calibrate[1].profile} adds stay float")
+        if self.calibrate is not None and self.calibrate[1].placement != "linear":
+            notes.append(f"int8 is that of placement linear: sites that {self.calibrate[1].placement} adds stay float")
         return notes
 
 
@@ -85,7 +85,7 @@ def choose_sections(recipe: Recipe, start: str | None, options: Options) -> Sect
 
 def choose_stage(recipe: Recipe, kind: str, wanted: str | None, after: Sequence[str | None]) -> str | None:
     """The stage called ``wanted``; else the first of its kind that grows from one of ``after``; else the first."""
-    names = [name for name, config in recipe.stages.items() if config.stage == kind]
+    names = [name for name, config in recipe.stages.items() if config.type == kind]
     if wanted is not None and wanted not in names:
         raise SqatError(f"no {kind} stage {wanted!r}", suggest(wanted, names), f"--{kind}")
     grown = [name for before in after for name in names if before in ancestors(recipe, name)]

@@ -2,7 +2,7 @@
 
 Masks, corrected weights and bounds are those of a stage that prunes at once and of one that calibrates right after
 the dense model: no weight is trained. Kept per layer are a mask (a byte a weight) and, where the criterion moves the
-weights that stay (sparsegpt), these. Left out: sites of other profiles than linear, rounding of biases, bounds
+weights that stay (sparsegpt), these. Left out: sites of other placements than linear, rounding of biases, bounds
 observed with the masks in place.
 """
 
@@ -91,7 +91,8 @@ def find_pruning(model: nn.Module, config: PruneConfig, context: StageContext, p
         permute_for_(config, model, patterns, (), feed, gathered, seed, context.reporter, context.name)
     saved = copy_weights(model, patterns)
     ones = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in saved.items()}
-    transforms, at_once = insert_weights_(model, ones, ()), config.model_copy(update={"schedule": PerGroup(steps=1)})
+    transforms = insert_weights_(model, ones, ())
+    at_once = config.model_copy(update={"schedule": PerGroup(num_masks=1)})
     masking = Masking(model, transforms, patterns, at_once, {0: 0}, gathered)
     try:
         masking.before_step(0)
@@ -105,7 +106,7 @@ def find_pruning(model: nn.Module, config: PruneConfig, context: StageContext, p
 
 
 def find_rounding(model: nn.Module, config: CalibrateConfig, context: StageContext, processor: Processor) -> Rounding:
-    """Calibrate the inputs of the linears (of convolutions outputs too) as a calibrate stage of profile linear does.
+    """Calibrate the inputs of the linears (of convolutions outputs too) as a calibrate stage of placement linear does.
 
     Batch norms are folded first, as that stage folds them, and stay so.
     """

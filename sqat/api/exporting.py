@@ -80,14 +80,14 @@ def export_onnx(
 def chosen_target(target: Target | None, scales: Scales | None) -> Target:
     """The target asked for, or the one that the scales are for."""
     if target is None:
-        return "onnx-fp32" if scales is None else "onnx-int8" if scales.profile in FLOAT_OUTPUTS else "tensorrt"
+        return "onnx-fp32" if scales is None else "onnx-int8" if scales.placement in FLOAT_OUTPUTS else "tensorrt"
     if target not in TARGETS:
         raise SqatError(f"there is no target {target!r}", suggest(str(target), TARGETS), code="unknown-name")
     if (scales is None) != (target == "onnx-fp32"):
         raise SqatError(f"target {target} {'needs' if scales is None else 'takes no'} scales", "see sqat.calibrate")
-    if target == "tensorrt" and scales is not None and scales.profile in FLOAT_OUTPUTS:
-        raise SqatError(f"target tensorrt needs scales of linears' outputs, which profile {scales.profile} has not",
-                        "calibrate with profile='tensorrt'")  # fmt: skip
+    if target == "tensorrt" and scales is not None and scales.placement in FLOAT_OUTPUTS:
+        raise SqatError(f"target tensorrt needs scales of linears' outputs, which placement {scales.placement} has not",
+                        "calibrate with placement='tensorrt'")  # fmt: skip
     return target
 
 
@@ -113,12 +113,12 @@ def quantization(model: nn.Module, scales: Scales) -> Quantization:
 
 
 def sites_of(scales: Scales) -> Scales:
-    """The scales without what only the kernels of target cpu-sparse compute, as profile ``linear`` has them."""
-    if scales.profile != "cpu":
+    """The scales without what only the kernels of target cpu-sparse compute, as placement ``linear`` has them."""
+    if scales.placement != "cpu":
         return scales
     leaders = {site: leader for site, leader in scales.leaders.items() if site.endswith(":input")}
     amax = {leader: scales.amax[leader] for leader in leaders.values()}
-    return replace(scales, leaders=leaders, amax=amax, profile="linear")
+    return replace(scales, leaders=leaders, amax=amax, placement="linear")
 
 
 def check_graph(graph: ModelProto, masks: Masks | None, target: Target) -> None:

@@ -67,7 +67,7 @@ def prune(
     Arguments and errors as in `Pruner`.
     """
     with Pruner(
-        model, 1, pattern, criterion, PerGroup(steps=1),
+        model, 1, pattern, criterion, PerGroup(num_masks=1),
         batches=batches, loss=loss, include=include, exclude=exclude, permute=permute,
     ) as pruner:  # fmt: skip
         pruner.step()
@@ -104,7 +104,7 @@ class Pruner:
         criterion: which weights matter: a name, one of `sqat.sparsity.criteria` with its settings, or any
             function from a weight [out,in] to scores of its shape, the highest of which stay.
         schedule: ``per-group`` or ``group-fraction``, or one of them with its settings; equal steps up to N:M.
-        recover: share of the steps after the last mask.
+        recovery_fraction: share of the steps after the last mask.
         batches: keyword arguments of the model's forward, for criteria that observe; gone through at every mask, all of
             them, so a list rather than a generator.
         loss: of the model and a batch, for criterion ``taylor``; default: the model's own, of ``labels``.
@@ -131,7 +131,7 @@ class Pruner:
         pattern: str = "2:4",
         criterion: str | Criterion | CriterionFn = "magnitude",
         schedule: str | Schedule = "per-group",
-        recover: float = 0.8,
+        recovery_fraction: float = 0.8,
         *,
         batches: Iterable[Inputs] = (),
         loss: ModelLoss | None = None,
@@ -140,7 +140,7 @@ class Pruner:
         permute: bool = False,
     ) -> None:
         check_plain(model)
-        self.rules = Rules(choose_criterion(criterion), choose_schedule(schedule), recover)
+        self.rules = Rules(choose_criterion(criterion), choose_schedule(schedule), recovery_fraction)
         if self.rules.criterion.statistics != "none" and isinstance(batches, Iterator):
             raise SqatError(f"criterion {self.rules.criterion.name} goes through batches at every mask",
                             "give a list or a DataLoader, not a generator")  # fmt: skip
@@ -248,11 +248,11 @@ class Rules:
 
     criterion: Criterion
     schedule: Schedule
-    recover: float
+    recovery_fraction: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.recover < 1:
-            raise ValueError(f"recover must lie in [0, 1), got {self.recover:g}")
+        if not 0 <= self.recovery_fraction < 1:
+            raise ValueError(f"recovery_fraction must lie in [0, 1), got {self.recovery_fraction:g}")
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ def moments(rules: Rules, steps: int) -> dict[int, int]:
     """Training step -> index of its sparsity; a warning where there is none for some."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    found = rules.schedule.mask_steps(steps, rules.recover)
+    found = rules.schedule.mask_steps(steps, rules.recovery_fraction)
     if remark := describe_skipped_masks(found):
         warnings.warn(remark, stacklevel=3)
     return found

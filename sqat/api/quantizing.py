@@ -18,7 +18,7 @@ from sqat.models.layer_selection import choose_layers, is_convolutional, weighte
 from sqat.quantization.calibrators import CALIBRATORS, Calibrator
 from sqat.quantization.histogram import Histogram
 from sqat.recipe.cross_checks import suggest
-from sqat.recipe.schema import Layers, Profile
+from sqat.recipe.schema import Layers, Placement
 
 Method = Callable[[Histogram], float]
 
@@ -31,14 +31,14 @@ class Scales:
         amax: leader site -> positive 0-d float32 bound.
         leaders: site -> the site whose bound it has.
         layers: whose weights are quantized, each row by its own maximum.
-        profile: as in `calibrate`.
+        placement: as in `calibrate`.
         left: layer or site -> why it stays float.
     """
 
     amax: Mapping[str, Tensor]
     leaders: Mapping[str, str]
     layers: tuple[str, ...]
-    profile: Profile
+    placement: Placement
     left: Mapping[str, str]
 
 
@@ -46,7 +46,7 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Inputs],
     method: str | Calibrator | Method = "percentile",
-    profile: Profile = "linear",
+    placement: Placement = "linear",
     *,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
@@ -57,7 +57,7 @@ def calibrate(
         batches: keyword arguments of the model's forward; ``labels`` are left out, padding is not observed.
         method: a name, one of `sqat.quantization.calibrators` with its settings, or any function from a
             `Histogram` of |x| to a positive bound.
-        profile: which sites are quantized: ``linear`` the inputs of linears, ``tensorrt`` also outputs, residual adds
+        placement: which sites are quantized: ``linear`` the inputs of linears, ``tensorrt`` also outputs, residual adds
             and attention products, ``tensorrt-full`` also what activation functions read, ``cpu`` as `sqat.runtime`.
         include: globs over layer names; default: every linear of the encoder that is large enough.
         exclude: globs of what is taken out again.
@@ -68,18 +68,18 @@ def calibrate(
         ValueError: a value that is not finite, or a bound that is not positive.
     """
     check_plain(model)
-    if profile not in PROFILES:
-        raise SqatError(f"there is no profile {profile!r}", suggest(profile, PROFILES))
+    if placement not in PLACEMENTS:
+        raise SqatError(f"there is no placement {placement!r}", suggest(placement, PLACEMENTS))
     if is_convolutional(model):
         raise SqatError("networks of convolutions are calibrated by a recipe, which folds their batch norms")
-    if profile == "cpu":
+    if placement == "cpu":
         check_encoder(model)
     chosen: Method = choose_part("method", method, CALIBRATORS, Calibrator)
     layers = Layers(include=None if include is None else tuple(include), exclude=tuple(exclude))
     choice = choose_layers(model, layers, "quantize")
-    found = calibrate_model(model, inputs_of(model, batches), chosen, profile, choice.chosen)
+    found = calibrate_model(model, inputs_of(model, batches), chosen, placement, choice.chosen)
     skipped = {**choice.left, **found.skipped}
-    return Scales(found.amax, found.shared_with, tuple(choice.chosen), profile, skipped)
+    return Scales(found.amax, found.shared_with, tuple(choice.chosen), placement, skipped)
 
 
 def inputs_of(model: nn.Module, batches: Iterable[Inputs]) -> Iterator[Inputs]:
@@ -106,7 +106,7 @@ def quantized(model: nn.Module, masks: Masks | None, scales: Scales) -> Iterator
     check_plain(model)
     check_masks(model, kept)
     check_scales(model, scales)
-    with quantized_model(model, kept, scales.layers, scales.amax, scales.leaders, scales.profile):
+    with quantized_model(model, kept, scales.layers, scales.amax, scales.leaders, scales.placement):
         yield
 
 
@@ -122,4 +122,4 @@ def check_scales(model: nn.Module, scales: Scales) -> None:
         raise SqatError(f"the scales have no bound of {missing[0]}", "calibrate this model")
 
 
-PROFILES: tuple[Profile, ...] = ("linear", "tensorrt", "tensorrt-full", "cpu")
+PLACEMENTS: tuple[Placement, ...] = ("linear", "tensorrt", "tensorrt-full", "cpu")

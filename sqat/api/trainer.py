@@ -45,7 +45,7 @@ class SparseCallback(TrainerCallback):
         pattern: str = "2:4",
         criterion: str | Criterion | CriterionFn = "magnitude",
         schedule: str | Schedule = "per-group",
-        recover: float = 0.8,
+        recovery_fraction: float = 0.8,
         *,
         batches: Iterable[Inputs] = (),
         loss: ModelLoss | None = None,
@@ -53,7 +53,7 @@ class SparseCallback(TrainerCallback):
         exclude: Sequence[str] = (),
     ) -> None:
         self.pruner = Pruner(
-            model, UNKNOWN, pattern, criterion, schedule, recover,
+            model, UNKNOWN, pattern, criterion, schedule, recovery_fraction,
             batches=batches, loss=loss, include=include, exclude=exclude,
         )  # fmt: skip
         self.over = False

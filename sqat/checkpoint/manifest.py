@@ -61,7 +61,7 @@ class Manifest(BaseModel):
 
     format: int = FORMAT
     stage: str
-    kind: Literal["train", "prune", "calibrate", "qat", "export"]
+    type: Literal["train", "prune", "calibrate", "qat", "export"]
     key: str
     input_digests: dict[str, str] = {}
     base_model: str

@@ -38,7 +38,7 @@ def stage_loss(
         return
     teacher, _ = build(load_teacher())
     teacher.requires_grad_(False)
-    captures = [hook_last_qkv(network, config.qkv) for network in (model, teacher)] if config.weight else []
+    captures = [hook_last_qkv(network, config.qkv) for network in (model, teacher)] if config.minilm_weight else []
     try:
         check_relations(config.loss, captures, f"change stages.{stage}.distill.loss")
         yield distilled_loss(config, task, teacher, captures)
@@ -65,7 +65,7 @@ def distilled_loss(config: DistillConfig, task: Task, teacher: nn.Module, captur
     """Weighted sum of MiniLM relations, outputs and task; a part of weight 0 is not computed.
 
     Args:
-        captures: of the student and of the teacher; none where ``config.weight`` is 0.
+        captures: of the student and of the teacher; none where ``config.minilm_weight`` is 0.
     """
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -76,11 +76,11 @@ def distilled_loss(config: DistillConfig, task: Task, teacher: nn.Module, captur
         if captures:
             student, taught = (capture.take() for capture in captures)
             relations = config.loss(student, taught, real_positions(batch, student))
-            parts["minilm"] = config.weight * relations
-        if config.logits:
-            parts["logits"] = config.logits * task.output_loss(logits, wanted, config.temperature)
-        if config.task:
-            parts["task"] = config.task * task.loss(logits, batch)
+            parts["minilm"] = config.minilm_weight * relations
+        if config.output_weight:
+            parts["logits"] = config.output_weight * task.output_loss(logits, wanted, config.temperature)
+        if config.task_weight:
+            parts["task"] = config.task_weight * task.loss(logits, batch)
         return parts
 
     return loss

@@ -63,7 +63,7 @@ def permute_for_(
 
 def compared_apart(model: nn.Module, distill: DistillConfig | None) -> dict[str, str]:
     """The last block's q, k and v where distillation cuts heads in pieces, which a permuted head would mix."""
-    pieces = distill.loss.relation_heads if distill is not None and distill.weight else None
+    pieces = distill.loss.relation_heads if distill is not None and distill.minilm_weight else None
     if distill is None or pieces is None or head_count(model) % pieces == 0:
         return {}
     return dict.fromkeys(find_qkv(model, distill.qkv), f"distillation compares it in {pieces} relation heads")

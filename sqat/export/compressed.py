@@ -5,10 +5,10 @@ files and a model.safetensors in which each quantized linear is stored as ``weig
 float32 [N,1] and ``input_scale`` float32 [1]; `check_compressed` says what of a folder, whoever wrote it, is not so.
 
 Why this format: ``int-quantized`` with symmetric weights per channel and symmetric static inputs per tensor says
-exactly what profile `linear` trains, number by number. Nothing is compressed by the zeros: they are kept in
+exactly what placement `linear` trains, number by number. Nothing is compressed by the zeros: they are kept in
 place, since ``sparsity_config`` is refused or ignored by every reader of today.
 Left out: what the format has no name for, or no reader: attention products, residual adds and linear outputs of
-profile `tensorrt` stay float here, and the notes say so.
+placement `tensorrt` stay float here, and the notes say so.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ def settings_of(model: nn.Module) -> dict[str, Any]:
 
 
 def read_encoder(model: nn.Module, quantized: Sequence[str], bounds: Mapping[str, float]) -> Encoder:
-    """Read an encoder that was calibrated with profile ``cpu``.
+    """Read an encoder that was calibrated with placement ``cpu``.
 
     Raises:
         SqatError: the kernels do not compute it, or a linear in its layers is float.
@@ -193,7 +193,7 @@ def read_encoder(model: nn.Module, quantized: Sequence[str], bounds: Mapping[str
     return Encoder(model, family, layers, tuple(quantized), bounds)
 
 
-INSTEAD = "calibrate with profile linear and export onnx-int8, which takes any encoder"
+INSTEAD = "calibrate with placement linear and export onnx-int8, which takes any encoder"
 # As the configs name them, and the kernels.
 ACTIVATIONS = {
     "gelu": "gelu",

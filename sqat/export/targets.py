@@ -105,11 +105,11 @@ def write_int8(source: Source, folder: Path) -> Written:
 def write_tensorrt(source: Source, folder: Path) -> Written:
     """Int8 in and out of every linear, in the flavour asked for, and what builds an engine of it."""
     options, config = source.config.tensorrt, source.config
-    if (profile := source.checkpoint.manifest.placement) in FLOAT_OUTPUTS:
+    if (placement := source.checkpoint.manifest.placement) in FLOAT_OUTPUTS:
         raise SqatError(
             "target tensorrt needs the scales of the linears' outputs, and the checkpoint was calibrated with "
-            f"profile {profile}",
-            "set stages.calibrate.profile: tensorrt",
+            f"placement {placement}",
+            "set stages.calibrate.placement: tensorrt",
         )
     quantization = quantization_of(source.checkpoint, "tensorrt")
     graph = fold_attention_scale(insert_qdq(source.graph, quantization, options.weights))
@@ -123,7 +123,7 @@ def write_tensorrt(source: Source, folder: Path) -> Written:
     rules, rounding = ("tensorrt-8" if version_8 else "tensorrt"), (HALF_BITS if half else LAST_BITS)
     written = write_graph(source, "tensorrt", graph, folder, source.checkpoint, rounding, rules)
     shapes = dict.fromkeys(source.inputs, ("batch", "sequence"))
-    made = build_files(SPECS["tensorrt"].file, inputs=shapes, batch=config.batch, sequence=source.sequence,
+    made = build_files(SPECS["tensorrt"].file, inputs=shapes, batch=config.batch_range, sequence=source.sequence,
                        precision=options.precision, layers=options.layers, weights=options.weights)  # fmt: skip
     write_files(made, folder)
     return written
@@ -149,9 +149,9 @@ def encoder_of(checkpoint: Checkpoint, model: nn.Module) -> Encoder:
     manifest = checkpoint.manifest
     check_encoder(model)
     if manifest.placement != "cpu":
-        made = f"was calibrated with profile {manifest.placement}" if manifest.placement else "is not calibrated"
-        raise SqatError(f"target cpu-sparse needs the scales of profile cpu, and the checkpoint {made}",
-                        "set stages.calibrate.profile: cpu, or export onnx-int8")  # fmt: skip
+        made = f"was calibrated with placement {manifest.placement}" if manifest.placement else "is not calibrated"
+        raise SqatError(f"target cpu-sparse needs the scales of placement cpu, and the checkpoint {made}",
+                        "set stages.calibrate.placement: cpu, or export onnx-int8")  # fmt: skip
     for name, pattern in ((name, record.pattern) for name, record in manifest.layers.items() if record.pattern):
         weight, _ = quantize_weight(checkpoint.weights[f"{name}.weight"])
         if broken := next(check_pattern(name, weight, pattern), None):
@@ -208,7 +208,7 @@ def for_any_runtime(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def with_linear_sites(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint as profile ``linear`` has it: only the inputs of linears are quantized."""
+    """The checkpoint as placement ``linear`` has it: only the inputs of linears are quantized."""
     sites = {site: record for site, record in checkpoint.manifest.sites.items() if site.endswith(":input")}
     known = checkpoint.manifest.model_copy(update={"sites": sites, "placement": "linear"})
     amax = {record.shared_with: checkpoint.amax[record.shared_with] for record in sites.values()}

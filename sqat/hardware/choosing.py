@@ -33,12 +33,12 @@ class Facts:
     Attributes:
         pattern: N:M of its pruned layers, empty for a dense model.
         quantized: whether layers are int8.
-        profile: of the activation sites: ``linear``, ``tensorrt``, ``tensorrt-full`` or ``cpu``.
+        placement: of the activation sites: ``linear``, ``tensorrt``, ``tensorrt-full`` or ``cpu``.
     """
 
     pattern: str = ""
     quantized: bool = False
-    profile: str = ""
+    placement: str = ""
 
     @property
     def sparse(self) -> bool:
@@ -55,7 +55,7 @@ class Facts:
     @property
     def float_outputs(self) -> bool:
         """Whether the linears' outputs have no scales, which TensorRT's sparse kernels need."""
-        return self.profile in ("linear", "cpu")
+        return self.placement in ("linear", "cpu")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def facts_of(manifest: Manifest) -> Facts:
     return Facts(
         pattern=max(patterns, default=""),
         quantized=any(record.quantized for record in manifest.layers.values()),
-        profile=manifest.placement,
+        placement=manifest.placement,
     )
 
 
@@ -107,7 +107,7 @@ def choose_for_sparse_gpu(machine: Machine, gpu: Gpu, facts: Facts) -> tuple[str
         reasons.append(f"{title(gpu)} has {kernels} tensor cores, and TensorRT uses them.")
         if facts.float_outputs:
             reasons.append("Its sparse kernels write int8 too, and this checkpoint has no scales for the linears' "
-                           "outputs: set stages.calibrate.profile to tensorrt to get target tensorrt.")  # fmt: skip
+                           "outputs: set stages.calibrate.placement to tensorrt to get target tensorrt.")  # fmt: skip
             return "onnx-int8", [*reasons, *tensorrt_reasons(machine, "onnx-int8")]
         return "tensorrt", [*reasons, *tensorrt_reasons(machine, "tensorrt")]
     if facts.sparse and not machine.has_tensorrt and machine.cusparselt:
@@ -152,14 +152,14 @@ def choose_for_dense_gpu(gpu: Gpu, facts: Facts) -> tuple[str, list[str]]:
 
 def choose_for_processor(machine: Machine, facts: Facts) -> tuple[str, list[str]]:
     """CPU only: int8 where the model is quantized."""
-    if facts.quantized and facts.profile == "cpu" and machine.processor.is_x86 and machine.kernels:
+    if facts.quantized and facts.placement == "cpu" and machine.processor.is_x86 and machine.kernels:
         return "cpu-sparse", kernel_reasons(facts)
     reasons = [] if facts.quantized else ["The model is not quantized, and CPUs compute in fp32."]
     if facts.pattern:
         reasons.append("ONNX Runtime and OpenVINO multiply zeros like other numbers: on a CPU pruning brings no speed.")
-        if facts.quantized and facts.profile != "cpu" and machine.processor.is_x86:
+        if facts.quantized and facts.placement != "cpu" and machine.processor.is_x86:
             reasons.append("sqat's own kernels skip them: target cpu-sparse, for BERT-type encoders calibrated with "
-                           "profile cpu.")  # fmt: skip
+                           "placement cpu.")  # fmt: skip
     if not facts.quantized:
         return "onnx-fp32", [*reasons, "A calibrate stage would make onnx-int8 possible: a smaller file, more speed."]
     reasons.insert(0, "ONNX Runtime runs every quantized layer in int8 on the CPU.")
@@ -204,7 +204,7 @@ def title(gpu: Gpu) -> str:
 def not_int8(machine: Machine, facts: Facts) -> str:
     if not facts.quantized:
         return "the model is not quantized."
-    if facts.profile == "cpu":
+    if facts.placement == "cpu":
         return "multiplies the zeros too, and attention in float."
     if machine.gpu is not None and machine.gpu.capability >= SPARSE:
         return "for CPUs; target tensorrt is the same model shaped for TensorRT's fusions."
@@ -227,13 +227,13 @@ def not_tensorrt(machine: Machine, facts: Facts) -> str:
     if machine.gpu.capability < SPARSE:
         return "its sparse kernels need compute capability 8.0 or later."
     if facts.float_outputs:
-        return "needs the scales of the linears' outputs: calibrate with profile tensorrt."
+        return "needs the scales of the linears' outputs: calibrate with placement tensorrt."
     return "needs int8 scales: put a calibrate stage before the export."
 
 
 def not_cpu_sparse(machine: Machine, facts: Facts) -> str:
-    if not facts.quantized or facts.profile != "cpu":
-        return "for x86 CPUs; needs a BERT-type encoder calibrated with profile cpu."
+    if not facts.quantized or facts.placement != "cpu":
+        return "for x86 CPUs; needs a BERT-type encoder calibrated with placement cpu."
     if machine.processor.is_x86 and not machine.kernels:
         return "its kernels are not compiled in this installation; sqat.runtime.library() says how to get them."
     return "its kernels are for x86 CPUs."
@@ -263,7 +263,7 @@ def explain(machine: Machine, facts: Facts, choice: Choice) -> list[str]:
     packages = [f"{name} {version}".strip() for name, version in machine.versions.items()]
     providers = ", ".join(provider.removesuffix("ExecutionProvider") for provider in machine.providers)
     model = [f"pruned {facts.pattern}" if facts.pattern else "dense", "int8" if facts.quantized else "float"]
-    model += [f"profile {facts.profile}"] if facts.profile else []
+    model += [f"placement {facts.placement}"] if facts.placement else []
     paragraphs = [
         ("cpu", f"{processor.name or processor.machine or 'unknown'}, {cores}; {features}"),
         ("gpu", "; ".join(map(title, machine.gpus)) or "no NVIDIA GPU"),

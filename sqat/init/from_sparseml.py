@@ -187,8 +187,8 @@ def make_stages(modifiers: Sequence[Modifier]) -> Translation:
         last = max(each.number("end_epoch", begins) for each in pruning)
         epochs = max(rounds - begins, 0)
         stage = prune_stage(pruning, made.notes)
-        if stage["schedule"]["steps"] > 1 and epochs > 0:
-            stage["recover"] = round(min(max(1 - (last - begins) / epochs, 0.2), 0.95), 3)
+        if stage["schedule"]["num_masks"] > 1 and epochs > 0:
+            stage["recovery_fraction"] = round(min(max(1 - (last - begins) / epochs, 0.2), 0.95), 3)
         stage |= {"epochs": tidy(epochs) or 1, **rates.at(begins, 5e-5), **shared, "distill": dict(distill)}
         made.stages["prune"] = stage
         if not epochs:
@@ -229,7 +229,7 @@ def prune_stage(pruning: Sequence[Modifier], notes: list[str]) -> Stage:
     stage: Stage = {"pattern": pattern_of(first, notes)}
     criterion = next((name for name, starts in CRITERIA.items() if first.kind.startswith(starts)), "magnitude")
     stage["criterion"] = criterion
-    stage["schedule"] = {"name": "per-group", "steps": 2 if gradual and has_steps(gradual) else 1}
+    stage["schedule"] = {"name": "per-group", "num_masks": 2 if gradual and has_steps(gradual) else 1}
     if "ACDC" in first.kind:
         notes.append("prune: AC/DC's dense phases have no counterpart; schedule sr-ste lets weights come back, too")
     named = [name for each in pruning for name in names_of(each, "params", "targets")]
@@ -283,7 +283,11 @@ def distillation(modifiers: Sequence[Modifier], notes: list[str]) -> Stage:
     for each in modifiers:
         if each.kind == "DistillationModifier":
             hardness = min(max(each.number("hardness", 0.5), 0.0), 1.0)
-            return {"task": round(1 - hardness, 6), "logits": hardness, "temperature": each.number("temperature", 2.0)}
+            return {
+                "task_weight": round(1 - hardness, 6),
+                "output_weight": hardness,
+                "temperature": each.number("temperature", 2.0),
+            }
         if is_distilling(each):
             notes.append(f"line {each.line}: {each.kind} becomes MiniLM's relations of the last layer")
     return {}

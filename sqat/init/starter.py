@@ -294,7 +294,9 @@ def compose_recipe(
         "reason": guess.reason,
         "model": scalar(model),
         "max_length": guess.max_length,
-        "distill": "{logits: 10, task: 0}" if guess.task == "retrieval" else "{}",  # embeddings need no labels
+        "distill": "{output_weight: 10, task_weight: 0}"
+        if guess.task == "retrieval"
+        else "{}",  # embeddings need no labels
     }
     head = TEMPLATE.format(**parts, train=paths["train"], dev=dev, test=test, columns=columns)
     if translation is None:

@@ -117,7 +117,7 @@ def int8_out(wiring: Wiring) -> Iterator[Problem]:
     for weight in quantized(wiring):
         fate = fate_of(wiring, weight.node)
         if fate.activation:
-            fix = "quantize what the activation reads too (calibrate with profile tensorrt-full), or leave it"
+            fix = "quantize what the activation reads too (calibrate with placement tensorrt-full), or leave it"
             yield Problem(label(weight.node), f"{IN_DOUBT} {fate.activation}", warning=True, fix=fix)
         elif fate.others:
             node = fate.others[0][0]

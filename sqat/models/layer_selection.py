@@ -173,7 +173,7 @@ def find_qkv(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str,
     blocks = encoder_blocks(model)
     if not blocks:
         raise SqatError("MiniLM distillation needs attention, and the model is a network of convolutions",
-                        "set distill.weight: 0 and distill.logits, or distill: null")  # fmt: skip
+                        "set distill.minilm_weight: 0 and distill.output_weight, or distill: null")  # fmt: skip
     last = f"{blocks[-1]}."
     inside = [name for name in found if name.startswith(last)]
     roles: dict[str, list[str]] = {"q": [], "k": [], "v": []}

@@ -177,11 +177,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], place: str) ->
         raise SqatError(f"the weight {missing[0]} is missing", "the files do not belong together", place)
 
 
-def use_hooked_attention(model: nn.Module, profile: str = "tensorrt") -> bool:
-    """Switch to a profile's tapped attention; False where the family does not go through the attention interface."""
+def use_hooked_attention(model: nn.Module, placement: str = "tensorrt") -> bool:
+    """Switch to a placement's tapped attention; False where the family does not go through the attention interface."""
     if not isinstance(model, PreTrainedModel) or not model._can_set_attn_implementation():
         return False
-    model.set_attn_implementation(BYTES if profile == "cpu" else TAPPED)
+    model.set_attn_implementation(BYTES if placement == "cpu" else TAPPED)
     return True
 
 

@@ -3,7 +3,7 @@
 The arithmetic is that of eager attention; transformers calls it through its attention interface (registered
 in `sqat.models.loading`), so no model code is copied. A module without a tap runs it unchanged.
 
-`byte_attention` is that of profile `cpu`, whose kernels keep the weight of a key as a byte: round(255 exp(s - max)),
+`byte_attention` is that of placement `cpu`, whose kernels keep the weight of a key as a byte: round(255 exp(s - max)),
 0 where masked. The products' sum is divided by that of the bytes, so these need neither a scale nor a tap. In eval mode
 it is the kernels' own, bit for bit (`sqat.modules.served_arithmetic`).
 

@@ -73,7 +73,7 @@ def fused_widths(name: str, width: int, heads: int, key_heads: int) -> list[int]
     count = heads + 2 * key_heads
     if width % count:
         raise SqatError(f"{name} has {width} outputs, which are not q, k and v of {heads} and {key_heads} heads",
-                        "set distill.qkv to three linears, or distill.weight: 0")  # fmt: skip
+                        "set distill.qkv to three linears, or distill.minilm_weight: 0")  # fmt: skip
     return [width // count * part for part in (heads, key_heads, key_heads)]
 
 

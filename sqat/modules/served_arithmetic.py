@@ -63,7 +63,7 @@ def check_float32(model: nn.Module) -> None:
     for name, weight in model.named_parameters():
         if weight.dtype != torch.float32:
             raise SqatError(
-                f"profile cpu computes in float32, and {name} is {weight.dtype}", "call model.float() before"
+                f"placement cpu computes in float32, and {name} is {weight.dtype}", "call model.float() before"
             )
 
 

@@ -1,4 +1,4 @@
-"""Which activation sites a profile quantizes, and which of them see the same tensor.
+"""Which activation sites a placement quantizes, and which of them see the same tensor.
 
 Found by running one small batch with a tap on every candidate: sites that see one tensor (q, k and v inputs;
 a block's input and its skip connection) share one quantizer, so they are quantized once and stay equal.
@@ -63,15 +63,15 @@ def discover_sites(
     inputs: Mapping[str, Tensor],
     linears: Sequence[str],
     blocks: Sequence[str],
-    profile: str,
+    placement: str,
 ) -> Sites:
-    """Run one batch in eval mode and choose the profile's sites.
+    """Run one batch in eval mode and choose the placement's sites.
 
     Args:
         inputs: keyword arguments of the model's forward, a small batch.
         linears: names of the linears and convolutions to quantize.
         blocks: names of the encoder blocks, for residual adds.
-        profile: ``linear``, ``tensorrt``, ``tensorrt-full`` or ``cpu``.
+        placement: ``linear``, ``tensorrt``, ``tensorrt-full`` or ``cpu``.
     """
     keys: dict[str, Key] = {}
     watch = WatchActivations()
@@ -85,9 +85,9 @@ def discover_sites(
 
     convolutions = [name for name in linears if isinstance(model.get_submodule(name), nn.Conv2d)]
     taps = tap_linears(model, record, inputs=linears, outputs=convolutions)
-    if profile != "linear":
+    if placement != "linear":
         tap_attention(model, record, inner_modules(model, blocks), taps=taps)
-    if profile.startswith("tensorrt"):
+    if placement.startswith("tensorrt"):
         tap_linears(model, record, outputs=[name for name in linears if name not in convolutions], taps=taps)
         tap_adds(model, record, blocks, taps=taps)
     training = model.training
@@ -100,11 +100,11 @@ def discover_sites(
         for handle in handles:
             handle.remove()
     outputs = {f"{name}:output": keys[f"{name}:output"] for name in convolutions if f"{name}:output" in keys}
-    kept_float = set() if profile == "tensorrt-full" else watch.seen - {key[0] for key in outputs.values()}
+    kept_float = set() if placement == "tensorrt-full" else watch.seen - {key[0] for key in outputs.values()}
     limits = {site: watch.passed(key[0]) for site, key in outputs.items()}
     rectified = {site: limit for site, limit in limits.items() if limit is not None}
     found = replace(choose_sites(keys, kept_float), rectified=rectified)
-    return replace(found, tied=[]) if profile == "cpu" else found  # its fused q, k, v linear has a scale per channel
+    return replace(found, tied=[]) if placement == "cpu" else found  # its fused q, k, v linear has a scale per channel
 
 
 def choose_sites(keys: Mapping[str, Key], activations: Set[Version]) -> Sites:

@@ -41,7 +41,7 @@ def teacher_name(recipe: Recipe, name: str) -> str | None:
     if distill.teacher is not None:
         return str(distill.teacher)
     ancestor = recipe.parent_of(name)
-    while ancestor is not None and recipe.stages[ancestor].stage != "train":
+    while ancestor is not None and recipe.stages[ancestor].type != "train":
         ancestor = recipe.parent_of(ancestor)
     return ancestor
 

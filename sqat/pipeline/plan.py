@@ -18,7 +18,7 @@ class PlannedStage:
 
     number: int
     name: str
-    kind: str
+    type: str
     parent: str | None
     key: str
     directory: Path
@@ -42,7 +42,7 @@ def make_plan(
             steps, samples = amount(config, loaded.recipe, splits)
             manifest = keys.manifest(name)
             seconds = manifest.seconds if manifest is not None else None
-            plan.append(PlannedStage(number, name, config.stage, loaded.recipe.parent_of(name), keys.planned[name],
+            plan.append(PlannedStage(number, name, config.type, loaded.recipe.parent_of(name), keys.planned[name],
                                      keys.directory(name), name not in due, steps, samples, seconds,
                                      show_limits(keys, name), "" if name in due else foreseen(keys, name)))  # fmt: skip
     return plan
@@ -63,6 +63,6 @@ def amount(config: StageConfig, recipe: Recipe, splits: Splits) -> tuple[int | N
     if isinstance(config, FitConfig):
         steps = config.total_steps(-(-splits.epoch_rows() // config.batch_size), config.gradient_accumulation)
         return steps, steps * config.batch_size * config.gradient_accumulation
-    if config.stage == "calibrate":
+    if config.type == "calibrate":
         return None, min(config.samples, len(splits.rows(config.split)))
     return None, min(config.parity_samples, len(splits.rows("dev")))

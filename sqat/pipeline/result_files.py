@@ -19,7 +19,7 @@ def result_artifacts(keys: Keys) -> dict[str, tuple[str, Path]]:
     for label, row in wanted.items():
         name, _, target = row.partition("/")
         directory, config = keys.directory(name), recipe.stages[name]
-        if config.stage != "export":
+        if config.type != "export":
             found[label] = (name, directory)
             continue
         targets = (target,) if target else config.targets

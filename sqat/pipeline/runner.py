@@ -268,7 +268,7 @@ def try_to_pass(trial: Trial, attempt: int) -> None:
         if number > 1:
             trial.reporter.info(f"{trial.name}: attempt {number} of {attempts(config)}, with more steps")
         checkpoint = run_once(trial, number)
-        for line in saturation(checkpoint.manifest) if checkpoint.manifest.kind == "calibrate" else ():
+        for line in saturation(checkpoint.manifest) if checkpoint.manifest.type == "calibrate" else ():
             trial.reporter.info(f"{trial.name}: {line}")
         miss = broadcast_from_rank0(missed(trial.limits, checkpoint.manifest.metrics))
         goal = rejected_folder(trial.directory) if miss else trial.directory
@@ -300,7 +300,7 @@ def run_once(trial: Trial, attempt: int) -> Checkpoint:
         loaded.recipe, loaded.path.parent, trial.name, trial.key, trial.origin, trial.splits, trial.reporter,
         ResumeState(trial.state, which), partial(teacher_checkpoint, trial.keys, trial.name),
     )  # fmt: skip
-    checkpoint = STAGES[given.stage](config, trial.parent, context)
+    checkpoint = STAGES[given.type](config, trial.parent, context)
     seconds = max(checkpoint.manifest.seconds, time.monotonic() - begun)  # a resumed fit knows its earlier part
     facts = {"seconds": round(seconds, 3), "overrides": [*loaded.overrides], "attempt": attempt,
              "retry_multiplier": factor}  # fmt: skip

@@ -96,20 +96,20 @@ class Histogram:
         self.counts += _widened(other, self.exponent)
         self.max_abs = max(self.max_abs, other.max_abs)
 
-    def upper_edge(self, coverage: float) -> float:
+    def upper_edge(self, percentile: float) -> float:
         """Return the smallest bin edge that covers a share of the values, at most ``max_abs``.
 
-        It is at least the exact quantile (the ``ceil(coverage * total)``-th smallest |x|) and exceeds it by
+        It is at least the exact quantile (the ``ceil(percentile / 100 * total)``-th smallest |x|) and exceeds it by
         at most one bin width.
 
         Raises:
-            ValueError: nothing was observed, or coverage is outside (0, 1].
+            ValueError: nothing was observed, or percentile is outside (0, 100].
         """
-        if not 0 < coverage <= 1:
-            raise ValueError(f"coverage must lie in (0, 1], got {coverage}")
+        if not 0 < percentile <= 100:
+            raise ValueError(f"percentile must lie in (0, 100], got {percentile}")
         if not self.total:
             raise ValueError("the histogram has observed nothing")
-        rank = math.ceil(Fraction(str(coverage)) * self.total)  # 0.07 of 100 is 7, in floats a bit more
+        rank = math.ceil(Fraction(str(percentile)) / 100 * self.total)  # 7 % of 100 is 7, in floats a bit more
         crossing = int(torch.searchsorted(self.counts.cumsum(0), rank))
         return min((crossing + 1) * self.width, self.max_abs)
 

@@ -41,6 +41,7 @@ def suggest(got: str, allowed: Iterable[str]) -> str:
     """The nearest of the allowed names, and all of them."""
     names = list(allowed)
     close = get_close_matches(got.lower(), names, n=1, cutoff=0.6)
+    close = close or [name for name in names if len(got) > 3 and got.lower() in name]  # the key of a longer name
     listed = f"allowed: {', '.join(names)}" if names else ""
     return f"did you mean {close[0]!r}? {listed}" if close else listed
 
@@ -66,7 +67,7 @@ def pick_stage(recipe: Recipe, kind: str, name: str | None) -> str:
     Raises:
         SqatError: there is none, or several and no name.
     """
-    names = [other for other, stage in recipe.stages.items() if stage.stage == kind]
+    names = [other for other, stage in recipe.stages.items() if stage.type == kind]
     if not names:
         raise SqatError(f"the recipe has no {kind} stage", f"its stages: {', '.join(recipe.stages)}", recipe.name)
     if name is None and len(names) > 1:
@@ -116,11 +117,11 @@ def _parents(recipe: Recipe) -> Iterator[Problem]:
 
 def _stage(recipe: Recipe, name: str) -> Iterator[Problem]:
     stage, line = recipe.stages[name], ancestors(recipe, name)
-    kinds = {recipe.stages[other].stage for other in line}
+    kinds = {recipe.stages[other].type for other in line}
     path = ("stages", name)
-    undone = {"train": {"prune", "calibrate", "qat"}, "prune": {"calibrate", "qat"}}.get(stage.stage, set()) & kinds
+    undone = {"train": {"prune", "calibrate", "qat"}, "prune": {"calibrate", "qat"}}.get(stage.type, set()) & kinds
     if undone:
-        first = next(other for other in line if recipe.stages[other].stage in undone)
+        first = next(other for other in line if recipe.stages[other].type in undone)
         text = f"stage {name!r} would undo what {first!r} did, {_chain(line)}"
         yield Problem((*path, "from"), text, "the order is train, prune, calibrate, qat, export")
     if isinstance(stage, QatConfig) and "calibrate" not in kinds:
@@ -137,11 +138,11 @@ def _stage(recipe: Recipe, name: str) -> Iterator[Problem]:
 
 def _targets(recipe: Recipe, name: str, stage: ExportConfig, line: list[str]) -> Iterator[Problem]:
     path, before = ("stages", name, "targets"), [recipe.stages[other] for other in line]
-    profile = next((other.profile for other in before if isinstance(other, CalibrateConfig)), None)
-    calibrated = profile is not None or any(isinstance(other, QatConfig) for other in before)
+    placement = next((other.placement for other in before if isinstance(other, CalibrateConfig)), None)
+    calibrated = placement is not None or any(isinstance(other, QatConfig) for other in before)
     pruned = any(isinstance(other, PruneConfig) for other in before)
     for target in stage.targets:
-        if need := unmet_need(target, calibrated=calibrated, placement=profile or "", pruned=pruned):
+        if need := unmet_need(target, calibrated=calibrated, placement=placement or "", pruned=pruned):
             problem, hint = need
             yield Problem(path, f"{problem}, and stage {name!r} starts from {_chain(line)}", hint)
         if stage.embeddings not in (allowed := TARGETS[target].embeddings):
@@ -171,16 +172,16 @@ def _schedule(path: tuple[str, ...], stage: PruneConfig) -> Iterator[Problem]:
     where = ".".join(path)
     for pattern in sorted({stage.pattern, *stage.patterns.values()} - {"dense"}):
         if problem := misfit(stage.schedule, pattern):
-            yield Problem((*path, "schedule", "steps"), f"{where}.schedule: {problem}")
+            yield Problem((*path, "schedule", "num_masks"), f"{where}.schedule: {problem}")
     if not stage.schedule.every_step:
         return
     name = stage.schedule.name
     if stage.criterion.statistics != "none":
         text = f"{where}: schedule {name} chooses masks before every step, so {stage.criterion.name} would observe anew"
         yield Problem((*path, "criterion"), f"{text} each time", f"{name} takes the criterion magnitude")
-    if "recover" in stage.model_fields_set:
-        text = f"{where}: recover means nothing to schedule {name}"
-        yield Problem((*path, "recover"), text, "schedule.until is the share of the steps in which masks change")
+    if "recovery_fraction" in stage.model_fields_set:
+        text = f"{where}: recovery_fraction means nothing to schedule {name}"
+        yield Problem((*path, "recovery_fraction"), text, "set schedule.until, the share of steps with new masks")
 
 
 def misfit(schedule: Schedule, pattern: str) -> str:
@@ -195,9 +196,11 @@ def misfit(schedule: Schedule, pattern: str) -> str:
 def _distill(recipe: Recipe, name: str, distill: DistillConfig, line: list[str]) -> Iterator[Problem]:
     dense = [other for other in line if _is_dense(recipe, other)]
     path = ("stages", name, "distill")
-    if not (distill.weight or distill.logits or distill.task):
+    if not (distill.minilm_weight or distill.output_weight or distill.task_weight):
         yield Problem(
-            path, f"every part of the loss of stage {name!r} has weight 0", "give one of weight, logits, task"
+            path,
+            f"every part of the loss of stage {name!r} has weight 0",
+            "give one of minilm_weight, output_weight, task_weight",
         )
     teacher = distill.teacher
     if teacher is not None and teacher not in dense:

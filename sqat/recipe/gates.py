@@ -36,7 +36,9 @@ class Retry(BaseModel):
     model_config = STRICT
 
     times: int = Field(default=1, ge=1, le=10, description="attempts after the first")
-    steps: float = Field(default=2.0, gt=1, le=100, description="factor on the steps from one attempt to the next")
+    steps_multiplier: float = Field(
+        default=2.0, gt=1, le=100, description="factor on the steps from one attempt to the next"
+    )
 
 
 GATES: dict[str, Gate] = {}

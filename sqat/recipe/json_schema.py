@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, TypeAlias
 
-from sqat.recipe.schema import STAGE_KINDS, Recipe
+from sqat.recipe.schema import STAGE_TYPES, Recipe
 from sqat.recipe.yaml_nodes import Node
 
 SCHEMA_FILE = "recipe.schema.json"  # what the first line of a recipe names for editors, beside the recipe
@@ -26,10 +26,10 @@ def recipe_schema() -> Schema:
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **_untitled(schema)}
     stages = schema["properties"]["stages"]
     (pattern, stage), *_ = stages["patternProperties"].items()
-    kinds = "|".join(STAGE_KINDS)
-    stages["patternProperties"] = {pattern.replace("^", f"^(?!({kinds})$)"): {**stage, "required": ["stage"]}}
+    types = "|".join(STAGE_TYPES)
+    stages["patternProperties"] = {pattern.replace("^", f"^(?!({types})$)"): {**stage, "required": ["type"]}}
     stages["properties"] = {
-        kind: {"anyOf": [{"$ref": ref}, {"type": "null"}]} for kind, ref in stage["discriminator"]["mapping"].items()
+        type_: {"anyOf": [{"$ref": ref}, {"type": "null"}]} for type_, ref in stage["discriminator"]["mapping"].items()
     }
     stages["additionalProperties"] = False
     return schema
@@ -74,7 +74,7 @@ def variant(schema: Schema, node: Node, name: str | int | None = None) -> Schema
     """The alternative that ``node`` is meant to be: by its discriminator, else by its shape.
 
     Args:
-        name: key of ``node``, which stands for the discriminator of a stage named by its kind.
+        name: key of ``node``, which stands for the discriminator of a stage named by its type.
     """
     union = union_of(schema)
     if union is not None:

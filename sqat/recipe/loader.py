@@ -106,7 +106,7 @@ def stage_of_kind(path: Path, kind: str, stage: str | None, overrides: Sequence[
     if stages is None or not isinstance(stages.value, dict):
         return None
     nodes = {name: node for name, node in stages.value.items()
-             if (node.child("stage") or Node(node.place, name)).value == kind}  # fmt: skip
+             if (node.child("type") or Node(node.place, name)).value == kind}  # fmt: skip
     name = stage or (next(iter(nodes)) if len(nodes) == 1 else "")
     return (name, nodes[name]) if name in nodes else None
 
@@ -210,12 +210,14 @@ def _is_shadow(path: KeyPath, kind: str, paths: Sequence[KeyPath]) -> bool:
 def locate(tree: Node, loc: tuple[int | str, ...]) -> tuple[KeyPath, tuple[int | str, ...]]:
     """Split a pydantic location into the path in the tree and what pydantic put behind it.
 
-    Pydantic names the chosen member of every union in between; such names are left out.
+    Pydantic names the chosen member of every union in between; such names are skipped, even if the member has a key
+    of that name, as the calibrator ``percentile`` has.
     """
     node, path, rest = tree, [], []  # type: tuple[Node, list[str | int], list[str | int]]
     for key in loc:
         child = node.child(key)
-        if child is None:
+        is_tag = not rest and union_of(schema_at(tuple(path), tree)) is not None
+        if child is None or is_tag:
             rest.append(key)
         else:
             node, rest = child, []

@@ -337,7 +337,9 @@ class FitConfig(BaseModel):
         default=None, ge=1, description="steps between dev evaluations; default: at the end"
     )
     early_stopping: int | None = Field(default=None, ge=1, description="evaluations without gain before stopping")
-    keep: Literal["last", "best"] = Field(default="last", description="which step's weights the stage returns")
+    keep_checkpoint: Literal["last", "best"] = Field(
+        default="last", description="which step's weights the stage returns"
+    )
     save_every: float = Field(
         default=60.0, ge=0, description="seconds between mid-stage states to resume from; 0: after every step"
     )
@@ -362,7 +364,7 @@ class FitConfig(BaseModel):
 
     def stretch(self, attempt: int) -> float:
         """Factor on the steps of the ``attempt``-th try."""
-        return 1.0 if self.retry is None else self.retry.steps ** (attempt - 1)
+        return 1.0 if self.retry is None else self.retry.steps_multiplier ** (attempt - 1)
 
     def stretched(self, attempt: int) -> FitConfig:
         """The configuration of the ``attempt``-th try, with the steps that ``retry`` gives it."""
@@ -393,9 +395,9 @@ class DistillConfig(BaseModel):
     loss: Annotated[RelationLoss, OneOf(LOSSES)] = Field(
         default=MiniLMv2(), description="relations of q, k and v that the student learns"
     )
-    weight: float = Field(default=1.0, ge=0, description="weight of the MiniLM loss")
-    task: float = Field(default=1.0, ge=0, description="weight of the task loss on the labels")
-    logits: float = Field(default=0.0, ge=0, description="weight of the distillation of the logits")
+    minilm_weight: float = Field(default=1.0, ge=0, description="weight of the MiniLM loss")
+    task_weight: float = Field(default=1.0, ge=0, description="weight of the task loss on the labels")
+    output_weight: float = Field(default=0.0, ge=0, description="weight of the distillation of the logits")
     temperature: float = Field(default=1.0, gt=0, description="temperature of the logit distillation")
     teacher: str | None = Field(default=None, description="stage that teaches; default: the nearest dense ancestor")
     qkv: tuple[str, ...] | None = Field(
@@ -407,7 +409,7 @@ class DistillConfig(BaseModel):
 class TrainConfig(FitConfig):
     """Dense fine-tuning."""
 
-    stage: Literal["train"] = Field(default="train", description="kind of the stage; default: its name")
+    type: Literal["train"] = Field(default="train", description="type of the stage; default: its name")
     steps: int | None = Field(
         default=None, ge=0, description="optimizer steps, 0 for the model as it is; give epochs or steps"
     )
@@ -416,7 +418,7 @@ class TrainConfig(FitConfig):
 class PruneConfig(FitConfig):
     """Progressive N:M pruning with fine-tuning between the steps."""
 
-    stage: Literal["prune"] = Field(default="prune", description="kind of the stage; default: its name")
+    type: Literal["prune"] = Field(default="prune", description="type of the stage; default: its name")
     pattern: Annotated[str, AfterValidator(pattern_text)] = Field(default="2:4", description="N:M, keep N of each M")
     patterns: dict[str, Annotated[str, AfterValidator(pattern_or_dense)]] = Field(
         default={}, description="glob over layer names -> N:M or dense, where it is not pattern; the first glob counts"
@@ -429,7 +431,7 @@ class PruneConfig(FitConfig):
         default=False,
         description="first put channels within blocks in an order that loses less; the dense model computes the same",
     )
-    recover: float = Field(
+    recovery_fraction: float = Field(
         default=0.8,
         ge=0,
         lt=1,
@@ -450,8 +452,8 @@ class PruneConfig(FitConfig):
         return entries | ({"patterns": [*self.patterns.items()]} if self.patterns else {})
 
 
-Profile = Literal["linear", "tensorrt", "tensorrt-full", "cpu"]
-FLOAT_OUTPUTS: tuple[Profile, ...] = ("linear", "cpu")  # without scales of what linears put out
+Placement = Literal["linear", "tensorrt", "tensorrt-full", "cpu"]
+FLOAT_OUTPUTS: tuple[Placement, ...] = ("linear", "cpu")  # without scales of what linears put out
 
 
 class CalibrateConfig(BaseModel):
@@ -459,7 +461,7 @@ class CalibrateConfig(BaseModel):
 
     model_config = STRICT
 
-    stage: Literal["calibrate"] = Field(default="calibrate", description="kind of the stage; default: its name")
+    type: Literal["calibrate"] = Field(default="calibrate", description="type of the stage; default: its name")
     parent: str | None = Field(
         default=None,
         alias="from",
@@ -468,7 +470,7 @@ class CalibrateConfig(BaseModel):
     method: Annotated[Calibrator, OneOf(CALIBRATORS)] = Field(
         default=Percentile(), description="how a histogram of activations becomes a scale"
     )
-    profile: Profile = Field(
+    placement: Placement = Field(
         default="linear",
         description="which sites are quantized: inputs of linears; tensorrt: outputs, attention and residual adds "
         "too; tensorrt-full: also what an activation function reads; cpu: what the target cpu-sparse serves",
@@ -483,7 +485,7 @@ class CalibrateConfig(BaseModel):
 class QatConfig(FitConfig):
     """Fine-tuning with masks, fake quantization and MiniLM distillation in every step."""
 
-    stage: Literal["qat"] = Field(default="qat", description="kind of the stage; default: its name")
+    type: Literal["qat"] = Field(default="qat", description="type of the stage; default: its name")
     learning_rate: float = Field(default=2e-5, gt=0, description="highest learning rate")
     activation_scales: Literal["fixed", "learned"] = Field(
         default="fixed", description="learned: LSQ (arXiv:1902.08153)"
@@ -519,7 +521,7 @@ class ExportConfig(BaseModel):
 
     model_config = STRICT
 
-    stage: Literal["export"] = Field(default="export", description="kind of the stage; default: its name")
+    type: Literal["export"] = Field(default="export", description="type of the stage; default: its name")
     parent: str | None = Field(
         default=None,
         alias="from",
@@ -529,8 +531,10 @@ class ExportConfig(BaseModel):
     embeddings: Literal["fp32", "fp16", "int8"] = Field(
         default="fp32", description="how ONNX files store the embedding tables"
     )
-    batch: Range = Field(default=(1, 8, 32), description="smallest, usual and largest batch an engine is built for")
-    sequence: Range | None = Field(
+    batch_range: Range = Field(
+        default=(1, 8, 32), description="smallest, usual and largest batch an engine is built for"
+    )
+    sequence_range: Range | None = Field(
         default=None, description="the same for tokens; default: 16, half of model.max_length, model.max_length"
     )
     tensorrt: TensorRTConfig = Field(default=TensorRTConfig(), description="options of the target tensorrt")
@@ -547,19 +551,19 @@ StageName = Annotated[
     ),
 ]
 StageConfig = TrainConfig | PruneConfig | CalibrateConfig | QatConfig | ExportConfig
-AnyStage = Annotated[StageConfig, Field(discriminator="stage")]
-STAGE_KINDS = ("train", "prune", "calibrate", "qat", "export")
+AnyStage = Annotated[StageConfig, Field(discriminator="type")]
+STAGE_TYPES = ("train", "prune", "calibrate", "qat", "export")
 
 
 def named_stages(value: Any) -> Any:
-    """Fill in ``stage`` where a stage's name is its kind, so that ``prune: {}`` is enough."""
+    """Fill in ``type`` where a stage's name is its type, so that ``prune: {}`` is enough."""
     if not isinstance(value, dict):
         return value
     filled = {}
     for name, config in value.items():
         config = {} if config is None else config
-        if isinstance(config, dict) and "stage" not in config and name in STAGE_KINDS:
-            config = {"stage": name, **config}
+        if isinstance(config, dict) and "type" not in config and name in STAGE_TYPES:
+            config = {"type": name, **config}
         filled[name] = tupled(config)
     return filled
 
@@ -586,7 +590,7 @@ class Recipe(BaseModel):
     data: DataConfig = Field(description="files and columns")
     stages: Annotated[dict[StageName, AnyStage], BeforeValidator(named_stages)] = Field(
         min_length=1,
-        description="name -> stage, in order of execution; a name that is a kind needs no 'stage'",
+        description="name -> stage, in order of execution; a stage named by its type needs no key 'type'",
     )
     results: dict[str, str] = Field(
         default={},
@@ -600,7 +604,7 @@ class Recipe(BaseModel):
             return explicit
         names = list(self.stages)
         before = names[: names.index(name)]
-        return next((other for other in reversed(before) if self.stages[other].stage != "export"), None)
+        return next((other for other in reversed(before) if self.stages[other].type != "export"), None)
 
 
 class LoadedRecipe(BaseModel):

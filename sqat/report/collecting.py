@@ -216,7 +216,7 @@ def read_metrics(known: Mapping[str, Any]) -> dict[str, float]:
 
 def read_layers(keys: Keys, stages: list[Stage], reporter: Reporter) -> tuple[str, list[LayerReport]]:
     """Name and layers of the last stage that pruned or quantized, or without one of the last that has weights."""
-    done = [stage for stage in stages if stage.manifest is not None and stage.config.stage != "export"]
+    done = [stage for stage in stages if stage.manifest is not None and stage.config.type != "export"]
     treated = [stage for stage in done if stage.manifest is not None and stage.manifest.layers]
     if not done:
         return "", []
@@ -227,7 +227,7 @@ def read_layers(keys: Keys, stages: list[Stage], reporter: Reporter) -> tuple[st
 
 def read_activations(keys: Keys, stages: list[Stage], missing: list[str]) -> list[Activation]:
     """What the last calibrate stage saw, site by site."""
-    done = [stage for stage in stages if stage.manifest is not None and stage.config.stage == "calibrate"]
+    done = [stage for stage in stages if stage.manifest is not None and stage.config.type == "calibrate"]
     if not done or done[-1].manifest is None:
         return []
     stage, manifest = done[-1].name, done[-1].manifest

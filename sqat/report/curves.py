@@ -101,5 +101,6 @@ def schedule_of(config: StageConfig, steps: int) -> Points:
         return []
     sparsities = config.schedule.sparsities(parse_pattern(config.pattern))
     return [
-        (step, sparsities[index]) for step, index in sorted(config.schedule.mask_steps(steps, config.recover).items())
+        (step, sparsities[index])
+        for step, index in sorted(config.schedule.mask_steps(steps, config.recovery_fraction).items())
     ]

@@ -23,22 +23,22 @@ from sqat.quantization.histogram import Histogram
 from sqat.recipe.schema import CalibrateConfig
 from sqat.stages.context import StageContext
 
-SHOWN_PERCENTILE = 0.9999  # for the pictures of the histograms
+SHOWN_PERCENTILE = 99.99  # for the pictures of the histograms
 
 
 def run(config: CalibrateConfig, parent: Checkpoint | None, context: StageContext) -> Checkpoint:
     """Observe ``samples`` rows in eval mode and choose every site's amax; of the weights only batch norms change."""
     model, processor = context.load_model(parent)
     choice = choose_layers(model, config.layers, "quantize")
-    if config.profile == "cpu":
+    if config.placement == "cpu":
         check_encoder(model)
     notes = [] if parent is None else list(parent.manifest.notes)
-    found = calibrate_on_rows(config, config.profile, model, processor, choice.chosen, context)
+    found = calibrate_on_rows(config, config.placement, model, processor, choice.chosen, context)
     if not found.has_attention:
         notes.append(f"{type(model).__name__} has no attention interface: its attention products stay float")
     snap_biases_(model, choice.chosen, found.amax, found.shared_with)
     masks = {} if parent is None else parent.masks
-    with quantized_model(model, masks, choice.chosen, found.amax, found.shared_with, config.profile):
+    with quantized_model(model, masks, choice.chosen, found.amax, found.shared_with, config.placement):
         metrics = {"dev": context.measure(model, processor, "dev")}
     records = {site: SiteRecord(shared_with=owner, saturated=found.saturated[site])
                for site, owner in found.shared_with.items()}  # fmt: skip
@@ -46,7 +46,7 @@ def run(config: CalibrateConfig, parent: Checkpoint | None, context: StageContex
     files, weights = serialize_model(model, processor)
     files[HISTOGRAMS] = summarize(found.histograms)
     manifest = context.manifest(config, parent, metrics=metrics, layers=layers, sites=records, skipped=found.skipped,
-                                placement=config.profile, notes=notes)  # fmt: skip
+                                placement=config.placement, notes=notes)  # fmt: skip
     return Checkpoint(manifest, files, weights, masks, found.amax)
 
 

@@ -162,11 +162,11 @@ class StageContext:
         if fitted is not None:
             known |= vars(fitted)
         return Manifest(
-            stage=self.name, kind=config.stage, key=self.key, input_digests=self.made_from, **{**known, **entries}
+            stage=self.name, type=config.type, key=self.key, input_digests=self.made_from, **{**known, **entries}
         )
 
 
 def needs_labels(config: FitConfig) -> bool:
     """Whether a stage learns from labels; one that only imitates its teacher takes every row, and each alone."""
     distill = config.distill if isinstance(config, PruneConfig | QatConfig) else None
-    return distill is None or distill.task > 0
+    return distill is None or distill.task_weight > 0

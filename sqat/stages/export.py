@@ -120,7 +120,7 @@ def check_graph(path: Path, written: Written, parent: Checkpoint) -> None:
 
 def sequence_range(config: ExportConfig, longest: int) -> tuple[int, int, int]:
     """Smallest, usual and largest number of tokens an engine is built for."""
-    return config.sequence or (min(16, longest), max(min(16, longest), longest // 2), longest)
+    return config.sequence_range or (min(16, longest), max(min(16, longest), longest // 2), longest)
 
 
 def artifact_bytes(files: dict[str, bytes], name: str) -> int:

@@ -1,7 +1,7 @@
 """Progressive N:M pruning: a growing mask over the surviving weights, fine-tuning between (source: NVIDIA/Tencent).
 
 The mask of step i is set before one training step and holds in every forward pass after it; the last one
-is set when ``recover`` of the steps remain. One-shot pruning is the schedule with one step. Channels are
+is set when ``recovery_fraction`` of the steps remain. One-shot pruning is the schedule with one step. Channels are
 permuted, where that is asked for, before the first mask; a resumed stage does so again, then reads the weights it had.
 """
 
@@ -39,7 +39,7 @@ def run(config: PruneConfig, parent: Checkpoint | None, context: StageContext) -
     kept = {name: mask for name, mask in old.items() if name not in masks}
     learns_all = config.schedule.every_step
     feed, notes = context.training_batches(config, processor), [] if parent is None else list(parent.manifest.notes)
-    moments = config.schedule.mask_steps(context.total_steps(config, feed), config.recover)
+    moments = config.schedule.mask_steps(context.total_steps(config, feed), config.recovery_fraction)
     if remark := describe_skipped_masks(moments):
         context.reporter.info(f"{context.name}: {remark}")
     with stage_loss(model, config.distill, context.task, context.teacher, context.name) as loss:

@@ -1,7 +1,7 @@
 """Putting a packed folder into a transformers model, and taking it out again.
 
 What a user gets by default is the model that was trained and measured: packed layers run sparse, and the activation
-sites that no packed layer quantizes itself (attention products, residual adds and outputs of the profiles tensorrt*,
+sites that no packed layer quantizes itself (attention products, residual adds and outputs of the placements tensorrt*,
 inputs of layers that had to stay dense) keep their fake quantizers. Those cost time and save none in torch; with
 ``sites="linears"`` only inputs of linears are rounded, which is faster and nearer to the float model, but is not
 what was measured.

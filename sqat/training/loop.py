@@ -165,7 +165,7 @@ class Run:
         if figures[metric] > self.progress.best:
             self.progress.best = figures[metric]
             self.progress.evals_without_improvement = 0
-            if config.keep == "best":
+            if config.keep_checkpoint == "best":
                 self.best = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
         else:
             self.progress.evals_without_improvement += 1
@@ -344,7 +344,7 @@ def reduced(precision: str, device: torch.device) -> Iterator[None]:
 def evaluation_due(config: FitConfig, step: int, steps: int) -> bool:
     if config.evaluate_every is None:
         return False
-    return step % config.evaluate_every == 0 or (step == steps and config.keep == "best")
+    return step % config.evaluate_every == 0 or (step == steps and config.keep_checkpoint == "best")
 
 
 def stopped_early(progress: Progress, config: FitConfig) -> bool:

@@ -149,7 +149,7 @@ def test_observing_draws_a_batch_at_a_time_and_no_random_number_of_the_users(
 
 
 def test_too_few_steps_for_the_schedule_are_told(model: Any) -> None:
-    four = PerGroup(steps=4)
+    four = PerGroup(num_masks=4)
     with pytest.warns(UserWarning, match="^too few steps before the last mask: 2 of 4 masks are skipped$"):
         sqat.Pruner(model, steps=5, schedule=four).remove()
     with warnings.catch_warnings():
@@ -199,7 +199,7 @@ def test_masks_hold_while_an_optimizer_with_momentum_and_decay_steps(
 def test_a_pruner_goes_through_its_schedule(model: Any, batches: Batches) -> None:
     zeros = []
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    with sqat.Pruner(model, steps=8, recover=0.5) as pruner:
+    with sqat.Pruner(model, steps=8, recovery_fraction=0.5) as pruner:
         for step in range(8):
             pruner.step()
             train(model, [batches[step % 4]], optimizer=optimizer)
@@ -213,7 +213,7 @@ def test_a_pruner_goes_through_its_schedule(model: Any, batches: Batches) -> Non
 
 def test_a_pruner_that_stops_early_says_so_and_cleans_up(model: Any) -> None:
     early = pytest.raises(sqat.SqatError, match="pruning ended after 1 steps, before those of step 4")
-    with early, sqat.Pruner(model, steps=8, recover=0.5) as pruner:
+    with early, sqat.Pruner(model, steps=8, recovery_fraction=0.5) as pruner:
         pruner.step()
     with pytest.raises(KeyError, match="the user's own"), sqat.Pruner(model, steps=8):
         raise KeyError("the user's own")
@@ -223,7 +223,7 @@ def test_a_pruner_that_stops_early_says_so_and_cleans_up(model: Any) -> None:
 def test_calibration_is_that_of_a_float64_quantile_and_leaves_the_model(model: Any, batches: Batches) -> None:
     model.train()
     before, attention = state(model), model.config._attn_implementation
-    scales = sqat.calibrate(model, iter(batches), method=Percentile(coverage=1.0), profile="tensorrt")
+    scales = sqat.calibrate(model, iter(batches), method=Percentile(percentile=100), placement="tensorrt")
     assert model.training
     assert model.config._attn_implementation == attention
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -252,10 +252,12 @@ def test_a_calibrator_of_ones_own(model: Any, batches: Batches) -> None:
         sqat.calibrate(model, batches, method=lambda histogram: -1.0)
 
 
-@pytest.mark.parametrize("profile", ["linear", "tensorrt", "cpu"])
-def test_quantized_trains_straight_through_and_gives_the_model_back(model: Any, batches: Batches, profile: Any) -> None:
+@pytest.mark.parametrize("placement", ["linear", "tensorrt", "cpu"])
+def test_quantized_trains_straight_through_and_gives_the_model_back(
+    model: Any, batches: Batches, placement: Any
+) -> None:
     masks = sqat.prune(model)
-    scales = sqat.calibrate(model, batches, profile=profile)
+    scales = sqat.calibrate(model, batches, placement=placement)
     with torch.no_grad():
         plain = model(**batches[0]).logits
         with sqat.quantized(model, masks, scales):
@@ -314,7 +316,7 @@ def test_what_does_not_fit_is_told_in_a_line(model: Any, make_model: MakeModel, 
         lambda: sqat.prune(model, criterion="magnitud"),  # type: ignore[arg-type]
         lambda: sqat.Pruner(model, 4, schedule="per-groups"),  # type: ignore[arg-type]
         lambda: sqat.calibrate(model, batches, method="percentil"),  # type: ignore[arg-type]
-        lambda: sqat.calibrate(model, batches, profile="linea"),  # type: ignore[arg-type]
+        lambda: sqat.calibrate(model, batches, placement="linea"),  # type: ignore[arg-type]
     ):
         with pytest.raises(
             sqat.SqatError, match=r"^there is no .*; did you mean '(magnitude|per-group|percentile|linear)'"
@@ -331,8 +333,8 @@ def test_what_does_not_fit_is_told_in_a_line(model: Any, make_model: MakeModel, 
         sqat.calibrate(model, [])
     with pytest.raises(ValueError, match="steps must be at least 1"):
         sqat.Pruner(model, 0)
-    with pytest.raises(ValueError, match="recover must lie in"):
-        sqat.Pruner(model, 4, recover=1.0)
+    with pytest.raises(ValueError, match="recovery_fraction must lie in"):
+        sqat.Pruner(model, 4, recovery_fraction=1.0)
     other = make_model("distilbert")
     with pytest.raises(sqat.SqatError, match="which is no layer of this model"), sqat.masked(other, masks):
         pass
@@ -349,7 +351,7 @@ def test_what_does_not_fit_is_told_in_a_line(model: Any, make_model: MakeModel, 
 
 
 def test_scales_of_other_sites_are_refused_before_anything_changes(model: Any, batches: Batches) -> None:
-    scales = sqat.calibrate(model, batches, profile="tensorrt")
+    scales = sqat.calibrate(model, batches, placement="tensorrt")
     before, attention = state(model), model.config._attn_implementation
     strange = replace(scales, leaders={**scales.leaders, "bert.encoder.layer.9:add0.left": next(iter(scales.amax))})
     boundless = replace(scales, amax=dict(list(scales.amax.items())[1:]))
@@ -451,13 +453,13 @@ def integers_of(path: Path) -> list[Any]:
     return [numpy_helper.to_array(t) for t in graph.initializer if t.name.endswith("weight_int8")]
 
 
-@pytest.mark.parametrize("profile", ["linear", "tensorrt", "cpu"])
+@pytest.mark.parametrize("placement", ["linear", "tensorrt", "cpu"])
 def test_an_exported_file_is_the_quantized_model(
-    make_model: MakeModel, batches: Batches, tmp_path: Path, profile: Any
+    make_model: MakeModel, batches: Batches, tmp_path: Path, placement: Any
 ) -> None:
     model = make_model(num_hidden_layers=1)
     masks = sqat.prune(model)
-    scales = sqat.calibrate(model, batches, profile=profile)
+    scales = sqat.calibrate(model, batches, placement=placement)
     with sqat.quantized(model, masks, scales):
         train(model, batches)
     before = state(model)
@@ -471,7 +473,7 @@ def test_an_exported_file_is_the_quantized_model(
     assert all((found.T.reshape(-1, 4) != 0).sum(1).max() <= 2 for found in integers)
     inputs = {key: value.numpy() for key, value in batches[0].items() if key != "labels"}
     logits = session(path).run(None, inputs)[0]
-    if profile != "cpu":  # whose bytes of the softmax only sqat.runtime has
+    if placement != "cpu":  # whose bytes of the softmax only sqat.runtime has
         with torch.no_grad(), sqat.quantized(model, masks, scales):
             found = np.abs(logits - model(**batches[0]).logits.numpy()).max()
         assert difference == pytest.approx(found, abs=1e-2)
@@ -494,7 +496,9 @@ def test_permuted_channels_keep_more_of_the_same_model(model: Any, batches: Batc
     assert masks.notes[0].startswith("permuted the channels of 4 sites")
     teacher, optimizer = copy.deepcopy(model), torch.optim.AdamW(model.parameters(), lr=1e-2)
     wanted = model(**batches[0]).logits.detach()
-    with sqat.Pruner(model, len(batches), "2:4", "wanda", recover=0.5, batches=batches, permute=True) as pruner:
+    with sqat.Pruner(
+        model, len(batches), "2:4", "wanda", recovery_fraction=0.5, batches=batches, permute=True
+    ) as pruner:
         assert torch.allclose(model(**batches[0]).logits, wanted, atol=1e-4), "nothing is pruned yet"
         with sqat.distillation_loss(model, teacher) as minilm:
             model(**batches[0])
@@ -519,7 +523,7 @@ def test_a_float_file_and_what_export_refuses(make_model: MakeModel, batches: Ba
     for match, more in {
         "takes no scales": {"scales": scales, "target": "onnx-fp32"},
         "needs scales": {"target": "onnx-int8"},
-        "profile linear has not": {"scales": scales, "target": "tensorrt"},
+        "placement linear has not": {"scales": scales, "target": "tensorrt"},
         "did you mean 'onnx-int8'": {"scales": scales, "target": "onnx-int4"},
     }.items():
         with pytest.raises(sqat.SqatError, match=match):

@@ -60,7 +60,7 @@ def assert_pruned(model: Any, masks: sqat.Masks) -> None:
 
 def test_it_prunes_over_the_trainers_steps_and_leaves_plain_weights(make_model: MakeModel, tmp_path: Path) -> None:
     model, zeros = make_model(), Zeros()
-    callback = sqat.SparseCallback(model, recover=0.5)
+    callback = sqat.SparseCallback(model, recovery_fraction=0.5)
     trainer = make_trainer(model, tmp_path, callback, zeros, gradient_accumulation_steps=2)
     dense = {name: layer.weight.detach().clone() for name, layer in linears(model)}
     trainer.train()
@@ -85,7 +85,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_model: MakeModel, tmp_path:
     saving = {"save_strategy": "steps", "save_steps": 2}
     for resume in (None, str(tmp_path / "whole" / f"checkpoint-{stop}")):
         model, zeros = make_model(), Zeros()
-        callback = sqat.SparseCallback(model, recover=0.5)
+        callback = sqat.SparseCallback(model, recovery_fraction=0.5)
         folder = tmp_path / ("whole" if resume is None else "resumed")
         make_trainer(model, folder, callback, zeros, **saving).train(resume_from_checkpoint=resume)
         assert_pruned(model, callback.masks)
@@ -98,7 +98,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_model: MakeModel, tmp_path:
 def test_a_checkpoint_without_masks_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
     make_trainer(make_model(), tmp_path, save_strategy="steps", save_steps=4).train()
     model = make_model()
-    trainer = make_trainer(model, tmp_path, sqat.SparseCallback(model, recover=0.5))
+    trainer = make_trainer(model, tmp_path, sqat.SparseCallback(model, recovery_fraction=0.5))
     with pytest.raises(sqat.SqatError, match="checkpoint of step 4 holds no masks"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
@@ -113,7 +113,7 @@ class Broken(TrainerCallback):  # type: ignore[misc]
 
 def test_after_a_train_that_raises_the_pruner_gives_plain_weights_back(make_model: MakeModel, tmp_path: Path) -> None:
     model = make_model()
-    callback = sqat.SparseCallback(model, recover=0.5)
+    callback = sqat.SparseCallback(model, recovery_fraction=0.5)
     with pytest.raises(KeyError, match="the user's own"):
         make_trainer(model, tmp_path, callback, Broken()).train()
     callback.pruner.remove()
@@ -138,7 +138,7 @@ class Stop(TrainerCallback):  # type: ignore[misc]
 
 def test_a_run_that_stops_early_is_pruned_at_the_end_and_warns(make_model: MakeModel, tmp_path: Path) -> None:
     model = make_model()
-    callback = sqat.SparseCallback(model, recover=0.5)
+    callback = sqat.SparseCallback(model, recovery_fraction=0.5)
     trainer = make_trainer(model, tmp_path, callback, Stop())
     with pytest.warns(UserWarning, match="before the last masks of step 4: they are set now"):
         trainer.train()
@@ -148,7 +148,7 @@ def test_a_run_that_stops_early_is_pruned_at_the_end_and_warns(make_model: MakeM
 
 def test_the_best_checkpoint_of_before_the_last_masks_is_pruned_too(make_model: MakeModel, tmp_path: Path) -> None:
     model = make_model()
-    callback = sqat.SparseCallback(model, recover=0.5)
+    callback = sqat.SparseCallback(model, recovery_fraction=0.5)
     patience = EarlyStoppingCallback(early_stopping_patience=99)
     trainer = make_trainer(model, tmp_path, callback, patience, save_strategy="steps", save_steps=2, eval_steps=2,
                            eval_strategy="steps", load_best_model_at_end=True, learning_rate=1.0)  # fmt: skip

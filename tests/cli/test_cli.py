@@ -274,7 +274,7 @@ def test_stage_commands_run_their_stage(
 
     monkeypatch.setattr(pipeline, "run_stage", fake)
     assert call(capsys, kind, "r.yaml") == (0, f"runs/r/{kind}\n", "")
-    manifest = Manifest(stage="train", kind="train", key="a" * 16, base_model="tiny", seed=0)
+    manifest = Manifest(stage="train", type="train", key="a" * 16, base_model="tiny", seed=0)
     save_checkpoint(Checkpoint(manifest), folder / "start")
     call(capsys, kind, "r.yaml", "--from", "start", "--output", "out", "--force")
     assert seen == [
@@ -287,7 +287,7 @@ def test_a_kind_with_two_stages_needs_a_name(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(pipeline, "run_stage", lambda loaded, name, reporter, **options: Path(name))
-    (folder / "r.yaml").write_text(RECIPE.replace("  qat:\n", "  qat:\n  qat-b: {stage: qat}\n"))
+    (folder / "r.yaml").write_text(RECIPE.replace("  qat:\n", "  qat:\n  qat-b: {type: qat}\n"))
     line = "error: r: the recipe has 2 qat stages: qat, qat-b; choose one, e.g. --stage qat\n"
     assert call(capsys, "qat", "r.yaml") == (2, "", line)
     assert call(capsys, "qat", "r.yaml", "--stage", "qat-b") == (0, "qat-b\n", "")
@@ -300,7 +300,7 @@ def test_a_kind_with_two_stages_needs_a_name(
         ("qat:", ["--no-distill"], False),
         ("qat: {distill: null}", [], False),
         ("qat: {distill: null}", ["--distill"], True),
-        ("qat: {distill: {weight: 3}}", ["--distill"], True),
+        ("qat: {distill: {minilm_weight: 3}}", ["--distill"], True),
     ],
 )
 def test_distillation_by_flag(
@@ -321,8 +321,8 @@ def test_distillation_by_flag(
     (folder / "r.yaml").write_text(RECIPE.replace("qat:", recipe))
     assert call(capsys, "qat", "r.yaml", *flags)[0] == 0
     assert (seen[0] is not None) is distils
-    if "weight" in recipe:
-        assert seen[0].weight == 3
+    if "minilm_weight" in recipe:
+        assert seen[0].minilm_weight == 3
 
 
 def test_no_distill_mends_a_recipe_without_a_teacher(

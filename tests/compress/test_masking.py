@@ -84,7 +84,7 @@ def test_sparsegpt_keeps_outputs_nearer_than_magnitude_or_wanda() -> None:
         net, batch = Net(), collate(list(range(64)))
         with torch.no_grad():
             wanted = net.kernel(batch.inputs["pixel_values"])
-            masking = make_masking(net, criterion=criterion, schedule={"name": "per-group", "steps": 1})
+            masking = make_masking(net, criterion=criterion, schedule={"name": "per-group", "num_masks": 1})
             masking.before_step(0)
             errors[criterion] = float((net.kernel(batch.inputs["pixel_values"]) - wanted).norm())
     assert errors["sparsegpt"] < 0.95 * min(errors["wanda"], errors["magnitude"])

@@ -23,7 +23,7 @@ from tests.compress.test_prune_criteria import FIT, TEACHER, TWO_STEPS, KilledEr
 
 pytestmark = pytest.mark.pipeline
 Write = Callable[..., Path]
-STILL = {"steps": 1, "learning_rate": 1e-30, "schedule": {"name": "per-group", "steps": 1}}
+STILL = {"steps": 1, "learning_rate": 1e-30, "schedule": {"name": "per-group", "num_masks": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_kept_magnitude_is_that_of_the_checkpoint(write_recipe: Write, source: P
 
 @pytest.mark.parametrize("step", [1, 3])
 def test_a_killed_run_goes_on_to_the_same_weights(write_recipe: Write, source: Path, step: int) -> None:
-    prune = {**FIT, **TWO_STEPS, "criterion": "wanda", "permute": True, "distill": {"logits": 1}}
+    prune = {**FIT, **TWO_STEPS, "criterion": "wanda", "permute": True, "distill": {"output_weight": 1}}
     stages = {**TEACHER, "prune": prune}
     whole = made(write_recipe, source, "whole", stages, "prune")
     killer, path = Killer(step), write_recipe(source, stages, name="killed")
@@ -91,7 +91,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(write_recipe: Write, source: P
 
 def test_distillation_begins_at_nothing(write_recipe: Write, source: Path) -> None:
     """The teacher is as it was, and the permuted student its equal in q, k and v of the last block."""
-    prune = {**FIT, **STILL, "permute": True, "distill": {"task": 0}}
+    prune = {**FIT, **STILL, "permute": True, "distill": {"task_weight": 0}}
     prune |= {"layers": {"include": ["*.layer.1.*output.dense"]}}
     model = {"source": str(source), "max_length": 16, "dropout": 0.0}
     path = write_recipe(source, {**TEACHER, "prune": prune}, name="taught", model=model)
@@ -103,8 +103,8 @@ def test_distillation_begins_at_nothing(write_recipe: Write, source: Path) -> No
 
 def test_a_second_stage_leaves_masked_layers_as_they_are(write_recipe: Write, source: Path) -> None:
     stages = {
-        "first": {"stage": "prune", **FIT, **STILL, "layers": {"include": ["*.attention.*"]}, "permute": True},
-        "second": {"stage": "prune", **FIT, **STILL, "layers": {"include": ["*.output.dense"]}, "permute": True},
+        "first": {"type": "prune", **FIT, **STILL, "layers": {"include": ["*.attention.*"]}, "permute": True},
+        "second": {"type": "prune", **FIT, **STILL, "layers": {"include": ["*.output.dense"]}, "permute": True},
     }
     second = made(write_recipe, source, "twice", stages, "second")
     notes = second.manifest.notes

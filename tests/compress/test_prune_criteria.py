@@ -27,7 +27,7 @@ pytestmark = pytest.mark.pipeline
 FIT = {"steps": 4, "batch_size": 8, "learning_rate": 1e-3, "save_every": 0}
 TEACHER = {"train": {"steps": 0}}
 Write = Callable[..., Path]
-TWO_STEPS = {"schedule": "per-group", "recover": 0.25}  # masks at steps 0 and 3
+TWO_STEPS = {"schedule": "per-group", "recovery_fraction": 0.25}  # masks at steps 0 and 3
 CRITERIA: dict[str, Any] = {
     "wanda": "wanda",
     "taylor": {"name": "taylor", "samples": 16},
@@ -64,14 +64,14 @@ def test_every_criterion_ends_at_the_pattern_with_masks_of_its_own(
 ) -> None:
     masks = []
     for name, criterion in {"plain": "magnitude", **CRITERIA}.items():
-        found = pruned(write_recipe, source, name=name, criterion=criterion, schedule=schedule, recover=0.25)
+        found = pruned(write_recipe, source, name=name, criterion=criterion, schedule=schedule, recovery_fraction=0.25)
         check_patterns(found)
         masks.append(torch.cat([mask.flatten() for mask in found.masks.values()]))
     assert len(torch.stack(masks).unique(dim=0)) == len(CRITERIA) + 1
 
 
 def test_one_shot_judges_the_model_it_starts_from(write_recipe: Write, source: Path) -> None:
-    one_shot = {"schedule": {"name": "per-group", "steps": 1}, "steps": 1, "learning_rate": 1e-30}
+    one_shot = {"schedule": {"name": "per-group", "num_masks": 1}, "steps": 1, "learning_rate": 1e-30}
     found = pruned(write_recipe, source, criterion="sparsegpt", **one_shot)
     start, moved = load_file(source / "model.safetensors"), 0
     for name, mask in found.masks.items():
@@ -86,14 +86,14 @@ def test_one_shot_judges_the_model_it_starts_from(write_recipe: Write, source: P
 
 
 def test_distilling_without_labels_needs_none_for_gradients(write_recipe: Write, source: Path) -> None:
-    distill = {"task": 0, "logits": 1}
+    distill = {"task_weight": 0, "output_weight": 1}
     check_patterns(pruned(write_recipe, source, before=TEACHER, criterion=CRITERIA["taylor"], distill=distill))
 
 
 def test_what_no_gradient_reaches_is_told(write_recipe: Write, source: Path) -> None:
     """MiniLM's loss ends at q, k and v of the last block."""
     with pytest.raises(SqatError, match=r"taylor cannot judge bert\.encoder\.layer\.1\.attention\.output\.dense"):
-        pruned(write_recipe, source, before=TEACHER, criterion="taylor", distill={"task": 0})
+        pruned(write_recipe, source, before=TEACHER, criterion="taylor", distill={"task_weight": 0})
 
 
 class KilledError(Exception):
@@ -223,8 +223,8 @@ BAD_STAGES = [
     ({"patterns": {"*": "none"}},
      "stages.prune.patterns.*: pattern 'none' is neither N:M, for instance 2:4, nor dense"),
     ({"patterns": ["2:4"]}, "stages.prune.patterns needs a mapping, got a list"),
-    ({"patterns": {"*": "1:4"}, "schedule": {"name": "per-group", "steps": [0.25, 0.5]}},
-     "stages.prune.schedule: steps must end at 0.75, the sparsity of 1:4, got 0.5"),
+    ({"patterns": {"*": "1:4"}, "schedule": {"name": "per-group", "num_masks": [0.25, 0.5]}},
+     "stages.prune.schedule: num_masks must end at 0.75, the sparsity of 1:4, got 0.5"),
     ({"criterion": "wandas"}, "stages.prune.criterion: unknown name 'wandas'; did you mean 'wanda'? "
                               "allowed: magnitude, sparsegpt, taylor, wanda"),
     ({"criterion": {"name": "wanda", "samples": 0}}, "stages.prune.criterion: samples must be at least 1, got 0"),
@@ -235,9 +235,9 @@ BAD_STAGES = [
     ({"criterion": "wanda", "schedule": "sr-ste"},
      "stages.prune: schedule sr-ste chooses masks before every step, so wanda would observe anew each time; "
      "sr-ste takes the criterion magnitude"),
-    ({"recover": 0.5, "schedule": "sr-ste"},
-     "stages.prune: recover means nothing to schedule sr-ste; "
-     "schedule.until is the share of the steps in which masks change"),
+    ({"recovery_fraction": 0.5, "schedule": "sr-ste"},
+     "stages.prune: recovery_fraction means nothing to schedule sr-ste; "
+     "set schedule.until, the share of steps with new masks"),
     ({"schedule": {"name": "sr-ste", "steps": 3}},
      "unknown key 'steps' in stages.prune.schedule; allowed: name, decay, until"),
 ]  # fmt: skip
@@ -270,9 +270,10 @@ def test_no_patterns_are_no_key(write_recipe: Write, source: Path) -> None:
     assert key(patterns=orders[0]) != key(patterns=orders[1]), "the first glob counts"
 
 
-def test_masks_are_set_as_before_the_last_at_recover() -> None:
-    config = PruneConfig.model_validate({"schedule": {"name": "per-group", "steps": (0.1, 0.3, 0.5)}, "recover": 0.5})
-    assert config.schedule.mask_steps(40, config.recover) == {0: 0, 10: 1, 20: 2}
-    one_shot = PruneConfig.model_validate({"schedule": {"name": "per-group", "steps": 1}})
-    assert one_shot.schedule.mask_steps(40, one_shot.recover) == {0: 0}
+def test_masks_are_set_as_before_the_last_at_recovery_fraction() -> None:
+    schedule = {"name": "per-group", "num_masks": (0.1, 0.3, 0.5)}
+    config = PruneConfig.model_validate({"schedule": schedule, "recovery_fraction": 0.5})
+    assert config.schedule.mask_steps(40, config.recovery_fraction) == {0: 0, 10: 1, 20: 2}
+    one_shot = PruneConfig.model_validate({"schedule": {"name": "per-group", "num_masks": 1}})
+    assert one_shot.schedule.mask_steps(40, one_shot.recovery_fraction) == {0: 0}
     assert PruneConfig.model_validate({"schedule": "sr-ste"}).schedule.mask_steps(3, 0.8) == {0: 0, 1: 0, 2: 0}

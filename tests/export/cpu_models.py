@@ -1,4 +1,4 @@
-"""Tiny encoders calibrated with profile `cpu`, their cpu-sparse files, and the three that compute them: torch's
+"""Tiny encoders calibrated with placement `cpu`, their cpu-sparse files, and the three that compute them: torch's
 fake-quantized model, the numpy interpreter, the compiled kernels."""
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def calibrated(
     known = {name: LayerRecord(pattern="2:4" if name in masks else "", quantized=True) for name in chosen.chosen}
     known |= {name: LayerRecord(dense_because=why, float_because=why) for name, why in chosen.left.items()}
     records = {site: SiteRecord(shared_with=leader, saturated=0.0) for site, leader in sites.leaders.items()}
-    manifest = Manifest(stage="qat", kind="qat", key="k" * 16, base_model="tiny", seed=0, placement="cpu",
+    manifest = Manifest(stage="qat", type="qat", key="k" * 16, base_model="tiny", seed=0, placement="cpu",
                         layers=known, sites=records)  # fmt: skip
     return Checkpoint(manifest, files, weights, masks, amax)
 

@@ -18,7 +18,7 @@ from sqat.runtime.sessions import left_in_float, operator_counts, optimized_grap
 from tests.onnx_models import ATTENTION, Family, ImageFamily, build_family, rtx_weight_bytes
 
 BATCHES = [(1, 2, "right"), (3, 9, "right"), (4, 20, "left"), (2, 33, "right"), (8, 16, "left")]
-PROFILES = {"tensorrt": ("output", *ATTENTION, "add"), "linear": (), "outputs": ("output",)}
+PLACEMENTS = {"tensorrt": ("output", *ATTENTION, "add"), "linear": (), "outputs": ("output",)}
 ROUNDING = 5e-6
 INT8 = ("MatMulIntegerToFloat", "QLinearMatMul")
 SELF = "bert.encoder.layer.0.attention.self"
@@ -36,8 +36,8 @@ def tensor(model: ModelProto, name: str) -> np.ndarray:
     return next(numpy_helper.to_array(entry) for entry in model.graph.initializer if entry.name == name)
 
 
-def quantized(family: Family, profile: str) -> ModelProto:
-    return insert_qdq(family.graph, family.quantization(*family.roles(*PROFILES[profile])))
+def quantized(family: Family, placement: str) -> ModelProto:
+    return insert_qdq(family.graph, family.quantization(*family.roles(*PLACEMENTS[placement])))
 
 
 def compare(family: Family, left: ModelProto, right: ModelProto) -> float:
@@ -46,19 +46,19 @@ def compare(family: Family, left: ModelProto, right: ModelProto) -> float:
     return max(parity(*(run_batches(runtime, [batch]) for runtime in sessions)) for batch in batches)
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-def test_numbers_and_int8_products_stay(family: Family, profile: str) -> None:
-    before = quantized(family, profile)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_numbers_and_int8_products_stay(family: Family, placement: str) -> None:
+    before = quantized(family, placement)
     after = fold_attention_scale(before)
     assert factors_behind_products(before)
-    assert not factors_behind_products(after) or (family.name, profile) in LEFT
+    assert not factors_behind_products(after) or (family.name, placement) in LEFT
     assert compare(family, before, after) < ROUNDING  # 1/sqrt(16) is a power of two
     graphs = [optimized_graph(model.SerializeToString()) for model in (before, after)]
     counts = [operator_counts(graph) for graph in graphs]
     assert [counts[1][name] for name in INT8] == [counts[0][name] for name in INT8]
     assert left_in_float(graphs[1]) == []
     broken = {finding.rule for finding in find(after, target="tensorrt") if not finding.warning}
-    assert broken <= {"T16", "T17"}  # which a profile without outputs or adds breaks
+    assert broken <= {"T16", "T17"}  # which a placement without outputs or adds breaks
 
 
 def test_a_float_graph(family: Family) -> None:

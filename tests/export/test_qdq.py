@@ -20,7 +20,7 @@ from sqat.lint.checks import find, verify
 from sqat.runtime.sessions import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
 from tests.onnx_models import ATTENTION, Family, ImageFamily
 
-PROFILES = {
+PLACEMENTS = {
     "linear": (),
     "outputs": ("output",),
     "attention": ATTENTION,
@@ -40,9 +40,9 @@ def tensor(model: ModelProto, name: str) -> np.ndarray:
     return next(numpy_helper.to_array(entry) for entry in model.graph.initializer if entry.name == name)
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-def test_onnx_runtime_computes_what_the_fake_quantized_model_does(family: Family, profile: str) -> None:
-    quantization = family.quantization(*family.roles(*PROFILES[profile]))
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_onnx_runtime_computes_what_the_fake_quantized_model_does(family: Family, placement: str) -> None:
+    quantization = family.quantization(*family.roles(*PLACEMENTS[placement]))
     model = insert_qdq(family.graph, quantization)
     assert [finding.rule for finding in verify(model, dict.fromkeys(family.weights, "2:4"))] == []
     runtime = session(model.SerializeToString(), threads=1)
@@ -52,9 +52,9 @@ def test_onnx_runtime_computes_what_the_fake_quantized_model_does(family: Family
         assert parity(expected, run_batches(runtime, [{k: v.numpy() for k, v in inputs.items()}])) < ROUNDING
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-def test_images_too(vit: ImageFamily, profile: str) -> None:
-    quantization = vit.quantization(*PROFILES[profile])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_images_too(vit: ImageFamily, placement: str) -> None:
+    quantization = vit.quantization(*PLACEMENTS[placement])
     model = insert_qdq(vit.graph, quantization)
     broken = [finding.rule for finding in find(model, dict.fromkeys(vit.weights, "2:4")) if not finding.warning]
     assert set(broken) <= {"B12", "B14"}  # an image's size is fixed; outputs alone leave a Transpose behind a DQ
@@ -62,7 +62,7 @@ def test_images_too(vit: ImageFamily, profile: str) -> None:
     wanted = sum(node.op_type == "MatMul" and set(node.input) <= pairs for node in model.graph.node)
     optimized = optimized_graph(model.SerializeToString())
     counts = operator_counts(optimized)
-    assert wanted == len(vit.weights) + (4 if "query" in PROFILES[profile] else 0)
+    assert wanted == len(vit.weights) + (4 if "query" in PLACEMENTS[placement] else 0)
     assert counts["MatMulIntegerToFloat"] + counts["QLinearMatMul"] >= wanted
     assert left_in_float(optimized) == []
     assert counts["Conv"] == 1  # the patches' embedding stays float
@@ -84,9 +84,9 @@ def test_parity_notices_each_kind_of_site(bert: Family, role: str) -> None:
     assert parity(reference, run(insert_qdq(bert.graph, complete), inputs)) > 100 * ROUNDING
 
 
-@pytest.mark.parametrize("profile", ["linear", "tensorrt"])
-def test_every_quantized_product_runs_in_int8(family: Family, profile: str) -> None:
-    model = insert_qdq(family.graph, family.quantization(*family.roles(*PROFILES[profile])))
+@pytest.mark.parametrize("placement", ["linear", "tensorrt"])
+def test_every_quantized_product_runs_in_int8(family: Family, placement: str) -> None:
+    model = insert_qdq(family.graph, family.quantization(*family.roles(*PLACEMENTS[placement])))
     optimized = optimized_graph(model.SerializeToString())
     pairs = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
     wanted = sum(node.op_type == "MatMul" and set(node.input) <= pairs for node in model.graph.node)
@@ -125,9 +125,9 @@ def test_int8_weights_keep_the_mask_and_the_layout(bert: Family) -> None:
     assert {"classifier.weight", "bert.pooler.dense.weight"} <= names
 
 
-@pytest.mark.parametrize("profile", ["linear", "tensorrt"])
-def test_float_weights_behind_a_q_compute_the_same(family: Family, profile: str) -> None:
-    quantization = family.quantization(*family.roles(*PROFILES[profile]))
+@pytest.mark.parametrize("placement", ["linear", "tensorrt"])
+def test_float_weights_behind_a_q_compute_the_same(family: Family, placement: str) -> None:
+    quantization = family.quantization(*family.roles(*PLACEMENTS[placement]))
     int8, floats = (insert_qdq(family.graph, quantization, form) for form in ("dq", "qdq"))
     assert [finding.rule for finding in verify(floats, dict.fromkeys(family.weights, "2:4"))] == []
     for batch, sequence, side in BATCHES:
@@ -176,7 +176,7 @@ def test_a_q_gives_every_int8_weight_back(scales: list[float], transposed: bool)
 
 @pytest.mark.parametrize("form", ["dq", "qdq"])
 def test_constants_of_a_weight_are_its_own(bert: Family, form: str) -> None:
-    model = insert_qdq(bert.graph, bert.quantization(*PROFILES["tensorrt"]), form)
+    model = insert_qdq(bert.graph, bert.quantization(*PLACEMENTS["tensorrt"]), form)
     quantizers = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
     readers: dict[str, set[str]] = {}
     for node in quantizers:
@@ -189,7 +189,7 @@ def test_constants_of_a_weight_are_its_own(bert: Family, form: str) -> None:
 
 
 def test_scales_are_those_of_the_fake_quantizer(bert: Family) -> None:
-    quantization = bert.quantization(*PROFILES["attention"])
+    quantization = bert.quantization(*PLACEMENTS["attention"])
     model = insert_qdq(bert.graph, quantization)
     for site, amax in quantization.amax.items():
         scale = torch.tensor(amax, dtype=torch.float32) / 127
@@ -200,7 +200,7 @@ def test_scales_are_those_of_the_fake_quantizer(bert: Family) -> None:
 
 def test_the_float_graph_is_left_alone(bert: Family) -> None:
     before = bert.graph.SerializeToString(deterministic=True)
-    insert_qdq(bert.graph, bert.quantization(*PROFILES["tensorrt"]))
+    insert_qdq(bert.graph, bert.quantization(*PLACEMENTS["tensorrt"]))
     assert bert.graph.SerializeToString(deterministic=True) == before
 
 

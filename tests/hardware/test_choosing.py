@@ -22,12 +22,12 @@ P4, V100, T4 = Gpu("Tesla P4", (6, 1)), Gpu("Tesla V100", (7, 0)), Gpu("Tesla T4
 A10, B200 = Gpu("NVIDIA A10", (8, 6)), Gpu("NVIDIA B200", (10, 0))
 TORCH = {"torch": "2.13.0", "onnxruntime": "1.32.0"}
 TRT, TRT8, RTX = {"tensorrt": "10.13.0"}, {"tensorrt": "8.6.1"}, {"tensorrt_rtx": "1.7.1"}
-SPARSE8 = Facts("2:4", quantized=True, profile="tensorrt")
-LINEAR8 = Facts("2:4", quantized=True, profile="linear")
-CPU8 = Facts("2:4", quantized=True, profile="cpu")
-DENSE8 = Facts("", quantized=True, profile="tensorrt")
-DENSE_CPU8 = Facts("", quantized=True, profile="cpu")
-SPARSE, DENSE, WIDE = Facts("2:4"), Facts(), Facts("4:8", quantized=True, profile="tensorrt")
+SPARSE8 = Facts("2:4", quantized=True, placement="tensorrt")
+LINEAR8 = Facts("2:4", quantized=True, placement="linear")
+CPU8 = Facts("2:4", quantized=True, placement="cpu")
+DENSE8 = Facts("", quantized=True, placement="tensorrt")
+DENSE_CPU8 = Facts("", quantized=True, placement="cpu")
+SPARSE, DENSE, WIDE = Facts("2:4"), Facts(), Facts("4:8", quantized=True, placement="tensorrt")
 
 CASES: list[tuple[Machine, Facts, str, tuple[str, ...]]] = [
     (Machine(VNNI, (A10,), TRT), SPARSE8, "tensorrt", ("A10 (compute capability 8.6) has sparse int8 tensor cores",
@@ -38,7 +38,7 @@ CASES: list[tuple[Machine, Facts, str, tuple[str, ...]]] = [
     (Machine(VNNI, (A10,), {"tensorrt": "8.6.1"}), Facts("2:4"), "onnx-fp16", ("reads no file of opset 20",)),
     (Machine(VNNI, (A10,), TRT8), SPARSE8, "tensorrt", ("TensorRT 8.6.1 runs sparse math in convolutions only",
                                                         "layers to conv1x1 and weights to qdq")),
-    (Machine(VNNI, (A10,), TRT), LINEAR8, "onnx-int8", ("set stages.calibrate.profile to tensorrt",)),
+    (Machine(VNNI, (A10,), TRT), LINEAR8, "onnx-int8", ("set stages.calibrate.placement to tensorrt",)),
     (Machine(VNNI, (A10,), TRT), DENSE8, "tensorrt", ("has int8 tensor cores",)),
     (Machine(VNNI, (A10,), TRT), WIDE, "tensorrt", ("pruned 4:8 runs as if dense", "has int8 tensor cores")),
     (Machine(VNNI, (T4, B200), TRT), SPARSE8, "tensorrt", ("B200 (compute capability 10.0)",)),
@@ -64,8 +64,8 @@ CASES: list[tuple[Machine, Facts, str, tuple[str, ...]]] = [
     (Machine(VNNI, (P4,), TRT, kernels=True), CPU8, "cpu-sparse", ("P4 (compute capability 6.1) has no tensor",)),
     (Machine(AVX2), CPU8, "onnx-int8", ("ONNX Runtime runs every quantized layer",)),
     (Machine(ARM, kernels=True), CPU8, "onnx-int8", ("ONNX Runtime runs every quantized layer",)),
-    (Machine(VNNI, (A10,), TRT), CPU8, "onnx-int8", ("set stages.calibrate.profile to tensorrt",)),
-    (Machine(AVX2), LINEAR8, "onnx-int8", ("target cpu-sparse, for BERT-type encoders calibrated with profile cpu",)),
+    (Machine(VNNI, (A10,), TRT), CPU8, "onnx-int8", ("set stages.calibrate.placement to tensorrt",)),
+    (Machine(AVX2), LINEAR8, "onnx-int8", ("target cpu-sparse, for BERT-type encoders calibrated with placement cpu",)),
     (Machine(AVX2), SPARSE, "onnx-fp32", ("not quantized", "pruning brings no speed", "calibrate stage")),
     (Machine(), DENSE, "onnx-fp32", ("not quantized",)),
 ]  # fmt: skip
@@ -84,7 +84,7 @@ def test_each_machine_gets_its_target_and_its_reasons(
 def test_what_does_not_hold_is_not_said() -> None:
     text = " ".join(choose_target(Machine(VNNI, (), TORCH), DENSE8).reasons)
     assert not [word for word in ("saturate", "OpenVINO", "pruning") if word in text]
-    assert "profile" not in " ".join(choose_target(Machine(VNNI, (A10,), TRT), SPARSE8).reasons)
+    assert "placement" not in " ".join(choose_target(Machine(VNNI, (A10,), TRT), SPARSE8).reasons)
 
 
 def test_why_not_the_kernels_of_sqat() -> None:
@@ -93,7 +93,7 @@ def test_why_not_the_kernels_of_sqat() -> None:
 
     assert why(Machine(AVX2), CPU8).startswith("its kernels are not compiled in this installation; sqat.runtime.")
     assert why(Machine(ARM), CPU8) == "its kernels are for x86 CPUs."
-    assert why(Machine(AVX2), LINEAR8) == "for x86 CPUs; needs a BERT-type encoder calibrated with profile cpu."
+    assert why(Machine(AVX2), LINEAR8) == "for x86 CPUs; needs a BERT-type encoder calibrated with placement cpu."
     assert "cpu-sparse" not in " ".join(choose_target(Machine(AVX2), CPU8).reasons), "it is calibrated for it already"
 
 
@@ -147,6 +147,6 @@ def test_a_pattern_is_halved_if_it_leaves_at_most_4_of_each_8() -> None:
 
 def test_facts_of_a_manifest() -> None:
     layers = {"a": LayerRecord(pattern="2:4", quantized=True), "b": LayerRecord(dense_because="excluded")}
-    manifest = Manifest(stage="qat", kind="qat", key="k", base_model="m", seed=0, layers=layers, placement="linear")
+    manifest = Manifest(stage="qat", type="qat", key="k", base_model="m", seed=0, layers=layers, placement="linear")
     assert facts_of(manifest) == LINEAR8
     assert facts_of(manifest.model_copy(update={"layers": {"b": LayerRecord()}, "placement": ""})) == DENSE

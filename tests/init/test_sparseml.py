@@ -96,11 +96,11 @@ def test_epochs_follow_each_other(gradual: Path) -> None:
     assert {name: stage.get("epochs") for name, stage in made.stages.items()} == {
         "train": 2, "prune": 28, "calibrate": None, "qat": 10, "export": None
     }  # fmt: skip
-    assert made.stages["prune"]["recover"] == 0.5, "the last mask at epoch 16 of 2 to 30"
-    assert made.stages["prune"]["schedule"] == {"name": "per-group", "steps": 2}
+    assert made.stages["prune"]["recovery_fraction"] == 0.5, "the last mask at epoch 16 of 2 to 30"
+    assert made.stages["prune"]["schedule"] == {"name": "per-group", "num_masks": 2}
     assert [made.stages[name]["learning_rate"] for name in ("train", "prune", "qat")] == [1e-4, 1e-4, 5e-5]
     assert {made.stages[name]["weight_decay"] for name in ("train", "prune", "qat")} == {0.5}
-    assert made.stages["qat"]["distill"] == {"task": 0.25, "logits": 0.75, "temperature": 5.5}
+    assert made.stages["qat"]["distill"] == {"task_weight": 0.25, "output_weight": 0.75, "temperature": 5.5}
 
 
 def test_nothing_is_dropped_unseen(gradual: Path) -> None:
@@ -122,7 +122,7 @@ def test_nothing_is_dropped_unseen(gradual: Path) -> None:
 def test_one_shot_recipes_of_llm_compressor(tmp_path: Path) -> None:
     made = translate(write_yaml(tmp_path, AT_ONCE))
     prune = made.stages["prune"]
-    assert (prune["pattern"], prune["criterion"], prune["schedule"]["steps"]) == ("2:4", "sparsegpt", 1)
+    assert (prune["pattern"], prune["criterion"], prune["schedule"]["num_masks"]) == ("2:4", "sparsegpt", 1)
     assert prune["layers"] == {"exclude": ["*lm_head"]}
     assert made.stages["calibrate"]["layers"] == {"exclude": ["*layer.0.*"]}
     assert made.stages["export"]["targets"] == ["onnx-int8"]

@@ -188,8 +188,8 @@ def test_the_rows_of_relevance_serve_retrieval_where_it_is_asked_for(shape: str,
     assert recipe.task.name == "retrieval"
     assert {name: getattr(recipe.data.columns, name) for name in columns} == columns
     for stage in ("prune", "qat"):
-        assert recipe.stages[stage].distill.logits == 10
-        assert recipe.stages[stage].distill.task == 0
+        assert recipe.stages[stage].distill.output_weight == 10
+        assert recipe.stages[stage].distill.task_weight == 0
 
 
 def test_the_task_is_asked_where_somebody_can_answer(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_findings_are_listed_with_nodes_and_what_to_do(command: Command, broken:
     assert lines[start + 1 : start + 4] == [
         f"    at  {ENCODER}/output/dense/MatMul",
         "  asks  int8 out: the output reaches a Q behind bias and changes of layout",
-        "   fix  calibrate with profile tensorrt, so that outputs, residual adds and",
+        "   fix  calibrate with placement tensorrt, so that outputs, residual adds and",
     ]
     assert "B7 error, 1 node, --fix repairs it: 3 weights are -0.0" in lines
     grades = [line.split()[1].strip(",:") for line in lines if line.startswith(("B", "T"))]

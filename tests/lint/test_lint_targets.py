@@ -60,7 +60,7 @@ def passes(family: Family) -> None:
 
 
 def test_outputs_quantized_where_the_attention_reads_them_are_int8_out(bert: Family) -> None:
-    """The profile tensorrt: q, k and v have their Q at the product, before an activation function there is none."""
+    """The placement tensorrt: q, k and v have their Q at the product, before an activation function there is none."""
     everything = bert.quantization(*ALL)
     covered = ("query:output", "key:output", "value:output", "intermediate.dense:output")
     amax = {site: bound for site, bound in everything.amax.items() if not site.endswith(covered)}

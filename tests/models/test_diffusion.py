@@ -121,7 +121,7 @@ def test_it_is_diffusers_unet_on_patches_with_the_mean_state_as_class() -> None:
 def test_a_checkpoint_is_read_back_and_by_diffusers(encoder: Path, tmp_path: Path) -> None:
     model, processor = started(encoder)
     files, weights = serialize_model(model, processor)
-    manifest = Manifest(stage="train", kind="train", key="0" * 64, base_model="unet", seed=0, versions={})
+    manifest = Manifest(stage="train", type="train", key="0" * 64, base_model="unet", seed=0, versions={})
     save_checkpoint(Checkpoint(manifest, files, weights), tmp_path / "checkpoint")
     again, reader = build(load_checkpoint(tmp_path / "checkpoint"))
     assert reader == processor
@@ -258,7 +258,7 @@ output: OUTPUT
 data: {train: some.npz, dev: some.npz, columns: {image: x, text: names}}
 stages:
   train: {steps: 2, batch_size: 2}
-  prune: {steps: 4, batch_size: 2, distill: {weight: 0, logits: 1.0}}
+  prune: {steps: 4, batch_size: 2, distill: {minilm_weight: 0, output_weight: 1.0}}
 """
 
 
@@ -298,7 +298,7 @@ def test_the_shipped_recipe_runs(encoder: Path, tmp_path: Path, capsys: pytest.C
         np.savez(tmp_path / f"{split}.npz", x=pictures, names=np.array(["red", "blue", "large red", "square"] * 2))
         overrides.append(f"data.{split}.path={tmp_path / f'{split}.npz'}")
     for name, config in recipe.stages.items():
-        overrides += [f"stages.{name}.steps=2"] if config.stage in ("train", "prune") else []
+        overrides += [f"stages.{name}.steps=2"] if config.type in ("train", "prune") else []
         overrides += [f"stages.{name}.evaluate_every=null"] if name == "train" else []
     arguments = [part for override in overrides for part in ("--set", override)]
     assert main(["run", str(path), "--json", "--quiet", *arguments]) == 0

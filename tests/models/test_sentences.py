@@ -82,7 +82,7 @@ def embed(encoder: Encoder, texts: list[str]) -> Tensor:
 
 def saved(encoder: Encoder, folder: Path) -> Path:
     files, weights = serialize_model(*encoder)
-    manifest = Manifest(stage="train", kind="train", key="k", base_model="tiny", seed=0)
+    manifest = Manifest(stage="train", type="train", key="k", base_model="tiny", seed=0)
     save_checkpoint(Checkpoint(manifest, files, weights), folder)
     return folder
 

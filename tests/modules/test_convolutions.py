@@ -56,13 +56,13 @@ def x() -> Tensor:
     return torch.randn(3, 16, 9, 9, generator=torch.Generator().manual_seed(0))
 
 
-def sites_of(model: nn.Module, x: Tensor, profile: str = "linear") -> Sites:
-    return discover_sites(model, {"pixel_values": x}, LAYERS, [], profile)
+def sites_of(model: nn.Module, x: Tensor, placement: str = "linear") -> Sites:
+    return discover_sites(model, {"pixel_values": x}, LAYERS, [], placement)
 
 
-@pytest.mark.parametrize("profile", ["linear", "tensorrt", "tensorrt-full"])
-def test_inputs_and_outputs_are_sites(block: nn.Module, x: Tensor, profile: str) -> None:
-    sites = sites_of(block, x, profile)
+@pytest.mark.parametrize("placement", ["linear", "tensorrt", "tensorrt-full"])
+def test_inputs_and_outputs_are_sites(block: nn.Module, x: Tensor, placement: str) -> None:
+    sites = sites_of(block, x, placement)
     assert set(sites.leaders) == {f"{name}:{role}" for name in LAYERS for role in ("input", "output")}
     assert sites.leaders["inner:input"] == "shortcut:input"  # one tensor
     assert sites.leaders["last:input"] == "last:input"  # the add in place made another tensor of it

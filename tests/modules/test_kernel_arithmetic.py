@@ -1,4 +1,4 @@
-"""Profile cpu in torch: attention of bytes, the narrow range, GELU's polynomial, against loops and the kernels."""
+"""Placement cpu in torch: attention of bytes, the narrow range, GELU's polynomial, against loops and the kernels."""
 
 from __future__ import annotations
 

@@ -81,10 +81,10 @@ def setup(make_model: MakeModel, batch: dict[str, Tensor]) -> Setup:
     return prepared(model, batch, "tensorrt")
 
 
-def prepared(model: PreTrainedModel, batch: dict[str, Tensor], profile: str) -> Setup:
+def prepared(model: PreTrainedModel, batch: dict[str, Tensor], placement: str) -> Setup:
     linears = choose_layers(model, Layers(), "quantize").chosen
     blocks = encoder_blocks(model)
-    sites = discover_sites(model, batch, linears, blocks, profile)
+    sites = discover_sites(model, batch, linears, blocks, placement)
     amax: dict[str, Tensor] = {}
 
     def observe(site: str, x: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ def test_gradients_are_those_of_the_model_written_out(setup: Setup, batch: dict[
         assert not got[f"{name}.weight"][~mask].any()
 
 
-def test_the_linear_profile_in_every_family(family: str, make_model: MakeModel, batch: dict[str, Tensor]) -> None:
+def test_the_linear_placement_in_every_family(family: str, make_model: MakeModel, batch: dict[str, Tensor]) -> None:
     model = make_model(family)
     use_eager(model)
     setup = prepared(model, batch, "linear")
@@ -301,11 +301,11 @@ def test_a_bound_that_is_none_is_refused() -> None:
         Quantizers({"a:input": torch.tensor(float("nan"))}, {"a:input": "a:input"})
 
 
-@pytest.mark.parametrize("profile", ["linear", "tensorrt"])
-def test_only_the_wanted_sites_are_tapped(profile: str, make_model: MakeModel, batch: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("placement", ["linear", "tensorrt"])
+def test_only_the_wanted_sites_are_tapped(placement: str, make_model: MakeModel, batch: dict[str, Tensor]) -> None:
     model = make_model("distilbert")
     use_hooked_attention(model)
-    _, sites, *_ = prepared(model, batch, profile)
+    _, sites, *_ = prepared(model, batch, placement)
     seen: list[str] = []
     taps = tap_sites(model, lambda site, x: seen.append(site) or x, sites.leaders, encoder_blocks(model))
     with torch.no_grad():

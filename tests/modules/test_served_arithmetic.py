@@ -1,5 +1,5 @@
-"""What profile cpu computes in eval mode, against loops in float64 and integers; the kernels themselves are compared in
-tests/export/test_cpu_sparse.py, a whole encoder bit for bit."""
+"""What placement cpu computes in eval mode, against loops in float64 and integers; the kernels themselves are compared
+in tests/export/test_cpu_sparse.py, a whole encoder bit for bit."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_mask_of_a_narrow_type_leaves_the_same_keys_out(dtype: torch.dtype) ->
 def test_a_model_that_is_not_float32_is_refused_and_stays(make_model: Callable[..., Any]) -> None:
     model = make_model("bert").bfloat16()
     before = [name for name, _ in model.named_modules()]
-    line = r"^profile cpu computes in float32, and bert\.\S+ is torch.bfloat16; call model.float\(\) before$"
+    line = r"^placement cpu computes in float32, and bert\.\S+ is torch.bfloat16; call model.float\(\) before$"
     with pytest.raises(SqatError, match=line):
         insert_quantizers_(model, Quantizers({}, {}, kernels=True), encoder_blocks(model))
     assert [name for name, _ in model.named_modules()] == before

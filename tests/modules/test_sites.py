@@ -1,4 +1,4 @@
-"""Which sites a profile quantizes, which share a quantizer, which stay float and why."""
+"""Which sites a placement quantizes, which share a quantizer, which stay float and why."""
 
 from __future__ import annotations
 
@@ -125,11 +125,11 @@ TIED = {
 BERT_TIED = [f"attention.self:{part}" for part in ("query", "key", "value")]
 
 
-def discover(model: PreTrainedModel, batch: dict[str, Tensor], profile: str) -> Sites:
-    if profile != "linear":
+def discover(model: PreTrainedModel, batch: dict[str, Tensor], placement: str) -> Sites:
+    if placement != "linear":
         use_hooked_attention(model)
     linears = choose_layers(model, Layers(), "quantize").chosen
-    return discover_sites(model, batch, linears, encoder_blocks(model), profile)
+    return discover_sites(model, batch, linears, encoder_blocks(model), placement)
 
 
 def inside(block: str, site: str) -> str | None:
@@ -140,7 +140,7 @@ def inside(block: str, site: str) -> str | None:
 
 
 @pytest.mark.parametrize("family", list(EXPECTED))
-def test_sites_of_each_profile(family: str, make_model: MakeModel, batch: dict[str, Tensor]) -> None:
+def test_sites_of_each_placement(family: str, make_model: MakeModel, batch: dict[str, Tensor]) -> None:
     wanted, left = EXPECTED[family]
     model = make_model(family)
     sites = discover(model, batch, "tensorrt")
@@ -164,7 +164,9 @@ def test_sites_of_each_profile(family: str, make_model: MakeModel, batch: dict[s
 
 
 @pytest.mark.parametrize("family", list(EXPECTED))
-def test_the_full_profile_quantizes_every_output(family: str, make_model: MakeModel, batch: dict[str, Tensor]) -> None:
+def test_the_full_placement_quantizes_every_output(
+    family: str, make_model: MakeModel, batch: dict[str, Tensor]
+) -> None:
     model = make_model(family)
     some, full = discover(model, batch, "tensorrt"), discover(model, batch, "tensorrt-full")
     more = {site for site, reason in some.left.items() if reason == B8}

@@ -32,7 +32,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 STAGES = """stages:
   train: {epochs: 4, learning_rate: 3.0e-3, batch_size: 16}
   prune: {epochs: 2, learning_rate: 5.0e-4, distill: {loss: minilm-v1}, save_every: 0}
-  calibrate: {profile: PROFILE, samples: 64}
+  calibrate: {placement: PLACEMENT, samples: 64}
   qat: {epochs: 1, learning_rate: 2.0e-4, distill: {loss: minilm-v2}}
   export: {}
 """
@@ -82,7 +82,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 class Project:
     """A folder with a model, data and a recipe."""
 
-    def __init__(self, folder: Path, family: str = "bert", profile: str = "linear") -> None:
+    def __init__(self, folder: Path, family: str = "bert", placement: str = "linear") -> None:
         self.folder = folder
         write_model(folder / "model", family)
         for seed, (split, count) in enumerate((("train", 300), ("dev", 80), ("test", 80))):
@@ -91,7 +91,7 @@ class Project:
         self.recipe = folder / "tiny.yaml"
         self.recipe.write_text(
             f"model: {{source: model, max_length: 32}}\ntask: classification\noutput: {folder / 'runs'}\n"
-            "data: {train: train.jsonl, dev: dev.jsonl, test: test.jsonl}\n" + STAGES.replace("PROFILE", profile)
+            "data: {train: train.jsonl, dev: dev.jsonl, test: test.jsonl}\n" + STAGES.replace("PLACEMENT", placement)
         )
 
     def stage(self, name: str) -> Path:
@@ -124,7 +124,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Any]:
     from sqat.recipe.loader import load_recipe
 
     torch.set_num_threads(1)
-    project = Project(tmp_path_factory.mktemp("finished"), profile="tensorrt")
+    project = Project(tmp_path_factory.mktemp("finished"), placement="tensorrt")
     return project, run(load_recipe(project.recipe), Lines())
 
 

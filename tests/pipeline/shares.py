@@ -28,7 +28,7 @@ STAGES = """stages:
   train: {steps: 24, learning_rate: 3.0e-3, batch_size: 16, gradient_accumulation: TOGETHER}
   prune: {steps: 8, learning_rate: 5.0e-4, batch_size: 8, gradient_accumulation: TOGETHER, save_every: 0,
           criterion: {name: taylor, samples: 32}, distill: {loss: minilm-v1}}
-  calibrate: {profile: tensorrt, samples: 32, batch_size: 8}
+  calibrate: {placement: tensorrt, samples: 32, batch_size: 8}
   qat: {steps: 6, learning_rate: 2.0e-4, batch_size: 8, gradient_accumulation: TOGETHER}
 """
 KILLED_AT, LONGEST = 2, 60.0  # step of the prune stage; seconds until then

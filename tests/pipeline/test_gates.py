@@ -89,7 +89,7 @@ def test_a_later_rejection_replaces_the_first(copy: Project) -> None:
     assert load_manifest(rejected(copy)).key != first
 
 
-RETRY = "stages.prune.retry={times: 1, steps: 2}"
+RETRY = "stages.prune.retry={times: 1, steps_multiplier: 2}"
 SHORT = "stages.prune.steps=3"
 FEW = ("stages.prune.epochs=null", SHORT, "stages.prune.gates={accuracy: {min: 1.1}}", RETRY)
 
@@ -125,7 +125,7 @@ def test_an_attempt_with_another_factor_on_its_steps_is_none_of_this_recipe(copy
         run(copy, *FEW)
     manifest = load_manifest(rejected(copy))
     assert (manifest.attempt, manifest.retry_multiplier, manifest.steps) == (2, 2, 6)
-    three = "stages.prune.retry={times: 1, steps: 3}"
+    three = "stages.prune.retry={times: 1, steps_multiplier: 3}"
     with pytest.raises(GateError):
         run(copy, *FEW[:3], three)
     manifest = load_manifest(rejected(copy))

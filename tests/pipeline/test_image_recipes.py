@@ -174,9 +174,9 @@ def test_shipped_image_recipes_run(recipe: str, tmp_path: Path, capsys: pytest.C
         np.savez(file, **names)
         overrides.append(f"data.{split}.path={file}")
     for name, config in loaded.stages.items():
-        if config.stage in ("train", "prune", "qat"):
+        if config.type in ("train", "prune", "qat"):
             overrides += [f"stages.{name}.epochs=null", f"stages.{name}.steps=3"]
-        if config.stage == "export":
+        if config.type == "export":
             overrides.append(f"stages.{name}.max_disagreement=0.5")
     arguments = [part for override in overrides for part in ("--set", override)]
     assert main(["run", str(path), "--json", "--quiet", *arguments]) == 0

@@ -82,7 +82,7 @@ def students(recipe: Recipe) -> list[list[FitConfig]]:
 def learns_labels(config: FitConfig) -> bool:
     """Whether a stage's loss has a part for the labels."""
     distill = config.distill if isinstance(config, PruneConfig | QatConfig) else None
-    return distill is None or distill.task > 0
+    return distill is None or distill.task_weight > 0
 
 
 @pytest.mark.parametrize("name", ["query-performance", "relevance-pnr", "relevance-accuracy"])

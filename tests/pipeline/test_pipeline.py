@@ -148,7 +148,7 @@ def test_an_output_of_another_stage_is_not_replaced(copy: Project) -> None:
 
 
 def test_a_stage_runs_from_a_given_checkpoint_to_a_given_folder(copy: Project) -> None:
-    made = stage(copy, "calibrate", "stages.calibrate.profile=linear", parent=copy.stage("train"),
+    made = stage(copy, "calibrate", "stages.calibrate.placement=linear", parent=copy.stage("train"),
                  output=copy.folder / "out")  # fmt: skip
     manifest = load_checkpoint(made).manifest
     assert manifest.input_digests == {"parent": load_checkpoint(copy.stage("train")).manifest.sha256}
@@ -234,11 +234,11 @@ def test_a_killed_run_resumes_to_the_same_weights(copy: Project) -> None:
     assert not state.parent.exists()
 
 
-@pytest.mark.parametrize(("family", "profile"), [(family, "tensorrt") for family in FAMILIES if family != "bert"])
-def test_every_family_goes_through_the_chain(tmp_path: Path, family: str, profile: str) -> None:
+@pytest.mark.parametrize(("family", "placement"), [(family, "tensorrt") for family in FAMILIES if family != "bert"])
+def test_every_family_goes_through_the_chain(tmp_path: Path, family: str, placement: str) -> None:
     """Export itself proves the parity; here that it was reached, with every encoder linear sparse and int8."""
     torch.set_num_threads(1)
-    project = Project(tmp_path / "project", family, profile)
+    project = Project(tmp_path / "project", family, placement)
     short = [f"stages.{stage}.epochs=0.3" for stage in ("train", "prune", "qat")]
     run(project, *short)
     manifest = load_checkpoint(project.stage("export")).manifest

@@ -50,7 +50,7 @@ def test_every_relevance_recipe_runs(recipe: Path, tmp_path: Path, capsys: pytes
         write_rows(tmp_path / f"{split}.jsonl", relevance_rows(24, seed))
         overrides.append(f"data.{split}.path={tmp_path / f'{split}.jsonl'}")
     for name, config in load_recipe(recipe).recipe.stages.items():
-        if config.stage in ("train", "prune", "qat"):
+        if config.type in ("train", "prune", "qat"):
             overrides += [f"stages.{name}.epochs=null", f"stages.{name}.steps=3"]
     arguments = [part for override in overrides for part in ("--set", override)]
     assert main(["run", str(recipe), "--json", "--quiet", *arguments]) == 0

@@ -109,7 +109,7 @@ def test_the_shipped_recipe_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
         write_rows(tmp_path / f"{split}.jsonl", relevance_rows(12, seed))
         overrides.append(f"data.{split}.path={tmp_path / f'{split}.jsonl'}")
     for name, config in recipe.stages.items():
-        if config.stage in ("train", "prune", "qat"):
+        if config.type in ("train", "prune", "qat"):
             overrides += [f"stages.{name}.epochs=null", f"stages.{name}.steps=2"]
     arguments = [part for override in overrides for part in ("--set", override)]
     assert main(["run", str(path), "--json", "--quiet", *arguments]) == 0

@@ -142,10 +142,10 @@ def test_nothing_observed_is_refused(calibrator: Calibrator):
         calibrator(Histogram())
 
 
-@pytest.mark.parametrize("coverage", [0.0, 1.5, math.nan])
-def test_bad_coverage_is_refused(coverage):
-    with pytest.raises(ValueError, match=r"^coverage must lie in \(0, 1\], got"):
-        Percentile(coverage=coverage)
+@pytest.mark.parametrize("percentile", [0.0, 150.0, math.nan])
+def test_bad_percentile_is_refused(percentile):
+    with pytest.raises(ValueError, match=r"^percentile must lie in \(0, 100\], got"):
+        Percentile(percentile=percentile)
 
 
 @pytest.mark.parametrize("per_octave", [0, -1, 5000])

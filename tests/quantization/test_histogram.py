@@ -15,7 +15,7 @@ from sqat.quantization.histogram import BINS, PART, Histogram
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 SMALL = st.floats(-2, 2, width=32)
 BATCHES = st.lists(st.lists(FLOATS | SMALL, min_size=1, max_size=20), min_size=1, max_size=5)
-COVERAGES = st.sampled_from([1e-9, 0.07, 0.5, 0.9, 0.99, 0.9999, 1.0])
+PERCENTILES = st.sampled_from([1e-7, 7.0, 50.0, 90.0, 99.0, 99.99, 99.999, 100.0])
 
 
 def histogram_of(*batches: Tensor) -> Histogram:
@@ -31,12 +31,12 @@ def assert_same(a: Histogram, b: Histogram) -> None:
 
 
 @settings(deadline=None)
-@given(BATCHES, COVERAGES)
-def test_quantiles_are_exact_to_one_bin(batches, coverage):
+@given(BATCHES, PERCENTILES)
+def test_quantiles_are_exact_to_one_bin(batches, percentile):
     histogram = histogram_of(*map(torch.tensor, batches))
     values = sorted(abs(value) for batch in batches for value in batch)
-    exact = values[math.ceil(Fraction(str(coverage)) * len(values)) - 1]
-    assert 0 <= histogram.upper_edge(coverage) - exact <= histogram.width
+    exact = values[math.ceil(Fraction(str(percentile)) / 100 * len(values)) - 1]
+    assert 0 <= histogram.upper_edge(percentile) - exact <= histogram.width
     assert histogram.width <= max(values[-1] / 4096, 2.0**-100)
     assert histogram.max_abs == values[-1]
     assert histogram.total == len(values)
@@ -76,7 +76,7 @@ def test_many_parts_count_every_value_once():
 def test_fault_one_almost_all_mass_in_the_first_bin():
     x = torch.zeros(1_000_000)
     x[0] = 5.0
-    edge = histogram_of(x).upper_edge(0.9999)
+    edge = histogram_of(x).upper_edge(99.99)
     assert 0 < edge <= 5 / 4096
 
 
@@ -84,7 +84,7 @@ def test_fault_two_a_tiny_first_batch_does_not_fix_the_width():
     histogram = histogram_of(torch.full((10,), 1e-3), torch.full((90,), 1e2))
     assert histogram.counts.shape == (BINS,)
     assert histogram.counts.count_nonzero() == 2
-    assert histogram.upper_edge(0.5) == 100.0
+    assert histogram.upper_edge(50) == 100.0
 
 
 def test_fault_three_counts_pass_two_to_the_24():
@@ -166,28 +166,28 @@ def test_share_beyond_is_exact_but_for_the_bin_of_amax(values, amax):
 
 def test_share_beyond_of_the_percentile_is_what_it_leaves():
     histogram = histogram_of(torch.randn(100_000, generator=torch.Generator().manual_seed(2)))
-    assert histogram.share_beyond(histogram.upper_edge(0.99)) == pytest.approx(0.01, abs=1e-3)
+    assert histogram.share_beyond(histogram.upper_edge(99)) == pytest.approx(0.01, abs=1e-3)
     assert histogram.share_beyond(histogram.max_abs) == 0
     assert histogram.share_beyond(0.0) == 1
 
 
 def test_only_zeros_have_a_histogram_too():
     histogram = histogram_of(torch.zeros(10))
-    assert (histogram.total, histogram.max_abs, histogram.upper_edge(0.9999)) == (10, 0.0, 0.0)
+    assert (histogram.total, histogram.max_abs, histogram.upper_edge(99.99)) == (10, 0.0, 0.0)
     assert histogram.share_beyond(0.0) == 0
 
 
 def test_an_empty_histogram_has_no_quantile():
     with pytest.raises(ValueError, match="observed nothing"):
-        Histogram().upper_edge(0.5)
+        Histogram().upper_edge(50)
     with pytest.raises(ValueError, match="observed nothing"):
         Histogram().share_beyond(1.0)
 
 
-@pytest.mark.parametrize("coverage", [0.0, -1.0, 1.1, math.nan])
-def test_bad_coverage_is_refused(coverage):
-    with pytest.raises(ValueError, match="coverage must lie in"):
-        histogram_of(torch.ones(1)).upper_edge(coverage)
+@pytest.mark.parametrize("percentile", [0.0, -1.0, 110.0, math.nan])
+def test_bad_percentile_is_refused(percentile):
+    with pytest.raises(ValueError, match="percentile must lie in"):
+        histogram_of(torch.ones(1)).upper_edge(percentile)
 
 
 @pytest.mark.parametrize("counts", [torch.zeros(5, dtype=torch.int64), torch.zeros(BINS), torch.full((BINS,), -1)])

@@ -30,7 +30,7 @@ stages:
   train: {learning_rate: 1e-5}
   prune:
     pattern: 2:4
-    schedule: {name: group-fraction, steps: [0.2, 0.5]}
+    schedule: {name: group-fraction, num_masks: [0.2, 0.5]}
   calibrate:
     method: percentile
   qat:
@@ -42,7 +42,8 @@ results:
 
 STAGE_KEYS = (
     "from, epochs, steps, batch_size, gradient_accumulation, optimizer, learning_rate, lr_schedule, warmup, "
-    "weight_decay, max_grad_norm, precision, evaluate_every, early_stopping, keep, save_every, gates, retry, stage"
+    "weight_decay, max_grad_norm, precision, evaluate_every, early_stopping, keep_checkpoint, save_every, gates, "
+    "retry, type"
 )
 KINDS = "calibrate, export, prune, qat, train"
 
@@ -64,7 +65,7 @@ def test_a_good_recipe_is_read_with_its_types(tmp_path: Path) -> None:
     prune = loaded.recipe.stages["prune"]
     assert isinstance(prune, PruneConfig)
     assert prune.pattern == "2:4"
-    assert prune.schedule == GroupFraction(steps=(0.2, 0.5))
+    assert prune.schedule == GroupFraction(num_masks=(0.2, 0.5))
     train = loaded.recipe.stages["train"]
     assert isinstance(train, TrainConfig)
     assert train.learning_rate == 1e-5
@@ -88,12 +89,12 @@ BAD_RECIPES = [
      "r.yaml:8: stages.train.gates.f1: against belongs to max_drop, which is not given"),
     ("learning_rate: 1e-5", "retry: {times: 2}",
      "r.yaml:8: stages.train: retry needs gates, which say when to try again"),
-    ("learning_rate: 1e-5", "retry: {steps: 1}", "r.yaml:8: stages.train.retry.steps needs a number above 1 and at "
-     "most 100, got 1"),
+    ("learning_rate: 1e-5", "retry: {steps_multiplier: 1}", 
+     "r.yaml:8: stages.train.retry.steps_multiplier needs a number above 1 and at most 100, got 1"),
     ("    method: percentile", "    gates: {f1: {max_drop: -1}}",
      "r.yaml:13: stages.calibrate.gates.f1.max_drop needs a number of at least 0 or null, got -1"),
-    ("    method: percentile", "    retry: {}", "r.yaml:13: unknown key 'retry' in stages.calibrate; allowed: stage, "
-     "from, method, profile, split, samples, batch_size, layers, gates"),
+    ("    method: percentile", "    retry: {}", "r.yaml:13: unknown key 'retry' in stages.calibrate; allowed: type, "
+     "from, method, placement, split, samples, batch_size, layers, gates"),
     ("learning_rate: 1e-5", "learning_rat: 1e-5",
      f"r.yaml:8: unknown key 'learning_rat' in stages.train; did you mean 'learning_rate'? allowed: {STAGE_KEYS}"),
     ("learning_rate: 1e-5", "parent: x", f"r.yaml:8: unknown key 'parent' in stages.train; allowed: {STAGE_KEYS}"),
@@ -121,29 +122,35 @@ BAD_RECIPES = [
      "allowed: group-fraction, per-group, sr-ste"),
     ("name: group-fraction, ", "",
      "r.yaml:11: stages.prune.schedule needs the key 'name'; allowed: group-fraction, per-group, sr-ste"),
-    ("[0.2, 0.5]", "[0.2, x]", "r.yaml:11: stages.prune.schedule.steps.1 needs a number, got 'x'"),
+    ("[0.2, 0.5]", "[0.2, x]", "r.yaml:11: stages.prune.schedule.num_masks.1 needs a number, got 'x'"),
     ("[0.2, 0.5]", "many",
-     "r.yaml:11: stages.prune.schedule.steps needs a whole number or a list of numbers, got 'many'"),
+     "r.yaml:11: stages.prune.schedule.num_masks needs a whole number or a list of numbers, got 'many'"),
     ("[0.2, 0.5]", "[0.5, 0.2]",
-     "r.yaml:11: stages.prune.schedule: steps must be growing fractions between 0 and 1, got [0.5, 0.2]"),
+     "r.yaml:11: stages.prune.schedule: num_masks must be growing fractions between 0 and 1, got [0.5, 0.2]"),
     ("[0.2, 0.5]", "[0.2, 0.7]",
-     "r.yaml:11: stages.prune.schedule: steps must end at 0.5, the sparsity of 2:4, got 0.7"),
+     "r.yaml:11: stages.prune.schedule: num_masks must end at 0.5, the sparsity of 2:4, got 0.7"),
     ("[0.2, 0.5]}", "3, regrow: yes}",
      "r.yaml:11: stages.prune.schedule.regrow needs true or false, got 'yes'; write true"),
     ("method: percentile", "method: percentil",
      "r.yaml:13: stages.calibrate.method: unknown name 'percentil'; did you mean 'percentile'? "
      "allowed: entropy, max, mse, percentile"),
-    ("method: percentile", "method: {name: percentile, cover: 1}",
-     "r.yaml:13: unknown key 'cover' in stages.calibrate.method; did you mean 'coverage'? allowed: name, coverage"),
-    ("method: percentile", "method:\n      name: percentile\n      coverage: 99.99",
-     "r.yaml:15: stages.calibrate.method: coverage must lie in (0, 1], got 99.99"),
+    ("method: percentile", "method: {name: percentile, percent: 99}",
+     "r.yaml:13: unknown key 'percent' in stages.calibrate.method; did you mean 'percentile'? "
+     "allowed: name, percentile"),
+    ("method: percentile", "method:\n      name: percentile\n      percentile: 101",
+     "r.yaml:15: stages.calibrate.method: percentile must lie in (0, 100], got 101.0"),
+    ("method: percentile", "method: {name: percentile, percentile: 99, percent: 9}",
+     "r.yaml:13: unknown key 'percent' in stages.calibrate.method; did you mean 'percentile'? "
+     "allowed: name, percentile"),
+    ("learning_rate: 1e-5", "keep: best",
+     f"r.yaml:8: unknown key 'keep' in stages.train; did you mean 'keep_checkpoint'? allowed: {STAGE_KEYS}"),
     ("method: percentile", "method: [percentile]",
      "r.yaml:13: stages.calibrate.method needs one of entropy, max, mse, percentile, got a list"),
     ("  prune:\n", "  prunee:\n",
-     f"r.yaml:9: stages.prunee needs the key 'stage'; did you mean 'prune'? allowed: {KINDS}"),
-    ("  prune:\n", "  second:\n    stage: prun\n",
-     f"r.yaml:10: stages.second.stage: unknown name 'prun'; did you mean 'prune'? allowed: {KINDS}"),
-    ("  prune:\n", "  Pruned_1:\n    stage: prune\n",
+     f"r.yaml:9: stages.prunee needs the key 'type'; did you mean 'prune'? allowed: {KINDS}"),
+    ("  prune:\n", "  second:\n    type: prun\n",
+     f"r.yaml:10: stages.second.type: unknown name 'prun'; did you mean 'prune'? allowed: {KINDS}"),
+    ("  prune:\n", "  Pruned_1:\n    type: prune\n",
      "r.yaml:9: the name 'Pruned_1' may only hold lower-case letters, digits and -, a letter or digit first"),
     ("task: classification", "task: clasification",
      "r.yaml:2: task: unknown name 'clasification'; did you mean 'classification'? "
@@ -185,12 +192,13 @@ BAD_RECIPES = [
      "r.yaml:16: target tensorrt needs activation placement tensorrt or tensorrt-full, and the model is calibrated "
      "with linear, and stage 'export' starts from (qat <- calibrate <- prune <- train); "
      "set the calibrate stage's placement to tensorrt, or export onnx-int8"),
-    ("targets: [onnx-int8, onnx-fp32]", "targets: [onnx-int8]\n    batch: [4, 2, 8]",
-     "r.yaml:17: stages.export.batch: needs three sizes from 1 on, none smaller than the one before it, got 4, 2, 8"),
+    ("targets: [onnx-int8, onnx-fp32]", "targets: [onnx-int8]\n    batch_range: [4, 2, 8]",
+     "r.yaml:17: stages.export.batch_range: needs three sizes from 1 on, "
+     "none smaller than the one before it, got 4, 2, 8"),
     (GOOD[GOOD.index("  prune:"):GOOD.index("results:")], "  export: {targets: [torch-semi-structured]}\n",
      "r.yaml:9: target torch-semi-structured needs a pruned model, and stage 'export' starts from "
      "(train) (and 1 more); add a prune stage before it"),
-    ("  qat:\n", "  again: {stage: train}\n  qat:\n",
+    ("  qat:\n", "  again: {type: train}\n  qat:\n",
      "r.yaml:14: stage 'again' would undo what 'calibrate' did, (calibrate <- prune <- train); "
      "the order is train, prune, calibrate, qat, export"),
     ("  qat:\n", "  qat:\n    from: export\n",
@@ -198,7 +206,7 @@ BAD_RECIPES = [
     ("  qat:\n", "  qat:\n    from: calibrat\n",
      "r.yaml:15: stage 'qat' starts from 'calibrat', which is no stage; did you mean 'calibrate'? "
      "allowed: train, prune, calibrate"),
-    ("results:", "  again:\n    stage: train\n    from: export\nresults:",
+    ("results:", "  again:\n    type: train\n    from: export\nresults:",
      "r.yaml:19: stage 'again' starts from 'export', an export, which holds no model to go on with; "
      "allowed: train, prune, calibrate, qat"),
     ("  qat:\n", "  qat: {distill: {teacher: prune}}\n",
@@ -211,12 +219,12 @@ BAD_RECIPES = [
      f"r.yaml:16: stages.export.targets.0 needs one of {TARGETS}, got 'onnx'; did you mean 'onnx-int8'?"),
     ("[onnx-int8, onnx-fp32]", "[]",
      f"r.yaml:16: stages.export.targets needs a list with at least 1 entry, each one of {TARGETS}, got an empty list"),
-    ("targets: [onnx-int8, onnx-fp32]", "batch: 8",
-     "r.yaml:16: stages.export.batch needs a list of 3 whole numbers, got 8"),
-    ("targets: [onnx-int8, onnx-fp32]", "sequence: [8, 64]",
-     "r.yaml:16: stages.export.sequence needs a list of 3 whole numbers or null, got a list"),
-    ("targets: [onnx-int8, onnx-fp32]", "sequence: [8, 64, long]",
-     "r.yaml:16: stages.export.sequence.2 needs a whole number, got 'long'"),
+    ("targets: [onnx-int8, onnx-fp32]", "batch_range: 8",
+     "r.yaml:16: stages.export.batch_range needs a list of 3 whole numbers, got 8"),
+    ("targets: [onnx-int8, onnx-fp32]", "sequence_range: [8, 64]",
+     "r.yaml:16: stages.export.sequence_range needs a list of 3 whole numbers or null, got a list"),
+    ("targets: [onnx-int8, onnx-fp32]", "sequence_range: [8, 64, long]",
+     "r.yaml:16: stages.export.sequence_range.2 needs a whole number, got 'long'"),
     ("export/onnx-int8", "export/onnx-int4",
      "r.yaml:18: stage 'export' has no target 'onnx-int4'; did you mean 'onnx-int8'? allowed: onnx-int8, onnx-fp32"),
     ("export/onnx-int8", "export",
@@ -343,15 +351,15 @@ def test_any_json_is_read_as_json_reads_it(value: object) -> None:
 GOOD_OVERRIDES = [
     ("seed=7", lambda r: r.seed == 7),
     ("name=other", lambda r: r.name == "other"),
-    ("stages.prune.schedule.steps.0=0.1", lambda r: r.stages["prune"].schedule.steps == (0.1, 0.5)),
-    ("stages.prune.schedule.steps=5", lambda r: r.stages["prune"].schedule.steps == 5),
-    ("stages.prune.distill.weight=2", lambda r: r.stages["prune"].distill.weight == 2),
+    ("stages.prune.schedule.num_masks.0=0.1", lambda r: r.stages["prune"].schedule.num_masks == (0.1, 0.5)),
+    ("stages.prune.schedule.num_masks=5", lambda r: r.stages["prune"].schedule.num_masks == 5),
+    ("stages.prune.distill.minilm_weight=2", lambda r: r.stages["prune"].distill.minilm_weight == 2),
     ("stages.prune.pattern=2:4", lambda r: r.stages["prune"].pattern == "2:4"),
     ("stages.train.learning_rate=1e-4", lambda r: r.stages["train"].learning_rate == 1e-4),
     ("stages.qat.distill.loss.relation_heads=3", lambda r: r.stages["qat"].distill.loss.relation_heads == 3),
     ("stages.qat.distill=null", lambda r: r.stages["qat"].distill is None),
     ("stages.qat.epochs=", lambda r: r.stages["qat"].epochs is None),
-    ("stages.calibrate.method.coverage=0.99", lambda r: r.stages["calibrate"].method.coverage == 0.99),
+    ("stages.calibrate.method.percentile=99", lambda r: r.stages["calibrate"].method.percentile == 99),
     ("data.train.limit=5", lambda r: (r.data.train.path, r.data.train.limit) == ("train.jsonl", 5)),
     ("data.test=test.csv", lambda r: r.data.test.path == "test.csv"),
     ("results.dense=train", lambda r: r.results["dense"] == "train"),
@@ -380,13 +388,13 @@ BAD_OVERRIDES = [
      "allowed: train, prune, calibrate, qat, export"),
     ("stages.qat.layers={}",
      f"--set stages.qat.layers: unknown key 'layers' in stages.qat; allowed: {STAGE_KEYS}, activation_scales, distill"),
-    ("stages.calibrate.method.coverag=1",
-     "--set stages.calibrate.method.coverag: unknown key 'coverag' in stages.calibrate.method; "
-     "did you mean 'coverage'? allowed: name, coverage"),
-    ("stages.prune.schedule.steps.7=1",
-     "--set stages.prune.schedule.steps.7: 7 is no index of a list of 2; allowed: 0 to 1"),
-    ("stages.prune.schedule.steps.x=1",
-     "--set stages.prune.schedule.steps.x: 'x' is no index of a list of 2; allowed: 0 to 1"),
+    ("stages.calibrate.method.percentil=1",
+     "--set stages.calibrate.method.percentil: unknown key 'percentil' in stages.calibrate.method; "
+     "did you mean 'percentile'? allowed: name, percentile"),
+    ("stages.prune.schedule.num_masks.7=1",
+     "--set stages.prune.schedule.num_masks.7: 7 is no index of a list of 2; allowed: 0 to 1"),
+    ("stages.prune.schedule.num_masks.x=1",
+     "--set stages.prune.schedule.num_masks.x: 'x' is no index of a list of 2; allowed: 0 to 1"),
     ("model.max_length=[",
      "--set model.max_length: not valid YAML: a '[' or '{' is never closed"),
     ("stages.qat.from=train",
@@ -424,10 +432,10 @@ def test_whatever_is_set_is_a_recipe_or_one_clear_line(
 
 
 def test_later_overrides_see_earlier_ones(tmp_path: Path) -> None:
-    loaded = load(tmp_path, GOOD, "stages.prune.schedule=per-group", "stages.prune.schedule.steps=3")
+    loaded = load(tmp_path, GOOD, "stages.prune.schedule=per-group", "stages.prune.schedule.num_masks=3")
     prune = loaded.recipe.stages["prune"]
     assert isinstance(prune, PruneConfig)
-    assert (prune.schedule.name, prune.schedule.steps) == ("per-group", 3)
+    assert (prune.schedule.name, prune.schedule.num_masks) == ("per-group", 3)
 
 
 def test_missing_data_files_are_told_only_when_asked(tmp_path: Path) -> None:
@@ -440,14 +448,14 @@ def test_missing_data_files_are_told_only_when_asked(tmp_path: Path) -> None:
 
 
 def test_the_default_parent_skips_exports(tmp_path: Path) -> None:
-    text = GOOD.replace("  prune:\n", "  early:\n    stage: export\n    targets: [onnx-fp32]\n  prune:\n")
+    text = GOOD.replace("  prune:\n", "  early:\n    type: export\n    targets: [onnx-fp32]\n  prune:\n")
     recipe = load(tmp_path, text).recipe
     assert recipe.parent_of("early") == recipe.parent_of("prune") == "train"
     assert ancestors(recipe, "export") == ["qat", "calibrate", "prune", "train"]
 
 
 def test_pick_stage(tmp_path: Path) -> None:
-    recipe = load(tmp_path, GOOD.replace("  qat:\n", "  qat:\n  qat-2: {stage: qat}\n")).recipe
+    recipe = load(tmp_path, GOOD.replace("  qat:\n", "  qat:\n  qat-2: {type: qat}\n")).recipe
     assert pick_stage(recipe, "prune", None) == "prune"
     assert pick_stage(recipe, "qat", "qat-2") == "qat-2"
     with pytest.raises(SqatError, match=r"r: the recipe has 2 qat stages: qat, qat-2; choose one, e\.g\. --stage qat"):

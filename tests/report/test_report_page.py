@@ -33,7 +33,7 @@ task: classification
 data: {train: train.jsonl, dev: dev.jsonl}
 stages:
   train: {steps: 10}
-  prune: {steps: 10, schedule: {name: per-group, steps: 2}, gates: {accuracy: {max_drop: 0.5}}}
+  prune: {steps: 10, schedule: {name: per-group, num_masks: 2}, gates: {accuracy: {max_drop: 0.5}}}
   calibrate:
   qat: {steps: 5}
   export: {targets: [onnx-fp32, onnx-int8]}
@@ -101,17 +101,17 @@ def shared(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[.
     fitted = {"losses": {"task": 0.25}, "steps": 10}
     history = [{"step": 5.0, "accuracy": 0.5}, {"step": 10.0, "accuracy": 0.75}]
     parts: dict[str, dict[str, Any]] = {
-        "train": {"kind": "train", **plain, **fitted, "history": history, "metrics": {"dev": {"accuracy": 0.75}}},
+        "train": {"type": "train", **plain, **fitted, "history": history, "metrics": {"dev": {"accuracy": 0.75}}},
         "prune": {
-            "kind": "prune",
+            "type": "prune",
             "sites": {},
             "placement": "",
             "losses": {"task": 0.5, "minilm": 0.01},
             "steps": 10,
             "metrics": {"dev": {"accuracy": 0.125}},
         },
-        "calibrate": {"kind": "calibrate"},
-        "qat": {"kind": "qat", "losses": {"task": 0.2}, "steps": 5},
+        "calibrate": {"type": "calibrate"},
+        "qat": {"type": "qat", "losses": {"task": 0.2}, "steps": 5},
     }
     histogram = {"width": 0.5, "counts": [70, 20, 8, 2], "covers": 1.75}
     seen = json.dumps(dict.fromkeys(made.manifest.sites, histogram)).encode()
@@ -124,7 +124,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[.
     linear, scores = write_linear(tmp_path / "l.onnx"), write_classifier(tmp_path / "c.onnx")
     files = {"model.fp32.onnx": linear.read_bytes(), "model.int8.onnx": scores.read_bytes()}
     files["config.json"] = json.dumps(CONFIG).encode()
-    manifest = made.manifest.model_copy(update={"stage": "export", "kind": "export", "notes": ["<i>note</i>"], **plain})
+    manifest = made.manifest.model_copy(update={"stage": "export", "type": "export", "notes": ["<i>note</i>"], **plain})
     save_checkpoint(Checkpoint(manifest, files, recipe=RECIPE), folder / "05-export")
     (folder / "sqat.log").write_text(LOG)
     key = load_manifest(folder / "05-export").sha256

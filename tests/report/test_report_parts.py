@@ -71,9 +71,9 @@ def test_a_fit_under_way_is_not_that_of_the_checkpoint() -> None:
 
 
 def test_the_schedule_is_that_of_the_prune_stage() -> None:
-    config = PruneConfig(schedule=PerGroup(steps=2), recover=0.8)
+    config = PruneConfig(schedule=PerGroup(num_masks=2), recovery_fraction=0.8)
     assert schedule_of(config, 100) == [(0, 0.25), (20, 0.5)]
-    assert schedule_of(PruneConfig(schedule=PerGroup(steps=1)), 100) == [(0, 0.5)]
+    assert schedule_of(PruneConfig(schedule=PerGroup(num_masks=1)), 100) == [(0, 0.5)]
     assert schedule_of(QatConfig(), 100) == []
 
 

@@ -30,7 +30,7 @@ def test_the_pattern_is_two_of_four_and_the_larger_ones(concepts: Any) -> None:
 
 
 def test_growth_is_that_of_the_stage(concepts: Any) -> None:
-    steps, sparsities = concepts.growth(PruneConfig(schedule=PerGroup(steps=2)))
+    steps, sparsities = concepts.growth(PruneConfig(schedule=PerGroup(num_masks=2)))
     assert (steps, sparsities) == ([0, 0, 60, 300], [0.0, 0.25, 0.5, 0.5])
 
 

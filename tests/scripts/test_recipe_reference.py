@@ -46,7 +46,7 @@ def test_recipes_name_the_schema_for_editors() -> None:
 
 def test_every_key_is_there(reference: Any) -> None:
     page = reference.page()
-    keys = set(keys_of(recipe_schema())) - {"stage"}  # which is told in words
+    keys = set(keys_of(recipe_schema())) - {"type"}  # which is told in words
     assert {"candidates", "criterion", "damping", "tensorrt", "max_drop"} <= keys
     assert [key for key in sorted(keys) if f"`{key}`" not in page] == []
 
@@ -54,6 +54,9 @@ def test_every_key_is_there(reference: Any) -> None:
 def test_defaults_read_as_in_a_recipe(reference: Any) -> None:
     shown = {None: "", 0.0001: "`0.0001`", "adamw": "`adamw`", False: "`false`"}
     assert {default: reference.shown(default) for default in shown} == shown
-    assert reference.shown({"name": "per-group", "steps": 2, "sparsities": None}) == "`{name: per-group, steps: 2}`"
+    assert (
+        reference.shown({"name": "per-group", "num_masks": 2, "sparsities": None})
+        == "`{name: per-group, num_masks: 2}`"
+    )
     assert reference.shown({"name": "magnitude", "extra": []}) == "`magnitude`"
     assert reference.shown([1, 8, 32]) == "`[1, 8, 32]`"

@@ -61,7 +61,7 @@ task: {name: relevance, candidates: 3}
 data: {train: train.jsonl, dev: dev.jsonl, test: test.jsonl, columns: {candidates: candidates}}
 stages:
   train: {steps: 8, learning_rate: 3.0e-3, batch_size: 12}
-  one-shot: {stage: prune, from: train, steps: 4, batch_size: 12, schedule: {name: per-group, steps: 1}}
+  one-shot: {type: prune, from: train, steps: 4, batch_size: 12, schedule: {name: per-group, num_masks: 1}}
   calibrate: {samples: 16}
 results:
   dense fp32: train

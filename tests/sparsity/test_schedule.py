@@ -30,7 +30,7 @@ def random_scores(seed: int, rows: int, columns: int) -> Tensor:
     st.integers(0, 99),
 )
 def test_masks_grow_to_exactly_n_of_m(kind, pattern, steps, rows, groups, seed):
-    schedule: Schedule = kind(steps=steps)
+    schedule: Schedule = kind(num_masks=steps)
     previous = None
     for step, sparsity in enumerate(schedule.sparsities(pattern)):
         scores = random_scores(seed + step, rows, groups * pattern.m)  # training moved the weights in between
@@ -47,7 +47,7 @@ def test_masks_grow_to_exactly_n_of_m(kind, pattern, steps, rows, groups, seed):
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_one_shot_is_the_mask_itself(kind, pattern):
     scores = random_scores(0, 6, 24)
-    schedule = kind(steps=1)
+    schedule = kind(num_masks=1)
     (sparsity,) = schedule.sparsities(pattern)
     assert torch.equal(schedule.choose_mask(scores, pattern, sparsity, None), nm_mask(scores, pattern))
 
@@ -101,7 +101,7 @@ def test_pruned_weights_return_only_with_regrow(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_convolutions_are_grouped_along_their_input(kind):
     scores = torch.rand(4, 8, 3, 3, generator=torch.Generator().manual_seed(6))
-    schedule, previous = kind(steps=3), None
+    schedule, previous = kind(num_masks=3), None
     for sparsity in schedule.sparsities(Pattern(2, 4)):
         previous = schedule.choose_mask(scores, Pattern(2, 4), sparsity, previous)
     assert previous is not None
@@ -112,20 +112,20 @@ def test_convolutions_are_grouped_along_their_input(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sparsities_are_even_or_as_given(kind):
-    assert kind(steps=2).sparsities(Pattern(2, 4)) == (0.25, 0.5)
-    assert kind(steps=5).sparsities(Pattern(1, 4)) == pytest.approx((0.15, 0.3, 0.45, 0.6, 0.75))
-    assert kind(steps=(0.1, 0.3, 2 / 3)).sparsities(Pattern(1, 3))[-1] == Pattern(1, 3).sparsity
+    assert kind(num_masks=2).sparsities(Pattern(2, 4)) == (0.25, 0.5)
+    assert kind(num_masks=5).sparsities(Pattern(1, 4)) == pytest.approx((0.15, 0.3, 0.45, 0.6, 0.75))
+    assert kind(num_masks=(0.1, 0.3, 2 / 3)).sparsities(Pattern(1, 3))[-1] == Pattern(1, 3).sparsity
     with pytest.raises(ValueError, match=r"end at 0\.5, the sparsity of 2:4, got 0\.4"):
-        kind(steps=(0.1, 0.4)).sparsities(Pattern(2, 4))
+        kind(num_masks=(0.1, 0.4)).sparsities(Pattern(2, 4))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "steps", [0, -1, (), (0.0, 0.5), (0.3, 0.3, 0.5), (0.5, 0.25), (0.5, 1.0), (float("nan"), 0.5)]
+    "num_masks", [0, -1, (), (0.0, 0.5), (0.3, 0.3, 0.5), (0.5, 0.25), (0.5, 1.0), (float("nan"), 0.5)]
 )
-def test_bad_steps_are_refused(kind, steps):
-    with pytest.raises(ValueError, match=r"^steps must be"):
-        kind(steps=steps)
+def test_bad_num_masks_are_refused(kind, num_masks):
+    with pytest.raises(ValueError, match=r"^num_masks must be"):
+        kind(num_masks=num_masks)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -72,7 +72,7 @@ def test_the_factor_holds_the_inverses_of_what_is_left() -> None:
 
 
 def prune(weight: Tensor, x: Tensor, pattern: Pattern = PATTERNS[0], **knobs: float) -> tuple[Tensor, Tensor]:
-    return prune_by(PerGroup(steps=1), weight, x, pattern, torch.ones_like(weight, dtype=torch.bool), **knobs)
+    return prune_by(PerGroup(num_masks=1), weight, x, pattern, torch.ones_like(weight, dtype=torch.bool), **knobs)
 
 
 def prune_by(
@@ -135,7 +135,7 @@ def test_alike_independent_inputs_make_it_magnitude() -> None:
 @pytest.mark.parametrize("steps", [2, 3])
 def test_a_schedule_says_how_many_and_the_sweep_which(kind: type[PerGroup | GroupFraction], steps: int) -> None:
     weight, x, pattern = weights(8, 32), activations(128, 32), Pattern(2, 4)
-    schedule, previous = kind(steps=steps), torch.ones(8, 32, dtype=torch.bool)
+    schedule, previous = kind(num_masks=steps), torch.ones(8, 32, dtype=torch.bool)
     for sparsity in schedule.sparsities(pattern):
         wanted = schedule.choose_mask(weight.abs(), pattern, sparsity, previous)
         mask, weight = prune_by(schedule, weight, x, pattern, previous, sparsity)
@@ -149,7 +149,7 @@ def test_a_schedule_says_how_many_and_the_sweep_which(kind: type[PerGroup | Grou
 def test_a_pruned_weight_may_return_where_the_schedule_regrows() -> None:
     weight, x, pattern = weights(8, 32), activations(128, 32), Pattern(2, 4)
     previous = nm_mask(-weight.abs(), Pattern(3, 4))  # the worst there is: the largest of each group is gone
-    mask, swept = prune_by(PerGroup(steps=1, regrow=True), weight, x, pattern, previous)
+    mask, swept = prune_by(PerGroup(num_masks=1, regrow=True), weight, x, pattern, previous)
     assert (mask & ~previous).any()
     assert count_violations(swept, pattern) == 0
 

@@ -61,7 +61,7 @@ def kernels() -> Any:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A tiny project that has run to its end by the command line."""
     torch.set_num_threads(1)
-    made = Project(tmp_path_factory.mktemp("cpu") / "project", profile="cpu")
+    made = Project(tmp_path_factory.mktemp("cpu") / "project", placement="cpu")
     chosen = [part for override in QUICK for part in ("--set", override)]
     assert main(["run", str(made.recipe), *chosen, "-q"]) == 0
     return made
@@ -116,7 +116,7 @@ def test_auto_chooses_it_on_x86(project: Project, capfd: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(("overrides", "line"), [
-    (["stages.calibrate.profile=linear"],
+    (["stages.calibrate.placement=linear"],
      r"target cpu-sparse needs activation placement cpu, and the model is calibrated with linear"),
     (["stages.export.embeddings=fp16"], r"target cpu-sparse stores word embeddings as fp32 or int8, not as fp16"),
     (["stages.export.targets=[tensorrt]"],
@@ -127,12 +127,12 @@ def test_a_recipe_that_cannot_be_served_is_told_at_once(project: Project, overri
         load_recipe(project.recipe, [*QUICK, *overrides])
 
 
-def test_a_checkpoint_of_another_profile_is_one_line(project: Project) -> None:
+def test_a_checkpoint_of_another_placement_is_one_line(project: Project) -> None:
     checkpoint = load_checkpoint(project.stage("qat"))
     model, _ = build(checkpoint)
     other = targets.with_linear_sites(checkpoint)
     with pytest.raises(
-        SqatError, match=r"and the checkpoint was calibrated with profile linear; set stages\.calibrate"
+        SqatError, match=r"and the checkpoint was calibrated with placement linear; set stages\.calibrate"
     ):
         targets.encoder_of(other, model)
     dense = load_checkpoint(project.stage("train"))
@@ -174,9 +174,9 @@ def test_a_model_of_plain_modules_is_one_line() -> None:
 
 
 def test_calibrate_refuses_a_model_that_could_not_be_served(project: Project, tmp_path: Path) -> None:
-    other = Project(tmp_path / "modern", "modernbert", profile="cpu")
+    other = Project(tmp_path / "modern", "modernbert", placement="cpu")
     head = other.recipe.read_text().partition("stages:")[0]
-    other.recipe.write_text(f"{head}stages:\n  calibrate: {{profile: cpu, samples: 16}}\n")
+    other.recipe.write_text(f"{head}stages:\n  calibrate: {{placement: cpu, samples: 16}}\n")
     with pytest.raises(SqatError, match="this model is of type modernbert"):
         run_stage(load_recipe(other.recipe), "calibrate", Lines())
 

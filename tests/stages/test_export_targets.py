@@ -37,7 +37,7 @@ FLAVOURS = [
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     torch.set_num_threads(1)
-    made = Project(tmp_path_factory.mktemp("targets") / "project", profile="tensorrt")
+    made = Project(tmp_path_factory.mktemp("targets") / "project", placement="tensorrt")
     run(load_recipe(made.recipe, QUICK), Lines(), last="qat")
     return made
 
@@ -102,8 +102,8 @@ def test_every_flavour_of_the_engine_file(project: Project, tmp_path: Path, opti
 
 
 def test_ranges_reach_the_build_files(project: Project, tmp_path: Path) -> None:
-    made, _ = exported(project, "stages.export.targets=[tensorrt]", "stages.export.batch=[2, 3, 5]",
-                       "stages.export.sequence=[7, 11, 13]", output=tmp_path / "out")  # fmt: skip
+    made, _ = exported(project, "stages.export.targets=[tensorrt]", "stages.export.batch_range=[2, 3, 5]",
+                       "stages.export.sequence_range=[7, 11, 13]", output=tmp_path / "out")  # fmt: skip
     script = (made / "build_engine.sh").read_text()
     assert all(shape in script for shape in ("input_ids:2x7", "attention_mask:3x11", "token_type_ids:5x13"))
 
@@ -122,13 +122,13 @@ def test_a_wrong_packed_weight_is_told(project: Project, monkeypatch: pytest.Mon
 
 def test_tensorrt_asks_for_its_profile(project: Project, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SqatError, match="target tensorrt needs activation placement tensorrt or tensorrt-full"):
-        exported(project, "stages.export.targets=[tensorrt]", "stages.calibrate.profile=linear")
+        exported(project, "stages.export.targets=[tensorrt]", "stages.calibrate.placement=linear")
     other = Project(project.folder / "linear")
     run(load_recipe(other.recipe, QUICK), Lines(), last="calibrate")
     code = main(["export", str(project.recipe), "--target", "tensorrt", "--from", str(other.stage("calibrate")),
                  "-o", str(project.folder / "never"), "-q"])  # fmt: skip
     assert code == 2
-    assert "the checkpoint was calibrated with profile linear; set stages.calibrate.profile: tensorrt" in " ".join(
+    assert "the checkpoint was calibrated with placement linear; set stages.calibrate.placement: tensorrt" in " ".join(
         capfd.readouterr().err.split()
     )
     assert not (project.folder / "never").exists()

@@ -15,7 +15,7 @@ from sqat.recipe.loader import load_recipe
 
 
 def test_a_second_stage_keeps_what_the_first_pruned(make_source: Callable[..., Path], data_folder: Path) -> None:
-    fit = {"stage": "prune", "steps": 2, "batch_size": 8, "learning_rate": 1e-3}
+    fit = {"type": "prune", "steps": 2, "batch_size": 8, "learning_rate": 1e-3}
     stages = {
         "train": {"steps": 1, "batch_size": 8},
         "attention": {**fit, "layers": {"include": ["*.attention.self.*"]}},

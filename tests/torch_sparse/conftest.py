@@ -1,4 +1,4 @@
-"""Calibrated 2:4 checkpoints of tiny encoders, of any profile, and their packed folders."""
+"""Calibrated 2:4 checkpoints of tiny encoders, of any placement, and their packed folders."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def texts(rows: int, tokens: int, seed: int = 0) -> dict[str, Tensor]:
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
-def calibrate(model: Any, tokenizer: Any, profile: str) -> Checkpoint:
+def calibrate(model: Any, tokenizer: Any, placement: str) -> Checkpoint:
     """Prune every block's linears 2:4 and quantize them; bounds are 0.9 of the largest |x| of one batch, so that
     something is clipped."""
     choice = choose_layers(model, Layers(), "prune")
@@ -49,10 +49,10 @@ def calibrate(model: Any, tokenizer: Any, profile: str) -> Checkpoint:
         linear = model.get_submodule(name)
         masks[name] = nm_mask(linear.weight.detach().abs(), parse_pattern("2:4"))
         linear.weight.data = apply_mask(linear.weight.detach(), masks[name])
-    if profile != "linear":
-        use_hooked_attention(model, profile)
+    if placement != "linear":
+        use_hooked_attention(model, placement)
     blocks, batch = encoder_blocks(model), texts(3, 12)
-    sites = discover_sites(model, batch, choice.chosen, blocks, profile)
+    sites = discover_sites(model, batch, choice.chosen, blocks, placement)
     largest: dict[str, float] = {}
 
     def watch(site: str, x: Tensor) -> Tensor:
@@ -68,18 +68,18 @@ def calibrate(model: Any, tokenizer: Any, profile: str) -> Checkpoint:
     layers = {name: LayerRecord(pattern="2:4", quantized=True) for name in choice.chosen}
     layers |= {name: LayerRecord(dense_because=why, float_because=why) for name, why in choice.left.items()}
     records = {site: SiteRecord(shared_with=leader, saturated=0.0) for site, leader in leaders.items()}
-    manifest = Manifest(stage="qat", kind="qat", key="k" * 16, base_model="tiny", seed=0, placement=profile,
+    manifest = Manifest(stage="qat", type="qat", key="k" * 16, base_model="tiny", seed=0, placement=placement,
                         layers=layers, sites=records)  # fmt: skip
     return Checkpoint(manifest, files, weights, masks, {site: torch.tensor(a) for site, a in amax.items()})
 
 
 @pytest.fixture(scope="session")
 def calibrated(make_model: Callable[..., Any], tokenizer: Any) -> MakeCheckpoint:
-    """`calibrated(family, profile, **settings)`: the calibrated checkpoint of a tiny model."""
+    """`calibrated(family, placement, **settings)`: the calibrated checkpoint of a tiny model."""
 
     @cache
-    def make(family: str = "bert", profile: str = "linear", **settings: Any) -> Checkpoint:
-        return calibrate(make_model(family, **settings), tokenizer, profile)
+    def make(family: str = "bert", placement: str = "linear", **settings: Any) -> Checkpoint:
+        return calibrate(make_model(family, **settings), tokenizer, placement)
 
     return make
 
@@ -99,5 +99,5 @@ def write_folder(tmp_path: Path) -> WriteFolder:
 
 @pytest.fixture
 def packed_folder(calibrated: MakeCheckpoint, write_folder: WriteFolder) -> Path:
-    """The folder of the tiny BERT, profile linear."""
+    """The folder of the tiny BERT, placement linear."""
     return write_folder(write_packed(calibrated()))

@@ -58,11 +58,11 @@ def same(found: Tensor) -> bool:
     return float((found < 1e-5).float().mean()) >= 0.75 and float(found.max()) < 0.1
 
 
-@pytest.mark.parametrize("profile", ["linear", "tensorrt"])
+@pytest.mark.parametrize("placement", ["linear", "tensorrt"])
 def test_loaded_model_is_the_served_checkpoint(
-    family: str, profile: str, calibrated: MakeCheckpoint, write_folder: WriteFolder
+    family: str, placement: str, calibrated: MakeCheckpoint, write_folder: WriteFolder
 ) -> None:
-    checkpoint = calibrated(family, profile)
+    checkpoint = calibrated(family, placement)
     folder = write_folder(write_packed(checkpoint))
     model = empty_model(folder)
     loaded = load_sparse_(model, folder)

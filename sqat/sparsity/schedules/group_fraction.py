@@ -20,12 +20,12 @@ class GroupFraction(Progressive):
     The groups that would lose the smallest sum of scores come first.
 
     Attributes:
-        steps: a number of equal steps, or the growing sparsities themselves, the last that of the pattern.
+        num_masks: how many masks of evenly growing sparsity; or these sparsities, the last that of the pattern.
         regrow: whether pruned weights may return at the next mask.
     """
 
     name: Literal["group-fraction"] = "group-fraction"
-    steps: int | tuple[float, ...] = 4
+    num_masks: int | tuple[float, ...] = 4
     regrow: bool = False
 
     def grow_mask(self, scores: Tensor, pattern: Pattern, sparsity: float, dim: int) -> Tensor:

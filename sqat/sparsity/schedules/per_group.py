@@ -18,12 +18,12 @@ class PerGroup(Progressive):
     """The same number of zeros in every group, or one more in those whose next weight is smallest.
 
     Attributes:
-        steps: a number of equal steps, or the growing sparsities themselves, the last that of the pattern.
+        num_masks: how many masks of evenly growing sparsity; or these sparsities, the last that of the pattern.
         regrow: whether pruned weights may return at the next mask.
     """
 
     name: Literal["per-group"] = "per-group"
-    steps: int | tuple[float, ...] = 2
+    num_masks: int | tuple[float, ...] = 2
     regrow: bool = False
 
     def grow_mask(self, scores: Tensor, pattern: Pattern, sparsity: float, dim: int) -> Tensor:

@@ -33,12 +33,12 @@ class Schedule(ABC):
         """Return the sparsity of each mask; the last is ``pattern.sparsity``."""
 
     @abstractmethod
-    def mask_steps(self, steps: int, recover: float) -> dict[int, int]:
+    def mask_steps(self, steps: int, recovery_fraction: float) -> dict[int, int]:
         """Return training step -> index of the sparsity that holds from it on.
 
         Args:
             steps: of training, at least 1.
-            recover: share of the steps after the last mask.
+            recovery_fraction: share of the steps after the last mask.
         """
 
     @abstractmethod

@@ -44,7 +44,7 @@ class SrSte(Schedule):
         """Return the one sparsity of all steps."""
         return (pattern.sparsity,)
 
-    def mask_steps(self, steps: int, recover: float) -> dict[int, int]:
+    def mask_steps(self, steps: int, recovery_fraction: float) -> dict[int, int]:
         """Choose a mask before every step of the share ``until``."""
         return dict.fromkeys(range(max(1, round(self.until * steps))), 0)
 
