@@ -40,8 +40,7 @@ from sqat.checkpoint.manifest import (
     read_verified,
 )
 from sqat.errors import SqatError
-from sqat.sparsity.masks import count_violations
-from sqat.sparsity.packing import pack_bits, unpack_bits
+from sqat.sparsity.masks import count_violations, pack_bits, unpack_bits
 from sqat.sparsity.pattern import parse_pattern
 
 

@@ -22,7 +22,7 @@ from sqat.checkpoint.store import Checkpoint
 from sqat.errors import SqatError
 from sqat.export.packed_folder import FOLDER, TYPES, PackedLayer, SparseManifest, folder_files
 from sqat.quantization.fake_quant import HIGH, fake_quantize_weight, quantize_weight
-from sqat.sparsity.semi_structured import SMALLEST, SemiStructured, pack, why_not
+from sqat.sparsity.semi_structured import SHAPE_MULTIPLES, SemiStructured, pack, unsupported_reason
 
 
 def write_packed(checkpoint: Checkpoint) -> dict[str, bytes]:
@@ -77,11 +77,14 @@ def pack_layer(checkpoint: Checkpoint, name: str, record: LayerRecord) -> SemiSt
     stored = quantize_weight(weight.cpu())[0] if record.quantized else weight.detach().cpu().half() + 0.0
     if not record.quantized and bool(stored.isinf().any()):
         return "a weight is too large for float16"
-    refusals = {backend: why_not(backend, (len(weight), weight[0].numel()), stored.dtype) for backend in SMALLEST}
+    refusals = {
+        backend: unsupported_reason(backend, (len(weight), weight[0].numel()), stored.dtype)
+        for backend in SHAPE_MULTIPLES
+    }
     if all(refusals.values()):
         return "; ".join(refusals.values())
     try:
-        return pack(stored).ordered("rows" if refusals["cutlass"] else "cutlass")
+        return pack(stored).to_order("rows" if refusals["cutlass"] else "cutlass")
     except ValueError as error:
         return f"{record.pattern} is not 2:4: {error}"
 
@@ -98,7 +101,9 @@ def scales_of(checkpoint: Checkpoint, name: str, record: LayerRecord) -> dict[st
 def describe(weight: SemiStructured, pattern: str) -> PackedLayer:
     """A layer's entry in `sparse.json`."""
     kind = next(name for name, dtype in TYPES.items() if dtype == weight.values.dtype)
-    able = [backend for backend in SMALLEST if not why_not(backend, weight.shape, weight.values.dtype)]
+    able = [
+        backend for backend in SHAPE_MULTIPLES if not unsupported_reason(backend, weight.shape, weight.values.dtype)
+    ]
     return PackedLayer(type=kind, shape=weight.shape, pattern=pattern, order=weight.order,
                        backends=(*able, "reference"))  # fmt: skip
 

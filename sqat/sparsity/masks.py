@@ -1,29 +1,28 @@
-"""N:M masks: which weights of each group of M survive.
+"""N:M masks: which weights of each group of M are kept, how a mask is applied, and masks as bits.
 
-A group is M neighbours along one dimension, aligned to its start (Linear [out, in] and Conv
-[out, in, kh, kw]: dimension 1); the N with the largest scores are kept and ties keep the lower index,
-so a mask is a pure function of the scores on every device. Where a group fits one integer (M of 2, 4, 8)
-the ranks come from M - 1 comparisons of the scores with themselves shifted, which a CPU runs without a
-branch or a sort; other M are sorted. Fours are ranked by `sqat.runtime.kernels` where they fit. Left out: the order of
-channels, which is `sqat.sparsity.permutation`'s, and sparse storage, which belongs to the export.
+A group is M neighbours along one dimension, aligned to its start (Linear [out, in] and Conv [out, in, kh, kw]:
+dimension 1). The N largest scores are kept and ties keep the lower index, so that a mask is the same on every device.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sqat.runtime import kernels as passes
 from sqat.sparsity.pattern import Pattern
 
-FOUR = 4  # what `passes.rank_fours` takes
+FOUR = 4  # group size of the compiled `rank_fours`
 LANES = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # an integer with one byte for each score of a group
 
 
 def split_groups(tensor: Tensor, m: int, dim: int) -> Tensor:
-    """View ``tensor`` with dimension ``dim`` split in (groups, m); ValueError if m does not divide it."""
+    """Return ``tensor`` with dimension ``dim`` split in (groups, m); ValueError if m does not divide it."""
     shape = tensor.shape
     if not 0 <= dim < len(shape):
         raise ValueError(f"a tensor of shape {tuple(shape)} has no dimension {dim}")
@@ -52,11 +51,11 @@ def group_ranks(scores: Tensor, m: int, dim: int = 1) -> Tensor:
 
 
 def _rank_by_shifts(groups: Tensor, m: int) -> Tensor:
-    """Count in byte i of a group's integer how many scores of the group beat score i.
+    """Count in byte i of a group's integer how many scores of the group beat score i, without a branch or a sort.
 
-    Score i beats j = i + shift if it is not smaller. Byte i starts at m - 1 - i, as if every later score
-    won; each "not smaller" takes one from byte i and adds one to byte j, that is, adds
-    (256**shift - 1) * 256**i. Carries cancel, since the counts end within 0..m-1. Bytes are little-endian.
+    Score i beats j = i + shift if it is not smaller. Byte i starts at m - 1 - i, as if every later score won. Each
+    "not smaller" takes one from byte i and adds one to byte j: it adds (256**shift - 1) * 256**i. Carries cancel,
+    since the counts end within 0..m-1. Bytes are little-endian.
     """
     flat = groups.reshape(-1)
     if m == FOUR and passes.fit(flat):
@@ -72,6 +71,7 @@ def _rank_by_shifts(groups: Tensor, m: int) -> Tensor:
 
 
 def _rank_by_sort(groups: Tensor) -> Tensor:
+    """Rank groups of any size along the last dimension."""
     order = groups.sort(dim=-1, descending=True, stable=True).indices
     places = torch.arange(groups.shape[-1], dtype=torch.uint8, device=groups.device).expand_as(order)
     return torch.empty(order.shape, dtype=torch.uint8, device=groups.device).scatter_(-1, order, places)
@@ -106,8 +106,8 @@ def count_violations(weight_or_mask: Tensor, pattern: Pattern, dim: int = 1) -> 
 
 
 class _ApplyMask(torch.autograd.Function):
-    # By torch a product with the mask as numbers: on a CPU torch.where and masked_fill branch on each element, and on
-    # a mask no branch can be predicted, which makes them four times slower.
+    # Without the compiled kernel, a product with the mask as numbers: torch.where and masked_fill branch on each
+    # element, and a CPU cannot predict the branches of a mask.
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
         ctx.save_for_backward(mask)
@@ -142,3 +142,31 @@ def apply_mask(weight: Tensor, mask: Tensor, straight: bool = False) -> Tensor:
     function = _ApplyMaskStraight if straight else _ApplyMask
     masked: Tensor = function.apply(weight, mask)  # type: ignore[no-untyped-call]
     return masked
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Return a bool tensor of any shape as uint8 [ceil(numel / 8)], the first weight in the lowest bit.
+
+    Safetensors has no type of one bit. Spare bits of the last byte are 0.
+    """
+    if mask.dtype != torch.bool:
+        raise ValueError(f"a mask must be bool, got {mask.dtype}")
+    bits = mask.reshape(-1).to(torch.uint8)
+    bits = pad(bits, (0, -len(bits) % 8)).view(-1, 8)
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (bits << shifts).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the bool tensor of ``shape`` that `pack_bits` packed; ValueError where the bytes cannot be its packing."""
+    size = math.prod(shape)
+    if packed.dtype != torch.uint8 or packed.shape != (math.ceil(size / 8),):
+        raise ValueError(
+            f"a mask of shape {tuple(shape)} packs to {math.ceil(size / 8)} uint8, "
+            f"got {packed.dtype} {tuple(packed.shape)}"
+        )
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits = (packed.unsqueeze(1) >> shifts & 1).view(-1)
+    if bool(bits[size:].any()):
+        raise ValueError(f"spare bits after a mask of {size} bits must be 0")
+    return bits[:size].to(torch.bool).view(tuple(shape))

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sqat.errors import SqatError
-from sqat.sparsity.semi_structured import SemiStructured, unpack, why_not
+from sqat.sparsity.semi_structured import SemiStructured, unpack, unsupported_reason
 from sqat.torch_sparse.plans import Plan, PlanCache, PlanKey
 
 Operand = tuple[Tensor, ...]
@@ -141,7 +141,7 @@ class CuSparseLt:
         return "" if torch.backends.cusparselt.is_available() else "this build of torch has no cuSPARSELt"
 
     def refuses(self, shape: tuple[int, int], kind: torch.dtype) -> str:
-        return why_not(self.name, shape, kind)
+        return unsupported_reason(self.name, shape, kind)
 
     def prepare(self, weight: SemiStructured) -> Operand:
         return (torch._cslt_compress(unpack(weight).contiguous()),)
@@ -190,11 +190,11 @@ class Cutlass:
         )
 
     def refuses(self, shape: tuple[int, int], kind: torch.dtype) -> str:
-        return why_not(self.name, shape, kind)
+        return unsupported_reason(self.name, shape, kind)
 
     def prepare(self, weight: SemiStructured) -> Operand:
-        ordered = weight.ordered("cutlass")
-        return ordered.values.contiguous(), ordered.metadata.contiguous()
+        to_order = weight.to_order("cutlass")
+        return to_order.values.contiguous(), to_order.metadata.contiguous()
 
     def plan(self, key: PlanKey, operand: Operand, x: Tensor, epilogue: Epilogue) -> Plan:
         return Plan(key)

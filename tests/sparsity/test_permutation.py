@@ -14,7 +14,14 @@ from torch import Tensor
 
 from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import Pattern
-from sqat.sparsity.permutation import apart, bars, find_order, kept_score, sums_of_larger, swap_columns
+from sqat.sparsity.permutation import (
+    choose_swaps,
+    find_order,
+    kept_score,
+    nth_largest_of_others,
+    sum_maxima,
+    swap_columns,
+)
 
 TWO_OF_FOUR = Pattern(2, 4)
 PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(3, 4), Pattern(1, 2), Pattern(2, 3), Pattern(4, 8)]
@@ -73,7 +80,7 @@ def test_gains_are_those_of_every_swap(pattern: Pattern) -> None:
     """The sums tell what each exchange of two columns gains, ties and all."""
     m, scores = pattern.m, draw(4, 3 * pattern.m, 1)
     columns = scores.t().contiguous()
-    sums = sums_of_larger(bars(columns.unflatten(0, (-1, m)), pattern.n), columns)
+    sums = sum_maxima(nth_largest_of_others(columns.unflatten(0, (-1, m)), pattern.n), columns)
     for i, j in combinations(range(3 * m), 2):
         if i // m == j // m:
             continue
@@ -86,13 +93,13 @@ def test_gains_are_those_of_every_swap(pattern: Pattern) -> None:
 def test_sums_are_the_same_in_blocks() -> None:
     left, right = draw(70, 600, 0), draw(300, 600, 2)
     wanted = torch.stack([torch.maximum(row, right).sum(1) for row in left])
-    torch.testing.assert_close(sums_of_larger(left, right), wanted)
+    torch.testing.assert_close(sum_maxima(left, right), wanted)
 
 
 def test_the_swaps_of_a_round_touch_no_group_twice() -> None:
     scores = draw(16, 64, 0)
     columns = scores.t().contiguous()
-    swaps = apart(sums_of_larger(bars(columns.unflatten(0, (-1, 4)), 2), columns), 4)
+    swaps = choose_swaps(sum_maxima(nth_largest_of_others(columns.unflatten(0, (-1, 4)), 2), columns), 4)
     touched = (swaps // 4).flatten().tolist()
     assert len(touched) == len(set(touched)) > 4
     order = torch.arange(64)

@@ -17,13 +17,13 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from sqat.sparsity.semi_structured import (
-    SMALLEST,
+    SHAPE_MULTIPLES,
     SemiStructured,
     from_cutlass,
     pack,
     to_cutlass,
     unpack,
-    why_not,
+    unsupported_reason,
 )
 
 TYPES = (torch.int8, torch.float16, torch.bfloat16)
@@ -117,7 +117,7 @@ def test_words_are_only_moved_and_moved_back(blocks: int, pairs: int, kind: torc
     assert torch.equal(from_cutlass(to_cutlass(words)), words)
     assert torch.equal(to_cutlass(words).flatten().sort().values, words.flatten().sort().values)
     stored = pack(sparse_weight(32, 64, torch.int8, seed), "cutlass")
-    assert torch.equal(stored.ordered("rows").ordered("cutlass").metadata, stored.metadata)
+    assert torch.equal(stored.to_order("rows").to_order("cutlass").metadata, stored.metadata)
 
 
 def test_a_weight_that_is_not_2_4_is_refused_where_torch_drops_values() -> None:
@@ -144,7 +144,7 @@ def test_damaged_metadata_is_told() -> None:
     words = packed.metadata.clone()
     words[3, 1] = 0  # both places 0, in eight groups
     with pytest.raises(
-        ValueError, match=r"8 of 512 groups of four name two places that do not rise.*row 3, columns 32"
+        ValueError, match=r"8 of 512 groups of four name two places that do not increase.*row 3, columns 32"
     ):
         unpack(replace(packed, metadata=words))
 
@@ -192,9 +192,11 @@ def test_smallest_shapes_are_torchs() -> None:
     for backend, peer in peers.items():
         for kind in TYPES:
             known = peer._DTYPE_SHAPE_CONSTRAINTS[kind]
-            rows, columns = SMALLEST[backend][kind]
+            rows, columns = SHAPE_MULTIPLES[backend][kind]
             assert (rows, columns) == (known.sparse_min_rows, known.sparse_min_cols)
-            assert why_not(backend, (3 * rows, 5 * columns), kind) == ""
+            assert unsupported_reason(backend, (3 * rows, 5 * columns), kind) == ""
             for bad in ((rows // 2, columns), (rows, columns // 2), (rows, columns + 8), (0, columns)):
-                assert f"[{bad[0]}, {bad[1]}] is not a multiple of [{rows}, {columns}]" in why_not(backend, bad, kind)
-        assert "float32" in why_not(backend, (64, 128), torch.float32)
+                assert f"[{bad[0]}, {bad[1]}] is not a multiple of [{rows}, {columns}]" in unsupported_reason(
+                    backend, bad, kind
+                )
+        assert "float32" in unsupported_reason(backend, (64, 128), torch.float32)
