@@ -23,8 +23,9 @@ from sqat.api.quantizing import Scales, calibrate
 from sqat.compress.calibrate import observe
 from sqat.compress.losses import distilled_loss, task_loss
 from sqat.data.dataset import Batch
+from sqat.models.attention import hook_last_qkv
 from sqat.models.layer_selection import choose_layers, encoder_blocks
-from sqat.models.loading import hook_last_qkv, load_pretrained
+from sqat.models.loading import load_pretrained
 from sqat.modules.activation_quantizers import Quantizers, insert_quantizers_
 from sqat.modules.parametrize import insert_weights_, layer
 from sqat.modules.sites import discover_sites

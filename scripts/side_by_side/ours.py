@@ -13,7 +13,7 @@ import sqat
 from side_by_side.chain import Made, Phases
 from side_by_side.sets import Trial
 from sqat.compress.losses import distilled_loss
-from sqat.models.loading import hook_last_qkv
+from sqat.models.attention import hook_last_qkv
 from sqat.modules.parametrize import layer
 from sqat.quantization.calibrators.maximum import Maximum
 from sqat.quantization.calibrators.percentile import Percentile

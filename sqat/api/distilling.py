@@ -13,7 +13,7 @@ from sqat.compress.losses import Relations, check_relations, real_positions
 from sqat.data.dataset import Batch
 from sqat.distillation import LOSSES, RelationLoss
 from sqat.errors import SqatError
-from sqat.models.loading import hook_last_qkv
+from sqat.models.attention import hook_last_qkv
 
 
 @contextmanager

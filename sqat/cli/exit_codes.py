@@ -27,12 +27,19 @@ USAGE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
 USER_ERRNOS = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG, errno.ENOENT,
                errno.ENOTDIR, errno.EISDIR)  # fmt: skip
 
+QUIET = {
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code."""
     signal.signal(signal.SIGTERM, raise_interrupt)
     warnings.simplefilter("ignore")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch would print its warnings once per process
+    for name, value in QUIET.items():  # read when the libraries are imported, once per process
+        os.environ.setdefault(name, value)
     code = run_app(argv)
     if code and is_distributed():
         # torch's exit handlers would wait for ranks that are gone.

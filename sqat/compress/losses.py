@@ -12,7 +12,8 @@ from sqat.checkpoint.store import Checkpoint
 from sqat.data.dataset import Batch
 from sqat.distillation.relations import QKV
 from sqat.errors import SqatError
-from sqat.models.loading import build, hook_last_qkv
+from sqat.models.attention import hook_last_qkv
+from sqat.models.loading import build
 from sqat.modules.qkv_hooks import Capture
 from sqat.recipe.schema import DistillConfig
 from sqat.tasks import Task

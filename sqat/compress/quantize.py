@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from sqat.models.attention import current_attention, use_attention, use_hooked_attention
 from sqat.models.layer_selection import encoder_blocks
-from sqat.models.loading import current_attention, use_attention, use_hooked_attention
 from sqat.modules.activation_quantizers import Quantizers
 from sqat.modules.quantized import quantized_
 

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from sqat.errors import SqatError
 from sqat.export.cpu_packing import Packed, pack
+from sqat.models.attention import attention_heads
 from sqat.models.layer_selection import encoder_blocks
-from sqat.models.loading import PreTrainedModel, attention_heads
+from sqat.models.loading import PreTrainedModel
 from sqat.modules.parametrize import linear
 from sqat.quantization.fake_quant import HIGH, quantize_weight
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from sqat.checkpoint.manifest import WEIGHTS
+from sqat.compat import quiet_transformers
 from sqat.errors import SqatError, first_line
 from sqat.models.sources import LOADING, file_digest, resolve_source
 
@@ -68,6 +69,7 @@ class Captions:
             raise SqatError(f"{problem}, the model learned with {self.sha256}", "install the version it learned with")
         return folder
 
+    @quiet_transformers()
     def read(self, texts: Sequence[str]) -> Read:
         """What the encoder makes of captions.
 

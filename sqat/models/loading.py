@@ -1,13 +1,13 @@
-"""Models: how they turn into checkpoints and back, whatever their kind (`sqat.models.architectures`).
+"""Models to checkpoints and back, whatever their architecture.
 
-No model is built by code that comes with it, and only safetensors are read.
+No model runs code that comes with it, and only safetensors are read.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,31 +16,22 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel as PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sqat.checkpoint.manifest import LAYOUT, WEIGHTS
 from sqat.checkpoint.store import Checkpoint, layout_of
+from sqat.compat import quiet_transformers
 from sqat.data.dataset import Processor
 from sqat.errors import SqatError, first_line
 from sqat.models.architectures import ARCHITECTURES, Architecture
-from sqat.models.layer_selection import LinearOfConv1D, find_qkv, is_causal, weighted_layers
+from sqat.models.layer_selection import LinearOfConv1D, weighted_layers
 from sqat.models.sources import LOADING, check_digest, resolve_source
-from sqat.modules.attention import byte_attention, tapped_attention
 from sqat.modules.batch_norm import fold_batch_norms_
-from sqat.modules.qkv_hooks import Capture
 from sqat.recipe.schema import ModelConfig
 
-TAPPED, BYTES = "sqat_tapped", "sqat_bytes"
 DIFFUSERS_INDEX = "diffusion_pytorch_model.safetensors.index.json"  # tells diffusers in which file the weights are
-ALL_ATTENTION_FUNCTIONS.register(TAPPED, tapped_attention)
-ALL_ATTENTION_FUNCTIONS.register(BYTES, byte_attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(TAPPED, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
-ALL_MASK_ATTENTION_FUNCTIONS.register(BYTES, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
 
 
+@quiet_transformers()
 def load_pretrained(
     kind: str, config: ModelConfig, folder: Path, head: Mapping[str, Any], seed: int
 ) -> tuple[nn.Module, Processor]:
@@ -71,6 +62,7 @@ def architecture_of(folder: Path) -> Architecture:
     return next(kind for kind in ARCHITECTURES.values() if kind.claims(names))
 
 
+@quiet_transformers()
 def serialize_model(model: nn.Module, processor: Processor) -> tuple[dict[str, bytes], dict[str, Tensor]]:
     """Config and processor files, and plain weights; a tied weight is kept once, under its first name.
 
@@ -116,6 +108,7 @@ def build(checkpoint: Checkpoint, place: str = "checkpoint") -> tuple[nn.Module,
     return model, processor
 
 
+@quiet_transformers()
 def assemble(files: Mapping[str, bytes], place: str) -> tuple[nn.Module, Processor]:
     """Model (random weights, eval mode) and processor by the config and processor files of a checkpoint."""
     with unpacked(files) as folder:
@@ -149,12 +142,14 @@ def skeleton(kind: Architecture, folder: Path, place: str) -> nn.Module:
         ) from error
 
 
+@quiet_transformers()
 def layer_names(checkpoint: Checkpoint, place: str = "checkpoint") -> list[str]:
     """Names of a checkpoint's linears and convolutions in the model's order, from its config alone."""
     with unpacked(checkpoint.files) as folder, torch.device("meta"):
         return list(weighted_layers(skeleton(architecture_of(folder), folder, place)))
 
 
+@quiet_transformers()
 def load_processor(folder: Path) -> Processor:
     """The processor (a tokenizer, for texts) that lies in a folder."""
     return architecture_of(folder).processor(folder, str(folder))
@@ -175,43 +170,6 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], place: str) ->
     missing = [name for name, tensor in own.items() if tensor.data_ptr() not in loaded]
     if missing:
         raise SqatError(f"the weight {missing[0]} is missing", "the files do not belong together", place)
-
-
-def use_hooked_attention(model: nn.Module, placement: str = "tensorrt") -> bool:
-    """Switch to a placement's tapped attention; False where the family does not go through the attention interface."""
-    if not isinstance(model, PreTrainedModel) or not model._can_set_attn_implementation():
-        return False
-    model.set_attn_implementation(BYTES if placement == "cpu" else TAPPED)
-    return True
-
-
-def use_attention(model: nn.Module, name: str) -> None:
-    """Switch to an implementation of transformers' attention, where the model has one."""
-    if isinstance(model, PreTrainedModel):
-        model.set_attn_implementation(name)
-
-
-def current_attention(model: nn.Module) -> str | None:
-    """The implementation that a model's attention goes through."""
-    return str(model.config._attn_implementation) if isinstance(model, PreTrainedModel) else None
-
-
-def use_eager(model: nn.Module) -> None:
-    """Switch to eager attention, for the exporter."""
-    use_attention(model, "eager")
-
-
-def attention_heads(model: nn.Module) -> int:
-    """Number of attention heads, from the config (every transformers config maps its own name to this one)."""
-    config: Any = model.config
-    return int(config.num_attention_heads)
-
-
-def hook_last_qkv(model: nn.Module, qkv: Sequence[str] | None = None) -> Capture:
-    """Catch q, k and v of a model's last block, found by their names or named by ``qkv``."""
-    names, heads = find_qkv(model, qkv), attention_heads(model)
-    shared = getattr(model.config, "num_key_value_heads", None)  # of families that know grouped queries
-    return Capture(model, names, heads, shared, is_causal(model, names[0]))
 
 
 def versions() -> dict[str, str]:

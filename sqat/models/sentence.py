@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
-from transformers.utils.hub import cached_file
 
 from sqat.checkpoint.manifest import SIDE_FILES
+from sqat.compat import find_source_file
 from sqat.data.dataset import TextProcessor
 from sqat.errors import SqatError, first_line
 from sqat.models.sources import LOADING
@@ -193,8 +193,7 @@ def side_files(source: str, revision: str | None) -> dict[str, bytes]:
         paths = [path for path in sorted([*folder.glob("*"), *folder.glob("*/*")]) if path.is_file()]
         names = [path.relative_to(folder).as_posix() for path in paths if path.suffix in (*SIDE_FILES, ".md")]
         return {name: (folder / name).read_bytes() for name in names if name not in NOT_CARRIED}
-    found = {name: cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-             for name in (MODULES, SETTINGS, PROMPTS, POOLING)}  # fmt: skip
+    found = {name: find_source_file(source, name, revision) for name in (MODULES, SETTINGS, PROMPTS, POOLING)}
     return {name: Path(path).read_bytes() for name, path in found.items() if path is not None}
 
 

@@ -1,7 +1,7 @@
 """Attention with a tap on each operand of its two products: q, k, softmax and v.
 
 The arithmetic is that of eager attention; transformers calls it through its attention interface (registered
-in `sqat.models.loading`), so no model code is copied. A module without a tap runs it unchanged.
+in `sqat.models.attention`), so no model code is copied. A module without a tap runs it unchanged.
 
 `byte_attention` is that of placement `cpu`, whose kernels keep the weight of a key as a byte: round(255 exp(s - max)),
 0 where masked. The products' sum is divided by that of the bytes, so these need neither a scale nor a tap. In eval mode

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sqat.compat import tensor_version
 from sqat.modules.hooks import tap_adds, tap_attention, tap_linears
 
 Version = tuple[int, int]
@@ -179,7 +180,7 @@ def key_of(x: Tensor) -> Key:
 
 def version_of(x: Tensor) -> Version:
     """A tensor's storage, and how often it was written into: a residual add may be done in place."""
-    return (x.untyped_storage().data_ptr(), x._version)
+    return (x.untyped_storage().data_ptr(), tensor_version(x))
 
 
 def inner_modules(model: nn.Module, blocks: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sqat import runtime
+from sqat.compat import has_storage, is_tracing
 from sqat.errors import SqatError
 
 ADDRESS, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_float
@@ -47,21 +48,16 @@ def library() -> ctypes.CDLL | None:
 
 def fit(x: Tensor, kept: Tensor | None = None) -> bool:
     """Whether the passes can take a tensor and its mask: float32 and bool, on the CPU, without gaps, one thread."""
-    if torch.compiler.is_compiling() or torch.get_num_threads() != 1 or library() is None or is_watched():
+    if torch.compiler.is_compiling() or torch.get_num_threads() != 1 or library() is None or is_tracing():
         return False
     return lies_plain(x, torch.float32) and (kept is None or lies_plain(kept, torch.bool))
-
-
-def is_watched() -> bool:
-    """Whether torch records or replaces the operators that are called, of which the passes are none."""
-    return bool(torch._C._is_tracing() or torch._C._len_torch_dispatch_stack())
 
 
 def lies_plain(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether the bytes at a tensor's address are its values, of this type, one after the other."""
     plain = type(x) is Tensor or type(x) is nn.Parameter
     plain = plain and x.dtype == dtype and x.is_cpu and x.is_contiguous() and not x.is_neg()
-    return plain and torch._C._has_storage(x) and (x.data_ptr() != 0 or not x.numel())  # wrapped ones have no memory
+    return plain and has_storage(x) and (x.data_ptr() != 0 or not x.numel())  # wrapped ones have no memory
 
 
 def loaded() -> ctypes.CDLL:

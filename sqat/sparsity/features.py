@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sqat.compat import padding_widths
+
 
 def to_columns(weight: Tensor) -> Tensor:
     """Bring a tensor of a weight's shape, [out,in] or [out,in,h,w], to [O,C]."""
@@ -33,7 +35,7 @@ def input_windows(module: nn.Conv2d, x: Tensor) -> Tensor:
         x: [B,in,h,w].
     """
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    padded = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    padded = functional.pad(x, padding_widths(module), mode=mode)
     size = (module.kernel_size[0], module.kernel_size[1])
     windows = functional.unfold(padded, size, dilation=module.dilation, stride=module.stride)
     split = windows.unflatten(1, (x.shape[1], size[0] * size[1]))

@@ -23,7 +23,7 @@ from sqat.export.card import model_card
 from sqat.export.targets import TARGETS, Source, Written
 from sqat.lint.checks import verify
 from sqat.models.architectures import ARCHITECTURES
-from sqat.models.loading import use_eager
+from sqat.models.attention import use_eager
 from sqat.modules.batch_norm import absorb_, fold_batch_norms_
 from sqat.recipe.schema import ExportConfig
 from sqat.recipe.targets import TARGETS as SPECS

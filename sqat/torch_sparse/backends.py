@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sqat.compat import compress_2to4, multiply_2to4, multiply_2to4_cutlass, search_2to4_algorithm
 from sqat.errors import SqatError
 from sqat.sparsity.semi_structured import SemiStructured, unpack, unsupported_reason
 from sqat.torch_sparse.plans import Plan, PlanCache, PlanKey
@@ -144,12 +145,12 @@ class CuSparseLt:
         return unsupported_reason(self.name, shape, kind)
 
     def prepare(self, weight: SemiStructured) -> Operand:
-        return (torch._cslt_compress(unpack(weight).contiguous()),)
+        return (compress_2to4(unpack(weight).contiguous()),)
 
     def plan(self, key: PlanKey, operand: Operand, x: Tensor, epilogue: Epilogue) -> Plan:
         if not self.search:
             return Plan(key)
-        found = torch._cslt_sparse_mm_search(
+        algorithm = search_2to4_algorithm(
             operand[0],
             x.t(),
             bias=epilogue.bias,
@@ -157,10 +158,10 @@ class CuSparseLt:
             out_dtype=given_by_int8(key, epilogue),
             transpose_result=True,
         )
-        return Plan(key, int(found))
+        return Plan(key, algorithm)
 
     def multiply(self, plan: Plan, operand: Operand, x: Tensor, epilogue: Epilogue) -> Tensor:
-        return torch._cslt_sparse_mm(
+        return multiply_2to4(
             operand[0],
             x.t(),
             bias=epilogue.bias,
@@ -202,10 +203,7 @@ class Cutlass:
     def multiply(self, plan: Plan, operand: Operand, x: Tensor, epilogue: Epilogue) -> Tensor:
         values, metadata = operand
         given = given_by_int8(plan.key, epilogue)
-        if epilogue.bias is None:
-            product = torch._sparse_semi_structured_mm(values, metadata, x.t(), out_dtype=given)
-        else:
-            product = torch._sparse_semi_structured_addmm(epilogue.bias, values, metadata, x.t(), out_dtype=given)
+        product = multiply_2to4_cutlass(values, metadata, x.t(), epilogue.bias, given)
         return product.t().contiguous()
 
 

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from sqat.data.dataset import Processor
 from sqat.errors import SqatError
 from sqat.export.packed_folder import TYPES, Packed, read_folder
+from sqat.models.attention import current_attention, use_attention, use_hooked_attention
 from sqat.models.layer_selection import encoder_blocks
-from sqat.models.loading import assemble, current_attention, load_weights, use_attention, use_hooked_attention
+from sqat.models.loading import assemble, load_weights
 from sqat.modules.activation_quantizers import Insertion, Quantizers, insert_quantizers_, remove_quantizers_
 from sqat.modules.sites import PRODUCT_ROLES, role
 from sqat.torch_sparse.backends import AUTO, Backend, Choice

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from sqat.compat import BatchNorm
 from sqat.data.dataset import Batch
 from sqat.distributed import all_reduce_sum, uses_fsdp
 from sqat.models.layer_selection import encoder_blocks
@@ -81,7 +81,7 @@ class Norms:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+        norms = [module for module in model.modules() if isinstance(module, BatchNorm) and module.track_running_stats]
         self.counts = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
         found = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
         self.seen = [buffer for buffer in found if buffer is not None]

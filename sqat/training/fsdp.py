@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from sqat.compat import hook_tables, own_parameters
 from sqat.distributed import all_reduce_sum, process_state
 
 Whole = dict[int, nn.Parameter]
@@ -41,7 +42,7 @@ class Shards:
         self.modules = list(model.modules())
         self.kinds = [type(module) for module in self.modules]
         self.names = [set(vars(module)) for module in self.modules]
-        self.hooks = [[(hooks, set(hooks)) for hooks in hooks_of(module)] for module in self.modules]
+        self.hooks = [[(hooks, set(hooks)) for hooks in hook_tables(module)] for module in self.modules]
         self.scalars = [parameter for parameter in model.parameters() if not parameter.dim()]
         mesh = init_device_mesh(process_state().device.type, (process_state().num_processes,))
         for module in (*map(model.get_submodule, blocks), objective):
@@ -56,7 +57,7 @@ class Shards:
         """
         whole_ones: Whole = {}
         self.sharing = [
-            (type(module), [dict(hooks) for hooks, _ in known], dict(module._parameters))
+            (type(module), [dict(hooks) for hooks, _ in known], dict(own_parameters(module)))
             for module, known in zip(self.modules, self.hooks, strict=True)
         ]
         for module, kind, known, (_, _, shares) in zip(self.modules, self.kinds, self.hooks, self.sharing, strict=True):
@@ -69,7 +70,7 @@ class Shards:
                     if id(share) not in whole_ones:
                         value = full_tensor(share.detach()).clone() if gather else torch.empty(share.shape)
                         whole_ones[id(share)] = nn.Parameter(value, requires_grad=share.requires_grad)
-                    module._parameters[name] = whole_ones[id(share)]
+                    own_parameters(module)[name] = whole_ones[id(share)]
         return whole_ones
 
     @torch.no_grad()
@@ -83,7 +84,7 @@ class Shards:
             for name, share in shares.items():
                 if isinstance(share, DTensor) and id(share) in whole_ones:
                     share.copy_(shard_like(share, whole_ones.pop(id(share)).detach()))
-                module._parameters[name] = share
+                own_parameters(module)[name] = share
         self.sharing = []
 
     def forget_(self) -> None:
@@ -128,11 +129,6 @@ def summon_full_params(model: nn.Module) -> Iterator[None]:
     whole_ones = shards.make_plain_()
     yield
     shards.make_shared_(whole_ones)
-
-
-def hooks_of(module: nn.Module) -> list[dict[int, object]]:
-    """All dictionaries of hooks that a module has."""
-    return [value for name, value in vars(module).items() if "hooks" in name and isinstance(value, dict)]
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

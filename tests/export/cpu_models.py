@@ -22,8 +22,9 @@ from sqat.checkpoint.store import Checkpoint
 from sqat.errors import SqatError
 from sqat.evaluation.evaluate import served_model
 from sqat.export.targets import Source, write_cpu_sparse
+from sqat.models.attention import use_eager, use_hooked_attention
 from sqat.models.layer_selection import choose_layers, encoder_blocks
-from sqat.models.loading import serialize_model, use_eager, use_hooked_attention
+from sqat.models.loading import serialize_model
 from sqat.modules.activation_quantizers import tap_sites
 from sqat.modules.sites import discover_sites
 from sqat.recipe.schema import ExportConfig, Layers

@@ -21,9 +21,10 @@ from sqat.errors import SqatError
 from sqat.evaluation.inspection import inspect_checkpoint
 from sqat.export.compressed import write_compressed
 from sqat.export.packed import write_packed
+from sqat.models.attention import hook_last_qkv
 from sqat.models.conv1d import to_conv1d_, to_linears_
 from sqat.models.layer_selection import LinearOfConv1D, choose_layers, find_qkv
-from sqat.models.loading import build, hook_last_qkv, serialize_model
+from sqat.models.loading import build, serialize_model
 from sqat.modules.parametrize import layer
 from sqat.recipe.schema import Layers
 from sqat.sparsity.masks import apply_mask, nm_mask

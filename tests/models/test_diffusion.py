@@ -29,11 +29,7 @@ from sqat.models import diffusion  # noqa: E402
 from sqat.models.captions import Captions  # noqa: E402
 from sqat.models.diffusion import CaptionedPictures, Diffusion, drawing_, from_config  # noqa: E402
 from sqat.models.layer_selection import choose_layers, is_convolutional  # noqa: E402
-from sqat.models.loading import (  # noqa: E402
-    build,
-    load_pretrained,
-    serialize_model,
-)
+from sqat.models.loading import build, load_pretrained, serialize_model  # noqa: E402
 from sqat.models.rectified_flow import fixed_draws, on_path  # noqa: E402
 from sqat.recipe.loader import load_recipe  # noqa: E402
 from sqat.recipe.schema import Columns, Layers, ModelConfig, SplitConfig, TextToImageTask  # noqa: E402

@@ -22,8 +22,9 @@ from sqat.checkpoint.manifest import Manifest
 from sqat.checkpoint.store import Checkpoint
 from sqat.data.dataset import TextProcessor
 from sqat.errors import SqatError
+from sqat.models.attention import use_hooked_attention
 from sqat.models.layer_selection import choose_layers, encoder_blocks, find_qkv
-from sqat.models.loading import build, load_pretrained, serialize_model, use_hooked_attention
+from sqat.models.loading import build, load_pretrained, serialize_model
 from sqat.models.sources import resolve_source, source_digest
 from sqat.models.text import load_tokenizer, set_dropout
 from sqat.recipe.schema import Layers, ModelConfig

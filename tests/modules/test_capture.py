@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from sqat.distillation.minilm_v1 import MiniLMv1
 from sqat.errors import SqatError
+from sqat.models.attention import attention_heads, hook_last_qkv, use_hooked_attention
 from sqat.models.layer_selection import encoder_blocks, find_qkv
-from sqat.models.loading import attention_heads, hook_last_qkv, use_hooked_attention
 from sqat.modules.activation_quantizers import Quantizers, insert_quantizers_, remove_quantizers_
 from sqat.modules.hooks import tap_attention
 from sqat.modules.qkv_hooks import Capture

@@ -16,8 +16,8 @@ from transformers.activations import ACT2FN
 
 from sqat.export.cpu_encoder import ACTIVATIONS, FAMILIES, check_encoder
 from sqat.export.cpu_packing import pack_dense
+from sqat.models.attention import use_hooked_attention
 from sqat.models.layer_selection import choose_layers, encoder_blocks
-from sqat.models.loading import use_hooked_attention
 from sqat.modules.activation_quantizers import Quantizers, insert_quantizers_, remove_quantizers_
 from sqat.modules.attention import byte_attention, byte_weights, tapped_attention
 from sqat.modules.gelu import ERF, POLYNOMIALS, TANH

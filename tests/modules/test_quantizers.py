@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from sqat.models.attention import use_eager, use_hooked_attention
 from sqat.models.layer_selection import choose_layers, encoder_blocks
-from sqat.models.loading import use_eager, use_hooked_attention
 from sqat.modules import activation_quantizers as module
 from sqat.modules.activation_quantizers import QUANTIZERS, Quantizers, insert_quantizers_, remove_quantizers_, tap_sites
 from sqat.modules.quantized import quantized_

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sqat.errors import SqatError
+from sqat.models.attention import use_hooked_attention
 from sqat.models.layer_selection import encoder_blocks
-from sqat.models.loading import use_hooked_attention
 from sqat.modules.activation_quantizers import Quantizers, insert_quantizers_, remove_quantizers_
 from sqat.modules.parametrize import insert_weights_, remove_weights_
 from sqat.modules.served_arithmetic import (

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sqat.models.attention import use_hooked_attention
 from sqat.models.layer_selection import choose_layers, encoder_blocks
-from sqat.models.loading import use_hooked_attention
 from sqat.modules.sites import Sites, discover_sites, observed_rows, role
 from sqat.recipe.schema import Layers
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack as mode_stack
 from transformers import PreTrainedModel
 
+from sqat.models.attention import use_eager, use_hooked_attention
 from sqat.models.layer_selection import encoder_blocks, linear_layers
-from sqat.models.loading import use_eager, use_hooked_attention
 from sqat.modules.attention import tapped_attention
 from sqat.modules.hooks import ATTENTION_TAP, Taps, tap_adds, tap_attention, tap_linears
 from sqat.modules.sites import inner_modules

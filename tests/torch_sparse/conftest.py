@@ -17,8 +17,9 @@ from sqat.compress.calibrate import share_amax
 from sqat.data.dataset import TextProcessor
 from sqat.export.packed import write_packed
 from sqat.export.packed_folder import FOLDER
+from sqat.models.attention import use_hooked_attention
 from sqat.models.layer_selection import choose_layers, encoder_blocks
-from sqat.models.loading import serialize_model, use_hooked_attention
+from sqat.models.loading import serialize_model
 from sqat.modules.activation_quantizers import tap_sites
 from sqat.modules.sites import discover_sites
 from sqat.recipe.schema import Layers
