@@ -100,8 +100,9 @@ def override_targets(
         if name not in allowed:
             raise SqatError(f"no target {name!r}", suggest(name, allowed), "--target", code="unknown-name")
     if "auto" in names:
-        from sqat.cli.printing import print_text
-        from sqat.hardware.choosing import choose_target, explain, facts_of
+        from sqat.cli.printing import result_console
+        from sqat.cli.tables.layout import print_paragraph
+        from sqat.hardware.auto_target import choose_target, explain, facts_of
         from sqat.hardware.machine import describe_machine
         from sqat.pipeline import runner
 
@@ -109,8 +110,8 @@ def override_targets(
         manifest = runner.parent_manifest(loaded, pick_stage(loaded.recipe, "export", stage), parent)
         machine, facts = describe_machine(), facts_of(manifest)
         choice = choose_target(machine, facts)
-        for line in explain(machine, facts, choice):
-            print_text(line)
+        for label, text in explain(machine, facts, choice):
+            print_paragraph(result_console(), label, text)
         names = [choice.target if name == "auto" else name for name in names]
     return targets_override(recipe, stage, overrides, list(dict.fromkeys(names)))
 

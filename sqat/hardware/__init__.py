@@ -1,1 +1,1 @@
-"""The machine: its processor, GPUs and libraries, and which export targets it can run."""
+"""The machine: its CPU, GPUs and packages, and what each backend and export target needs of it."""

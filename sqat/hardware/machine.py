@@ -1,12 +1,7 @@
-"""What this machine is: processor, NVIDIA GPUs and the packages that run exported models.
+"""What this machine is: CPU, NVIDIA GPUs, and the packages that run exported models.
 
-What: `describe_machine` asks the operating system, the NVIDIA driver and the installed packages;
-`sqat.hardware.choosing` says which export target fits what they answered.
-
-Why the driver and not torch: a CPU build of torch sees no GPU that TensorRT could use, and a build for AMD calls
-its GPUs cuda. Nothing heavy is imported by this module; torch and ONNX Runtime are imported by the probes that
-need them. A probe that fails is named in `Machine.unknown` and stops nothing.
-Left out: accelerators other than NVIDIA's, and any timing.
+The NVIDIA driver is asked, not torch: a CPU build of torch sees no GPU that TensorRT could use, and a build for AMD
+calls its GPUs cuda. Only the probes that need torch or ONNX Runtime import them.
 """
 
 from __future__ import annotations
@@ -20,12 +15,13 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sqat import runtime
+from sqat.errors import SqatError, first_line
 
 Answer = TypeVar("Answer")
 
@@ -35,10 +31,10 @@ class Processor:
     """A CPU.
 
     Attributes:
-        name: vendor and model as it calls itself, empty where it does not say.
+        name: vendor and model, empty if unknown.
         machine: ``x86_64``, ``aarch64``, ...
-        cores: logical ones this process may use.
-        features: those of `FEATURES` it has.
+        cores: logical cores that this process may use.
+        features: those of `FEATURES` that it has.
     """
 
     name: str = ""
@@ -51,9 +47,13 @@ class Processor:
         return self.machine.lower() in ("x86_64", "amd64")
 
     @property
+    def int8_instructions(self) -> list[str]:
+        """Features that sum four int8 products exactly in one instruction."""
+        return [name for name in ("amx_int8", "avx512_vnni", "avx_vnni", "dotprod") if name in self.features]
+
+    @property
     def has_int8_dot(self) -> bool:
-        """Whether four int8 products are summed exactly in one instruction: VNNI, AMX, ARM dot product."""
-        return bool(self.features & {"avx512_vnni", "avx_vnni", "amx_int8", "dotprod"})
+        return bool(self.int8_instructions)
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,29 @@ class Gpu:
     name: str
     capability: tuple[int, int]
 
+    def __str__(self) -> str:
+        return f"{self.name} (compute capability {self.capability[0]}.{self.capability[1]})"
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """sqat's own CPU kernels: the instruction set that they use here, or why there are none and what to do."""
+
+    instruction_set: str = ""
+    problem: str = "no compiled sqat.runtime"
+    remedy: str = ""
+
 
 @dataclass(frozen=True)
 class Machine:
-    """What was found.
+    """A machine that runs models.
 
     Attributes:
-        gpus: NVIDIA's, those the driver shows to this process.
-        versions: module -> version of those of `PACKAGES` that are installed; empty where it is not told.
-        providers: of ONNX Runtime.
+        gpus: NVIDIA GPUs that the driver shows to this process.
+        versions: module -> version of the installed ones of `PACKAGES`; empty if unknown.
+        providers: execution providers of ONNX Runtime.
         trtexec: whether TensorRT's command is on the PATH.
-        cusparselt: whether torch can use cuSPARSELt here.
-        kernels: whether this installation of sqat has the compiled kernels of target cpu-sparse.
+        cusparselt: whether torch can use cuSPARSELt.
         unknown: probes that failed, each with the reason.
     """
 
@@ -84,7 +95,7 @@ class Machine:
     providers: tuple[str, ...] = ()
     trtexec: bool = False
     cusparselt: bool = False
-    kernels: bool = False
+    kernels: Kernels = Kernels()
     unknown: tuple[str, ...] = ()
 
     @property
@@ -94,26 +105,50 @@ class Machine:
 
     @property
     def has_tensorrt(self) -> bool:
-        """TensorRT for this machine's GPU, in any of its forms."""
+        """Whether TensorRT is installed in any form."""
         return self.trtexec or bool({"tensorrt", "tensorrt_rtx"} & set(self.versions))
+
+    @property
+    def builds_ahead(self) -> bool:
+        """Whether only TensorRT-RTX is installed, which builds engines without a GPU."""
+        return "tensorrt_rtx" in self.versions and "tensorrt" not in self.versions and not self.trtexec
+
+    @property
+    def torch_misses_gpu(self) -> bool:
+        """Whether torch is a build for CPUs on a machine with a GPU."""
+        return bool(self.gpus) and "+cpu" in self.versions.get("torch", "")
+
+    def paragraphs(self) -> Iterator[tuple[str, str]]:
+        """Yield CPU, GPUs, packages and providers as label and text."""
+        processor, kernels = self.processor, self.kernels
+        features = ", ".join(sorted(processor.features)) or "no int8 or wide vector features known"
+        features += "" if processor.has_int8_dot else "; no exact int8 dot product"
+        cores = f"{processor.cores} core{'s' * (processor.cores > 1)}"
+        yield "cpu", f"{processor.name or processor.machine or 'unknown'}, {cores}; {features}"
+        yield "runtime", f"sqat.runtime: {kernels.instruction_set or kernels.problem}"
+        yield "gpu", "; ".join(map(str, self.gpus)) or "no NVIDIA GPU"
+        yield "packages", ", ".join(f"{name} {version}".strip() for name, version in self.versions.items()) or "none"
+        if self.providers:
+            yield "providers", ", ".join(name.removesuffix("ExecutionProvider") for name in self.providers)
+        for problem in self.unknown:
+            yield "unknown", problem
 
 
 def describe_machine() -> Machine:
-    """Ask this machine what it is; never fails, takes about a second where torch must be asked."""
+    """Describe this machine; a probe that fails is listed in ``unknown`` and raises nothing."""
     unknown: list[str] = []
 
-    def ask(what: str, probe: Callable[[], Answer], otherwise: Answer) -> Answer:
+    def ask(what: str, probe: Callable[[], Answer], default: Answer) -> Answer:
         try:
             return probe()
-        except Exception as error:  # a broken driver or package must not keep anyone from exporting
-            lines = str(error).splitlines() or [""]
-            unknown.append(f"{what}: {type(error).__name__} {lines[0]}".rstrip())
-            return otherwise
+        except Exception as error:  # a broken driver or package must not stop an export
+            unknown.append(f"{what}: {type(error).__name__} {first_line(error)}")
+            return default
 
-    nothing: dict[str, str] = {}
-    nobody: tuple[Gpu, ...] = ()
-    gpus = ask("NVIDIA driver", find_gpus, nobody)
-    versions = ask("packages", installed_versions, nothing)
+    no_versions: dict[str, str] = {}
+    no_gpus: tuple[Gpu, ...] = ()
+    gpus = ask("NVIDIA driver", find_gpus, no_gpus)
+    versions = ask("packages", installed_versions, no_versions)
     asks_torch = bool(gpus) and "torch" in versions
     return Machine(
         processor=ask("processor", describe_processor, Processor()),
@@ -122,13 +157,21 @@ def describe_machine() -> Machine:
         providers=ask("onnxruntime", execution_providers, ()) if "onnxruntime" in versions else (),
         trtexec=shutil.which("trtexec") is not None,
         cusparselt=asks_torch and ask("torch", torch_has_cusparselt, False),
-        kernels=runtime.LIBRARY.is_file(),
+        kernels=find_kernels(),
         unknown=tuple(unknown),
     )
 
 
+def find_kernels() -> Kernels:
+    """Load sqat's CPU kernels and return the instruction set that they would use."""
+    try:
+        return Kernels(runtime.instruction_set(), problem="")
+    except SqatError as error:
+        return Kernels(problem=error.problem, remedy=error.hint)
+
+
 def describe_processor() -> Processor:
-    """Name, cores and features of the CPU, from where the operating system tells them."""
+    """Read name, cores and features of the CPU from /proc/cpuinfo or sysctl."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if sys.platform == "darwin":
         text = run("sysctl", "machdep.cpu", "hw.optional")
@@ -140,7 +183,7 @@ def describe_processor() -> Processor:
 
 
 def parse_processor(text: str) -> tuple[str, frozenset[str]]:
-    """Name and features in /proc/cpuinfo or in the output of sysctl, both lines of ``key: value``."""
+    """Parse name and features in /proc/cpuinfo or the output of sysctl, both lines of ``key: value``."""
     entries = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
     name = next((entries[key] for key in ("model name", "machdep.cpu.brand_string") if key in entries), "")
     words = {word.lower() for key in ("flags", "Features") for word in entries.get(key, "").split()}
@@ -148,23 +191,8 @@ def parse_processor(text: str) -> tuple[str, frozenset[str]]:
     return name, frozenset(FEATURES[word] for word in words & set(FEATURES))
 
 
-def memory_bytes() -> tuple[int | None, int | None]:
-    """Bytes of memory in all and available, as Linux counts them; None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None, None
-    return parse_memory(lines, "MemTotal"), parse_memory(lines, "MemAvailable")
-
-
-def parse_memory(lines: list[str], key: str) -> int | None:
-    """Bytes of an entry ``key:  N kB``."""
-    words = next((line.split() for line in lines if line.startswith(f"{key}:")), [])
-    return 1024 * int(words[1]) if len(words) > 1 and words[1].isdecimal() else None
-
-
 def find_gpus() -> tuple[Gpu, ...]:
-    """GPUs the NVIDIA driver shows; through its command where the library cannot be loaded; none without either."""
+    """Find the GPUs that the NVIDIA driver shows, by its library or else by nvidia-smi; none without either."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
@@ -175,7 +203,7 @@ def find_gpus() -> tuple[Gpu, ...]:
 
 
 def query_driver(driver: Any) -> tuple[Gpu, ...]:
-    """GPUs by CUDA's driver interface, whose functions return 0 where they succeed."""
+    """List the GPUs by CUDA's driver API, whose functions return 0 on success."""
     count = ctypes.c_int()
     if (code := driver.cuInit(0)) or (code := driver.cuDeviceGetCount(ctypes.byref(count))):
         if code == NO_DEVICE:
@@ -185,7 +213,7 @@ def query_driver(driver: Any) -> tuple[Gpu, ...]:
 
 
 def describe_gpu(driver: Any, index: int) -> Gpu:
-    """One GPU by its number."""
+    """Describe one GPU by its index."""
     device, name = ctypes.c_int(), ctypes.create_string_buffer(128)
     major, minor = ctypes.c_int(), ctypes.c_int()
     codes = [
@@ -200,19 +228,19 @@ def describe_gpu(driver: Any, index: int) -> Gpu:
 
 
 def parse_smi(text: str) -> tuple[Gpu, ...]:
-    """GPUs in the lines ``NVIDIA A10, 8.6`` of nvidia-smi."""
+    """Parse the lines ``NVIDIA A10, 8.6`` of nvidia-smi."""
     rows = [line.rpartition(",") for line in text.splitlines() if "," in line]
     parts = [(name.strip(), capability.strip().partition(".")) for name, _, capability in rows]
     return tuple(Gpu(name, (int(major), int(minor))) for name, (major, _, minor) in parts)
 
 
 def run(*command: str) -> str:
-    """Output of a command that may take 10 seconds."""
+    """Return the output of a command that takes at most 10 seconds."""
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
 
 
 def version_of(distribution: str) -> str:
-    """Version of an installed distribution by its metadata, empty where it is not installed."""
+    """Return the version of a distribution by its metadata; empty if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -220,19 +248,19 @@ def version_of(distribution: str) -> str:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of those of `PACKAGES` that can be imported, without importing them."""
+    """Return the versions of the installed ones of `PACKAGES`, without importing them."""
     present = [name for name in PACKAGES if importlib.util.find_spec(name) is not None]
     owners = importlib.metadata.packages_distributions()
     return {name: importlib.metadata.version(owners[name][0]) if name in owners else "" for name in present}
 
 
 def execution_providers() -> tuple[str, ...]:
-    """What ONNX Runtime's installed build can run on."""
+    """Return the execution providers of the installed ONNX Runtime."""
     return tuple(importlib.import_module("onnxruntime").get_available_providers())
 
 
 def torch_has_cusparselt() -> bool:
-    """Whether torch is built with cuSPARSELt and finds it."""
+    """Return whether torch can use cuSPARSELt."""
     return bool(importlib.import_module("torch").backends.cusparselt.is_available())
 
 

@@ -15,29 +15,31 @@ import pytest
 
 from sqat import cli, runtime
 from sqat.errors import SqatError
-from sqat.hardware import doctor, machine
-from sqat.hardware.choosing import OTHERWISE
-from sqat.hardware.doctor import BACKENDS, OPTIONAL, REQUIRED, TARGETS, Kernels, diagnose, find_kernels, remedies
-from sqat.hardware.machine import Gpu, Machine, Processor
+from sqat.hardware import doctor
+from sqat.hardware.doctor import OPTIONAL, REQUIRED, diagnose
+from sqat.hardware.machine import Gpu, Kernels, Machine, Processor, find_kernels
+from sqat.hardware.targets import BACKENDS, TARGETS, Verdict, check
+from sqat.recipe import targets as recipe_targets
 
 ROOT = Path(__file__).parents[2]
-KERNELS = Kernels("avx2")
 PACKAGES = {"torch": "2.9", "onnxruntime": "1.30", "openvino": "2026", "tensorrt": "10.9", "compressed_tensors": "0.12"}
 VNNI = Processor("Xeon", "x86_64", 8, frozenset({"avx2", "avx512_vnni"}))
 A10, T4 = Gpu("NVIDIA A10", (8, 6)), Gpu("Tesla T4", (7, 5))
-SERVER = Machine(VNNI, (A10,), PACKAGES, ("CPUExecutionProvider",), cusparselt=True, kernels=True)
+SERVER = Machine(VNNI, (A10,), PACKAGES, ("CPUExecutionProvider",), cusparselt=True,
+                 kernels=Kernels("avx2", problem=""))  # fmt: skip
 
 
-def states(machine: Machine, kernels: Kernels = KERNELS) -> dict[str, str]:
-    return {
-        name: judge(machine, kernels).state for name, judge in (BACKENDS | TARGETS).items() if name != "tensorrt"
-    } | {"tensorrt": BACKENDS["tensorrt"](machine, kernels).state}
+def verdicts(machine: Machine) -> list[Verdict]:
+    return [check(name, subject, machine) for name, subject in (*BACKENDS.items(), *TARGETS.items())]
+
+
+def states(machine: Machine) -> dict[str, str]:
+    return {verdict.name: verdict.state for verdict in verdicts(machine)}
 
 
 def test_a_machine_with_everything_lacks_nothing() -> None:
     assert set(states(SERVER).values()) == {"ready"}
-    verdicts = [judge(SERVER, KERNELS) for judge in (*BACKENDS.values(), *TARGETS.values())]
-    assert not any(verdict.lacks or verdict.install for verdict in verdicts)
+    assert not any(verdict.lacks or verdict.install for verdict in verdicts(SERVER))
 
 
 @pytest.mark.parametrize(("changed", "less"), [
@@ -59,15 +61,14 @@ def test_what_is_missing_is_missed_where_it_is_needed(changed: Machine, less: di
 
 
 def test_every_verdict_that_is_not_ready_names_what_it_lacks() -> None:
-    bare = Machine(Processor(machine="x86_64"))
-    for judge in (*BACKENDS.values(), *TARGETS.values()):
-        verdict = judge(bare, Kernels(problem="no compiled runtime", remedy="install g++"))
+    bare = Machine(Processor(machine="x86_64"), kernels=Kernels(problem="no compiled runtime", remedy="install g++"))
+    for verdict in verdicts(bare):
         assert verdict.state != "ready"
         assert verdict.lacks, verdict
 
 
-def test_every_target_has_a_verdict() -> None:
-    assert set(TARGETS) == set(OTHERWISE)
+def test_every_target_has_its_needs() -> None:
+    assert set(TARGETS) == set(recipe_targets.TARGETS)
 
 
 def test_its_requirements_are_those_of_the_project() -> None:
@@ -77,7 +78,7 @@ def test_its_requirements_are_those_of_the_project() -> None:
     assert set(REQUIRED) == set(re.findall(r'"([\w-]+)[><=]', listed[1]))
     extras = set(re.findall(r"^([\w-]+) = \[", text, re.MULTILINE))
     assert {extra for extra in OPTIONAL.values() if extra} <= extras
-    installs = [judge(Machine(), Kernels()).install for judge in (*BACKENDS.values(), *TARGETS.values())]
+    installs = [verdict.install for verdict in verdicts(Machine())]
     assert set(re.findall(r"sqat\[([\w-]+)\]", " ".join(installs))) <= extras
 
 
@@ -85,7 +86,7 @@ def test_a_missing_library_comes_with_how_to_build_it(monkeypatch: pytest.Monkey
     monkeypatch.setattr(runtime, "LIBRARY", tmp_path / "none.so")
     kernels = find_kernels()
     assert (kernels.instruction_set, kernels.remedy) == ("", runtime.how_to_get_it())
-    verdict = TARGETS["cpu-sparse"](SERVER, kernels)
+    verdict = check("cpu-sparse", TARGETS["cpu-sparse"], replace(SERVER, kernels=kernels))
     assert (verdict.state, verdict.install) == ("no", runtime.how_to_get_it())
 
 
@@ -100,19 +101,12 @@ def test_an_instruction_set_that_is_none_is_told(monkeypatch: pytest.MonkeyPatch
 def test_commands_are_told_once_for_all_they_bring(monkeypatch: pytest.MonkeyPatch) -> None:
     lacking = replace(SERVER, versions={"torch": "2.9", "openvino": "1", "tensorrt": "1", "compressed_tensors": "1"})
     monkeypatch.setattr(doctor, "describe_machine", lambda: lacking)
-    assert remedies(diagnose())["pip install onnxruntime"] == ["onnxruntime", "onnx-int8", "onnx-fp32"]
+    assert diagnose().remedies()["pip install onnxruntime"] == ["onnxruntime", "onnx-int8", "onnx-fp32"]
 
 
 def test_a_package_that_is_not_installed_has_no_version() -> None:
     assert doctor.version_of("no-such-distribution") == ""
     assert doctor.version_of("torch") == importlib.metadata.version("torch")
-
-
-def test_memory() -> None:
-    lines = ["MemTotal:       16384 kB", "MemFree: 1 kB", "MemAvailable:  x kB"]
-    assert machine.parse_memory(lines, "MemTotal") == 16384 * 1024
-    assert machine.parse_memory(lines, "MemAvailable") is None
-    assert machine.parse_memory(lines, "Nothing") is None
 
 
 @pytest.mark.parametrize("found", [SERVER, replace(SERVER, gpus=(T4, A10)), Machine()], ids=["gpu", "gpus", "bare"])
@@ -126,7 +120,7 @@ def test_its_table_fits_80_columns(
     assert max(len(line.rstrip()) for line in out.splitlines() if "pip install" not in line) <= 80
     assert "\x1b" not in out
     assert all(f"\n{name} " in out for name in (*BACKENDS, *TARGETS))
-    assert ("2:4 sparse tensor cores" in out) == (A10 in found.gpus)
+    assert ("a GPU with sparse tensor" not in out) == (A10 in found.gpus)
 
 
 def test_its_json(capsys: pytest.CaptureFixture[str]) -> None:

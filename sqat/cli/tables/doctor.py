@@ -11,13 +11,13 @@ from rich.text import Text
 from sqat import __version__
 from sqat.cli.printing import print_json, result_console
 from sqat.cli.tables.layout import LABEL_WIDTH, new_table, print_paragraph
-from sqat.hardware.choosing import SPARSE, title
-from sqat.hardware.doctor import LACKING, PARTLY, READY, remedies
+from sqat.hardware.targets import MISSING, PARTLY, READY
 
 if TYPE_CHECKING:
-    from sqat.hardware.doctor import Diagnosis, Verdict
+    from sqat.hardware.doctor import Diagnosis
+    from sqat.hardware.targets import Verdict
 
-COLOURS = {READY: "green", PARTLY: "yellow", LACKING: "red"}
+COLOURS = {READY: "green", PARTLY: "yellow", MISSING: "red"}
 
 
 def print_diagnosis(diagnosis: Diagnosis, *, as_json: bool = False) -> None:
@@ -31,31 +31,20 @@ def print_diagnosis(diagnosis: Diagnosis, *, as_json: bool = False) -> None:
     console.print()
     print_verdicts(console, ("backend", "here", "runs", "lacks"), diagnosis.backends)
     print_verdicts(console, ("target", "here", "served by", "lacks"), diagnosis.targets)
-    for command, names in remedies(diagnosis).items():
+    for command, names in diagnosis.remedies().items():
         print_paragraph(console, "to get", f"{', '.join(names)}:")
         console.print(Text(" " * LABEL_WIDTH + command), soft_wrap=True)
 
 
 def machine_paragraphs(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
     """Yield machine and versions as label and text."""
-    machine, kernels = diagnosis.machine, diagnosis.kernels
-    processor = machine.processor
-    features = ", ".join(sorted(processor.features)) or "no int8 or wide vector features known"
-    features += "" if processor.has_int8_dot else "; no exact int8 dot product"
-    cores = f"{processor.cores} core{'s' * (processor.cores > 1)}"
-    total, available = diagnosis.memory
+    total, available = (f"{size / 1e9:.1f} GB" for size in diagnosis.memory)
     yield "sqat", f"{__version__} on Python {diagnosis.python}, {diagnosis.system}"
-    yield "cpu", f"{processor.name or processor.machine or 'unknown'}, {cores}; {features}"
-    yield "runtime", f"{kernels.instruction_set} (sqat.runtime)" if kernels.instruction_set else kernels.problem
-    yield "memory", f"{gigabytes(total)}, {gigabytes(available)} of it available" if total else "unknown"
-    yield "load", "unknown" if diagnosis.load is None else f"{diagnosis.load:.2f} processes in the last minute"
-    sparse = {True: "2:4 sparse tensor cores", False: "no sparse tensor cores"}
-    gpus = [f"{title(gpu)}, {sparse[gpu.capability >= SPARSE]}" for gpu in machine.gpus]
-    yield "gpu", "; ".join(gpus) or "no NVIDIA GPU"
+    yield from (each for each in diagnosis.machine.paragraphs() if each[0] != "packages")
+    yield "memory", f"{total}, {available} available"
+    yield "load", f"{diagnosis.load:.2f} processes in the last minute"
     yield "packages", ", ".join(f"{name} {version}" for name, version in diagnosis.versions.items() if version)
     yield "without", ", ".join(name for name, version in diagnosis.versions.items() if not version) or "nothing"
-    for problem in machine.unknown:
-        yield "not known", problem
 
 
 def print_verdicts(console: Console, titles: Sequence[str], verdicts: Sequence[Verdict]) -> None:
@@ -70,8 +59,3 @@ def print_verdicts(console: Console, titles: Sequence[str], verdicts: Sequence[V
         table.add_row(verdict.name, Text(verdict.state, COLOURS[verdict.state]), verdict.has, verdict.lacks)
     console.print(table)
     console.print()
-
-
-def gigabytes(size: int | None) -> str:
-    """Format bytes as ``7.8 GB``."""
-    return "unknown" if size is None else f"{size / 1e9:.1f} GB"
