@@ -1,4 +1,4 @@
-"""Run every kind of fault and write the counts: `scripts/fault_harness --json FILE`."""
+"""Run every kind of fault and write the counts: `scripts/faults/harness --json FILE`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from faults.moments import double, jump, kill, stop
-from faults.places import damage, fill, lock_out
-from faults.project import Ended, Project
-from faults.tally import Tally
+from scripts.faults.moments import double, jump, kill, stop
+from scripts.faults.places import damage, fill, lock_out
+from scripts.faults.project import Ended, Project
+from scripts.faults.tally import Tally
 from sqat import __version__
 from sqat.checkpoint.small_files import replace_file
 
@@ -36,7 +36,7 @@ KINDS: dict[str, tuple[Kind, int, int]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/fault_harness", description=__doc__)
+    parser = argparse.ArgumentParser(prog="scripts/faults/harness", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts here")
     parser.add_argument("--kinds", metavar="NAME,...", default=",".join(KINDS), help="default: all of them")
     parser.add_argument("--short", action="store_true", help="a few faults of each kind, for the tests")

@@ -8,8 +8,8 @@ import signal
 import time
 from functools import partial
 
-from faults.project import Ended, Project
-from faults.tally import BEFORE, INTERRUPTED, Tally
+from scripts.faults.project import Ended, Project
+from scripts.faults.tally import BEFORE, INTERRUPTED, Tally
 
 KILLED = {-9: "killed", 0: BEFORE}
 STOPPED = {INTERRUPTED: "stopped and saved", 0: BEFORE}

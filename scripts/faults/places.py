@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from faults.project import STAGES, Ended, Project
-from faults.tally import Tally
+from scripts.faults.project import STAGES, Ended, Project
+from scripts.faults.tally import Tally
 
 PAGE = 4096
 AMPLE = 256 << 20

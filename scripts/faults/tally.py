@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from faults.project import Ended, Project
+from scripts.faults.project import Ended, Project
 
 BEFORE = "finished before"  # the run was over when the fault came
 INTERRUPTED = 130

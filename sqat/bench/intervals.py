@@ -1,4 +1,4 @@
-"""A median and how sure it is: percentile bootstrap over rounds (Efron, 1979); shared with `scripts/results latency`.
+"""A median and how sure it is: percentile bootstrap over rounds (Efron, 1979).
 
 Rounds are what is drawn again, not calls: calls of one turn share the machine's mood of that moment, so that they are
 no independent samples. Left out: parametric intervals; a machine's disturbances are anything but normal.

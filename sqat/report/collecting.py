@@ -102,7 +102,7 @@ class Run:
         layers: of the checkpoint of ``layers_of``, the last one that was pruned or quantized.
         activations: of the last calibrate stage.
         gates: each stage's limits, and whether its result keeps them.
-        record: how `scripts/results` started it; empty where it did not.
+        record: how `scripts/results/make` started it; empty where it did not.
         missing: what a report would show and the folder does not have.
     """
 

@@ -1,4 +1,4 @@
-"""Latencies that lie beside a run: `latency.json` of `scripts/results latency`, `bench.json` of `sqat bench --json`.
+"""Latencies that lie beside a run: `latency.json` of `scripts/results/make`, `bench.json` of `sqat bench --json`.
 
 Both time candidates in interleaved rounds and give ratios with a 95 % bootstrap interval. Results are found by their
 labels in the first, by their files in the second; what else was timed is marked as another file.
@@ -64,13 +64,13 @@ def read_speeds(directory: Path, files: Mapping[str, Path], missing: list[str]) 
                 missing.append(f"latency: {name} is there and cannot be read ({type(error).__name__}); measure again")
     if not found:
         missing.append(
-            f"latency: neither {LATENCY} (scripts/results latency) nor {BENCH} (sqat bench --json) tells any"
+            f"latency: neither {LATENCY} (scripts/results/make latency) nor {BENCH} (sqat bench --json) tells any"
         )
     return found
 
 
 def read_latency(text: str, files: Mapping[str, Path]) -> list[SpeedSetting]:
-    """CPU times of `scripts/results latency`, which other work on the machine disturbs less than wall times."""
+    """CPU times of `scripts/results/make latency`, which other work on the machine disturbs less than wall times."""
     latency: Any = json.loads(text)
     found = []
     for setting in latency["settings"]:

@@ -4,7 +4,7 @@ The label is the ranker's own figure for the query, NDCG@k or any other from 0 t
 those that measured the ranker. Two losses. ``mse``: the logit is the figure. ``pairwise``: softplus(-(s_i - s_j)) for
 every two queries of a batch of which i has the higher label, weighted by the difference of the labels; it learns the
 order only, so the logit has no unit, and the metric ``mse`` is not given. Left out: the features of classic predictors
-(score distributions, query clarity), and the ranker itself: scripts/query_performance.py runs one.
+(score distributions, query clarity), and the ranker itself: scripts/data/query_performance.py runs one.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 Measured on fixed noise and times, a function of each row's number, so that two models, and two runs, see the same:
 ``velocity-mse`` is the loss there (lower is better), ``explained`` is 1 - velocity-mse / variance of the velocity,
 which picks the best step: 0 for a model that knows the mean only, 1 for one that foresees the picture in the noise,
-which none can. Neither says how good drawn pictures are: scripts/pictures.py draws them and measures that.
+which none can. Neither says how good drawn pictures are: scripts/results/pictures.py draws them and measures that.
 Distillation is the plain squared error between the pictures of student and teacher. Left out: weights learned by time.
 """
 

@@ -1,4 +1,4 @@
-"""What is unchanged is verified; `scripts/fault_harness` breaks more, and for longer."""
+"""What is unchanged is verified; `scripts/faults/harness` breaks more, and for longer."""
 
 from __future__ import annotations
 

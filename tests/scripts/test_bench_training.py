@@ -1,9 +1,8 @@
-"""scripts/bench_training: the README shows its rows, what they are made of, and candidates that do the same work."""
+"""scripts/benchmarks/training: the README shows its rows, and candidates that do the same work."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ from sqat.sparsity.masks import nm_mask
 
 ROOT = Path(__file__).parents[2]
 ROWS = ROOT / "recipes" / "training.json"
-sys.path.append(str(ROOT / "scripts"))
 
-import bench_training_steps as steps  # noqa: E402
-from bench_training import MISSING, Group, Report, Row, main, memory_row, rows_of, table, time_group  # noqa: E402
+from scripts.benchmarks import training_steps as steps  # noqa: E402
+from scripts.benchmarks.training import MISSING, Group, Report, Row, main, memory_row, rows_of, table, time_group  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def concepts() -> Any:
-    return load_script("concepts")
+    return load_script("docs/concepts")
 
 
 def test_the_pattern_is_two_of_four_and_the_larger_ones(concepts: Any) -> None:

@@ -19,7 +19,7 @@ import pytest
 from sqat.data.dataset import load_rows
 from sqat.recipe.schema import Columns, RelevanceTask, SplitConfig
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "docstring_corpus.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "data" / "docstrings.py"
 
 
 def load_script() -> ModuleType:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).parents[2] / "scripts"))
-
-from faults.moments import STOPPED
-from faults.project import Ended
-from faults.tally import Tally
+from scripts.faults.moments import STOPPED
+from scripts.faults.project import Ended
+from scripts.faults.tally import Tally
 
 
 def test_a_run_that_was_over_is_no_fault_and_a_saved_state_is_told_from_an_interruption() -> None:

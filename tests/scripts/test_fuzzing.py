@@ -1,6 +1,6 @@
 """Whatever stands in a recipe or a manifest: it is read, or told in one line; nothing outside the checkpoint is read.
 
-``SQAT_FUZZ=100000`` tries that many inputs of each kind; `scripts/fuzz` does so in minutes, by cheaper changes.
+``SQAT_FUZZ=100000`` tries that many inputs of each kind; `scripts/faults/fuzz` does so in minutes, by cheaper changes.
 """
 
 from __future__ import annotations
@@ -165,7 +165,14 @@ def test_an_alias_bomb_is_told_at_once(tmp_path: Path) -> None:
 
 def test_the_fuzzer_finds_nothing(tmp_path: Path) -> None:
     """Both kinds, both outcomes; files beside and far from the manifest's folder are never opened."""
-    command = [sys.executable, str(ROOT / "scripts/fuzzing.py"), "--inputs", "200", "--json", str(tmp_path / "f.json")]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts/faults/fuzz.py"),
+        "--inputs",
+        "200",
+        "--json",
+        str(tmp_path / "f.json"),
+    ]
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert run.returncode == 0, run.stdout + run.stderr
     figures = json.loads((tmp_path / "f.json").read_text())
@@ -177,7 +184,7 @@ def test_the_fuzzer_finds_nothing(tmp_path: Path) -> None:
 
 
 def test_the_fuzzer_tells_what_is_no_line(tmp_path: Path) -> None:
-    fuzzing = load_script("fuzzing")
+    fuzzing = load_script("faults/fuzz")
 
     def fail(error: Exception) -> Callable[[Path], object]:
         def read(_: Path) -> object:

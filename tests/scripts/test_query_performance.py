@@ -1,4 +1,4 @@
-"""scripts/query_performance.py: its labels against scikit-learn, its files, and every mistake in its source."""
+"""scripts/data/query_performance.py: its labels against scikit-learn, its files, and every mistake in its source."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import ndcg_score
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "query_performance.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "data" / "query_performance.py"
 script: dict[str, Any] = runpy.run_path(str(SCRIPT), run_name="query_performance")
 
 ANIMALS = ["cat", "dog", "owl", "fox", "bee", "elk", "yak", "ant", "emu", "cod", "eel", "hen"]

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def reference() -> Any:
-    return load_script("recipe_reference")
+    return load_script("docs/recipe_reference")
 
 
 def keys_of(schema: Any) -> Iterator[str]:
@@ -34,12 +34,12 @@ def keys_of(schema: Any) -> Iterator[str]:
 
 def test_the_page_is_in_step_with_the_schema(reference: Any) -> None:
     assert (ROOT / "recipes/REFERENCE.md").read_text(encoding="utf-8") == reference.page(), (
-        "run python scripts/recipe_reference.py"
+        "run python scripts/docs/recipe_reference.py"
     )
 
 
 def test_recipes_name_the_schema_for_editors() -> None:
-    assert (ROOT / "recipes" / SCHEMA_FILE).read_text() == schema_text(), "run python scripts/recipe_reference.py"
+    assert (ROOT / "recipes" / SCHEMA_FILE).read_text() == schema_text(), "run python scripts/docs/recipe_reference.py"
     for path in (ROOT / "recipes").glob("*.yaml"):
         assert path.read_text().startswith(f"# yaml-language-server: $schema={SCHEMA_FILE}\n"), path.name
 

@@ -7,7 +7,6 @@ import math
 import random
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,12 @@ from sqat.runtime.sessions import session
 from sqat.sparsity.semi_structured import pack
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "scripts"))
 
-from results_page import applications, running, spread, timing, verdicts  # noqa: E402
-from results_page.__main__ import main  # noqa: E402
-from results_page.collecting import Run, packing_saves, runs_of, why_unsound  # noqa: E402
-from results_page.page import render  # noqa: E402
-from results_page.schema import (  # noqa: E402
+from scripts.results import applications, running, spread, timing, verdicts  # noqa: E402
+from scripts.results.__main__ import main  # noqa: E402
+from scripts.results.collecting import Run, packing_saves, runs_of, why_unsound  # noqa: E402
+from scripts.results.page import render  # noqa: E402
+from scripts.results.schema import (  # noqa: E402
     Application,
     Latency,
     Pictures,
@@ -50,7 +48,7 @@ from results_page.schema import (  # noqa: E402
     read,
     write,
 )
-from results_page.tries import read_tries, try_of  # noqa: E402
+from scripts.results.tries import read_tries, try_of  # noqa: E402
 
 WORDS = ("alpha", "beta", "gamma", "delta", "film", "movie", "good", "bad", "plot", "actor")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

@@ -1,9 +1,8 @@
-"""scripts/bench_runtime: the README's table is its rows, and a wrong file or size is one line."""
+"""scripts/benchmarks/runtime: the README's table is its rows, and a wrong file or size is one line."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ from onnx import TensorProto, helper, numpy_helper, save
 from tests.runtime.nodes import needs_library
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "scripts"))
 
-from bench_runtime import COLOURS, Row, draw_chart, main, milliseconds, table, turns  # noqa: E402
+from scripts.benchmarks.runtime import COLOURS, Row, draw_chart, main, milliseconds, table, turns  # noqa: E402
 
 
 def embed_file(path: Path, vocabulary: int = 30, tokens: int = 8, width: int = 16) -> Path:

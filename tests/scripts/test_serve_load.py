@@ -1,21 +1,17 @@
-"""scripts/serve_load: every answer is compared, and a wrong one is told."""
+"""scripts/benchmarks/load: every answer is compared, and a wrong one is told."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from scripts.benchmarks import load as serve_load
 from tests.runtime.nodes import needs_library
 from tests.scripts.test_runtime_bench import embed_file
-
-sys.path.append(str(Path(__file__).parents[2] / "scripts"))
-
-import serve_load
 
 pytestmark = needs_library
 

@@ -1,11 +1,10 @@
-"""scripts/compare_modelopt: sqat's side on a tiny model, what chooses, what resumes, a table in step with its file."""
+"""scripts/benchmarks/compare_modelopt: sqat's side on a tiny model, what chooses, what resumes."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,15 +19,14 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from sqat.errors import SqatError
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "scripts"))
 
-from side_by_side import comparing  # noqa: E402
-from side_by_side.__main__ import main  # noqa: E402
-from side_by_side.chain import Made, Phases  # noqa: E402
-from side_by_side.comparing import Comparing, zeros_of  # noqa: E402
-from side_by_side.rows import Budget, Comparison, Dense, Result, Settings, read  # noqa: E402
-from side_by_side.sets import Trial, open_trial  # noqa: E402
-from side_by_side.table import render  # noqa: E402
+from scripts.benchmarks.beside_modelopt import comparing  # noqa: E402
+from scripts.benchmarks.beside_modelopt.__main__ import main  # noqa: E402
+from scripts.benchmarks.beside_modelopt.chain import Made, Phases  # noqa: E402
+from scripts.benchmarks.beside_modelopt.comparing import Comparing, zeros_of  # noqa: E402
+from scripts.benchmarks.beside_modelopt.rows import Budget, Comparison, Dense, Result, Settings, read  # noqa: E402
+from scripts.benchmarks.beside_modelopt.sets import Trial, open_trial  # noqa: E402
+from scripts.benchmarks.beside_modelopt.table import render  # noqa: E402
 
 WORDS = [f"w{number}" for number in range(20)]
 STEPS = ["--dense-steps", "2", "--sparse-steps", "2", "--qat-steps", "1"]
@@ -205,7 +203,7 @@ def test_the_page_of_the_repository_is_that_of_its_file(capsys: pytest.CaptureFi
     rows, page = ROOT / "recipes" / "modelopt.json", ROOT / "recipes" / "MODELOPT.md"
     assert rows.is_file() == page.is_file(), "one is written from the other"
     if not rows.is_file():
-        pytest.skip("recipes/modelopt.json: the comparison has not been run in full yet (scripts/compare_modelopt)")
+        pytest.skip("recipes/modelopt.json: run scripts/benchmarks/compare_modelopt first")
     assert main(["--table", str(rows)]) == 0
     assert capsys.readouterr().out == page.read_text(encoding="utf-8")
 
@@ -224,13 +222,13 @@ def test_missing_data_is_told_with_what_writes_it(
 ) -> None:
     arguments = ["--json", str(tmp_path / "a.json"), "--chains", "sqat", "--wikiqa", str(tmp_path), "--sets", "wikiqa"]
     assert main(arguments) == 2
-    assert "scripts/wikiqa.py" in capsys.readouterr().err
+    assert "scripts/data/wikiqa.py" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", ["sparsegpt", "sparse_magnitude"])
 def test_their_side_is_2_of_4_int8_in_the_layers_that_ours_treats(folder: Path, mode: str) -> None:
     pytest.importorskip("modelopt", reason="pip install nvidia-modelopt")
-    from side_by_side import ours, theirs
+    from scripts.benchmarks.beside_modelopt import ours, theirs
 
     budget = Budget(dense_steps=1, sparse_steps=2, qat_steps=1)
     trial = open_trial("sst2", folder, 0, budget, str(folder))

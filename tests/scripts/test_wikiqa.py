@@ -1,4 +1,4 @@
-"""scripts/wikiqa.py: what it writes, what it leaves out and says so, and what it refuses."""
+"""scripts/data/wikiqa.py: what it writes, what it leaves out and says so, and what it refuses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "wikiqa.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "data" / "wikiqa.py"
 Question = dict[str, Any]
 
 

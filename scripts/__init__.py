@@ -1,0 +1,1 @@
+"""Scripts around sqat: data sets, benchmarks, results, documents, faults."""

@@ -1,0 +1,246 @@
+"""From the folders of runs to `schema.Application`: what of a recipe's seeds is there, sound and of one kind.
+
+A row counts if its stage was made by the recipe as it stands (sections of the stage and all before it, model, task,
+data), from the very checkpoints that lie there, and measured after that. What does not count is a line in ``missing``.
+Keys are not compared, which need the data and change with sqat's version: numbers stay readable where both are gone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from scripts.results.applications import display_of
+from scripts.results.schema import Application, DataFile, Latency, Pictures, Row, RunRecord, Seed, Stage, read
+from sqat.checkpoint.manifest import RECIPE, WEIGHTS, Manifest
+from sqat.checkpoint.small_files import read_object
+from sqat.errors import SqatError
+from sqat.pipeline.fingerprint import UNKEYED, Keys, made_from, teacher_name
+from sqat.pipeline.result_files import FILE, artifact_size, result_artifacts
+from sqat.recipe.loader import load_recipe
+from sqat.recipe.schema import LoadedRecipe
+
+UNMEASURED = "not measured yet"
+RECORD, LATENCY, PICTURES = "run.json", "latency.json", "pictures.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One seed of a recipe and where it lies, whether it has run or not."""
+
+    recipe: Path
+    seed: int
+    output: str | None = None
+
+    @property
+    def overrides(self) -> list[str]:
+        """What makes the recipe this run, as ``--set``."""
+        place = [] if self.output is None else [f"output={self.output}"]
+        return [f"seed={self.seed}", f"name={self.recipe.stem}-seed{self.seed}", *place]
+
+    def load(self) -> LoadedRecipe:
+        """The recipe with this seed."""
+        return load_recipe(self.recipe, self.overrides)
+
+
+def runs_of(recipe: Path, output: str | None) -> list[Run]:
+    """The seeds of a recipe that have a folder, in order."""
+    folder = Run(recipe, 0, output).load().run_directory.parent
+    names = [path.name.removeprefix(f"{recipe.stem}-seed") for path in folder.glob(f"{recipe.stem}-seed*")]
+    return [Run(recipe, seed, output) for seed in sorted(int(name) for name in names if name.isdecimal())]
+
+
+def collect_seed(loaded: LoadedRecipe) -> tuple[Seed, dict[str, str]]:
+    """What a run holds, and label -> why a row is not in it."""
+    keys, folder = Keys(loaded), loaded.run_directory
+    measured, rows, lacking, digests = read_object(folder / FILE), {}, {}, set()
+    for label, (stage, artifact) in result_artifacts(keys).items():
+        manifest, entry = keys.manifest(stage), measured.get(label)
+        if reason := why_unsound(keys, stage):
+            lacking[label] = reason
+        elif manifest is None or entry is None or not str(entry.get("key")).startswith(f"{manifest.sha256}/"):
+            lacking[label] = UNMEASURED
+        else:
+            digests.add(entry["data"])
+            made_by = loaded.recipe.results.get(label, stage)
+            rows[label] = Row(made_by=made_by, metrics=entry["metrics"], size_bytes=artifact_size(artifact),
+                              packed_bytes=packed_bytes(keys, stage, artifact))  # fmt: skip
+    if len(digests) > 1:
+        raise SqatError("rows were measured on different data", "run it once more", str(folder / FILE))
+    found = {name: manifest for name in loaded.recipe.stages if (manifest := keys.manifest(name)) is not None}
+    stages = {name: Stage(kind=each.type, steps=each.steps, seconds=each.seconds) for name, each in found.items()}
+    record = read(RunRecord, folder / RECORD)
+    versions = dict(sorted(item for each in found.values() for item in each.versions.items()))
+    return Seed(
+        commit=record.commit if record else "",
+        versions={**versions, **(record.versions if record else {})},
+        data_digest=digests.pop() if digests else "",
+        cpu=record.cpu if record else "",
+        threads=record.threads if record else 0,
+        rows=rows,
+        stages=stages,
+    ), lacking
+
+
+def why_unsound(keys: Keys, name: str) -> str:
+    """Why a stage's checkpoint is not what the recipe would make now; "" where it is."""
+    manifest, recipe = keys.manifest(name), keys.loaded.recipe
+    if manifest is None:
+        there = keys.directory(name).is_dir()
+        return f"the checkpoint of stage {name} cannot be read" if there else f"stage {name} has not run"
+    parent, teacher = recipe.parent_of(name), teacher_name(recipe, name)
+    if manifest.input_digests != made_from(keys.manifest(parent), keys.manifest(teacher)):
+        return f"stage {name} was made from checkpoints that are no longer there"
+    current = keys.is_current(name)  # whatever the words of its recipe, such as another path to the same data
+    if not current and sections(keys.loaded, name) != sections(made_with(keys.directory(name), manifest), name):
+        return f"the recipe of stage {name} has changed since"
+    before = [stage for stage in (parent, teacher) if stage is not None]
+    return next((reason for stage in before if (reason := why_unsound(keys, stage))), "")
+
+
+def made_with(directory: Path, manifest: Manifest) -> LoadedRecipe | None:
+    """The recipe that a checkpoint was made with; None where this sqat cannot read it any more."""
+    try:
+        return load_recipe(directory / RECIPE, manifest.overrides)
+    except SqatError:
+        return None
+
+
+def sections(loaded: LoadedRecipe | None, name: str) -> dict[str, Any]:
+    """What of a recipe a stage itself depends on."""
+    if loaded is None or name not in loaded.recipe.stages:
+        return {}
+    recipe = loaded.recipe
+    whole = recipe.model_dump(include={"model", "task", "seed"}) | recipe.data.model_dump(exclude={"test"})
+    return {**whole, "stage": recipe.stages[name].model_dump(exclude=UNKEYED)}
+
+
+def packed_bytes(keys: Keys, stage: str, artifact: Path) -> int | None:
+    """Bytes of an int8 or fp16 file if its 2:4 weights were packed as sparse tensor cores read them.
+
+    None where nothing is packed: float32 has no such form, and a file of target cpu-sparse is packed as it is.
+    """
+    manifest, parent = keys.manifest(stage), keys.loaded.recipe.parent_of(stage)
+    if manifest is None or parent is None or artifact.suffix != ".onnx":
+        return None
+    half = ".fp16." in artifact.name
+    saved = 0
+    with safe_open(keys.directory(parent) / WEIGHTS, "np") as weights:
+        for name, layer in manifest.layers.items():
+            if layer.pattern == "2:4" and (half or (".int8." in artifact.name and layer.quantized)):
+                saved += packing_saves(math.prod(weights.get_slice(f"{name}.weight").get_shape()), 2 if half else 1)
+    return artifact_size(artifact) - saved if saved else None
+
+
+def packing_saves(weights: int, bytes_each: int) -> int:
+    """Bytes that packing saves of 2:4 weights: half of them go, and four bits come to each group of four."""
+    return weights * bytes_each // 2 - weights // 8
+
+
+def collect(runs: list[Run]) -> Application:
+    """All seeds of one recipe.
+
+    Args:
+        runs: of one recipe; those without any row are told as missing.
+    """
+    first = runs[0].load()
+    recipe, display = first.recipe, display_of(runs[0].recipe.stem)
+    seeds, missing = dict[int, Seed](), list[str]()
+    for run in runs:
+        seed, lacking = collect_seed(run.load())
+        if seed.rows:
+            seeds[run.seed] = seed
+            missing += [f"seed {run.seed}, {label}: {reason}" for label, reason in lacking.items()]
+        else:
+            reasons = [reason for reason in lacking.values() if reason != UNMEASURED]
+            missing.append(f"seed {run.seed}: no row ({[*reasons, UNMEASURED][0]})")
+    if len({seed.data_digest for seed in seeds.values()}) > 1:
+        raise SqatError("seeds were measured on different data", "run them once more", runs[0].recipe.name)
+    labels = result_artifacts(Keys(first))
+    missing += [f"the recipe has no row {label!r}" for label in display.rows if label not in labels]
+    known = {metric for seed in seeds.values() for row in seed.rows.values() for metric in row.metrics}
+    missing += [f"no run has measured {metric}" for metric in display.metrics if known and metric not in known]
+    pictures = read(Pictures, runs[0].recipe.with_suffix(f".{PICTURES}"))
+    latency = [found for run in runs if (found := latency_of(run.load()))]
+    if not latency:
+        missing.append("latency has not been measured, or of files that are no longer there")
+    return Application(
+        recipe=shown_path(runs[0].recipe),
+        about=head_comment(first.text),
+        model=recipe.model.source or "random weights",
+        split="dev" if recipe.data.test is None else "test",
+        labels=list(labels),
+        commands=commands(runs, pictures is not None),
+        data=data_files(first),
+        seeds=seeds,
+        latency=latency[0] if latency else None,
+        pictures=pictures,
+        missing=missing,
+    )
+
+
+def latency_of(loaded: LoadedRecipe) -> Latency | None:
+    """What was measured of a run's files; None where that is nothing, or one of them has changed since."""
+    latency = read(Latency, loaded.run_directory / LATENCY)
+    return latency if latency is not None and latency.made_from == digests(loaded, latency.made_from) else None
+
+
+def digests(loaded: LoadedRecipe, labels: Iterable[str]) -> dict[str, str]:
+    """Row -> digest of the manifest of its stage, for the rows that are there."""
+    keys = Keys(loaded)
+    stages = {label: stage for label, (stage, _) in result_artifacts(keys).items()}
+    manifests = {label: keys.manifest(stages[label]) for label in labels if label in stages}
+    return {label: manifest.sha256 for label, manifest in manifests.items() if manifest is not None}
+
+
+def commands(runs: list[Run], has_pictures: bool) -> list[str]:
+    """What to type, for all seeds by the script and for one by sqat itself; and what draws its pictures."""
+    recipe = shown_path(runs[0].recipe)
+    seeds = " ".join(str(run.seed) for run in runs)
+    overrides = Run(runs[0].recipe, runs[0].seed).overrides
+    lines = [
+        f"scripts/results/make run {recipe} --seeds {seeds}",
+        f"scripts/results/make latency {recipe}",
+        f"sqat run {recipe} {' '.join(f'--set {override}' for override in overrides)}",
+    ]
+    pictures = f"python scripts/results/pictures.py {recipe} --set {' '.join(overrides)}"
+    return [*lines, pictures] if has_pictures else lines
+
+
+def shown_path(recipe: Path) -> str:
+    """A recipe's path below the working folder; only its name where it lies elsewhere."""
+    path = recipe.resolve()
+    return path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else path.name
+
+
+def head_comment(text: str) -> str:
+    """The comment at the head of a recipe as one text."""
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# yaml-language-server:"):
+            lines.append(line.lstrip("# ").rstrip())
+    return " ".join(lines)
+
+
+def data_files(loaded: LoadedRecipe) -> dict[str, DataFile]:
+    """What the splits were read from; a hub's data set is named with its revision instead of a digest."""
+    found, data = {}, loaded.recipe.data
+    for name, split in (("train", data.train), ("dev", data.dev), ("test", data.test)):
+        if split is None:
+            continue
+        if split.path is None:
+            revision = split.revision or "revision not fixed"
+            found[name] = DataFile(file=f"{split.hub}[{split.split or name}]", sha256=revision, limit=split.limit)
+            continue
+        file = loaded.path.parent / split.path
+        digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "not here"
+        found[name] = DataFile(file=file.name, sha256=digest, limit=split.limit)
+    return found

@@ -1,0 +1,88 @@
+"""Whether an application reached its goals: differences of two rows, seed by seed.
+
+A goal is met if the mean difference is at or above zero. One that is not met, but by less than the spread of the
+differences, is told as that: three seeds cannot tell it from none. The floor (nowhere more than half a point below the
+dense fp32 model) is judged by the worst column that is a share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from scripts.results.applications import DENSE, FLOOR, RATIOS, Display, title
+from scripts.results.schema import Application
+from scripts.results.spread import differences, mean_and_spread
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One goal of an application.
+
+    Attributes:
+        values: the differences, one a seed; empty where a row or metric is missing.
+        least: what their mean must reach.
+    """
+
+    row: str
+    against: str
+    metric: str
+    values: tuple[float, ...]
+    least: float
+    goal: str
+
+    @property
+    def outcome(self) -> str:
+        """Met or not."""
+        if not self.values:
+            return "not measured"
+        mean, spread = mean_and_spread(self.values)
+        if mean >= self.least:
+            return "met"
+        return "not met, though within the spread" if spread is not None and mean + spread >= self.least else "not met"
+
+
+def verdicts(display: Display, application: Application) -> list[Verdict]:
+    """All goals of an application, the floor last."""
+    if not display.goals:
+        return []
+    row, found = judged_row(display, application), []
+    for goal in display.goals:
+        values = tuple(differences(application.seeds, row, goal.against, goal.metric))
+        text = f"{title(goal.metric)} at or above {goal.against}"
+        found.append(Verdict(row, goal.against, goal.metric, values, 0.0, text))
+    return [*found, floor(display, row, application)]
+
+
+def judged_row(display: Display, application: Application) -> str:
+    """The last of the rows that some seed has."""
+    there = [row for row in display.rows if any(row in seed.rows for seed in application.seeds.values())]
+    return there[-1] if there else display.rows[-1]
+
+
+def gains(display: Display, application: Application) -> list[Verdict]:
+    """What each sparse row brings over the one before it, by the first column; no goal, so no outcome."""
+    sparse = [row for row in display.rows if row.startswith("sparse ")]
+    return [
+        Verdict(row, before, display.metrics[0], values, 0.0, "")
+        for before, row in pairwise(sparse)
+        if (values := tuple(differences(application.seeds, row, before, display.metrics[0])))
+    ]
+
+
+def floor(display: Display, row: str, application: Application) -> Verdict:
+    """The worst column that is a share against the dense fp32 model."""
+    shares = [metric for metric in display.metrics if metric not in RATIOS]
+    every = {metric: tuple(differences(application.seeds, row, DENSE, metric)) for metric in shares}
+    known = {metric: values for metric, values in every.items() if values}
+    worst = min(known, key=lambda metric: mean_and_spread(known[metric])[0], default="")
+    text = f"no share more than {100 * FLOOR:g} points below {DENSE}"
+    text += f" (the worst: {title(worst)})" if worst else ""
+    return Verdict(row, DENSE, worst, known.get(worst, ()), -FLOOR, text)
+
+
+def show_difference(verdict: Verdict) -> str:
+    """``+0.32 ± 0.41 points``, or a plain number where the metric is no share."""
+    mean, spread = mean_and_spread(verdict.values)
+    scale, unit = (1, "") if verdict.metric in RATIOS else (100, " points")
+    return f"{scale * mean:+.2f}" + ("" if spread is None else f" ± {scale * spread:.2f}") + unit
