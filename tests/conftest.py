@@ -22,7 +22,7 @@ from sqat.checkpoint.store import Checkpoint
 from sqat.data.dataset import TextProcessor
 from sqat.models.layer_selection import choose_layers
 from sqat.models.loading import serialize_model
-from sqat.recipe.schema import Layers
+from sqat.recipe.stages import Layers
 from sqat.sparsity.masks import apply_mask, nm_mask
 from sqat.sparsity.pattern import parse_pattern
 from tests.traces import share, traced

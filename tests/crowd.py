@@ -29,7 +29,7 @@ from sqat.evaluation.inference import predict
 from sqat.modules.parametrize import insert_weights_, original_weight, remove_weights_
 from sqat.progress import SilentReporter
 from sqat.quantization.histogram import Histogram
-from sqat.recipe.schema import FitConfig
+from sqat.recipe.stages import TrainConfig
 from sqat.sparsity.criteria.sparsegpt import SparseGPT
 from sqat.sparsity.criteria.taylor import Taylor
 from sqat.sparsity.criteria.wanda import Wanda
@@ -124,7 +124,7 @@ def fitted(state: Path, loss: Any = task_loss, stop: int = 0, **config: Any) -> 
     known = {"batch_size": 5, "learning_rate": 0.01, "save_every": 0, "gradient_accumulation": accumulation(), **config}
     measured = Evaluation(lambda: {"score": float(model.classifier.weight.detach().sum())}, "score")
     try:
-        done = fit(model, loss, batches_of(24, 5), FitConfig(**known), steps=STEPS, seed=3, title="crowd",
+        done = fit(model, loss, batches_of(24, 5), TrainConfig(**known), steps=STEPS, seed=3, title="crowd",
                    reporter=watcher, state=ResumeState(state, "key"), evaluation=measured,
                    before_step=before_step)  # fmt: skip
     except KilledError:
@@ -148,7 +148,7 @@ class Filling(SilentReporter):
 
 def starved(state: ResumeState) -> Found:
     """How a fit ends that cannot save, and the step of the state that is there then."""
-    config = FitConfig(batch_size=5, save_every=0)
+    config = TrainConfig(batch_size=5, save_every=0)
     with ExitStack() as disk:
         try:
             fit(tiny_bert(), task_loss, batches_of(24, 5), config, steps=STEPS, seed=3, title="crowd",
@@ -223,7 +223,7 @@ class Normed(nn.Module):
 def normed(state: ResumeState, steps: int) -> Found:
     """What the batch norm of a fit has seen: its buffers."""
     torch.manual_seed(0)
-    model, config = Normed(), FitConfig(batch_size=5, gradient_accumulation=accumulation(), learning_rate=0.01)
+    model, config = Normed(), TrainConfig(batch_size=5, gradient_accumulation=accumulation(), learning_rate=0.01)
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {"task": nn.functional.cross_entropy(model(batch.inputs["input_ids"].float()), batch.labels)}

@@ -107,7 +107,8 @@ def read(folder: Path, windows: int) -> dict[str, float]:
 
     from sqat.data.dataset import TextProcessor
     from sqat.data.streaming import StreamedBatches, open_stream
-    from sqat.recipe.schema import ClassificationTask, Columns, SplitConfig
+    from sqat.recipe.inputs import Columns, SplitConfig
+    from sqat.recipe.tasks import ClassificationTask
     from sqat.tasks.classification import Classification
 
     tokenizer = BertTokenizerFast(vocab={name: number for number, name in enumerate(NAMES)})

@@ -30,7 +30,8 @@ from sqat.modules.activation_quantizers import Quantizers, insert_quantizers_
 from sqat.modules.parametrize import insert_weights_, layer
 from sqat.modules.sites import discover_sites
 from sqat.quantization.fake_quant import ACTIVATION_LOW, HIGH, SMALLEST_AMAX
-from sqat.recipe.schema import DistillConfig, FitConfig, Layers, ModelConfig, QatConfig
+from sqat.recipe.inputs import ModelConfig
+from sqat.recipe.stages import DistillConfig, Layers, QatConfig, TrainConfig
 from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import Pattern
 from sqat.tasks.relevance import Relevance
@@ -67,7 +68,7 @@ class Step:
     """Takes one optimizer step a call."""
 
     def __init__(self, model: nn.Module, loss: Loss, batch: Batch) -> None:
-        self.config = FitConfig()
+        self.config = TrainConfig()
         self.optimizer = make_optimizer(model.train(), self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = RATE

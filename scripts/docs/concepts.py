@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib
 import torch
 
-from sqat.recipe.schema import PruneConfig
+from sqat.recipe.stages import PruneConfig
 from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import parse_pattern
 from sqat.sparsity.schedules.group_fraction import GroupFraction

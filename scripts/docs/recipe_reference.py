@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from sqat.recipe.json_schema import SCHEMA_FILE, describe, recipe_schema, schema_text, union_of, variants
-from sqat.recipe.schema import STAGE_TYPES
+from sqat.recipe.stages import STAGE_TYPES
 
 Schema = Mapping[str, Any]
 PAGE = Path(__file__).parents[2] / "recipes" / "REFERENCE.md"

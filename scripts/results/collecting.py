@@ -21,7 +21,7 @@ from scripts.results.schema import Application, DataFile, Latency, Pictures, Row
 from sqat.checkpoint.manifest import RECIPE, WEIGHTS, Manifest
 from sqat.checkpoint.small_files import read_object
 from sqat.errors import SqatError
-from sqat.pipeline.fingerprint import UNKEYED, Keys, made_from, teacher_name
+from sqat.pipeline.fingerprint import UNKEYED, Keys, made_from
 from sqat.pipeline.result_files import FILE, artifact_size, result_artifacts
 from sqat.recipe.loader import load_recipe
 from sqat.recipe.schema import LoadedRecipe
@@ -94,7 +94,7 @@ def why_unsound(keys: Keys, name: str) -> str:
     if manifest is None:
         there = keys.directory(name).is_dir()
         return f"the checkpoint of stage {name} cannot be read" if there else f"stage {name} has not run"
-    parent, teacher = recipe.parent_of(name), teacher_name(recipe, name)
+    parent, teacher = recipe.parent_of(name), recipe.teacher_of(name)
     if manifest.input_digests != made_from(keys.manifest(parent), keys.manifest(teacher)):
         return f"stage {name} was made from checkpoints that are no longer there"
     current = keys.is_current(name)  # whatever the words of its recipe, such as another path to the same data

@@ -18,7 +18,6 @@ from scripts.results.schema import Try
 from sqat.checkpoint.manifest import RECIPE, Manifest, load_manifest
 from sqat.checkpoint.small_files import replace_file
 from sqat.errors import SqatError
-from sqat.pipeline.fingerprint import teacher_name
 from sqat.recipe.loader import load_recipe
 from sqat.recipe.schema import Recipe
 
@@ -96,7 +95,7 @@ def seconds(manifests: Mapping[str, Manifest], path: list[str]) -> float:
 
 def ancestry(recipe: Recipe, name: str) -> list[str]:
     """A stage and all that it is made from, in the order of the recipe."""
-    before = {recipe.parent_of(name), teacher_name(recipe, name)} - {None}
+    before = {recipe.parent_of(name), recipe.teacher_of(name)} - {None}
     path = {name}.union(*(ancestry(recipe, str(stage)) for stage in before))
     return [stage for stage in recipe.stages if stage in path]
 

@@ -12,7 +12,7 @@ from sqat.analyze.sensitivity import Damages, Probe, count_multiply_adds
 from sqat.checkpoint.manifest import Figure
 from sqat.evaluation.inference import EVALUATION_BATCH
 from sqat.models.layer_selection import weighted_layers
-from sqat.recipe.schema import Layers
+from sqat.recipe.stages import Layers
 
 STRICT = ConfigDict(extra="forbid")
 

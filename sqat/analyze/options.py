@@ -10,8 +10,9 @@ from typing import cast
 
 from sqat.checkpoint.manifest import load_manifest
 from sqat.errors import SqatError
-from sqat.recipe.cross_checks import ancestors, suggest
-from sqat.recipe.schema import CalibrateConfig, PruneConfig, Recipe
+from sqat.recipe.cross_checks import suggest
+from sqat.recipe.schema import Recipe
+from sqat.recipe.stages import CalibrateConfig, PruneConfig
 
 SPLITS = ("train", "dev")
 
@@ -88,5 +89,5 @@ def choose_stage(recipe: Recipe, kind: str, wanted: str | None, after: Sequence[
     names = [name for name, config in recipe.stages.items() if config.type == kind]
     if wanted is not None and wanted not in names:
         raise SqatError(f"no {kind} stage {wanted!r}", suggest(wanted, names), f"--{kind}")
-    grown = [name for before in after for name in names if before in ancestors(recipe, name)]
+    grown = [name for before in after for name in names if before in recipe.ancestors_of(name)]
     return wanted or next(iter([*grown, *names]), None)

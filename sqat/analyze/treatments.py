@@ -25,7 +25,7 @@ from sqat.compress.statistics import gather
 from sqat.data.dataset import Processor
 from sqat.models.layer_selection import choose_layers
 from sqat.modules.parametrize import insert_weights_, layer, original_weight, remove_weights_
-from sqat.recipe.schema import CalibrateConfig, PruneConfig
+from sqat.recipe.stages import CalibrateConfig, PruneConfig
 from sqat.sparsity.schedules.per_group import PerGroup
 from sqat.stages.calibrate import calibrate_on_rows
 from sqat.stages.context import StageContext

@@ -25,7 +25,7 @@ from sqat.lint.checks import verify
 from sqat.models.attention import use_eager
 from sqat.quantization.fake_quant import quantize_weight
 from sqat.recipe.cross_checks import suggest
-from sqat.recipe.schema import FLOAT_OUTPUTS
+from sqat.recipe.stages import FLOAT_OUTPUTS
 from sqat.runtime.sessions import parity
 
 Target = Literal["onnx-fp32", "onnx-int8", "tensorrt"]

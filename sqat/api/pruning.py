@@ -21,7 +21,7 @@ from sqat.data.dataset import Batch
 from sqat.errors import SqatError
 from sqat.models.layer_selection import choose_layers
 from sqat.modules.parametrize import WeightTransform, insert_weights_, layer, remove_weights_
-from sqat.recipe.schema import Layers
+from sqat.recipe.stages import Layers
 from sqat.sparsity.criteria import CRITERIA, Criterion
 from sqat.sparsity.masks import count_violations
 from sqat.sparsity.pattern import Pattern, parse_pattern

@@ -18,7 +18,7 @@ from sqat.models.layer_selection import choose_layers, is_convolutional, weighte
 from sqat.quantization.calibrators import CALIBRATORS, Calibrator
 from sqat.quantization.histogram import Histogram
 from sqat.recipe.cross_checks import suggest
-from sqat.recipe.schema import Layers, Placement
+from sqat.recipe.stages import Layers, Placement
 
 Method = Callable[[Histogram], float]
 

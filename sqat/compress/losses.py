@@ -15,7 +15,7 @@ from sqat.errors import SqatError
 from sqat.models.attention import hook_last_qkv
 from sqat.models.loading import build
 from sqat.modules.qkv_hooks import Capture
-from sqat.recipe.schema import DistillConfig
+from sqat.recipe.stages import DistillConfig
 from sqat.tasks import Task
 from sqat.training.data_parallel import Loss
 

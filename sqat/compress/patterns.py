@@ -10,7 +10,7 @@ from torch import nn
 from sqat.errors import SqatError
 from sqat.models.layer_selection import Choice, choose_layers, weighted_layers
 from sqat.modules.parametrize import layer
-from sqat.recipe.schema import PruneConfig
+from sqat.recipe.stages import PruneConfig
 from sqat.sparsity.pattern import Pattern, parse_pattern
 
 DENSE = "dense"

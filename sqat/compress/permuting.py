@@ -21,7 +21,7 @@ from sqat.errors import SqatError
 from sqat.models.layer_selection import find_qkv
 from sqat.modules.parametrize import linear
 from sqat.progress import Reporter
-from sqat.recipe.schema import DistillConfig, PruneConfig
+from sqat.recipe.stages import DistillConfig, PruneConfig
 from sqat.sparsity.criteria import Criterion
 from sqat.sparsity.pattern import Pattern
 from sqat.sparsity.permutation import find_order, kept_score

@@ -33,7 +33,8 @@ from sqat.data.records import QUERY, Record, records_of
 from sqat.data.shards import shard_paths
 from sqat.data.text_files import Placed, listed, read_rows
 from sqat.errors import SqatError
-from sqat.recipe.schema import ClassificationTask, Columns, RelevanceTask, RetrievalTask, SplitConfig, Task
+from sqat.recipe.inputs import Columns, SplitConfig
+from sqat.recipe.tasks import ClassificationTask, RelevanceTask, RetrievalTask, Task
 
 Rows: TypeAlias = datasets.Dataset
 SplitName = Literal["train", "dev", "test"]

@@ -17,7 +17,8 @@ from typing import Any
 from sqat.data.image_files import picture_of, same_size
 from sqat.data.text_files import Placed, Row, kind, listed
 from sqat.errors import SqatError
-from sqat.recipe.schema import Columns, RelevanceTask, RetrievalTask, Task
+from sqat.recipe.inputs import Columns
+from sqat.recipe.tasks import RelevanceTask, RetrievalTask, Task
 
 Record = dict[str, Any]
 

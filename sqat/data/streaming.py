@@ -26,7 +26,8 @@ from sqat.data.records import records_of
 from sqat.data.shards import ROWS, Pieces, Shard, cut, local_shards
 from sqat.data.text_files import Placed
 from sqat.errors import SqatError
-from sqat.recipe.schema import Columns, SplitConfig, Task
+from sqat.recipe.inputs import Columns, SplitConfig
+from sqat.recipe.tasks import Task
 
 ORDER = 2  # of an epoch's pieces: other numbers than plan_batches and the tasks draw
 

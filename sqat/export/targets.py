@@ -32,7 +32,7 @@ from sqat.export.opset17 import to_opset17
 from sqat.export.packed import write_packed
 from sqat.export.qdq import Quantization, insert_qdq
 from sqat.quantization.fake_quant import LAST_BITS, quantize_weight
-from sqat.recipe.schema import FLOAT_OUTPUTS, ExportConfig
+from sqat.recipe.stages import FLOAT_OUTPUTS, ExportConfig
 from sqat.recipe.targets import TARGETS as SPECS
 
 HALF_BITS = 2.0**-11

@@ -18,7 +18,7 @@ from sqat.models.diffusion import Diffusion
 from sqat.models.image import Images
 from sqat.models.sentence import Sentences
 from sqat.models.text import Texts
-from sqat.recipe.schema import ModelConfig
+from sqat.recipe.inputs import ModelConfig
 
 
 class Architecture(Protocol):

@@ -28,7 +28,7 @@ from sqat.errors import SqatError, first_line
 from sqat.models.captions import Captions
 from sqat.models.rectified_flow import CUT, NUMBER, draw_times, fixed_draws, on_path, signals
 from sqat.models.sources import LOADING
-from sqat.recipe.schema import ModelConfig
+from sqat.recipe.inputs import ModelConfig
 
 CAPTIONS = "captions.json"
 COLOURS = 3

@@ -21,7 +21,7 @@ from sqat.data.pixels import PREPROCESSOR, ImageProcessor
 from sqat.errors import SqatError, first_line
 from sqat.models.sources import LOADING
 from sqat.models.text import set_dropout
-from sqat.recipe.schema import ModelConfig
+from sqat.recipe.inputs import ModelConfig
 
 MIDDLE = 0.5
 

@@ -16,7 +16,7 @@ from typing import TypeAlias
 from torch import nn
 
 from sqat.errors import SqatError
-from sqat.recipe.schema import Layers
+from sqat.recipe.stages import Layers
 from sqat.sparsity.hardware_limits import SMALLEST_SIDE, SPARSE_INPUTS, SPARSE_OUTPUTS
 
 

@@ -26,7 +26,7 @@ from sqat.models.architectures import ARCHITECTURES, Architecture
 from sqat.models.layer_selection import LinearOfConv1D, weighted_layers
 from sqat.models.sources import LOADING, check_digest, resolve_source
 from sqat.modules.batch_norm import fold_batch_norms_
-from sqat.recipe.schema import ModelConfig
+from sqat.recipe.inputs import ModelConfig
 
 DIFFUSERS_INDEX = "diffusion_pytorch_model.safetensors.index.json"  # tells diffusers in which file the weights are
 

@@ -27,7 +27,7 @@ from sqat.data.dataset import TextProcessor
 from sqat.errors import SqatError, first_line
 from sqat.models.sources import LOADING
 from sqat.models.text import check_length, check_vocabulary, load_tokenizer, set_dropout
-from sqat.recipe.schema import ModelConfig
+from sqat.recipe.inputs import ModelConfig
 
 MODULES, SETTINGS, PROMPTS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
 POOLING, NORMALIZE = "1_Pooling/config.json", "2_Normalize/config.json"

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from sqat.checkpoint.manifest import WEIGHTS
 from sqat.errors import SqatError
-from sqat.recipe.schema import ModelConfig
+from sqat.recipe.inputs import ModelConfig
 
 ADAPTER = "adapter_config.json"
 LOADING = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what libraries raise at a bad model

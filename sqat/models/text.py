@@ -19,7 +19,7 @@ from sqat.data.dataset import TextProcessor
 from sqat.errors import SqatError, first_line
 from sqat.models.conv1d import to_linears_
 from sqat.models.sources import LOADING
-from sqat.recipe.schema import ModelConfig
+from sqat.recipe.inputs import ModelConfig
 
 
 class Texts:

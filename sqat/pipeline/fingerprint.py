@@ -18,7 +18,8 @@ from sqat.checkpoint.manifest import FORMAT, Manifest, load_manifest
 from sqat.data.dataset import digest
 from sqat.errors import SqatError
 from sqat.models.sources import source_digest
-from sqat.recipe.schema import FitConfig, LoadedRecipe, Recipe, StageConfig
+from sqat.recipe.schema import LoadedRecipe
+from sqat.recipe.stages import StageConfig
 
 # Entries of a section that change how a stage runs, not what comes out of it.
 UNKEYED = {"parent", "save_every", "gates", "retry"}
@@ -30,20 +31,6 @@ def known_manifest(directory: Path) -> Manifest | None:
         return load_manifest(directory)
     except SqatError:
         return None
-
-
-def teacher_name(recipe: Recipe, name: str) -> str | None:
-    """The stage that teaches ``name``: the recipe's choice, or the nearest dense ancestor; None without one."""
-    config = recipe.stages[name]
-    distill = getattr(config, "distill", None)  # only stages that train a student have it
-    if distill is None:
-        return None
-    if distill.teacher is not None:
-        return str(distill.teacher)
-    ancestor = recipe.parent_of(name)
-    while ancestor is not None and recipe.stages[ancestor].type != "train":
-        ancestor = recipe.parent_of(ancestor)
-    return ancestor
 
 
 PICTURES = ("image-classification", "text-to-image")
@@ -92,7 +79,7 @@ class Keys:
         """Key of every stage as the recipe stands."""
         keys: dict[str, str] = {}
         for name in self.loaded.recipe.stages:
-            parent, teacher = self.loaded.recipe.parent_of(name), teacher_name(self.loaded.recipe, name)
+            parent, teacher = self.loaded.recipe.parent_of(name), self.loaded.recipe.teacher_of(name)
             keys[name] = self.after(name, keys.get(parent or "", ""), keys.get(teacher or "", ""))
         return keys
 
@@ -102,24 +89,15 @@ class Keys:
         recipe = self.loaded.recipe
         if manifest is None or manifest.key != self.planned[name] or not is_attempt(manifest, recipe.stages[name]):
             return False
-        parent, teacher = self.manifest(recipe.parent_of(name)), self.manifest(teacher_name(recipe, name))
+        parent, teacher = self.manifest(recipe.parent_of(name)), self.manifest(recipe.teacher_of(name))
         return manifest.input_digests == made_from(parent, teacher)
-
-
-def attempts(config: StageConfig) -> int:
-    """How often a stage may try to pass its gates."""
-    retry = config.retry if isinstance(config, FitConfig) else None
-    return 1 if retry is None else 1 + retry.times
-
-
-def stretch(config: StageConfig, attempt: int) -> float:
-    """Factor on the steps of an attempt; 1 where there are none."""
-    return config.stretch(attempt) if isinstance(config, FitConfig) else 1.0
 
 
 def is_attempt(manifest: Manifest, config: StageConfig) -> bool:
     """A checkpoint is of an attempt that the stage may make, with as many steps: ``retry`` is in no key."""
-    return manifest.attempt <= attempts(config) and manifest.retry_multiplier == stretch(config, manifest.attempt)
+    return manifest.attempt <= config.max_attempts and manifest.retry_multiplier == config.retry_multiplier(
+        manifest.attempt
+    )
 
 
 def made_from(parent: Manifest | None, teacher: Manifest | None) -> dict[str, str]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sqat.pipeline.fingerprint import Keys, teacher_name
+from sqat.pipeline.fingerprint import Keys
 from sqat.pipeline.quality_gates import foreseen, show_limits
 from sqat.recipe.cross_checks import stage_range
-from sqat.recipe.schema import FitConfig, LoadedRecipe, Recipe, StageConfig
+from sqat.recipe.schema import LoadedRecipe, Recipe
+from sqat.recipe.stages import StageConfig, TrainConfig
 from sqat.tasks.splits import Splits
 
 
@@ -52,7 +53,7 @@ def due_stages(keys: Keys, first: str | None, last: str | None, force: bool) -> 
     """Stages of the range that must run: forced, not current, or after one that runs."""
     recipe, due = keys.loaded.recipe, list[str]()
     for name in stage_range(recipe, first, last):
-        before = {recipe.parent_of(name), teacher_name(recipe, name)}
+        before = {recipe.parent_of(name), recipe.teacher_of(name)}
         if force or before & set(due) or not keys.is_current(name):
             due.append(name)
     return due
@@ -60,7 +61,7 @@ def due_stages(keys: Keys, first: str | None, last: str | None, force: bool) -> 
 
 def amount(config: StageConfig, recipe: Recipe, splits: Splits) -> tuple[int | None, int | None]:
     """Optimizer steps and samples of a stage; a batch is taken as full, which queries of many sizes may not fill."""
-    if isinstance(config, FitConfig):
+    if isinstance(config, TrainConfig):
         steps = config.total_steps(-(-splits.epoch_rows() // config.batch_size), config.gradient_accumulation)
         return steps, steps * config.batch_size * config.gradient_accumulation
     if config.type == "calibrate":

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from sqat.checkpoint.manifest import Manifest
 from sqat.errors import GateError, SqatError
 from sqat.pipeline.fingerprint import Keys
-from sqat.recipe.gates import Gate
+from sqat.recipe.stages import Gate
 
 SLACK = 1e-12  # of a difference of two figures
 

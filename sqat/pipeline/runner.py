@@ -24,7 +24,7 @@ from sqat.data.dataset import SplitName
 from sqat.distributed import broadcast_from_rank0, process_state, raise_on_lost_peer, run_on_rank0
 from sqat.errors import SqatError
 from sqat.evaluation.evaluate import evaluate_artifact
-from sqat.pipeline.fingerprint import Keys, attempts, is_attempt, known_manifest, made_from, stretch, teacher_name
+from sqat.pipeline.fingerprint import Keys, is_attempt, known_manifest, made_from
 from sqat.pipeline.lock import FILE, run_lock
 from sqat.pipeline.plan import due_stages
 from sqat.pipeline.quality_gates import Limit, limits_of, missed, refusal, rejected_folder
@@ -33,7 +33,8 @@ from sqat.pipeline.results import Results as Results
 from sqat.pipeline.results import closing_table
 from sqat.progress import Reporter
 from sqat.recipe.cross_checks import stage_range
-from sqat.recipe.schema import FitConfig, LoadedRecipe
+from sqat.recipe.schema import LoadedRecipe
+from sqat.recipe.stages import TrainConfig
 from sqat.stages import calibrate, export, prune, qat, train
 from sqat.stages.context import StageContext
 from sqat.tasks.splits import Splits
@@ -151,7 +152,7 @@ def parent_checkpoint(keys: Keys, name: str) -> Checkpoint | None:
 
 def teacher_checkpoint(keys: Keys, name: str) -> Checkpoint:
     """The dense ancestor that teaches a stage."""
-    teacher = teacher_name(keys.loaded.recipe, name)
+    teacher = keys.loaded.recipe.teacher_of(name)
     if teacher is None:
         raise SqatError(f"stage {name} distils but has no dense ancestor", "add a train stage, or set distill.teacher")
     return load_checkpoint(keys.directory(teacher))
@@ -169,7 +170,7 @@ def stands(keys: Keys, name: str, reporter: Reporter) -> bool:
     verify_files(keys.directory(name), manifest)
     limits = limits_of(keys, name, keys.manifest(keys.loaded.recipe.parent_of(name)))
     miss = broadcast_from_rank0(missed(limits, manifest.metrics))
-    if miss and manifest.attempt >= attempts(keys.loaded.recipe.stages[name]):
+    if miss and manifest.attempt >= keys.loaded.recipe.stages[name].max_attempts:
         raise refusal(name, miss, keys.directory(name), standing=False)
     reporter.info(f"{name}: unchanged" + (f", but it misses a gate: {miss}" if miss else ""))
     return not miss
@@ -224,7 +225,7 @@ def execute(
     Raises:
         GateError: the result of the last attempt misses a gate; it is kept beside, and what was in place stays.
     """
-    teacher = keys.manifest(teacher_name(keys.loaded.recipe, name))
+    teacher = keys.manifest(keys.loaded.recipe.teacher_of(name))
     origin = made_from(None if parent is None else parent.manifest, teacher)
     key = keys.after(name, "" if parent is None else parent.manifest.key, "" if teacher is None else teacher.key)
     limits = limits_of(keys, name, None if parent is None else parent.manifest)
@@ -247,7 +248,7 @@ def next_attempt(trial: Trial, folder: Path, known: Manifest) -> int:
         GateError: it still misses one, and was the last attempt.
     """
     miss = broadcast_from_rank0(missed(trial.limits, known.metrics))
-    if miss and known.attempt >= attempts(trial.keys.loaded.recipe.stages[trial.name]):
+    if miss and known.attempt >= trial.keys.loaded.recipe.stages[trial.name].max_attempts:
         raise refusal(trial.name, miss, folder, trial.directory.exists() and folder != trial.directory)
     if miss or folder == trial.directory:
         return known.attempt + 1 if miss else 1
@@ -264,9 +265,9 @@ def next_attempt(trial: Trial, folder: Path, known: Manifest) -> int:
 def try_to_pass(trial: Trial, attempt: int) -> None:
     """Run a stage from an attempt on until its result passes, and put that in place."""
     config = trial.keys.loaded.recipe.stages[trial.name]
-    for number in range(attempt, attempts(config) + 1):
+    for number in range(attempt, config.max_attempts + 1):
         if number > 1:
-            trial.reporter.info(f"{trial.name}: attempt {number} of {attempts(config)}, with more steps")
+            trial.reporter.info(f"{trial.name}: attempt {number} of {config.max_attempts}, with more steps")
         checkpoint = run_once(trial, number)
         for line in saturation(checkpoint.manifest) if checkpoint.manifest.type == "calibrate" else ():
             trial.reporter.info(f"{trial.name}: {line}")
@@ -293,8 +294,8 @@ def run_once(trial: Trial, attempt: int) -> Checkpoint:
     """One attempt of a stage, its manifest completed."""
     loaded = trial.keys.loaded
     given, begun = loaded.recipe.stages[trial.name], time.monotonic()
-    config = given.stretched(attempt) if isinstance(given, FitConfig) else given
-    factor = stretch(given, attempt)
+    config = given.for_attempt(attempt) if isinstance(given, TrainConfig) else given
+    factor = given.retry_multiplier(attempt)
     which = f"{trial.key} {trial.origin} steps x{factor:g}"
     context = StageContext(
         loaded.recipe, loaded.path.parent, trial.name, trial.key, trial.origin, trial.splits, trial.reporter,

@@ -11,20 +11,18 @@ from difflib import get_close_matches
 from typing import NamedTuple, get_args
 
 from sqat.errors import SqatError
-from sqat.recipe.schema import (
+from sqat.recipe.schema import Recipe
+from sqat.recipe.stages import (
     CalibrateConfig,
-    ClassificationTask,
+    DenseTrainConfig,
     DistillConfig,
     ExportConfig,
-    FitConfig,
     PruneConfig,
     QatConfig,
-    Recipe,
-    RelevanceTask,
-    RetrievalTask,
     TrainConfig,
 )
 from sqat.recipe.targets import TARGETS, unmet_need
+from sqat.recipe.tasks import ClassificationTask, RelevanceTask, RetrievalTask
 from sqat.sparsity.pattern import parse_pattern
 from sqat.sparsity.schedules import Schedule
 
@@ -91,16 +89,6 @@ def stage_range(recipe: Recipe, first: str | None, last: str | None) -> list[str
     return names[low:high]
 
 
-def ancestors(recipe: Recipe, name: str) -> list[str]:
-    """Names of the stages that ``name`` starts from, the nearest first."""
-    found = []
-    parent = recipe.parent_of(name)
-    while parent is not None:
-        found.append(parent)
-        parent = recipe.parent_of(parent)
-    return found
-
-
 def _parents(recipe: Recipe) -> Iterator[Problem]:
     before: list[str] = []
     for name, stage in recipe.stages.items():
@@ -116,7 +104,7 @@ def _parents(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _stage(recipe: Recipe, name: str) -> Iterator[Problem]:
-    stage, line = recipe.stages[name], ancestors(recipe, name)
+    stage, line = recipe.stages[name], recipe.ancestors_of(name)
     kinds = {recipe.stages[other].type for other in line}
     path = ("stages", name)
     undone = {"train": {"prune", "calibrate", "qat"}, "prune": {"calibrate", "qat"}}.get(stage.type, set()) & kinds
@@ -213,7 +201,7 @@ def _distill(recipe: Recipe, name: str, distill: DistillConfig, line: list[str])
 
 
 def _is_dense(recipe: Recipe, name: str) -> bool:
-    return all(isinstance(recipe.stages[other], TrainConfig) for other in (name, *ancestors(recipe, name)))
+    return all(isinstance(recipe.stages[other], DenseTrainConfig) for other in (name, *recipe.ancestors_of(name)))
 
 
 def _chain(line: list[str]) -> str:
@@ -240,7 +228,7 @@ def _batches(recipe: Recipe) -> Iterator[Problem]:
         return
     texts = 2 + recipe.task.negatives
     for name, stage in recipe.stages.items():
-        if isinstance(stage, FitConfig) and stage.batch_size < texts:
+        if isinstance(stage, TrainConfig) and stage.batch_size < texts:
             text = f"a query, its positive and its negatives are {texts} texts, and stage {name!r} has batches of "
             hint = f"set it to {texts} or more, or lower task.negatives"
             yield Problem(("stages", name, "batch_size"), f"{text}{stage.batch_size}", hint)

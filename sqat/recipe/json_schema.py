@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, TypeAlias
 
-from sqat.recipe.schema import STAGE_TYPES, Recipe
+from sqat.recipe.schema import Recipe
+from sqat.recipe.stages import STAGE_TYPES
 from sqat.recipe.yaml_nodes import Node
 
 SCHEMA_FILE = "recipe.schema.json"  # what the first line of a recipe names for editors, beside the recipe

@@ -26,7 +26,8 @@ from sqat.pipeline.quality_gates import limits_of, missed, show_limits
 from sqat.pipeline.result_files import FILE, artifact_size, result_artifacts
 from sqat.progress import Reporter
 from sqat.recipe.loader import load_recipe
-from sqat.recipe.schema import LoadedRecipe, StageConfig
+from sqat.recipe.schema import LoadedRecipe
+from sqat.recipe.stages import StageConfig
 from sqat.recipe.targets import TARGETS
 from sqat.report.curves import Curves, curves_of
 from sqat.report.folder import newest_stage

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from sqat.checkpoint.manifest import Manifest
-from sqat.recipe.schema import PruneConfig, StageConfig
+from sqat.recipe.stages import PruneConfig, StageConfig
 from sqat.sparsity.pattern import parse_pattern
 
 STEP = re.compile(r"(\d+)/(\d+), (.+), [\d.]+ samples/s, \S+ left$")

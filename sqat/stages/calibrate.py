@@ -20,7 +20,7 @@ from sqat.models.layer_selection import choose_layers
 from sqat.models.loading import serialize_model
 from sqat.modules.bias import snap_biases_
 from sqat.quantization.histogram import Histogram
-from sqat.recipe.schema import CalibrateConfig
+from sqat.recipe.stages import CalibrateConfig
 from sqat.stages.context import StageContext
 
 SHOWN_PERCENTILE = 99.99  # for the pictures of the histograms

@@ -28,7 +28,8 @@ from sqat.errors import SqatError
 from sqat.evaluation.inference import logits_of, on_device, predict
 from sqat.models.loading import build, check_head, load_pretrained, versions
 from sqat.progress import Reporter
-from sqat.recipe.schema import FitConfig, PruneConfig, QatConfig, Recipe, StageConfig
+from sqat.recipe.schema import Recipe
+from sqat.recipe.stages import PruneConfig, QatConfig, StageConfig, TrainConfig
 from sqat.tasks import Task
 from sqat.tasks.splits import Splits
 from sqat.training.batches import Batches
@@ -80,7 +81,7 @@ class StageContext:
             self.reporter.info(f"{self.name}: texts are padded with the end token {end}")
         return on_device(model, words)
 
-    def training_batches(self, config: FitConfig, processor: Processor) -> Batches:
+    def training_batches(self, config: TrainConfig, processor: Processor) -> Batches:
         """Training batches: a function of (seed, epoch)."""
         if self.splits.stream is not None:
             return self.streamed(self.splits.stream, config, processor)
@@ -99,7 +100,7 @@ class StageContext:
 
         return Batches(plan, batch)
 
-    def streamed(self, stream: Stream, config: FitConfig, processor: Processor) -> Batches:
+    def streamed(self, stream: Stream, config: TrainConfig, processor: Processor) -> Batches:
         """Training batches that are read as they are needed."""
         at_once = resolve_accumulation_steps(config, self.state)
         batches = StreamedBatches(stream, config.batch_size, self.task.encode, at_once)
@@ -110,7 +111,7 @@ class StageContext:
 
         return Batches(batches.plan, batch)
 
-    def total_steps(self, config: FitConfig, feed: Batches) -> int:
+    def total_steps(self, config: TrainConfig, feed: Batches) -> int:
         """Optimizer steps of a fit, whose batches all processes share."""
         return config.total_steps(len(feed.plan(0)), resolve_accumulation_steps(config, self.state))
 
@@ -119,7 +120,7 @@ class StageContext:
         model: nn.Module,
         processor: Processor,
         loss: Loss,
-        config: FitConfig,
+        config: TrainConfig,
         before_step: Callable[[int], None] | None = None,
         best_from_step: int = 0,
     ) -> TrainResult:
@@ -166,7 +167,7 @@ class StageContext:
         )
 
 
-def needs_labels(config: FitConfig) -> bool:
+def needs_labels(config: TrainConfig) -> bool:
     """Whether a stage learns from labels; one that only imitates its teacher takes every row, and each alone."""
     distill = config.distill if isinstance(config, PruneConfig | QatConfig) else None
     return distill is None or distill.task_weight > 0

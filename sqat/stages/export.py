@@ -25,7 +25,7 @@ from sqat.lint.checks import verify
 from sqat.models.architectures import ARCHITECTURES
 from sqat.models.attention import use_eager
 from sqat.modules.batch_norm import absorb_, fold_batch_norms_
-from sqat.recipe.schema import ExportConfig
+from sqat.recipe.stages import ExportConfig
 from sqat.recipe.targets import TARGETS as SPECS
 from sqat.runtime.sessions import left_in_float, optimized_graph, parity
 from sqat.stages.context import StageContext

@@ -21,7 +21,7 @@ from sqat.compress.statistics import gather
 from sqat.errors import SqatError
 from sqat.models.loading import serialize_model
 from sqat.modules.parametrize import insert_weights_, layer, remove_weights_
-from sqat.recipe.schema import PruneConfig
+from sqat.recipe.stages import PruneConfig
 from sqat.sparsity.schedules.schedule import describe_skipped_masks
 from sqat.stages.context import StageContext
 

@@ -8,7 +8,7 @@ from sqat.errors import SqatError
 from sqat.evaluation.evaluate import quantize_as_calibrated
 from sqat.models.loading import serialize_model
 from sqat.modules.bias import snap_biases_
-from sqat.recipe.schema import QatConfig
+from sqat.recipe.stages import QatConfig
 from sqat.stages.context import StageContext
 
 

@@ -6,11 +6,11 @@ from sqat.checkpoint.store import Checkpoint
 from sqat.compress.losses import task_loss
 from sqat.errors import SqatError
 from sqat.models.loading import serialize_model
-from sqat.recipe.schema import TrainConfig
+from sqat.recipe.stages import DenseTrainConfig
 from sqat.stages.context import StageContext
 
 
-def run(config: TrainConfig, parent: Checkpoint | None, context: StageContext) -> Checkpoint:
+def run(config: DenseTrainConfig, parent: Checkpoint | None, context: StageContext) -> Checkpoint:
     """Fine-tune the pretrained model (or the parent) on the task."""
     if parent is not None and (parent.masks or parent.amax):
         raise SqatError(f"stage {context.name} would undo the masks or scales of {parent.manifest.stage}",

@@ -1,7 +1,7 @@
 """Tasks: what a head puts out, what it learns from, and how it is measured.
 
 A task is a frozen dataclass made from its recipe section and the train rows; stages and the training loop
-know only the protocol below. Another task is one file here, one section in `sqat.recipe.schema` and one line in
+know only the protocol below. Another task is one file here, one section in `sqat.recipe.tasks` and one line in
 `build_task`.
 """
 
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from sqat.data.dataset import Batch, Rows
-from sqat.recipe import schema as recipe
+from sqat.recipe import tasks as recipe
 from sqat.tasks.classification import Classification
 from sqat.tasks.performance import QueryPerformance
 from sqat.tasks.regression import Regression

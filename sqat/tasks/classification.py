@@ -18,7 +18,7 @@ from sqat.data.dataset import Batch, Rows, column
 from sqat.data.text_files import listed
 from sqat.distillation.outputs import logit_loss
 from sqat.errors import SqatError
-from sqat.recipe.schema import ClassificationTask
+from sqat.recipe.tasks import ClassificationTask
 from sqat.tasks import metrics
 from sqat.tasks.slack import slack
 

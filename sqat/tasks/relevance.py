@@ -25,7 +25,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 from sqat.data.dataset import Batch, Rows, column, grade_range
 from sqat.distillation.outputs import logit_loss
-from sqat.recipe.schema import RelevanceTask
+from sqat.recipe.tasks import RelevanceTask
 from sqat.tasks import metrics
 from sqat.tasks.slack import slack
 

@@ -27,7 +27,7 @@ from sqat.data.dataset import Batch, Rows, column
 from sqat.data.records import LOOSE as LOOSE
 from sqat.data.records import QUERY as QUERY
 from sqat.distillation.outputs import embedding_loss
-from sqat.recipe.schema import RetrievalTask
+from sqat.recipe.tasks import RetrievalTask
 from sqat.tasks import metrics
 from sqat.tasks.retrieval_metrics import Floats, retrieval, similarities
 from sqat.tasks.slack import slack

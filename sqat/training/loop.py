@@ -28,7 +28,7 @@ from sqat.distributed import all_reduce_sum, any_rank, process_state, run_on_ran
 from sqat.errors import StoppedError
 from sqat.modules.activation_quantizers import QUANTIZERS
 from sqat.progress import Reporter
-from sqat.recipe.schema import FitConfig
+from sqat.recipe.stages import TrainConfig
 from sqat.training.batches import Batches, MicroBatch, describe_sharing, iterate_steps, seed_torch
 from sqat.training.data_parallel import REPLICAS, Loss, Norms, Objective, ParallelModel, data_parallel
 from sqat.training.fsdp import full_tensor, shard_like, summon_full_params
@@ -61,13 +61,13 @@ class TrainResult:
     history: list[Metrics]
 
 
-def resolve_accumulation_steps(config: FitConfig, state: ResumeState) -> int:
+def resolve_accumulation_steps(config: TrainConfig, state: ResumeState) -> int:
     """How many batches an optimizer step sums up over all processes: as many as the fit that is gone on with had."""
     known = state.peek()
     return config.gradient_accumulation * process_state().num_processes if known is None else known.accumulation_steps
 
 
-def rate_factor(config: FitConfig, step: int, steps: int) -> float:
+def rate_factor(config: TrainConfig, step: int, steps: int) -> float:
     """Learning rate of a step (from 0) as a share of the peak: linear warm-up, then the recipe's decay to 0."""
     warmup = int(config.warmup * steps)
     if step < warmup:
@@ -78,7 +78,7 @@ def rate_factor(config: FitConfig, step: int, steps: int) -> float:
     return 1 - share if config.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share))
 
 
-def make_optimizer(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW or SGD; biases, norms and learned bounds are not decayed.
 
     A learned bound is amax = 127 s; under Adam, whose steps do not grow with the gradient, 127 times the rate moves s
@@ -151,12 +151,12 @@ class Run:
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         return True
 
-    def evaluate(self, evaluation: Evaluation, config: FitConfig, best_from_step: int) -> Metrics:
+    def evaluate(self, evaluation: Evaluation, config: TrainConfig, best_from_step: int) -> Metrics:
         """Measure dev, remember the best weights where they are to be kept, count evaluations without gain."""
         with summon_full_params(self.model):
             return self.judge(evaluation.measure(), evaluation.metric, config, best_from_step)
 
-    def judge(self, figures: Metrics, metric: str, config: FitConfig, best_from_step: int) -> Metrics:
+    def judge(self, figures: Metrics, metric: str, config: TrainConfig, best_from_step: int) -> Metrics:
         """Note what was measured of the model as it stands; returns that."""
         self.model.train()
         self.progress.history.append({"step": float(self.progress.step), **figures})
@@ -192,7 +192,7 @@ def fit(
     model: nn.Module,
     loss: Loss,
     batches: Batches,
-    config: FitConfig,
+    config: TrainConfig,
     *,
     steps: int,
     seed: int,
@@ -264,7 +264,7 @@ def fit(
     return TrainResult(done.step, done.seconds, done.samples, done.losses, done.history)
 
 
-def begin(run: Run, title: str, steps: int, config: FitConfig, reporter: Reporter) -> None:
+def begin(run: Run, title: str, steps: int, config: TrainConfig, reporter: Reporter) -> None:
     """Go on from the mid-stage state where there is one, and say what is done and by how many processes."""
     sharing, there = (
         describe_sharing(run.progress.accumulation_steps, config.gradient_accumulation),
@@ -283,7 +283,7 @@ def take_step(
     parallel: ParallelModel,
     optimizer: torch.optim.Optimizer,
     micro_batches: list[MicroBatch],
-    config: FitConfig,
+    config: TrainConfig,
     step: int,
 ) -> Metrics:
     """One optimizer step over its batches; returns the mean loss parts over those of all processes.
@@ -341,11 +341,11 @@ def reduced(precision: str, device: torch.device) -> Iterator[None]:
         yield
 
 
-def evaluation_due(config: FitConfig, step: int, steps: int) -> bool:
+def evaluation_due(config: TrainConfig, step: int, steps: int) -> bool:
     if config.evaluate_every is None:
         return False
     return step % config.evaluate_every == 0 or (step == steps and config.keep_checkpoint == "best")
 
 
-def stopped_early(progress: Progress, config: FitConfig) -> bool:
+def stopped_early(progress: Progress, config: TrainConfig) -> bool:
     return config.early_stopping is not None and progress.evals_without_improvement >= config.early_stopping

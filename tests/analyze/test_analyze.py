@@ -25,7 +25,8 @@ from sqat.errors import SqatError
 from sqat.evaluation.inference import logits_of, predict
 from sqat.progress import SilentReporter
 from sqat.recipe.loader import load_recipe
-from sqat.recipe.schema import CalibrateConfig, LoadedRecipe, PruneConfig
+from sqat.recipe.schema import LoadedRecipe
+from sqat.recipe.stages import CalibrateConfig, PruneConfig
 from sqat.stages.context import StageContext
 from tests.pipeline.conftest import Project
 

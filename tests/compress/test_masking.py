@@ -15,7 +15,7 @@ from sqat.compress.statistics import gather
 from sqat.data.dataset import Batch
 from sqat.errors import SqatError
 from sqat.modules.parametrize import insert_weights_, layer, original_weight, remove_weights_
-from sqat.recipe.schema import PruneConfig
+from sqat.recipe.stages import PruneConfig
 from sqat.sparsity.masks import count_violations, nm_mask
 from sqat.sparsity.pattern import Pattern
 from sqat.training.batches import Batches

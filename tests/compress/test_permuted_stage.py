@@ -16,7 +16,7 @@ from sqat.pipeline.fingerprint import Keys
 from sqat.pipeline.runner import run
 from sqat.progress import SilentReporter
 from sqat.recipe.loader import load_recipe
-from sqat.recipe.schema import PruneConfig
+from sqat.recipe.stages import PruneConfig
 from sqat.sparsity.masks import count_violations
 from sqat.sparsity.pattern import Pattern
 from tests.compress.test_prune_criteria import FIT, TEACHER, TWO_STEPS, KilledError, Killer, same

@@ -22,7 +22,7 @@ from sqat.distillation.relations import QKV
 from sqat.errors import SqatError
 from sqat.models.conv1d import to_linears_
 from sqat.models.layer_selection import find_qkv
-from sqat.recipe.schema import DistillConfig, PruneConfig
+from sqat.recipe.stages import DistillConfig, PruneConfig
 from sqat.sparsity.criteria.magnitude import Magnitude
 from sqat.sparsity.criteria.sparsegpt import SparseGPT
 from sqat.sparsity.criteria.wanda import Wanda

@@ -19,7 +19,7 @@ from sqat.pipeline.fingerprint import Keys
 from sqat.pipeline.runner import run
 from sqat.progress import SilentReporter
 from sqat.recipe.loader import load_recipe
-from sqat.recipe.schema import PruneConfig
+from sqat.recipe.stages import PruneConfig
 from sqat.sparsity.masks import count_violations, nm_mask
 from sqat.sparsity.pattern import Pattern, parse_pattern
 

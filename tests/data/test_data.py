@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerFast
 from sqat.data import dataset as data
 from sqat.data import text_files as readers
 from sqat.errors import SqatError
-from sqat.recipe.schema import ClassificationTask, Columns, RegressionTask, RelevanceTask, SplitConfig, Task
+from sqat.recipe.inputs import Columns, SplitConfig
+from sqat.recipe.tasks import ClassificationTask, RegressionTask, RelevanceTask, Task
 
 NESTED = Columns(candidates="candidates", group="qid")
 FLAT = Columns(passage="passage", group="qid")

@@ -15,7 +15,8 @@ from sqat.data.dataset import Rows, digest, load_rows
 from sqat.data.pixels import ImageProcessor, augmented
 from sqat.data.records import records_of
 from sqat.errors import SqatError
-from sqat.recipe.schema import ClassificationTask, Columns, SplitConfig
+from sqat.recipe.inputs import Columns, SplitConfig
+from sqat.recipe.tasks import ClassificationTask
 
 TASK = ClassificationTask(name="image-classification")
 COLUMNS = Columns(image="x", label="y")

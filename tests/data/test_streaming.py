@@ -20,8 +20,9 @@ from sqat.data import dataset as data
 from sqat.data.streaming import Stream, StreamedBatches, open_stream
 from sqat.data.text_files import read_rows
 from sqat.errors import SqatError
+from sqat.recipe.inputs import Columns, SplitConfig
 from sqat.recipe.loader import load_recipe
-from sqat.recipe.schema import ClassificationTask, Columns, RegressionTask, SplitConfig
+from sqat.recipe.tasks import ClassificationTask, RegressionTask
 from sqat.tasks.classification import Classification
 from sqat.training.batches import Batches
 

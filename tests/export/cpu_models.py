@@ -27,7 +27,7 @@ from sqat.models.layer_selection import choose_layers, encoder_blocks
 from sqat.models.loading import serialize_model
 from sqat.modules.activation_quantizers import tap_sites
 from sqat.modules.sites import discover_sites
-from sqat.recipe.schema import ExportConfig, Layers
+from sqat.recipe.stages import ExportConfig, Layers
 from sqat.sparsity.masks import apply_mask, nm_mask
 from sqat.sparsity.pattern import parse_pattern
 from tests.export.cpu_oracle import interpret

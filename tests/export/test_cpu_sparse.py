@@ -20,7 +20,7 @@ from sqat.export.cpu_graph import made as first_node
 from sqat.export.onnx_edit import Rewriting
 from sqat.export.onnx_files import check_file
 from sqat.models.sentence import Pooling, SentenceProcessor, pooled
-from sqat.recipe.schema import Layers
+from sqat.recipe.stages import Layers
 from sqat.runtime.sessions import operator_counts
 from tests.conftest import BASE
 from tests.export.cpu_models import (

@@ -26,7 +26,7 @@ from sqat.models.conv1d import to_conv1d_, to_linears_
 from sqat.models.layer_selection import LinearOfConv1D, choose_layers, find_qkv
 from sqat.models.loading import build, serialize_model
 from sqat.modules.parametrize import layer
-from sqat.recipe.schema import Layers
+from sqat.recipe.stages import Layers
 from sqat.sparsity.masks import apply_mask, nm_mask
 from sqat.sparsity.pattern import parse_pattern
 

@@ -31,8 +31,10 @@ from sqat.models.diffusion import CaptionedPictures, Diffusion, drawing_, from_c
 from sqat.models.layer_selection import choose_layers, is_convolutional  # noqa: E402
 from sqat.models.loading import build, load_pretrained, serialize_model  # noqa: E402
 from sqat.models.rectified_flow import fixed_draws, on_path  # noqa: E402
+from sqat.recipe.inputs import Columns, ModelConfig, SplitConfig  # noqa: E402
 from sqat.recipe.loader import load_recipe  # noqa: E402
-from sqat.recipe.schema import Columns, Layers, ModelConfig, SplitConfig, TextToImageTask  # noqa: E402
+from sqat.recipe.stages import Layers  # noqa: E402
+from sqat.recipe.tasks import TextToImageTask  # noqa: E402
 from sqat.runtime.sessions import session  # noqa: E402
 from sqat.tasks.text_to_image import TextToImage  # noqa: E402
 

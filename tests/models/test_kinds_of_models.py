@@ -13,8 +13,9 @@ from torch import nn
 from sqat.data.dataset import digest
 from sqat.errors import SqatError
 from sqat.models.layer_selection import encoder_blocks, find_qkv, is_convolutional
+from sqat.recipe.inputs import Columns, SplitConfig
 from sqat.recipe.loader import load_recipe
-from sqat.recipe.schema import Columns, RetrievalTask, SplitConfig
+from sqat.recipe.tasks import RetrievalTask
 
 DATA = {"train": "train.jsonl", "dev": "dev.jsonl"}
 
@@ -88,7 +89,7 @@ def test_calibration_draws_the_same_whatever_ran_before(tmp_path: Path) -> None:
     """Noise and times of the pictures that calibrate observes."""
     import torch
 
-    from sqat.recipe.schema import CalibrateConfig
+    from sqat.recipe.stages import CalibrateConfig
     from sqat.stages.calibrate import sample_batches
 
     class Drawing:

@@ -27,7 +27,8 @@ from sqat.models.layer_selection import choose_layers, encoder_blocks, find_qkv
 from sqat.models.loading import build, load_pretrained, serialize_model
 from sqat.models.sources import resolve_source, source_digest
 from sqat.models.text import load_tokenizer, set_dropout
-from sqat.recipe.schema import Layers, ModelConfig
+from sqat.recipe.inputs import ModelConfig
+from sqat.recipe.stages import Layers
 
 MakeModel = Callable[..., PreTrainedModel]
 MakeSource = Callable[..., Path]

@@ -19,7 +19,7 @@ from sqat.errors import SqatError
 from sqat.export.float16 import to_float16
 from sqat.export.graph import export_float
 from sqat.models.loading import build, load_pretrained, serialize_model
-from sqat.recipe.schema import ModelConfig
+from sqat.recipe.inputs import ModelConfig
 from sqat.runtime.sessions import session
 
 TEXTS = ["red w1 w2", "blue", "w3 w4 w5 w6 w7 w8 w9 w10 w11 w12 w13 w14", "w20 red w30 blue"]

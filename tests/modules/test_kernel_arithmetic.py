@@ -22,7 +22,7 @@ from sqat.modules.activation_quantizers import Quantizers, insert_quantizers_, r
 from sqat.modules.attention import byte_attention, byte_weights, tapped_attention
 from sqat.modules.gelu import ERF, POLYNOMIALS, TANH
 from sqat.modules.sites import discover_sites, role
-from sqat.recipe.schema import Layers
+from sqat.recipe.stages import Layers
 from tests.export.cpu_models import by_kernels
 from tests.export.cpu_oracle import gelu, kernel_polynomial
 

@@ -18,7 +18,7 @@ from sqat.modules import activation_quantizers as module
 from sqat.modules.activation_quantizers import QUANTIZERS, Quantizers, insert_quantizers_, remove_quantizers_, tap_sites
 from sqat.modules.quantized import quantized_
 from sqat.modules.sites import Sites, discover_sites, role
-from sqat.recipe.schema import Layers
+from sqat.recipe.stages import Layers
 from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import parse_pattern
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from sqat.models.attention import use_hooked_attention
 from sqat.models.layer_selection import choose_layers, encoder_blocks
 from sqat.modules.sites import Sites, discover_sites, observed_rows, role
-from sqat.recipe.schema import Layers
+from sqat.recipe.stages import Layers
 
 MakeModel = Callable[..., PreTrainedModel]
 AT_PRODUCT = "quantized where the attention product reads it"

@@ -16,8 +16,8 @@ from sqat.data.dataset import TextProcessor
 from sqat.errors import SqatError
 from sqat.models.loading import build, load_pretrained
 from sqat.pipeline.runner import run
+from sqat.recipe.inputs import ModelConfig
 from sqat.recipe.loader import load_recipe
-from sqat.recipe.schema import ModelConfig
 from sqat.sparsity.masks import count_violations
 from sqat.sparsity.pattern import parse_pattern
 from tests.conftest import VOCABULARY, Recorder

@@ -15,8 +15,8 @@ from sqat.errors import GateError, SqatError
 from sqat.pipeline import runner as pipeline
 from sqat.pipeline.fingerprint import Keys
 from sqat.pipeline.quality_gates import limit
-from sqat.recipe.gates import Gate
 from sqat.recipe.loader import load_recipe
+from sqat.recipe.stages import Gate
 
 from .conftest import Lines, Project
 

@@ -13,7 +13,8 @@ import torch
 
 from sqat.cli import main
 from sqat.recipe.loader import load_recipe
-from sqat.recipe.schema import FitConfig, PruneConfig, QatConfig, Recipe
+from sqat.recipe.schema import Recipe
+from sqat.recipe.stages import PruneConfig, QatConfig, TrainConfig
 from sqat.sparsity.pattern import parse_pattern
 
 from .conftest import BAD, FILLER, GOOD, write_model, write_rows
@@ -47,7 +48,7 @@ def test_the_query_performance_recipe_runs(tmp_path: Path, capsys: pytest.Captur
         overrides.append(f"data.{split}.path={tmp_path / f'{split}.jsonl'}")
     recipe = load_recipe(RECIPES / "query-performance.yaml").recipe
     for name, config in recipe.stages.items():
-        if isinstance(config, FitConfig):
+        if isinstance(config, TrainConfig):
             overrides += [f"stages.{name}.epochs=null", f"stages.{name}.steps=3"]
         else:  # after three steps all predictions are nearly the same, and rounding is a large part of their spread
             overrides.append(f"stages.{name}.max_disagreement=1")
@@ -66,20 +67,20 @@ def test_the_query_performance_recipe_runs(tmp_path: Path, capsys: pytest.Captur
         assert sum(half_zero) == (6 if row["label"].startswith("sparse") else 0)  # one layer of six linears
 
 
-def students(recipe: Recipe) -> list[list[FitConfig]]:
+def students(recipe: Recipe) -> list[list[TrainConfig]]:
     """The trained stages after the dense model of every sparse row of the closing table."""
     chains = []
     for label, row in recipe.results.items():
         name, chain = recipe.parent_of(row.partition("/")[0]), []
         while name is not None and name != "train":
             stage = recipe.stages[name]
-            chain += [stage] if isinstance(stage, FitConfig) else []
+            chain += [stage] if isinstance(stage, TrainConfig) else []
             name = recipe.parent_of(name)
         chains += [chain] if label.startswith("sparse") else []
     return chains
 
 
-def learns_labels(config: FitConfig) -> bool:
+def learns_labels(config: TrainConfig) -> bool:
     """Whether a stage's loss has a part for the labels."""
     distill = config.distill if isinstance(config, PruneConfig | QatConfig) else None
     return distill is None or distill.task_weight > 0

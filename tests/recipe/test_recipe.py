@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sqat.errors import SqatError
-from sqat.recipe.cross_checks import ancestors, pick_stage
+from sqat.recipe.cross_checks import pick_stage
 from sqat.recipe.json_schema import recipe_schema
 from sqat.recipe.loader import distill_override, load_recipe
-from sqat.recipe.schema import LoadedRecipe, PruneConfig, QatConfig, TrainConfig
+from sqat.recipe.schema import LoadedRecipe
+from sqat.recipe.stages import DenseTrainConfig, PruneConfig, QatConfig
 from sqat.recipe.yaml_nodes import Place, compose, resolve_scalar
 from sqat.sparsity.schedules.group_fraction import GroupFraction
 
@@ -41,8 +42,8 @@ results:
 """
 
 STAGE_KEYS = (
-    "from, epochs, steps, batch_size, gradient_accumulation, optimizer, learning_rate, lr_schedule, warmup, "
-    "weight_decay, max_grad_norm, precision, evaluate_every, early_stopping, keep_checkpoint, save_every, gates, "
+    "from, gates, epochs, steps, batch_size, gradient_accumulation, optimizer, learning_rate, lr_schedule, warmup, "
+    "weight_decay, max_grad_norm, precision, evaluate_every, early_stopping, keep_checkpoint, save_every, "
     "retry, type"
 )
 KINDS = "calibrate, export, prune, qat, train"
@@ -67,7 +68,7 @@ def test_a_good_recipe_is_read_with_its_types(tmp_path: Path) -> None:
     assert prune.pattern == "2:4"
     assert prune.schedule == GroupFraction(num_masks=(0.2, 0.5))
     train = loaded.recipe.stages["train"]
-    assert isinstance(train, TrainConfig)
+    assert isinstance(train, DenseTrainConfig)
     assert train.learning_rate == 1e-5
     assert loaded.recipe.data.train.path == "train.jsonl"
     assert loaded.recipe.name == "r"
@@ -93,8 +94,8 @@ BAD_RECIPES = [
      "r.yaml:8: stages.train.retry.steps_multiplier needs a number above 1 and at most 100, got 1"),
     ("    method: percentile", "    gates: {f1: {max_drop: -1}}",
      "r.yaml:13: stages.calibrate.gates.f1.max_drop needs a number of at least 0 or null, got -1"),
-    ("    method: percentile", "    retry: {}", "r.yaml:13: unknown key 'retry' in stages.calibrate; allowed: type, "
-     "from, method, placement, split, samples, batch_size, layers, gates"),
+    ("    method: percentile", "    retry: {}", "r.yaml:13: unknown key 'retry' in stages.calibrate; allowed: from, "
+     "gates, type, method, placement, split, samples, batch_size, layers"),
     ("learning_rate: 1e-5", "learning_rat: 1e-5",
      f"r.yaml:8: unknown key 'learning_rat' in stages.train; did you mean 'learning_rate'? allowed: {STAGE_KEYS}"),
     ("learning_rate: 1e-5", "parent: x", f"r.yaml:8: unknown key 'parent' in stages.train; allowed: {STAGE_KEYS}"),
@@ -451,7 +452,7 @@ def test_the_default_parent_skips_exports(tmp_path: Path) -> None:
     text = GOOD.replace("  prune:\n", "  early:\n    type: export\n    targets: [onnx-fp32]\n  prune:\n")
     recipe = load(tmp_path, text).recipe
     assert recipe.parent_of("early") == recipe.parent_of("prune") == "train"
-    assert ancestors(recipe, "export") == ["qat", "calibrate", "prune", "train"]
+    assert recipe.ancestors_of("export") == ["qat", "calibrate", "prune", "train"]
 
 
 def test_pick_stage(tmp_path: Path) -> None:
@@ -490,4 +491,4 @@ def test_the_json_schema_describes_every_key() -> None:
     }
     assert not undescribed
     assert schema["required"] == ["model", "task", "data", "stages"]
-    assert schema["$defs"]["TrainConfig"]["properties"]["batch_size"]["default"] == 32
+    assert schema["$defs"]["DenseTrainConfig"]["properties"]["batch_size"]["default"] == 32

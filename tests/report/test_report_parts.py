@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sqat.lint.report_row import LayerReport
-from sqat.recipe.schema import PruneConfig, QatConfig
+from sqat.recipe.stages import PruneConfig, QatConfig
 from sqat.report.collecting import Activation, Stage
 from sqat.report.curves import Curves, read_log, schedule_of
 from sqat.report.figures import (

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sqat.recipe.schema import PruneConfig
+from sqat.recipe.stages import PruneConfig
 from sqat.sparsity.schedules.per_group import PerGroup
 from tests.script_loader import load_script
 

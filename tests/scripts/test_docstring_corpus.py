@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from sqat.data.dataset import load_rows
-from sqat.recipe.schema import Columns, RelevanceTask, SplitConfig
+from sqat.recipe.inputs import Columns, SplitConfig
+from sqat.recipe.tasks import RelevanceTask
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "data" / "docstrings.py"
 

@@ -23,8 +23,8 @@ from sqat.checkpoint.manifest import MANIFEST, load_manifest, manifest_digest
 from sqat.checkpoint.store import Checkpoint, load_checkpoint, save_checkpoint
 from sqat.errors import GateError, SqatError
 from sqat.models.loading import load_pretrained
+from sqat.recipe.inputs import ModelConfig
 from sqat.recipe.loader import load_recipe
-from sqat.recipe.schema import ModelConfig
 from tests.script_loader import load_script
 
 COUNT = int(os.environ.get("SQAT_FUZZ", "100"))

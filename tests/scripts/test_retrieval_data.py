@@ -11,7 +11,8 @@ import pytest
 from sqat.data.dataset import Rows, SplitName, load_rows
 from sqat.data.records import LOOSE, QUERY
 from sqat.errors import SqatError
-from sqat.recipe.schema import Columns, RetrievalTask, SplitConfig
+from sqat.recipe.inputs import Columns, SplitConfig
+from sqat.recipe.tasks import RetrievalTask
 
 NESTED = Columns(group="qid", candidates="candidates")
 FLAT = Columns(passage="passage")

@@ -8,7 +8,7 @@ import torch
 
 from sqat.data.dataset import Batch, Rows
 from sqat.errors import SqatError
-from sqat.recipe.schema import ClassificationTask
+from sqat.recipe.tasks import ClassificationTask
 from sqat.tasks import build_task
 from sqat.tasks.classification import Classification
 

@@ -18,7 +18,8 @@ from torchmetrics.functional.regression import kendall_rank_corrcoef, spearman_c
 
 from sqat.data.dataset import Batch, Rows, SplitName, load_rows
 from sqat.errors import SqatError
-from sqat.recipe.schema import Columns, QueryPerformanceTask, SplitConfig
+from sqat.recipe.inputs import Columns, SplitConfig
+from sqat.recipe.tasks import QueryPerformanceTask
 from sqat.tasks import build_task, metrics
 from sqat.tasks.performance import QueryPerformance
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sqat.data.dataset import Batch, Rows
-from sqat.recipe.schema import RegressionTask
+from sqat.recipe.tasks import RegressionTask
 from sqat.tasks import build_task
 from sqat.tasks.regression import Regression
 

@@ -21,8 +21,9 @@ from torchmetrics.functional.classification import binary_auroc
 from sqat.data.dataset import Batch, Rows, SplitName, load_rows
 from sqat.errors import SqatError
 from sqat.pipeline.runner import run
+from sqat.recipe.inputs import Columns, SplitConfig
 from sqat.recipe.loader import load_recipe
-from sqat.recipe.schema import Columns, RelevanceTask, SplitConfig
+from sqat.recipe.tasks import RelevanceTask
 from sqat.tasks import build_task, metrics
 from sqat.tasks.relevance import Relevance
 

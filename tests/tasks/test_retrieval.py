@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sqat.data.dataset import Batch, Rows
-from sqat.recipe.schema import RetrievalTask
+from sqat.recipe.tasks import RetrievalTask
 from sqat.tasks import build_task
 from sqat.tasks.retrieval import LOOSE, QUERY, Retrieval
 

@@ -12,7 +12,8 @@ from datasets import Dataset
 from sqat.data.dataset import Batch, load_rows
 from sqat.errors import SqatError
 from sqat.models.rectified_flow import LATEST, fixed_draws, on_path
-from sqat.recipe.schema import Columns, SplitConfig, TextToImageTask
+from sqat.recipe.inputs import Columns, SplitConfig
+from sqat.recipe.tasks import TextToImageTask
 from sqat.tasks import build_task
 from sqat.tasks.text_to_image import TextToImage
 

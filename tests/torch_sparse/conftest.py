@@ -22,7 +22,7 @@ from sqat.models.layer_selection import choose_layers, encoder_blocks
 from sqat.models.loading import serialize_model
 from sqat.modules.activation_quantizers import tap_sites
 from sqat.modules.sites import discover_sites
-from sqat.recipe.schema import Layers
+from sqat.recipe.stages import Layers
 from sqat.sparsity.masks import apply_mask, nm_mask
 from sqat.sparsity.pattern import parse_pattern
 

@@ -13,7 +13,7 @@ from sqat.data.dataset import Batch
 from sqat.errors import SqatError
 from sqat.modules.activation_quantizers import QUANTIZERS, Quantizers
 from sqat.modules.parametrize import insert_weights_
-from sqat.recipe.schema import FitConfig
+from sqat.recipe.stages import TrainConfig
 from sqat.training.batches import Batches
 from sqat.training.health import check_gradients, saturation, weakness
 from sqat.training.loop import Run, fit, make_optimizer
@@ -47,7 +47,7 @@ def train(net: nn.Module, folder: Path, steps: int = 4, reporter: object = None,
         return {"square": (model(batch.inputs["x"]).squeeze(1) - batch.labels).square().mean()}
 
     known = {"save_every": 0, "learning_rate": 0.01, **config}
-    fit(net, loss, batches, FitConfig(**known), steps=steps, seed=0, title="net", reporter=reporter,  # type: ignore[arg-type]
+    fit(net, loss, batches, TrainConfig(**known), steps=steps, seed=0, title="net", reporter=reporter,  # type: ignore[arg-type]
         state=ResumeState(folder / "state", "key"))  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def test_dead_layers_and_rows_are_remarked_once_by_name(tmp_path: Path, recorder
 
 def test_a_kind_of_weakness_is_told_once_however_many_have_it(tmp_path: Path, recorder: object) -> None:
     net = net_with(nn.Identity())
-    run = Run(net, make_optimizer(net, FitConfig()), ResumeState(tmp_path / "state", "key"), Progress(step=100))
+    run = Run(net, make_optimizer(net, TrainConfig()), ResumeState(tmp_path / "state", "key"), Progress(step=100))
     for layer in (net[2], net[0]):
         nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
         run.remark("net", recorder)  # type: ignore[arg-type]

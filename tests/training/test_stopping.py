@@ -20,7 +20,7 @@ from sqat.data.dataset import Batch
 from sqat.distributed import any_rank
 from sqat.errors import StoppedError
 from sqat.progress import SilentReporter
-from sqat.recipe.schema import FitConfig
+from sqat.recipe.stages import TrainConfig
 from sqat.training.batches import Batches
 from sqat.training.loop import Evaluation, fit
 from sqat.training.resume_state import ResumeState
@@ -92,7 +92,7 @@ def train(state: Path, at: int, evaluation: Evaluation | None = None, **config: 
     def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {"square": (model(batch.inputs["x"]).squeeze(1) - batch.labels).square().mean()}
 
-    known = FitConfig(**{"learning_rate": 0.1, "save_every": 1e9, **config})
+    known = TrainConfig(**{"learning_rate": 0.1, "save_every": 1e9, **config})
     fit(
         net,
         loss,

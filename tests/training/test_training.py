@@ -21,7 +21,9 @@ from sqat.errors import SqatError
 from sqat.models.layer_selection import linear_layers
 from sqat.modules.parametrize import insert_weights_, remove_weights_
 from sqat.progress import SilentReporter
-from sqat.recipe.schema import ClassificationTask, Columns, FitConfig, SplitConfig
+from sqat.recipe.inputs import Columns, SplitConfig
+from sqat.recipe.stages import TrainConfig
+from sqat.recipe.tasks import ClassificationTask
 from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import parse_pattern
 from sqat.tasks import build_task
@@ -75,7 +77,7 @@ def test_bf16_on_a_cpu_is_without_the_fused_attention_and_leaves_the_switches_al
 
 
 def factors(steps: int, **config: Any) -> list[float]:
-    return [rate_factor(FitConfig(**config), step, steps) for step in range(steps)]
+    return [rate_factor(TrainConfig(**config), step, steps) for step in range(steps)]
 
 
 def test_learning_rates() -> None:
@@ -100,7 +102,7 @@ def test_learning_rates() -> None:
     ],
 )
 def test_steps_of_a_fit(config: dict[str, Any], batches: int, together: int, wanted: int) -> None:
-    assert FitConfig(**config).total_steps(batches, together) == wanted
+    assert TrainConfig(**config).total_steps(batches, together) == wanted
 
 
 def test_biases_and_norms_are_not_decayed() -> None:
@@ -108,12 +110,12 @@ def test_biases_and_norms_are_not_decayed() -> None:
     net[0].weight.requires_grad_(False)
     net.bound = nn.Parameter(torch.tensor(1.0))
     net.embedding = nn.Embedding(2, 3)
-    decayed, plain = make_optimizer(net, FitConfig(weight_decay=0.3)).param_groups
+    decayed, plain = make_optimizer(net, TrainConfig(weight_decay=0.3)).param_groups
     assert decayed["weight_decay"] == 0.3
     assert [p is net.embedding.weight for p in decayed["params"]] == [True]
     assert plain["weight_decay"] == 0.0
     assert len(plain["params"]) == 4
-    sgd = make_optimizer(net, FitConfig(optimizer="sgd"))
+    sgd = make_optimizer(net, TrainConfig(optimizer="sgd"))
     assert isinstance(sgd, torch.optim.SGD)
     assert sgd.param_groups[0]["momentum"] == 0.9
 
@@ -140,7 +142,7 @@ class Small:
 
         return Batches(plan, lambda rows: Batch({"x": self.x[rows]}, self.y[rows], torch.full((len(rows),), -1)))
 
-    def fit(self, net: nn.Module, config: FitConfig, steps: int, **more: Any) -> TrainResult:
+    def fit(self, net: nn.Module, config: TrainConfig, steps: int, **more: Any) -> TrainResult:
         known = {
             "seed": 5,
             "title": "small",
@@ -171,7 +173,7 @@ def equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_fit_is_the_plain_loop(optimizer: str, small: Small) -> None:
-    config = FitConfig(
+    config = TrainConfig(
         batch_size=8, optimizer=optimizer, learning_rate=0.02, warmup=0.4, weight_decay=0.1, max_grad_norm=0.05
     )
     ours, theirs = small.net(), small.net()
@@ -197,18 +199,18 @@ def test_a_fit_is_the_plain_loop(optimizer: str, small: Small) -> None:
 def test_accumulation_is_a_bigger_batch(small: Small) -> None:
     known = {"learning_rate": 0.05, "optimizer": "sgd", "max_grad_norm": None}
     big, small_ones = small.net(), small.net()
-    small.fit(big, FitConfig(batch_size=12, **known), 4, state=ResumeState(small.folder / "a", "k"))
-    fitted = small.fit(small_ones, FitConfig(batch_size=4, gradient_accumulation=3, **known), 4)
+    small.fit(big, TrainConfig(batch_size=12, **known), 4, state=ResumeState(small.folder / "a", "k"))
+    fitted = small.fit(small_ones, TrainConfig(batch_size=4, gradient_accumulation=3, **known), 4)
     assert fitted.samples == 48
     for a, b in zip(weights(big), weights(small_ones), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     once = small.net()
-    small.fit(once, FitConfig(batch_size=4, **known), 4, state=ResumeState(small.folder / "b", "k"))
+    small.fit(once, TrainConfig(batch_size=4, **known), 4, state=ResumeState(small.folder / "b", "k"))
     assert not torch.allclose(weights(once)[0], weights(big)[0], rtol=1e-3)
 
 
 def test_the_display_is_told_every_step(small: Small, recorder: Any) -> None:
-    config = FitConfig(batch_size=8, evaluate_every=2, learning_rate=1e-9)
+    config = TrainConfig(batch_size=8, evaluate_every=2, learning_rate=1e-9)
     dev = Evaluation(lambda: {"score": 0.25}, "score")
     net = small.net()
     fitted = small.fit(net, config, 3, reporter=recorder, evaluation=dev)
@@ -242,7 +244,7 @@ def test_a_loss_that_is_no_number_ends_the_fit(value: float, small: Small) -> No
         return {**parts, "minilm": parts["small"] * (value if len(counted) == 3 else 1.0)}
 
     counted: list[int] = []
-    config = FitConfig(batch_size=8, save_every=0)
+    config = TrainConfig(batch_size=8, save_every=0)
     with pytest.raises(SqatError) as caught:
         fit(small.net(), loss, small.batches(8), config, steps=6, seed=0, title="t", reporter=SilentReporter(),
             state=ResumeState(small.folder / "state", "key"))  # fmt: skip
@@ -262,7 +264,7 @@ def scores(*values: float) -> Evaluation:
 
 
 def test_early_stopping(small: Small) -> None:
-    config = FitConfig(batch_size=8, evaluate_every=1, early_stopping=2)
+    config = TrainConfig(batch_size=8, evaluate_every=1, early_stopping=2)
     fitted = small.fit(small.net(), config, 10, evaluation=scores(0.1, 0.3, 0.3, 0.2, 0.9))
     assert fitted.steps == 4
     assert [figures["score"] for figures in fitted.history] == [0.1, 0.3, 0.3, 0.2]
@@ -272,7 +274,7 @@ def test_early_stopping(small: Small) -> None:
 
 @pytest.mark.parametrize(("keep", "kept"), [("best", 4), ("last", 6)])
 def test_the_best_or_the_last_weights_are_kept(keep: str, kept: int, small: Small) -> None:
-    config = FitConfig(
+    config = TrainConfig(
         batch_size=8, evaluate_every=2, keep_checkpoint=keep, learning_rate=0.05, lr_schedule="constant", warmup=0
     )
     net, at = small.net(dropout=0.3), {}
@@ -293,12 +295,12 @@ def test_the_best_or_the_last_weights_are_kept(keep: str, kept: int, small: Smal
     assert equal(weights(undisturbed), at[6]), "measuring changes neither dropout nor order"
 
 
-def replace_config(config: FitConfig, **changes: Any) -> FitConfig:
+def replace_config(config: TrainConfig, **changes: Any) -> TrainConfig:
     return config.model_copy(update=changes)
 
 
 def test_the_last_step_is_among_the_best(small: Small) -> None:
-    config = FitConfig(batch_size=8, evaluate_every=2, keep_checkpoint="best", learning_rate=0.05)
+    config = TrainConfig(batch_size=8, evaluate_every=2, keep_checkpoint="best", learning_rate=0.05)
     net = small.net()
     fitted = small.fit(net, config, 5, evaluation=scores(0.1, 0.2, 0.9))
     assert [figures["step"] for figures in fitted.history] == [2, 4, 5]
@@ -309,7 +311,7 @@ def test_the_last_step_is_among_the_best(small: Small) -> None:
 
 
 def test_no_step_before_the_last_mask_is_judged(small: Small) -> None:
-    config = FitConfig(batch_size=8, evaluate_every=1, keep_checkpoint="best", early_stopping=2, learning_rate=0.05)
+    config = TrainConfig(batch_size=8, evaluate_every=1, keep_checkpoint="best", early_stopping=2, learning_rate=0.05)
     net, seen = small.net(), []
     values = iter([0.9, 0.8, 0.7, 0.1, 0.2, 0.15])
 
@@ -338,7 +340,7 @@ class Bert:
     rows: Any
     task: Any
     tokenizer: Any
-    config: FitConfig
+    config: TrainConfig
     steps: int
 
     def run(
@@ -412,7 +414,7 @@ def bert(make_model: Callable[..., PreTrainedModel], tokenizer: Any, data_folder
     raw = load_rows(SplitConfig(path="train.jsonl"), "train", Columns(), config, data_folder)
     task = build_task(config, raw)
     rows = tokenize(task.encode(raw), tokenizer, 16)
-    settings = FitConfig(
+    settings = TrainConfig(
         batch_size=8,
         gradient_accumulation=2,
         learning_rate=1e-3,

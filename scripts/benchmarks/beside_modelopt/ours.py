@@ -17,7 +17,7 @@ from sqat.models.attention import hook_last_qkv
 from sqat.modules.parametrize import layer
 from sqat.quantization.calibrators.maximum import Maximum
 from sqat.quantization.calibrators.percentile import Percentile
-from sqat.recipe.schema import DistillConfig
+from sqat.recipe.stages import DistillConfig
 from sqat.sparsity.criteria.sparsegpt import SparseGPT
 from sqat.training.data_parallel import Loss
 

@@ -23,7 +23,8 @@ from sqat.errors import SqatError
 from sqat.evaluation.inference import logits_of, predict
 from sqat.models.loading import load_pretrained
 from sqat.progress import SilentReporter
-from sqat.recipe.schema import FitConfig, Recipe
+from sqat.recipe.schema import Recipe
+from sqat.recipe.stages import TrainConfig
 from sqat.tasks import Task
 from sqat.tasks.splits import Splits
 from sqat.training.batches import Batches
@@ -80,7 +81,7 @@ class Trial:
 
     def train(self, model: nn.Module, loss: Loss, steps: int, learning_rate: float) -> None:
         """Train in place: the same optimizer, batches and random numbers whoever calls."""
-        config = FitConfig(steps=steps, batch_size=self.budget.batch_size, learning_rate=learning_rate,
+        config = TrainConfig(steps=steps, batch_size=self.budget.batch_size, learning_rate=learning_rate,
                            precision=self.budget.precision, save_every=1e9)  # fmt: skip
         with tempfile.TemporaryDirectory() as scratch:
             state = ResumeState(Path(scratch) / "state", "")

@@ -21,7 +21,7 @@ from scripts.benchmarks.beside_modelopt.chain import Made, Phases
 from scripts.benchmarks.beside_modelopt.sets import Trial
 from sqat.data.dataset import Batch
 from sqat.models.layer_selection import choose_layers
-from sqat.recipe.schema import Layers
+from sqat.recipe.stages import Layers
 
 CALIBRATIONS = {"max": mtq.INT8_DEFAULT_CFG, "smoothquant": mtq.INT8_SMOOTHQUANT_CFG}
 HEAD = "classifier"
