@@ -21,7 +21,7 @@ from sqat.export.folding import fold_attention_scale
 from sqat.export.graph import export_float
 from sqat.export.onnx_files import on_disk, write_onnx
 from sqat.export.qdq import Quantization, insert_qdq
-from sqat.lint.checks import verify
+from sqat.lint.apply_rules import verify
 from sqat.models.attention import use_eager
 from sqat.quantization.fake_quant import quantize_weight
 from sqat.recipe.cross_checks import suggest

@@ -39,7 +39,7 @@ def inspect(
 
         layers = inspect_checkpoint(path)
     else:
-        from sqat.lint.inspection import inspect_onnx
+        from sqat.lint.layer_report import inspect_onnx
 
         layers = inspect_onnx(path)
     print_layers(layers, path, as_json=json)
@@ -51,10 +51,10 @@ def lint(target: str, path: Path, fix: bool, output: Path | None, json: bool) ->
         hint = "name the .onnx file of an export"
         raise SqatError("a checkpoint folder has no graph to lint or fix", hint, str(path), code="usage")
     from sqat.cli.tables.layers import print_findings
-    from sqat.lint.checks import known_target
-    from sqat.lint.repaired_file import lint_file, repair_file, require
+    from sqat.lint.apply_rules import parse_target
+    from sqat.lint.repair_file import lint_file, repair_file, require
 
-    rules = known_target(target)
+    rules = parse_target(target)
     findings, repair = repair_file(path, rules, output) if fix else (lint_file(path, rules), None)
     print_findings(findings, path, repair=repair, as_json=json)
     require(findings, path, fix)

@@ -9,7 +9,7 @@ from torch import Tensor
 from sqat.checkpoint.manifest import LayerRecord
 from sqat.checkpoint.store import Checkpoint, load_checkpoint
 from sqat.errors import SqatError
-from sqat.lint.report_row import LayerReport
+from sqat.lint.layer_row import LayerRow
 from sqat.models.loading import layer_names
 from sqat.quantization.fake_quant import quantize_weight, sqnr_db
 from sqat.sparsity.masks import count_violations
@@ -18,7 +18,7 @@ from sqat.sparsity.pattern import parse_pattern
 PATTERNS = ("1:4", "2:4", "4:8")
 
 
-def inspect_checkpoint(directory: Path) -> list[LayerReport]:
+def inspect_checkpoint(directory: Path) -> list[LayerRow]:
     """A row per linear layer and convolution of a checkpoint, in the model's order.
 
     Raises:
@@ -31,7 +31,7 @@ def inspect_checkpoint(directory: Path) -> list[LayerReport]:
     return [report(checkpoint, name) for name in layer_names(checkpoint, str(directory))]
 
 
-def report(checkpoint: Checkpoint, name: str) -> LayerReport:
+def report(checkpoint: Checkpoint, name: str) -> LayerRow:
     """The row of one layer."""
     weight = checkpoint.weights[f"{name}.weight"]
     record = checkpoint.manifest.layers.get(name, LayerRecord(dense_because="no prune stage yet"))
@@ -41,7 +41,7 @@ def report(checkpoint: Checkpoint, name: str) -> LayerReport:
         integers, scales = quantize_weight(weight)
         scale = (float(scales.min()), float(scales.max()))
         sqnr = sqnr_db(weight, integers * scales.reshape(-1, *[1] * (integers.dim() - 1)))
-    return LayerReport(
+    return LayerRow(
         name=name,
         shape=tuple(weight.shape),
         pattern=found_pattern(weight, record.pattern),

@@ -1,4 +1,4 @@
-"""What the linter says: a problem at a node, the finding it becomes under a rule, and a change that `fix` made."""
+"""What the linter says: a problem at a node, the finding under a rule, and a change that a repair made."""
 
 from __future__ import annotations
 
@@ -7,42 +7,41 @@ from typing import NamedTuple
 
 
 class Problem(NamedTuple):
-    """What a rule has to say about one node; a warning costs speed, not correctness.
+    """What a check finds at one node.
 
     Attributes:
         node: its label, empty for the whole model.
         text: what is wrong, one line.
         warning: whether it only costs speed, whatever the rule's severity for the target.
-        fix: what to do about it; empty where the rule's own advice holds.
+        advice: what to do about it; empty where the rule's own advice holds.
     """
 
     node: str
     text: str
     warning: bool = False
-    fix: str = ""
+    advice: str = ""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One broken rule.
+    """One broken rule at one node.
 
     Attributes:
-        rule: ``B1`` .. ``T20``, ``checker``, ``shapes``, ``operator``, ``subgraph``, ``float``,
-            ``layers`` or ``fix``.
-        node: name of the node (of its output, where it has none), empty for the whole model.
+        rule: ``B1`` .. ``T20``, ``checker``, ``shapes``, ``operator``, ``subgraph``, ``float``, ``layers`` or ``fix``.
+        node: name of the node, or of its output where it has none; empty for the whole model.
         problem: what is wrong, one line.
         warning: costs speed, not correctness.
-        asks: what the rule asks for, in a few words.
-        fix: what to do about it, one line.
-        fixable: whether `sqat.lint.fixes.fix` repairs it without changing the numbers.
+        requirement: what the rule requires, in a few words.
+        advice: what to do about it, one line.
+        fixable: whether `sqat.lint.apply_rules.fix` repairs it without changing the numbers.
     """
 
     rule: str
     node: str
     problem: str
     warning: bool = False
-    asks: str = ""
-    fix: str = ""
+    requirement: str = ""
+    advice: str = ""
     fixable: bool = False
 
     def __str__(self) -> str:
@@ -54,9 +53,9 @@ class Change:
     """One repair.
 
     Attributes:
-        rule: the rule it serves.
-        node: name of the node or initializer that was changed.
-        text: what was done, one line.
+        rule: the rule that it serves.
+        node: name of the node or initializer that changed.
+        text: what changed, one line.
     """
 
     rule: str

@@ -16,11 +16,11 @@ from sqat.checkpoint.small_files import read_object
 from sqat.checkpoint.store import load_checkpoint
 from sqat.errors import SqatError
 from sqat.evaluation.inspection import inspect_checkpoint
-from sqat.lint.checks import known_target
-from sqat.lint.inspection import Lint
-from sqat.lint.repaired_file import lint_file
-from sqat.lint.report_row import LayerReport
-from sqat.lint.rules import TARGETS as LINT_TARGETS
+from sqat.lint.apply_rules import parse_target
+from sqat.lint.layer_report import LintReport
+from sqat.lint.layer_row import LayerRow
+from sqat.lint.repair_file import lint_file
+from sqat.lint.rules.table import TARGETS as LINT_TARGETS
 from sqat.pipeline.fingerprint import Keys
 from sqat.pipeline.quality_gates import limits_of, missed, show_limits
 from sqat.pipeline.result_files import FILE, artifact_size, result_artifacts
@@ -90,7 +90,7 @@ class Linted:
     label: str
     file: str
     target: str
-    lint: Lint | None
+    lint: LintReport | None
     problem: str = ""
 
 
@@ -115,7 +115,7 @@ class Run:
     stages: list[Stage]
     results: list[Result]
     speeds: list[SpeedSetting]
-    layers: list[LayerReport]
+    layers: list[LayerRow]
     layers_of: str
     activations: list[Activation]
     gates: list[str]
@@ -215,7 +215,7 @@ def read_metrics(known: Mapping[str, Any]) -> dict[str, float]:
         return {}
 
 
-def read_layers(keys: Keys, stages: list[Stage], reporter: Reporter) -> tuple[str, list[LayerReport]]:
+def read_layers(keys: Keys, stages: list[Stage], reporter: Reporter) -> tuple[str, list[LayerRow]]:
     """Name and layers of the last stage that pruned or quantized, or without one of the last that has weights."""
     done = [stage for stage in stages if stage.manifest is not None and stage.config.type != "export"]
     treated = [stage for stage in done if stage.manifest is not None and stage.manifest.layers]
@@ -279,6 +279,6 @@ def lint_one(label: str, path: Path) -> Linted:
     if target not in LINT_TARGETS:
         return Linted(label, shown, target or "unknown", None, "the linter has no rules for this target")
     try:
-        return Linted(label, shown, target, lint_file(path, known_target(target)))
+        return Linted(label, shown, target, lint_file(path, parse_target(target)))
     except SqatError as error:
         return Linted(label, shown, target, None, error.problem)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sqat.lint.report_row import LayerReport
+from sqat.lint.layer_row import LayerRow
 from sqat.report.collecting import Activation, Run, Stage
 from sqat.report.grid import Grid
 from sqat.report.speeds import SpeedSetting
@@ -121,7 +121,7 @@ def add_second(panel: Any, stage: Stage) -> None:
 def draw_map(
     grid: Grid,
     what: str,
-    value: Callable[[LayerReport], float | None],
+    value: Callable[[LayerRow], float | None],
     ends: tuple[float, float] | None = None,
     form: str = ".0f",
 ) -> str:

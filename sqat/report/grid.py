@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sqat.lint.report_row import LayerReport
+from sqat.lint.layer_row import LayerRow
 
 BLOCK = re.compile(r"^(.*?\.\d+)\.(.+)$")
 FILLED, WIDE = 0.7, 12
@@ -21,12 +21,12 @@ class Grid(NamedTuple):
 
     rows: list[str]
     columns: list[str]
-    cells: list[list[LayerReport | None]]
-    outside: list[LayerReport]
+    cells: list[list[LayerRow | None]]
+    outside: list[LayerRow]
     regular: bool
 
 
-def make_grid(layers: Sequence[LayerReport]) -> Grid:
+def make_grid(layers: Sequence[LayerRow]) -> Grid:
     """Lay layers out."""
     placed = {layer.name: match for layer in layers if (match := BLOCK.match(layer.name))}
     rows = list(dict.fromkeys(match[1] for match in placed.values()))
@@ -39,9 +39,9 @@ def make_grid(layers: Sequence[LayerReport]) -> Grid:
     return Grid([short_block(row) for row in rows], short_parts(columns), cells, outside, True)
 
 
-def in_order(layers: Sequence[LayerReport]) -> Grid:
+def in_order(layers: Sequence[LayerRow]) -> Grid:
     """Layers in the model's order, `WIDE` in a row."""
-    cells: list[list[LayerReport | None]] = []
+    cells: list[list[LayerRow | None]] = []
     for start in range(0, len(layers), WIDE):
         some = layers[start : start + WIDE]
         cells.append([*some, *[None] * (WIDE - len(some))])

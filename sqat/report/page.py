@@ -15,7 +15,7 @@ from typing import Any
 from sqat import __version__
 from sqat.checkpoint.small_files import replace_file
 from sqat.errors import SqatError
-from sqat.lint.report_row import LayerReport
+from sqat.lint.layer_row import LayerRow
 from sqat.progress import Reporter
 from sqat.report.collecting import Activation, Linted, Result, Run, Stage, collect
 from sqat.report.figures import draw_activations, draw_curves, draw_map, draw_trade
@@ -85,7 +85,7 @@ def contents(run: Run) -> dict[str, Any]:
     }
 
 
-def percent_saturated(layer: LayerReport) -> float | None:
+def percent_saturated(layer: LayerRow) -> float | None:
     """Percent of the layer's inputs that calibration saw beyond their bound."""
     return None if layer.saturated is None else 100 * layer.saturated
 
@@ -149,13 +149,11 @@ def stage_cells(stage: Stage, metric: str) -> dict[str, Any]:
 
 def lint_cells(linted: Linted) -> dict[str, Any]:
     """One file with its findings, alike ones together."""
-    from sqat.lint.findings import Finding
-    from sqat.lint.text import grouped, summary
+    from sqat.lint.show import group_findings, summary
 
     if linted.lint is None:
         return {"linted": linted, "summary": linted.problem, "groups": [], "more": 0, "reasons": []}
-    groups = [(group.first, len(group.nodes)) for group in grouped(linted.lint.findings)
-              if isinstance(group.first, Finding)]  # fmt: skip
+    groups = [(group.first, len(group.nodes)) for group in group_findings(linted.lint.findings)]
     return {
         "linted": linted,
         "summary": summary(linted.lint),

@@ -21,7 +21,7 @@ from sqat.evaluation.evaluate import rounded_otherwise, served_model
 from sqat.evaluation.inference import logits_of, predict
 from sqat.export.card import model_card
 from sqat.export.targets import TARGETS, Source, Written
-from sqat.lint.checks import verify
+from sqat.lint.apply_rules import verify
 from sqat.models.architectures import ARCHITECTURES
 from sqat.models.attention import use_eager
 from sqat.modules.batch_norm import absorb_, fold_batch_norms_

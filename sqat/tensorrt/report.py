@@ -15,7 +15,7 @@ from typing import Any
 from onnx import ModelProto, helper
 
 from sqat.errors import GateError
-from sqat.lint.wiring import Wiring
+from sqat.lint.graph_view import GraphView
 from sqat.tensorrt.build_log import BuildLog
 from sqat.tensorrt.rows import EngineRow, engine_rows
 from sqat.tensorrt.tracing import trace
@@ -149,11 +149,11 @@ def make_report(path: Path, model: ModelProto, log: BuildLog) -> EngineReport:
     Raises:
         SqatError: the file has no layers, or the log is of another model.
     """
-    wiring = Wiring(model)
-    rows = engine_rows(wiring, log, str(path))
+    view = GraphView(model)
+    rows = engine_rows(view, log, str(path))
     names = log.choice.chosen_names if log.choice else ()
     untraced = trace(names, {layer.name: layer for layer in log.layers}, {row.node for row in rows})[1]
-    file_bytes = weight_bytes(wiring)
+    file_bytes = weight_bytes(view)
     return EngineReport(
         model=path,
         engine=None,
@@ -164,18 +164,18 @@ def make_report(path: Path, model: ModelProto, log: BuildLog) -> EngineReport:
         log_chosen=log.choice.chosen if log.choice else None,
         engine_bytes=log.weight_bytes,
         file_bytes=file_bytes,
-        slack=int(RELATIVE_SLACK * file_bytes) + BYTES_PER_NODE * len(wiring.nodes),
+        slack=int(RELATIVE_SLACK * file_bytes) + BYTES_PER_NODE * len(view.nodes),
         untraced=tuple(untraced),
     )
 
 
-def weight_bytes(wiring: Wiring) -> int:
+def weight_bytes(view: GraphView) -> int:
     """Bytes of the file's weights as an engine should hold them: those behind Q/DQ as int8, the rest as stored."""
-    quantized = {weight.stored.name for weight in wiring.layers if weight.dequantizer is not None}
+    quantized = {weight.stored.name for weight in view.all_weights if weight.dequantizer is not None}
     return sum(
         prod(tensor.dims)
         * (1 if name in quantized else int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize))
-        for name, tensor in wiring.tensors.items()
+        for name, tensor in view.constants.items()
     )
 
 

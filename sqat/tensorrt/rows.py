@@ -12,13 +12,13 @@ from typing import NamedTuple
 from onnx import NodeProto
 
 from sqat.errors import SqatError
-from sqat.lint.checks import find_in
-from sqat.lint.inspection import rows
-from sqat.lint.report_row import LayerReport
-from sqat.lint.rules import Target
+from sqat.lint.apply_rules import apply_rules
+from sqat.lint.graph_view import GraphView
+from sqat.lint.layer_report import layer_rows
+from sqat.lint.layer_row import LayerRow
+from sqat.lint.rules.table import Target
 from sqat.lint.verdicts import DOUBT
-from sqat.lint.weights import Weight
-from sqat.lint.wiring import Wiring
+from sqat.lint.weight import Weight
 from sqat.tensorrt.build_log import BuildLog, EngineLayer
 from sqat.tensorrt.tracing import is_of_another_model, layers_by_node, trace, weight_type
 
@@ -66,7 +66,7 @@ class BuildFacts(NamedTuple):
     layers: list[EngineLayer]
 
 
-def engine_rows(wiring: Wiring, log: BuildLog, place: str) -> list[EngineRow]:
+def engine_rows(view: GraphView, log: BuildLog, place: str) -> list[EngineRow]:
     """Make a row for each product that has a weight, in order of execution.
 
     Args:
@@ -76,8 +76,8 @@ def engine_rows(wiring: Wiring, log: BuildLog, place: str) -> list[EngineRow]:
         SqatError: the file holds no such product, or the log is of another model.
     """
     target: Target = "tensorrt-8" if log.choice is not None and log.choice.version_8 else "tensorrt"
-    layer_rows = rows(wiring, find_in(wiring, None, target), target, place)
-    weights = {engine_name(weight.node): (weight, row) for weight, row in zip(wiring.layers, layer_rows, strict=True)}
+    reports = layer_rows(view, apply_rules(view, None, target), target, place)
+    weights = {engine_name(weight.node): (weight, row) for weight, row in zip(view.all_weights, reports, strict=True)}
     names = set(weights)
     if is_of_another_model(log, names):
         raise SqatError(
@@ -100,7 +100,7 @@ def engine_name(node: NodeProto) -> str:
     return node.name or f"node_of_{node.output[0]}"
 
 
-def make_row(node: str, weight: Weight, row: LayerReport, facts: BuildFacts, log: BuildLog) -> EngineRow:
+def make_row(node: str, weight: Weight, row: LayerRow, facts: BuildFacts, log: BuildLog) -> EngineRow:
     """Make one row."""
     chosen = is_chosen(facts, log)
     eligible = is_eligible(facts, log, default=row.runs.startswith("sparse"))
@@ -143,7 +143,7 @@ def kernel_name(layers: list[EngineLayer]) -> str:
     return tactics[0].tactic if tactics else ""
 
 
-def reason_not_sparse(row: LayerReport, eligible: bool, chosen: bool | None, log: BuildLog) -> str:
+def reason_not_sparse(row: LayerRow, eligible: bool, chosen: bool | None, log: BuildLog) -> str:
     """Why a layer does not run sparse; empty where it may, once the GPU chooses."""
     if not row.runs.startswith("sparse"):
         return row.why

@@ -16,7 +16,7 @@ from sqat.cli.tables import layers as layer_tables
 from sqat.cli.tables import layout
 from sqat.cli.tables import results as result_tables
 from sqat.errors import SqatError
-from sqat.lint.report_row import LayerReport
+from sqat.lint.layer_row import LayerRow
 from sqat.pipeline.plan import PlannedStage
 from sqat.pipeline.runner import ResultRow, Results
 
@@ -198,20 +198,20 @@ def test_the_plan_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
     assert output_of(capsys)[-1] == "nothing to do: every stage is unchanged"
 
 
-def layers() -> list[LayerReport]:
+def layers() -> list[LayerRow]:
     parts = [
         ("attention.self.query", (384, 384)),
         ("attention.output.dense", (384, 384)),
         ("output.dense", (384, 1536)),
     ]
     found = [
-        LayerReport(f"bert.encoder.layer.{n}.{name}", shape, "2:4", 0.5, (0.00123, 0.0098), 3.4567, 38.23, 0.00012, "")
+        LayerRow(f"bert.encoder.layer.{n}.{name}", shape, "2:4", 0.5, (0.00123, 0.0098), 3.4567, 38.23, 0.00012, "")
         for n in (0, 11)
         for name, shape in parts
     ]
     left = "outside the encoder (B8)"
-    found.append(LayerReport("bert.pooler.dense", (384, 384), "dense", 0.001, None, None, None, None, left))
-    return [*found, LayerReport("classifier", (1, 384), "dense", 0.0, None, None, None, 0.0, left)]
+    found.append(LayerRow("bert.pooler.dense", (384, 384), "dense", 0.001, None, None, None, None, left))
+    return [*found, LayerRow("classifier", (1, 384), "dense", 0.0, None, None, None, 0.0, left)]
 
 
 def test_layers_fit_80_columns_with_their_reasons(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from sqat.checkpoint.store import Checkpoint, save_checkpoint
 from sqat.data.dataset import TextProcessor
 from sqat.errors import SqatError
 from sqat.evaluation.inspection import inspect_checkpoint
-from sqat.lint.report_row import LayerReport
+from sqat.lint.layer_row import LayerRow
 from sqat.models.loading import serialize_model
 from sqat.sparsity.masks import apply_mask, nm_mask
 from sqat.sparsity.pattern import parse_pattern
@@ -33,7 +33,7 @@ LINEARS = (
 FIRST = "bert.encoder.layer.0.attention.self.query"
 
 
-def inspected(checkpoint: Checkpoint, folder: Path) -> dict[str, LayerReport]:
+def inspected(checkpoint: Checkpoint, folder: Path) -> dict[str, LayerRow]:
     save_checkpoint(checkpoint, folder / "c")
     rows = inspect_checkpoint(folder / "c")
     assert len({row.name for row in rows}) == len(rows)
@@ -89,7 +89,7 @@ def test_what_was_left_alone_says_why(make_checkpoint: Callable[..., Checkpoint]
     assert (first.weight_scale, first.input_amax, first.sqnr_db, first.saturated) == (None, None, None, None)
     outside = "outside the encoder blocks (rule B8)"
     for name, shape in (("bert.pooler.dense", (32, 32)), ("classifier", (2, 32))):
-        assert rows[name] == LayerReport(
+        assert rows[name] == LayerRow(
             name, shape, "dense", 0.0, None, None, None, None, f"dense: {outside}; float: {outside}"
         )
 
@@ -100,7 +100,7 @@ def test_a_dense_checkpoint_says_that_no_stage_pruned_it(
     files, weights = serialize_model(make_model("bert"), TextProcessor(tokenizer))
     manifest = Manifest(stage="t", type="train", key="k", base_model="b", seed=0)
     row = inspected(Checkpoint(manifest, files, weights), tmp_path)[FIRST]
-    assert row == LayerReport(FIRST, (32, 32), "dense", 0.0, None, None, None, None, "dense: no prune stage yet")
+    assert row == LayerRow(FIRST, (32, 32), "dense", 0.0, None, None, None, None, "dense: no prune stage yet")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 from sqat.export.conv1x1 import to_conv1x1
 from sqat.export.names import module_of
 from sqat.export.qdq import Quantization, insert_qdq
-from sqat.lint.checks import find
+from sqat.lint.apply_rules import find
 from sqat.runtime.sessions import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
 from tests.onnx_models import ATTENTION, Family, ImageFamily, build_family, rtx_weight_bytes
 

@@ -15,7 +15,7 @@ from sqat.errors import SqatError
 from sqat.export.embeddings import TableForm, Widened, quantize_rows, store_embeddings, stored_tables
 from sqat.export.float16 import to_float16
 from sqat.export.qdq import insert_qdq
-from sqat.lint.checks import find
+from sqat.lint.apply_rules import find
 from sqat.runtime.sessions import operator_counts, parity, run_batches, session
 from tests.onnx_models import ATTENTION, Family, ImageFamily, build_family, rtx_weight_bytes
 

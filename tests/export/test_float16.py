@@ -22,7 +22,7 @@ from sqat.export.conv1x1 import to_conv1x1
 from sqat.export.float16 import to_float16
 from sqat.export.folding import fold_attention_scale
 from sqat.export.qdq import Quantization, insert_qdq
-from sqat.lint.checks import find
+from sqat.lint.apply_rules import find
 from sqat.runtime.sessions import parity, run_batches, session
 from tests.onnx_models import ATTENTION, Family, ImageFamily, build_family, rtx_weight_bytes
 

@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from sqat.bench.candidates import openvino_core
 from sqat.export.folding import fold_attention_scale
 from sqat.export.qdq import insert_qdq
-from sqat.lint.checks import find
+from sqat.lint.apply_rules import find
 from sqat.runtime.sessions import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
 from tests.onnx_models import ATTENTION, Family, ImageFamily, build_family, rtx_weight_bytes
 

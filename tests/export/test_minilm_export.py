@@ -22,7 +22,7 @@ from sqat.export.embeddings import store_embeddings
 from sqat.export.float16 import to_float16
 from sqat.export.folding import fold_attention_scale
 from sqat.export.qdq import insert_qdq
-from sqat.lint.checks import verify
+from sqat.lint.apply_rules import verify
 from sqat.runtime.sessions import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
 from tests.onnx_models import ATTENTION, Family, prepare, rtx_weight_bytes
 from tests.traces import traced

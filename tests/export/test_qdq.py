@@ -16,7 +16,7 @@ from sqat.errors import SqatError
 from sqat.export.graph import export_float
 from sqat.export.names import module_of
 from sqat.export.qdq import Quantization, insert_qdq
-from sqat.lint.checks import find, verify
+from sqat.lint.apply_rules import find, verify
 from sqat.runtime.sessions import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
 from tests.onnx_models import ATTENTION, Family, ImageFamily
 

@@ -9,10 +9,10 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from sqat.export.qdq import Quantization
-from sqat.lint.checks import find_in, known_target
+from sqat.lint.apply_rules import apply_rules, parse_target
 from sqat.lint.findings import Finding
-from sqat.lint.inspection import lint
-from sqat.lint.wiring import Wiring
+from sqat.lint.graph_view import GraphView
+from sqat.lint.layer_report import lint
 from tests.onnx_models import ATTENTION, Family
 
 ENCODER = "/bert/encoder/layer.0"
@@ -96,16 +96,16 @@ def parsed(text: str, *, opset: int = 20, imports: str = "", **constants: np.nda
     return model
 
 
-def found(model: ModelProto, target: str) -> list[Finding]:
-    return find_in(Wiring(model), None, known_target(target))
+def findings_of(model: ModelProto, target: str) -> list[Finding]:
+    return apply_rules(GraphView(model), None, parse_target(target))
 
 
-def said(model: ModelProto, target: str, rule: str) -> list[str]:
-    return [str(finding) for finding in found(model, target) if finding.rule == rule]
+def messages(model: ModelProto, target: str, rule: str) -> list[str]:
+    return [str(finding) for finding in findings_of(model, target) if finding.rule == rule]
 
 
-def judged(model: ModelProto, target: str = "tensorrt") -> dict[str, tuple[str, str]]:
-    return {layer.name: (layer.runs, layer.why) for layer in lint(model, known_target(target)).layers}
+def verdicts(model: ModelProto, target: str = "tensorrt") -> dict[str, tuple[str, str]]:
+    return {layer.name: (layer.runs, layer.why) for layer in lint(model, parse_target(target)).layers}
 
 
 def sparse(rows: int, columns: int, seed: int = 0) -> np.ndarray:

@@ -16,8 +16,8 @@ from onnx import ModelProto, helper, numpy_helper
 
 from sqat.errors import GateError, SqatError
 from sqat.export.qdq import Quantization, insert_qdq
-from sqat.lint.checks import find, find_in, known_target, verify
-from sqat.lint.wiring import Wiring
+from sqat.lint.apply_rules import apply_rules, find, parse_target, verify
+from sqat.lint.graph_view import GraphView
 from tests.onnx_models import ATTENTION, Family
 
 
@@ -319,7 +319,7 @@ def test_a_float_model_has_nothing_to_break(bert: Family) -> None:
 
 
 def lines(model: ModelProto, target: str, *, warning: bool = False) -> list[str]:
-    found = find_in(Wiring(model), None, known_target(target))
+    found = apply_rules(GraphView(model), None, parse_target(target))
     return [str(finding) for finding in found if finding.warning == warning]
 
 
@@ -327,12 +327,12 @@ def lines(model: ModelProto, target: str, *, warning: bool = False) -> list[str]
 def test_a_broken_model_is_found_out(written: bytes, rule: str, break_it: Callable[[ModelProto], str]) -> None:
     model = onnx.load_from_string(written)
     line = f"{rule} {break_it(model)}".replace("B1 opset", "B1: opset")
-    wiring = Wiring(model)
+    wiring = GraphView(model)
     for target in ("onnx-int8", "tensorrt"):
-        found = find_in(wiring, None, known_target(target))
+        found = apply_rules(wiring, None, parse_target(target))
         (first, *_) = [finding for finding in found if str(finding).startswith(line)] or [pytest.fail(f"{found}")]
         assert first.warning == (target == "tensorrt" and break_it in (opset_21, fixed_batch, shared_zero_point))
-        assert all(finding.asks and finding.fix for finding in found)
+        assert all(finding.requirement and finding.advice for finding in found)
 
 
 @pytest.mark.parametrize(("rule", "break_it"), FOR_TENSORRT, ids=lambda value: getattr(value, "__name__", value))
@@ -444,7 +444,7 @@ def test_two_of_four_is_checked_on_the_integers(written: bytes) -> None:
 
 def test_pruned_layers_must_be_there_and_fit_the_pattern(written: bytes) -> None:
     model = onnx.load_from_string(written)
-    with pytest.raises(GateError, match=r"B6 bert\.none: said to be 2:4, is not in the graph"):
+    with pytest.raises(GateError, match=r"B6 bert\.none: pruned to 2:4, but not in the graph"):
         verify(model, {"bert.none": "2:4"})
     with pytest.raises(GateError, match=r"B6 .*query/MatMul: 32 inputs are not a multiple of 5"):
         verify(model, {QUERY: "2:5"})

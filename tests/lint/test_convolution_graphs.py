@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from graph_edits import found, judged, parsed, sparse
+from graph_edits import findings_of, parsed, sparse, verdicts
 from onnx import ModelProto, numpy_helper
 
 from sqat.export.qdq import Quantization, insert_qdq
@@ -49,8 +49,8 @@ def chain(middle: str) -> ModelProto:
 
 def test_an_int8_output_makes_an_int8_convolution() -> None:
     model = chain(QUANTIZED)
-    assert [finding for finding in found(model, "onnx-int8") if not finding.warning] == []
-    assert judged(model, "onnx-int8") == {"first": ("sparse int8", ""), "second": ("sparse int8", "")}
+    assert [finding for finding in findings_of(model, "onnx-int8") if not finding.warning] == []
+    assert verdicts(model, "onnx-int8") == {"first": ("sparse int8", ""), "second": ("sparse int8", "")}
     graph = optimized_graph(model.SerializeToString())
     assert operator_counts(graph)["QLinearConv"] == 2
     assert left_in_float(graph) == []
@@ -58,11 +58,11 @@ def test_an_int8_output_makes_an_int8_convolution() -> None:
 
 def test_a_float_output_leaves_the_convolution_in_float() -> None:
     model = chain(FLOATING)
-    assert judged(model, "onnx-int8")["first"] == ("float", "breaks O21 (int8 out right behind a convolution)")
-    assert judged(model, "onnx-int8")["second"] == ("sparse int8", "")
+    assert verdicts(model, "onnx-int8")["first"] == ("float", "breaks O21 (int8 out right behind a convolution)")
+    assert verdicts(model, "onnx-int8")["second"] == ("sparse int8", "")
     assert operator_counts(optimized_graph(model.SerializeToString()))["QLinearConv"] == 1  # the runtime agrees
-    assert [finding.node for finding in found(model, "onnx-int8") if finding.rule == "O21"] == ["one"]
-    assert "O21" not in {finding.rule for finding in found(model, "tensorrt")}
+    assert [finding.node for finding in findings_of(model, "onnx-int8") if finding.rule == "O21"] == ["one"]
+    assert "O21" not in {finding.rule for finding in findings_of(model, "tensorrt")}
 
 
 def test_a_float_convolution_may_read_the_int8_output_of_another() -> None:
@@ -71,7 +71,7 @@ def test_a_float_convolution_may_read_the_int8_output_of_another() -> None:
     graph = graph.replace("(two, s, z3)", "(one, s, z3)")
     arrays = weights() | {"second": np.ones((32, 32, 3, 3), np.float32)}
     model = parsed(graph, **{name: array for name, array in arrays.items() if name not in ("scales2", "zeros2")})
-    assert "B9" not in {finding.rule for finding in found(model, "onnx-int8")}
+    assert "B9" not in {finding.rule for finding in findings_of(model, "onnx-int8")}
 
 
 @pytest.mark.parametrize("form", ["dq", "qdq"])
@@ -92,7 +92,7 @@ def test_the_writer_puts_scales_along_the_output_channels(form: str) -> None:
     )
     written = insert_qdq(plain, quantization, "dq" if form == "dq" else "qdq")
     onnx.checker.check_model(written, full_check=True)
-    assert [str(finding) for finding in found(written, "onnx-int8") if not finding.warning] == []
+    assert [str(finding) for finding in findings_of(written, "onnx-int8") if not finding.warning] == []
     stored = {entry.name: numpy_helper.to_array(entry) for entry in written.graph.initializer}
     if form == "dq":
         assert np.array_equal(stored["net.conv.weight_int8"], integers)

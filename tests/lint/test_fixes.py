@@ -16,11 +16,10 @@ from graph_edits import ENCODER, LAYER, QUERY, SELF, between, change, node, put,
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from sqat.export.qdq import insert_qdq
-from sqat.lint import checks
-from sqat.lint.checks import find, find_in, known_target
+from sqat.lint import apply_rules as rules_module
+from sqat.lint.apply_rules import REPAIRABLE, apply_rules, find, fix, parse_target
 from sqat.lint.findings import Change
-from sqat.lint.fixes import REPAIRED, REPAIRS, fix
-from sqat.lint.wiring import Wiring
+from sqat.lint.graph_view import GraphView
 from tests.onnx_models import ATTENTION, Family
 
 
@@ -44,10 +43,10 @@ def repaired(model: ModelProto, rule: str, target: str = "tensorrt") -> tuple[Mo
     errors = [f for f in find(model, None, target) if f.rule == rule and not f.problem.startswith("opset")]
     assert errors, "nothing to repair"
     assert all(f.fixable for f in errors)
-    result, changes = fix(model, known_target(target))
+    result, changes = fix(model, parse_target(target))
     assert model.SerializeToString() == before
     onnx.checker.check_model(result, full_check=True)
-    left = find_in(Wiring(result), None, known_target(target))
+    left = apply_rules(GraphView(result), None, parse_target(target))
     assert [str(f) for f in left if f.rule == rule and not f.problem.startswith("opset")] == []
     own = [entry for entry in changes if entry.rule == rule]
     assert own
@@ -180,12 +179,12 @@ def test_a_repair_keeps_every_bit(
         inputs = {name: value.numpy() for name, value in bert.inputs(3, sequence, seed=seed).items()}
         for before, after in zip(run(model, inputs), run(result, inputs), strict=True):
             np.testing.assert_array_equal(before, after)
-    known = {(f.rule, f.node) for f in find_in(Wiring(model), None, "tensorrt")}
-    assert {(f.rule, f.node) for f in find_in(Wiring(result), None, "tensorrt")} <= known
+    known = {(f.rule, f.node) for f in apply_rules(GraphView(model), None, "tensorrt")}
+    assert {(f.rule, f.node) for f in apply_rules(GraphView(result), None, "tensorrt")} <= known
 
 
 def test_every_repair_has_its_test() -> None:
-    assert {rule for rule, *_ in EXACT} | {"B12"} == {rule for rule, _ in REPAIRS} == REPAIRED
+    assert {rule for rule, *_ in EXACT} | {"B12"} == REPAIRABLE
 
 
 @pytest.mark.parametrize(("op", "factor"), [("Mul", 0.25), ("Div", 4.0), ("Mul", 0.17677669), ("Div", 5.656854)])
@@ -203,8 +202,8 @@ def test_a_factor_behind_a_pair_goes_into_its_scale(written: bytes, bert: Family
     for before, after in zip(run(model, inputs), run(result, inputs), strict=True):
         # A quantizer downstream may round the other way where the last bit differs, so steps are allowed for.
         np.testing.assert_allclose(before, after, rtol=0, atol=0 if exact else 5e-2)
-    found = find_in(Wiring(result), None, "tensorrt")
-    assert found == find_in(Wiring(onnx.load_from_string(written)), None, "tensorrt")
+    found = apply_rules(GraphView(result), None, "tensorrt")
+    assert found == apply_rules(GraphView(onnx.load_from_string(written)), None, "tensorrt")
 
 
 PRODUCT = """<ir_version: 9, opset_import: ["" : 20]>
@@ -299,7 +298,7 @@ def test_an_output_keeps_its_pair_and_readers_get_others(written: bytes, bert: F
     inputs = {name: value.numpy() for name, value in bert.inputs(2, 7).items()}
     for before, after in zip(run(model, inputs), run(result, inputs), strict=True):
         np.testing.assert_array_equal(before, after)
-    readers = Wiring(result).readers
+    readers = GraphView(result).consumers
     assert [len(readers.get(n, [])) for n in (model.graph.output[-1].name,)] == [0]
 
 
@@ -354,7 +353,7 @@ def test_a_repair_that_fails_is_told_and_hides_nothing(written: bytes, monkeypat
     def fail(*_: object) -> None:
         raise ValueError("the repaired graph is not sound: so and so")
 
-    monkeypatch.setattr(checks, "fix", fail)
+    monkeypatch.setattr(rules_module, "fix", fail)
     assert [str(f) for f in find(model)] == [
         "B7 /classifier/Gemm: 3 weights are -0.0",
         "fix: the repaired graph is not sound: so and so",

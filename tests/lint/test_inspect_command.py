@@ -126,7 +126,7 @@ def test_json_holds_everything(command: Command, broken: onnx.ModelProto) -> Non
     (finding,) = [f for f in told["findings"] if f["rule"] == "B7"]
     assert finding["node"] == "/classifier/Gemm"
     assert finding["fixable"]
-    assert all(f["asks"] and f["fix"] for f in told["findings"])
+    assert all(f["requirement"] and f["advice"] for f in told["findings"])
     assert {layer["runs"] for layer in told["layers"]} == {"sparse int8", "dense int8", "float"}
     table = json.loads("\n".join(command("broken.onnx", "--json")[1]))
     assert {layer["name"]: layer["runs"] for layer in table["layers"]} == {
@@ -190,8 +190,8 @@ def test_external_data_stays_external(command: Command, broken: onnx.ModelProto,
     ("arguments", "error"),
     [
         (["model.onnx", "--target", "cuda"], "--target: no target 'cuda' to lint for; allowed: onnx-int8, tensorrt, "),
-        (["folder", "--target", "tensorrt"], "folder: a checkpoint folder has no graph to lint or fix; name the .onnx"),
-        (["folder", "--fix"], "folder: a checkpoint folder has no graph to lint or fix; name the .onnx"),
+        (["folder", "--target", "tensorrt"], "folder: a checkpoint folder has no graph to lint; name the .onnx"),
+        (["folder", "--fix"], "folder: a checkpoint folder has no graph to lint; name the .onnx"),
         (["model.onnx", "--output", "x.onnx"], "--output: needs --fix"),
         (["model.onnx", "--fix", "--output", "folder"], "folder: is a folder; name a file"),
         (["model.onnx", "--fix", "--output", "gone/x.onnx"], "gone: the folder does not exist"),

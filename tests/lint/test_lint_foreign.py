@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from graph_edits import ALL, LAYER, RESIDUAL, found, judged, parsed, put, said, sparse, tied
+from graph_edits import ALL, LAYER, RESIDUAL, findings_of, messages, parsed, put, sparse, tied, verdicts
 from onnx import ModelProto, helper
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from test_checks import BROKEN, FOR_TENSORRT
@@ -18,9 +18,9 @@ from test_convolution_graphs import FLOATING, chain
 from test_lint_targets import TYPES
 
 from sqat.export.qdq import insert_qdq
-from sqat.lint.fixes import fix
-from sqat.lint.inspection import lint
-from sqat.lint.rules import RULES, TARGETS
+from sqat.lint.apply_rules import fix
+from sqat.lint.layer_report import lint
+from sqat.lint.rules.table import RULES, TARGETS
 from tests.onnx_models import ATTENTION, Family
 
 ERF = """agraph (float[batch, sequence, 64] x) => (float[batch, sequence, 64] y)
@@ -57,8 +57,8 @@ def feed_forward(text: str = ERF, **others: np.ndarray) -> ModelProto:
 def test_the_error_function_is_an_activation() -> None:
     """Older exporters write GELU out; nodes have no names there, so outputs stand for them."""
     model = feed_forward()
-    assert [str(f) for f in found(model, "tensorrt")] == ["T16 first: int8 only behind Erf"]
-    assert judged(model) == {"up": ("sparse int8?", "int8 only behind Erf"), "down": ("sparse int8", "")}
+    assert [str(f) for f in findings_of(model, "tensorrt")] == ["T16 first: int8 only behind Erf"]
+    assert verdicts(model) == {"up": ("sparse int8?", "int8 only behind Erf"), "down": ("sparse int8", "")}
 
 
 GATED = """agraph (float[batch, sequence, 64] x, float[batch, sequence, 128] other) => (float[batch, sequence, 128] y)
@@ -90,11 +90,11 @@ def gated(other: str) -> ModelProto:
 
 
 def test_a_gate_is_part_of_an_activation() -> None:
-    assert {str(f) for f in found(gated("up_x"), "tensorrt")} == {
+    assert {str(f) for f in findings_of(gated("up_x"), "tensorrt")} == {
         "T16 gate: int8 only behind Sigmoid",
         "T16 up_x: int8 only behind Mul",
     }
-    assert "T16 gate: its output stays float: it goes to Sigmoid" in said(gated("other"), "tensorrt", "T16")
+    assert "T16 gate: its output stays float: it goes to Sigmoid" in messages(gated("other"), "tensorrt", "T16")
 
 
 def test_weights_of_other_forms_are_read(bert: Family) -> None:
@@ -142,7 +142,7 @@ def test_reshaped_weights_keep_their_axes() -> None:
     }"""
     constants = {"w": sparse(32, 16).T.copy(), "ws": np.ones(16, np.float32), "wz": np.zeros(16, np.int8)}
     model = parsed(text, **constants)
-    assert said(model, "onnx-int8", "B5") == ["B5 y: Reshape between the weight's DequantizeLinear and the product"]
+    assert messages(model, "onnx-int8", "B5") == ["B5 y: Reshape between the weight's DequantizeLinear and the product"]
     (layer,) = lint(model, "onnx-int8").layers
     assert (layer.shape, layer.pattern) == ((16, 32), "2:4")
 
@@ -162,9 +162,9 @@ DYNAMIC = """agraph (float[batch, 64] x) => (float[batch, 64] y) <float s = {0.1
 def test_integer_operators_are_refused() -> None:
     one = {"w": sparse(64, 64), "ws": np.ones(64, np.float32), "wz": np.zeros(64, np.int8)}
     static = parsed(OPERATOR_FORM, **one)
-    assert said(static, "tensorrt", "B1") == ["B1 y: operator QLinearMatMul instead of Q/DQ around a float one"]
+    assert messages(static, "tensorrt", "B1") == ["B1 y: operator QLinearMatMul instead of Q/DQ around a float one"]
     dynamic = parsed(DYNAMIC, w=sparse(64, 64))
-    assert len(said(dynamic, "onnx-int8", "B1")) == 2
+    assert len(messages(dynamic, "onnx-int8", "B1")) == 2
     for model, op in ((static, "QLinearMatMul"), (dynamic, "DynamicQuantizeLinear")):
         (layer,) = lint(model, "tensorrt").layers
         assert (layer.pattern, layer.runs) == ("2:4", "refused")
@@ -190,10 +190,10 @@ DOMAINS = """agraph (float[batch, 64] x) => (float[batch, 64] y) {
 def test_unknown_operators_are_named(op: str, imports: str, home: str, severe: set[str]) -> None:
     model = parsed(DOMAINS % op, imports=imports, w=np.ones((64, 64), np.float32))
     for target in TARGETS:
-        (finding,) = [f for f in found(model, target) if f.rule == "operator"]
+        (finding,) = [f for f in findings_of(model, target) if f.rule == "operator"]
         assert str(finding) == f"operator y: operator {op.rpartition('.')[2]} {home} is not known to ONNX"
         assert finding.warning == (target not in severe)
-        assert not [f for f in found(model, target) if f.rule in ("checker", "shapes")]
+        assert not [f for f in findings_of(model, target) if f.rule in ("checker", "shapes")]
     runs = {layer.runs for layer in lint(model, "tensorrt").layers}
     assert runs == ({"float"} if op.startswith("trt") else {"refused"})
 
@@ -205,7 +205,7 @@ def test_a_foreign_quantizer_is_not_onnx_own() -> None:
         y = MatMul(d, w)
     }"""
     model = parsed(text, imports=', "com.microsoft": 1', w=np.ones((64, 64), np.float32))
-    assert [f.problem for f in found(model, "onnx-int8")] == [
+    assert [f.problem for f in findings_of(model, "onnx-int8")] == [
         f"operator {op} of domain com.microsoft is not known to ONNX" for op in ("QuantizeLinear", "DequantizeLinear")
     ]
 
@@ -219,8 +219,8 @@ BRANCH = """agraph (float[batch, 64] x, bool flag) => (float[batch, 64] y) {
 
 def test_subgraphs_are_not_looked_into_but_what_they_read_is_known() -> None:
     model = parsed(BRANCH, w=np.ones((64, 64), np.float32), only_inside=np.ones(64, np.float32))
-    assert [str(f) for f in found(model, "onnx-fp32")] == ["subgraph y: the subgraph of If is not looked into"]
-    assert said(model, "onnx-int8", "B15") == []
+    assert [str(f) for f in findings_of(model, "onnx-fp32")] == ["subgraph y: rules do not read the subgraph of If"]
+    assert messages(model, "onnx-int8", "B15") == []
 
 
 PLAIN = "agraph (float[batch, 64] x) => (float[batch, 64] y) { y = MatMul(x, w) }"
@@ -236,7 +236,9 @@ def test_an_opset_nobody_reads_is_told_and_layers_are_shown(opset: int) -> None:
 
 def test_an_unusual_opset_only_costs_speed_where_it_can_be_read() -> None:
     model = parsed(PLAIN, opset=13, w=np.ones((64, 64), np.float32))
-    assert {target: [f.warning for f in found(model, target)] for target in ("onnx-int8", "tensorrt", "onnx-fp32")} == {
+    assert {
+        target: [f.warning for f in findings_of(model, target)] for target in ("onnx-int8", "tensorrt", "onnx-fp32")
+    } == {
         "onnx-int8": [False],
         "tensorrt": [True],
         "onnx-fp32": [True],
@@ -256,23 +258,23 @@ def test_an_unusual_opset_only_costs_speed_where_it_can_be_read() -> None:
 def test_residual_adds_are_told_by_their_shapes(shape: str, problem: str | None) -> None:
     one = {"w": sparse(64, 64), "ws": np.ones(64, np.float32), "wz": np.zeros(64, np.int8)}
     model = parsed(RESIDUAL % shape, **one)
-    assert said(model, "tensorrt", "T17") == ([f"T17 y: {problem}"] if problem else [])
+    assert messages(model, "tensorrt", "T17") == ([f"T17 y: {problem}"] if problem else [])
 
 
 def test_a_residual_add_of_unknown_shape_is_not_guessed_at() -> None:
     one = {"w": sparse(64, 64), "ws": np.ones(64, np.float32), "wz": np.zeros(64, np.int8)}
     text = (RESIDUAL % "[batch, sequence, 64]").replace("y = Add(d2, other)", "u = my.Op(other) y = Add(d2, u)")
-    (finding,) = [f for f in found(parsed(text, imports=', "my": 1', **one), "tensorrt") if f.rule == "T17"]
-    assert str(finding) == "T17 y: shapes of its inputs are unknown, so it cannot be told for a residual"
+    (finding,) = [f for f in findings_of(parsed(text, imports=', "my": 1', **one), "tensorrt") if f.rule == "T17"]
+    assert str(finding) == "T17 y: shapes of its inputs are unknown, so it may be a residual Add"
     assert finding.warning
 
 
 def test_shapes_that_the_file_leaves_out_are_inferred(bert: Family) -> None:
     model = insert_qdq(bert.graph, tied(bert, *ALL))
     del model.graph.value_info[:]
-    assert found(model, "tensorrt") == []
+    assert findings_of(model, "tensorrt") == []
     put(model, f"{LAYER}.attention.self:softmax_scale", np.float32(0.01))
-    assert [f.rule for f in found(model, "tensorrt")] == ["B12"]
+    assert [f.rule for f in findings_of(model, "tensorrt")] == ["B12"]
 
 
 def test_a_graph_whose_types_contradict_each_other_is_still_looked_into() -> None:
@@ -282,7 +284,7 @@ def test_a_graph_whose_types_contradict_each_other_is_still_looked_into() -> Non
         y = Identity(a)
     }"""
     model = parsed(text, w=np.full((64, 64), -0.0, np.float32))
-    rules = [f.rule for f in found(model, "onnx-int8")]
+    rules = [f.rule for f in findings_of(model, "onnx-int8")]
     assert rules == ["shapes", "B7"]
 
 
@@ -290,7 +292,7 @@ def test_a_tensor_cut_short_is_the_checkers_finding(bert: Family) -> None:
     model = onnx.load_from_string(bert.graph.SerializeToString())
     table = next(t for t in model.graph.initializer if t.name == "bert.embeddings.position_embeddings.weight")
     table.raw_data = table.raw_data[:-4]
-    assert [f.rule for f in found(model, "onnx-int8")] == ["checker"]
+    assert [f.rule for f in findings_of(model, "onnx-int8")] == ["checker"]
 
 
 class Batches(CalibrationDataReader):
@@ -351,6 +353,6 @@ def test_every_row_of_the_table_has_a_failing_example(bert: Family) -> None:
     narrow = {"w": sparse(40, 36), "ws": np.ones(36, np.float32), "wz": np.zeros(36, np.int8)}
     broken.append((parsed((RESIDUAL % "[36]").replace("64", "40", 1).replace("64", "36"), **narrow), "tensorrt"))
     broken.append((chain(FLOATING), "onnx-int8"))
-    seen = {(f.rule, f.asks) for model, target in broken for f in found(model, target)}
-    assert {(rule.id, rule.title) for rule in RULES} - seen == {("B13", "int8 attention as TensorRT fuses it")}
-    assert all(len(rule.grades) == len(TARGETS) and set(rule.grades) <= set("EW-") for rule in RULES)
+    seen = {(f.rule, f.requirement) for model, target in broken for f in findings_of(model, target)}
+    assert {(rule.id, rule.requirement) for rule in RULES} - seen == {("B13", "int8 attention as TensorRT fuses it")}
+    assert all(len(rule.severities) == len(TARGETS) and set(rule.severities) <= set("EW-") for rule in RULES)

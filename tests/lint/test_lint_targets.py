@@ -18,14 +18,14 @@ from graph_edits import (
     RESIDUAL,
     SELF,
     change,
-    found,
-    judged,
+    findings_of,
+    messages,
     node,
     parsed,
     put,
-    said,
     sparse,
     tied,
+    verdicts,
 )
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
@@ -35,7 +35,7 @@ from sqat.export.float16 import to_float16
 from sqat.export.folding import fold_attention_scale
 from sqat.export.opset17 import to_opset17
 from sqat.export.qdq import Quantization, insert_qdq
-from sqat.lint.inspection import lint
+from sqat.lint.layer_report import lint
 from tests.onnx_models import FAMILIES, Family, ImageFamily, build_family
 
 # The families, as they are exported here
@@ -52,8 +52,8 @@ def test_images_pass_tensorrt_too(vit: ImageFamily) -> None:
 
 def passes(family: Family) -> None:
     model = insert_qdq(family.graph, family.quantization(*family.roles(*ALL)))
-    assert {f.asks for f in found(model, "tensorrt")} <= {"one output scale for q, k and v"}
-    assert found(insert_qdq(family.graph, family.quantization()), "onnx-int8") == []
+    assert {f.requirement for f in findings_of(model, "tensorrt")} <= {"one output scale for q, k and v"}
+    assert findings_of(insert_qdq(family.graph, family.quantization()), "onnx-int8") == []
     result = lint(fold_attention_scale(model), "tensorrt")
     assert result.running == len(family.weights)
     assert result.errors == []
@@ -126,22 +126,22 @@ def conv_input(model: ModelProto) -> str:
 def test_a_broken_convolution(convolutions: bytes, break_it: Callable[[ModelProto], str]) -> None:
     model = onnx.load_from_string(convolutions)
     line = break_it(model)
-    assert line in [str(finding) for finding in found(model, "tensorrt-8")]
+    assert line in [str(finding) for finding in findings_of(model, "tensorrt-8")]
 
 
 def test_tensorrt_8_reads_opset_17_at_most(bert: Family) -> None:
     model = to_conv1x1(insert_qdq(bert.graph, tied(bert, *ALL), "qdq"))
-    assert said(model, "tensorrt-8", "B1") == ["B1: opset 20, must be 13 to 17"]
-    assert said(model, "tensorrt", "B1") == []
-    assert said(to_opset17(model), "tensorrt", "B1") == ["B1: opset 17, must be 18 to 20"]
+    assert messages(model, "tensorrt-8", "B1") == ["B1: opset 20, must be 13 to 17"]
+    assert messages(model, "tensorrt", "B1") == []
+    assert messages(to_opset17(model), "tensorrt", "B1") == ["B1: opset 17, must be 18 to 20"]
 
 
 def test_tensorrt_8_asks_for_convolutions_and_float_weights(bert: Family) -> None:
     model = insert_qdq(bert.graph, tied(bert, *ALL))
-    assert f"T20 {SELF}/query/MatMul: sparse MatMul, TensorRT 8.x has sparse kernels for Conv only" in said(
+    assert f"T20 {SELF}/query/MatMul: sparse MatMul, TensorRT 8 has sparse kernels for Conv only" in messages(
         model, "tensorrt-8", "T20"
     )
-    assert len(said(model, "tensorrt-8", "T20")) == len(said(model, "tensorrt-8", "B4")) == len(bert.weights)
+    assert len(messages(model, "tensorrt-8", "T20")) == len(messages(model, "tensorrt-8", "B4")) == len(bert.weights)
     result = lint(model, "tensorrt-8")
     assert (result.running, result.layers[0].runs) == (0, "float")
     assert lint(insert_qdq(bert.graph, tied(bert, *ALL), "qdq"), "tensorrt-8").layers[0].runs == "dense int8"
@@ -212,8 +212,8 @@ TYPES: list[tuple[ModelProto, list[str]]] = [
 
 @pytest.mark.parametrize(("model", "wanted"), TYPES, ids=range(len(TYPES)))
 def test_types_that_strong_typing_refuses(model: ModelProto, wanted: list[str]) -> None:
-    assert said(model, "tensorrt", "T18") == [f"T18 {line}" for line in wanted]
-    assert said(model, "onnx-int8", "T18") == []
+    assert messages(model, "tensorrt", "T18") == [f"T18 {line}" for line in wanted]
+    assert messages(model, "onnx-int8", "T18") == []
 
 
 def test_bfloat16_weights_are_float_weights() -> None:
@@ -224,16 +224,18 @@ def test_bfloat16_weights_are_float_weights() -> None:
     model.graph.initializer.append(helper.make_tensor("w", TensorProto.BFLOAT16, (64, 64), values.flatten()))
     (layer,) = lint(model, "onnx-fp16").layers
     assert (layer.pattern, layer.runs) == ("2:4", "float")
-    assert said(model, "onnx-fp16", "B7") == ["B7 y: 1 weights are -0.0"]
+    assert messages(model, "onnx-fp16", "B7") == ["B7 y: 1 weights are -0.0"]
 
 
 def test_a_float_target_wants_no_quantizers(bert: Family) -> None:
     model = insert_qdq(bert.graph, bert.quantization())
-    assert "float: QuantizeLinear in a float file" in {f"{f.rule}: {f.problem}" for f in found(model, "onnx-fp32")}
+    assert "float: QuantizeLinear in a float file" in {
+        f"{f.rule}: {f.problem}" for f in findings_of(model, "onnx-fp32")
+    }
     negative = onnx.load_from_string(bert.graph.SerializeToString())
     change(negative, "classifier.weight", lambda value: value.__setitem__((0, 0), -0.0))
     for target in ("onnx-fp32", "onnx-fp16"):
-        assert said(negative, target, "B7") == ["B7 /classifier/Gemm: 1 weights are -0.0"]
+        assert messages(negative, target, "B7") == ["B7 /classifier/Gemm: 1 weights are -0.0"]
 
 
 def test_a_float16_file_must_hold_float16(bert: Family) -> None:
@@ -248,19 +250,19 @@ def test_a_float16_file_must_hold_float16(bert: Family) -> None:
 
 def test_why_layers_do_not_run_sparse(bert: Family) -> None:
     model = insert_qdq(bert.graph, bert.quantization())
-    runs = judged(model)
+    runs = verdicts(model)
     assert runs["classifier"] == ("float", "3 channels are fewer than 16; not 2:4 along its inputs")
     assert runs["bert.pooler.dense"][0] == "float"
     assert runs[QUERY][0] == "dense int8"
     assert runs[QUERY][1].startswith("breaks T16 (int8 out")
     assert runs[f"{LAYER}.intermediate.dense"] == ("sparse int8?", "int8 only behind Gelu")
-    assert judged(model, "onnx-int8")[QUERY] == ("sparse int8", "")
+    assert verdicts(model, "onnx-int8")[QUERY] == ("sparse int8", "")
 
 
 def test_a_broken_pair_takes_its_layer_out_of_int8(bert: Family) -> None:
     model = insert_qdq(bert.graph, tied(bert, *ALL))
     put(model, f"{QUERY}:input_scale", np.float32(-1))
-    runs = judged(model)
+    runs = verdicts(model)
     assert runs[QUERY] == ("float", "breaks B3 (constant, finite and positive scales)")
     assert {name for name, (how, _) in runs.items() if how != "sparse int8"} == {
         QUERY,

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 from sqat.errors import SqatError
 from sqat.export.qdq import Quantization, insert_qdq
-from sqat.lint.inspection import find_pattern, inspect_onnx
+from sqat.lint.layer_report import find_pattern, inspect_onnx
 from tests.onnx_models import Family
 
 QUERY = "bert.encoder.layer.0.attention.self.query"

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from sqat.lint.weights import kept_in_groups
-from sqat.lint.wiring import Wiring
+from sqat.lint.graph_view import GraphView
+from sqat.lint.weight import count_nonzeros
 from sqat.sparsity.masks import count_violations
 from sqat.sparsity.pattern import Pattern
 
@@ -62,7 +62,7 @@ def test_a_weight_is_read_as_the_product_reads_it(
     values = np.random.default_rng(seed).integers(-127, 128, shape).astype(np.int8)
     model = chain(steps, min(place, len(steps)), axis, values)
     name = model.graph.output[-1].name
-    weight = Wiring(model).weight(model.graph.node[-1])
+    weight = GraphView(model).find_weight(model.graph.node[-1])
     assert weight is not None
     expected = evaluate(model, name)
     assert weight.values.shape == expected.shape == weight.dims[-1]
@@ -90,7 +90,7 @@ def test_groups_are_counted_as_the_masks_count_them(axis: int, size: int, seed: 
     values = random.integers(-2, 3, (16, 24, 8)).astype(np.int8)
     for n in range(1, size):
         expected = count_violations(torch.from_numpy(values), Pattern(n, size), axis)
-        assert int((kept_in_groups(values, size, axis) > n).sum()) == expected
+        assert int((count_nonzeros(values, size, axis) > n).sum()) == expected
 
 
 @settings(max_examples=30, deadline=None)
@@ -109,5 +109,5 @@ def test_integers_of_a_float_weight_are_those_onnx_runtime_makes(seed: int, ties
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     (expected,) = session.run(["q"], {"x": np.zeros((1, 16), np.float32)})
-    (weight,) = Wiring(model).weights
+    (weight,) = GraphView(model).weights
     np.testing.assert_array_equal(weight.values, expected)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 from matplotlib.figure import Figure
 
-from sqat.lint.report_row import LayerReport
+from sqat.lint.layer_row import LayerRow
 from sqat.recipe.stages import PruneConfig, QatConfig
 from sqat.report.collecting import Activation, Stage
 from sqat.report.curves import Curves, read_log, schedule_of
@@ -77,8 +77,8 @@ def test_the_schedule_is_that_of_the_prune_stage() -> None:
     assert schedule_of(QatConfig(), 100) == []
 
 
-def layers(*names: str) -> list[LayerReport]:
-    return [LayerReport(name, (4, 4), "2:4", 0.5, None, None, None, None, "") for name in names]
+def layers(*names: str) -> list[LayerRow]:
+    return [LayerRow(name, (4, 4), "2:4", 0.5, None, None, None, None, "") for name in names]
 
 
 def test_an_encoder_is_a_grid_of_blocks_and_parts() -> None:

@@ -14,7 +14,7 @@ import torch
 from sqat.cli import main
 from sqat.errors import GateError, SqatError
 from sqat.export import targets
-from sqat.lint.checks import find
+from sqat.lint.apply_rules import find
 from sqat.pipeline.runner import evaluate, run, run_stage
 from sqat.recipe.loader import load_recipe
 from sqat.recipe.targets import TARGETS

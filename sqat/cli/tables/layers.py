@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 from sqat.cli.printing import format_time, print_json, relative_path, result_console
 from sqat.cli.tables.layout import Footnotes, common_prefix, format_shape, natural_order, new_table, shorten
-from sqat.lint.report_row import LayerReport
+from sqat.lint.layer_row import LayerRow
 
 if TYPE_CHECKING:
-    from sqat.lint.inspection import Lint
-    from sqat.lint.repaired_file import Repair
+    from sqat.lint.layer_report import LintReport
+    from sqat.lint.repair_file import RepairResult
     from sqat.tensorrt.report import EngineReport
 
 SMALLEST_SCALE = 1e-9  # the scale of a channel of zeros is smaller
 
 
-def print_layers(layers: Sequence[LayerReport], path: Path, *, as_json: bool = False) -> None:
+def print_layers(layers: Sequence[LayerRow], path: Path, *, as_json: bool = False) -> None:
     """Print a row per layer; a letter marks the layers that the lines below explain.
 
     For a checkpoint the lines say why a layer was skipped, for a graph why an engine would not run it sparse in int8.
@@ -44,12 +44,12 @@ def print_layers(layers: Sequence[LayerReport], path: Path, *, as_json: bool = F
     console.print(f"scale: {'' if is_graph else 'min-max '}of the weight, x 1e-3; {last}")
 
 
-def layer_values(layer: LayerReport) -> dict[str, object]:
+def layer_values(layer: LayerRow) -> dict[str, object]:
     """Return a layer for JSON; how it runs is known for graphs only."""
     return {name: value for name, value in vars(layer).items() if layer.runs or name not in ("runs", "why")}
 
 
-def layer_cells(layer: LayerReport, footnotes: Footnotes) -> list[str]:
+def layer_cells(layer: LayerRow, footnotes: Footnotes) -> list[str]:
     """Return the cells of a row after the name."""
     scale = layer.weight_scale
     cells = [
@@ -70,15 +70,15 @@ def format_saturation(share: float) -> str:
     return "0" if share == 0 else "<0.01" if share < 1e-4 else f"{100 * share:.2f}"
 
 
-def print_findings(lint: Lint, path: Path, *, repair: Repair | None = None, as_json: bool = False) -> None:
+def print_findings(lint: LintReport, path: Path, *, repair: RepairResult | None = None, as_json: bool = False) -> None:
     """Print the linter's findings, and what was repaired before."""
-    from sqat.lint.text import lint_lines, lint_values
+    from sqat.lint.show import report_lines, report_values
 
     if as_json:
-        print_json(lint_values(lint, path, repair))
+        print_json(report_values(lint, path, repair))
         return
     console = result_console()
-    for line in lint_lines(lint, repair, console.width):
+    for line in report_lines(lint, repair, console.width):
         console.print(line, soft_wrap=True)
 
 

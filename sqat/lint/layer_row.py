@@ -1,4 +1,4 @@
-"""One row of `sqat inspect`: what happened to one linear layer, read from a checkpoint or an ONNX file."""
+"""One row of a layer table, read from a checkpoint or an ONNX file; `sqat inspect`, `engine` and `report` share it."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class LayerReport:
-    """What is known of one layer; None where the file does not say.
+class LayerRow:
+    """What a checkpoint or a file says of one layer; None where it says nothing.
 
     Attributes:
         shape: [out, in] of the weight.
-        pattern: the N:M pattern found in the weight, or ``dense``.
+        pattern: N:M pattern of the weight, or ``dense``.
         zeros: share of zero weights, 0..1.
         weight_scale: smallest and largest scale over the output channels.
-        input_amax: symmetric bound of the layer's input.
+        input_amax: largest absolute input that int8 represents.
         sqnr_db: signal to quantization noise of the weight, dB.
         saturated: share of calibration inputs beyond ``input_amax``.
-        reason: why the layer was left dense or float; empty where it was treated.
+        reason: why the layer is dense or float; empty where it is neither.
         runs: how an engine would compute it (``sparse int8``, ``dense int8``, ``sparse fp16``, ``float``,
             ``refused``), with ``?`` where that is in doubt; empty for a checkpoint.
-        why: why it does not run as the target could, or may not; empty where it does.
+        why: what keeps it from running as the target could; empty where nothing does.
     """
 
     name: str

@@ -1,10 +1,7 @@
-"""The constant operand of a product: where it is stored, what it passes on its way, and its values as the product
-reads them.
+"""The constant operand of a product: where it is stored, what it passes, and its values as the product reads them.
 
-Values are the integers the product multiplies: those stored, or those that a QuantizeLinear makes of a float weight,
-less the zero-point, so that a pruned weight is 0 whatever the type; a float weight is itself. Transposes and
-reshapes on the way are carried out, so that axes are always those of the operator (rule B5). Left out: weights as
-the first operand of a MatMul, packed weights of a runtime's own operators.
+Values are the integers that the product multiplies, less the zero-point, so that a pruned weight is 0 whatever its
+type; a float weight is itself. Transposes and reshapes are carried out, so that axes are those of the operator (B5).
 """
 
 from __future__ import annotations
@@ -28,14 +25,15 @@ LOW, HIGH = -128, 127
 
 
 class Operands(NamedTuple):
-    """Which input of an operator is its weight, and which the weight's zero-point (None: none)."""
+    """Which input of an operator is its weight, and which the weight's zero-point."""
 
-    operand: int
-    point: int | None = None
+    weight: int
+    zero_point: int | None = None
 
-    def zero_point(self, node: NodeProto) -> str:
-        """Name of the zero-point, empty where there is none."""
-        return node.input[self.point] if self.point is not None and len(node.input) > self.point else ""
+    def zero_point_of(self, node: NodeProto) -> str:
+        """Name of a node's zero-point, empty where there is none."""
+        index = self.zero_point
+        return node.input[index] if index is not None and len(node.input) > index else ""
 
 
 @dataclass(frozen=True)
@@ -44,16 +42,16 @@ class Weight:
 
     Attributes:
         node: the product.
-        name: the tensor in the graph that holds it.
-        stored: its initializer, int8 or float.
+        name: its initializer.
+        stored: value of the initializer, int8 or float.
         steps: nodes between initializer and product, in order of execution.
         dims: shape as stored and behind each step.
-        quantizer: the QuantizeLinear of a weight that is stored as float (rule B4, form Q -> DQ).
-        dequantizer: the DequantizeLinear it passes, None for a float weight.
-        scale: scales of the quantizer or dequantizer, None where they are not constant.
+        quantizer: the QuantizeLinear behind a weight stored as float (rule B4, form Q -> DQ).
+        dequantizer: the DequantizeLinear before the product, None for a float weight.
+        scale: of the quantizer, or else the dequantizer; None where it is not constant.
         zero_point: of the same, or of the integer product itself.
         out: axis of the output channels as the product reads the weight.
-        reduction: axis that is summed over, likewise.
+        reduction: axis of the sum, likewise.
     """
 
     node: NodeProto
@@ -74,61 +72,65 @@ class Weight:
         return self.dims[-1][self.reduction], self.dims[-1][self.out]
 
     @property
-    def passage(self) -> list[tuple[NodeProto, Dims, Dims]]:
+    def transitions(self) -> list[tuple[NodeProto, Dims, Dims]]:
         """Each step with the shape before and behind it."""
         return list(zip(self.steps, self.dims[:-1], self.dims[1:], strict=True))
 
     @property
     def axis(self) -> int | None:
-        """Axis of the scales in the shape of the dequantized weight; None for one scale, or where an axis is wrong."""
-        return scale_axis(self.dequantizer, self.scale, self.dims[self.place(self.dequantizer)])
+        """Axis of the scales in the shape of the dequantized weight; None for one scale or a wrong axis."""
+        return scale_axis(self.dequantizer, self.scale, self.dims[self.index_of(self.dequantizer)])
 
     @property
     def read_axis(self) -> int | None:
-        """The axis of the scales as the product reads the weight; None where a reshape breaks it up."""
+        """The axis of the scales as the product reads the weight; None where a reshape splits it."""
         axis = self.axis
-        for step, before, after in self.passage[self.place(self.dequantizer) :]:
-            axis = moved_axis(step, axis, before, after) if axis is not None else None
+        for step, before, after in self.transitions[self.index_of(self.dequantizer) :]:
+            axis = axis_after(step, axis, before, after) if axis is not None else None
         return axis
 
-    def place(self, node: NodeProto | None) -> int:
-        """Index of a step's input shape in ``dims``; 0 for none."""
+    def index_of(self, node: NodeProto | None) -> int:
+        """Index of a step's input shape in ``dims``; 0 for no step."""
         return next((index for index, step in enumerate(self.steps) if step is node), 0)
 
     @cached_property
     def values(self) -> Array:
-        """The weight as the product reads it: integers less the zero-point where it is quantized, else floats."""
+        """The weight as the product reads it: integers less the zero-point if it is quantized, else floats."""
         values: Array = numpy_helper.to_array(self.stored)
         source = self.quantizer if self.quantizer is not None else self.dequantizer
         if source is None:
-            values = centred(values, self.zero_point, self.out)
-        for step, before, after in self.passage:
+            values = subtract_zero_point(values, self.zero_point, self.out)
+        for step, before, after in self.transitions:
             if step is source:
                 axis = scale_axis(step, self.scale, before)
                 if step is self.quantizer:
-                    values = rounded(values, self.scale, axis)
+                    values = quantize_values(values, self.scale, axis)
                 else:
-                    values = centred(values, self.zero_point, axis)
+                    values = subtract_zero_point(values, self.zero_point, axis)
             values = values.transpose(permutation(step, len(before))) if step.op_type == "Transpose" else values
             values = values.reshape(after)
         return values
 
 
-def kept_in_groups(values: Array, size: int, axis: int) -> NDArray[np.uint8]:
-    """How many values of each aligned group along an axis are not zero; the axis comes first.
+def count_nonzeros(values: Array, size: int, axis: int) -> NDArray[np.uint8]:
+    """Count the nonzero values of each aligned group along an axis.
 
-    Slices are added up, which needs no copy in another order; the axis must be a multiple of the size.
+    Args:
+        size: of a group; the axis must be a multiple of it.
+
+    Returns:
+        Counts, with the axis first.
     """
-    kept = np.not_equal(values, 0).view(np.uint8).swapaxes(axis, 0)
-    total: NDArray[np.uint8] = kept[::size].copy()
-    for offset in range(1, size):
-        total += kept[offset::size]
+    nonzero = np.not_equal(values, 0).view(np.uint8).swapaxes(axis, 0)
+    total: NDArray[np.uint8] = nonzero[::size].copy()
+    for offset in range(1, size):  # adding slices up needs no copy in another order
+        total += nonzero[offset::size]
     return total
 
 
-def rounded(values: Array, scale: Array | None, axis: int | None) -> Array:
-    """Integers that a QuantizeLinear with zero-point 0 makes of a float weight; unclipped, so that B7 sees them."""
-    wide = spread(scale, axis, values.shape)
+def quantize_values(values: Array, scale: Array | None, axis: int | None) -> Array:
+    """Quantize a float weight with zero-point 0; one step beyond int8 stays, so that B7 sees it."""
+    wide = broadcast_along(scale, axis, values.shape)
     if wide is None:
         return values
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -136,14 +138,14 @@ def rounded(values: Array, scale: Array | None, axis: int | None) -> Array:
     return np.clip(np.rint(np.nan_to_num(steps)), LOW - 1, HIGH + 1).astype(np.int16)
 
 
-def centred(values: Array, point: Array | None, axis: int | None) -> Array:
-    """Integers less their zero-point."""
-    wide = spread(point, axis, values.shape) if point is not None and np.any(point) else None
+def subtract_zero_point(values: Array, point: Array | None, axis: int | None) -> Array:
+    """Subtract the zero-point from integers."""
+    wide = broadcast_along(point, axis, values.shape) if point is not None and np.any(point) else None
     return values if wide is None else values.astype(np.int16) - wide.astype(np.int16)
 
 
-def spread(values: Array | None, axis: int | None, dims: Dims) -> Array | None:
-    """One value, or values per channel in a shape that broadcasts along their axis; None where they do not fit."""
+def broadcast_along(values: Array | None, axis: int | None, dims: Dims) -> Array | None:
+    """Shape one value, or values per channel, to broadcast along an axis; None where they do not fit."""
     if values is None or values.size == 1:
         return None if values is None else values.reshape(())
     if axis is None or values.shape != (dims[axis],):
@@ -162,27 +164,27 @@ def scale_axis(node: NodeProto | None, scale: Array | None, dims: Dims) -> int |
 
 def permutation(node: NodeProto, rank: int) -> list[int]:
     """Order of axes of a Transpose."""
-    found = next((list(entry.ints) for entry in node.attribute if entry.name == "perm"), [])
-    return found or list(range(rank))[::-1]
+    order = next((list(entry.ints) for entry in node.attribute if entry.name == "perm"), [])
+    return order or list(range(rank))[::-1]
 
 
-def moved_dims(step: NodeProto, dims: Dims, inferred: Sequence[int | str] | None) -> Dims | None:
-    """Shape behind a step; None where it is not known."""
+def shape_after(step: NodeProto, dims: Dims, inferred: Sequence[int | str] | None) -> Dims | None:
+    """Shape behind a step; None where it is unknown."""
     if step.op_type == "Transpose":
         return tuple(dims[axis] for axis in permutation(step, len(dims)))
     if step.op_type not in ("Reshape", "Squeeze", "Unsqueeze", "Flatten"):
         return dims
-    known = tuple(size for size in inferred or () if isinstance(size, int))
-    return known if math.prod(known) == math.prod(dims) else None
+    shape = tuple(size for size in inferred or () if isinstance(size, int))
+    return shape if math.prod(shape) == math.prod(dims) else None
 
 
-def moved_axis(step: NodeProto, axis: int, before: Dims, after: Dims) -> int | None:
-    """Where an axis is behind a step; None where a reshape breaks it up."""
+def axis_after(step: NodeProto, axis: int, before: Dims, after: Dims) -> int | None:
+    """Where an axis is behind a step; None where a reshape splits it."""
     if step.op_type == "Transpose":
         return permutation(step, len(before)).index(axis)
-    ahead = math.prod(before[:axis])
-    fits = [i for i, size in enumerate(after) if size == before[axis] and math.prod(after[:i]) == ahead]
-    return fits[0] if fits else None
+    elements = math.prod(before[:axis])
+    axes = [i for i, size in enumerate(after) if size == before[axis] and math.prod(after[:i]) == elements]
+    return axes[0] if axes else None
 
 
 def weight_axes(node: NodeProto, rank: int) -> tuple[int, int]:
@@ -193,7 +195,7 @@ def weight_axes(node: NodeProto, rank: int) -> tuple[int, int]:
     return (rank - 2, rank - 1) if transposed else (rank - 1, rank - 2)
 
 
-LAYERS = {
+OPERANDS = {
     "MatMul": Operands(1),
     "Gemm": Operands(1),
     "Conv": Operands(1),
