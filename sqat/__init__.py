@@ -9,11 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sqat.api.distilling import distillation_loss
-    from sqat.api.exporting import export_onnx
-    from sqat.api.pruning import Masks, Pruner, masked, prune
-    from sqat.api.quantizing import Scales, calibrate, quantized
-    from sqat.api.trainer import SparseCallback
+    from sqat.api.callback import SparseCallback
+    from sqat.api.distil import distillation_loss
+    from sqat.api.export import export_onnx
+    from sqat.api.prune import Masks, Pruner, masked, prune
+    from sqat.api.quantize import Scales, calibrate, quantized
     from sqat.errors import GateError, SqatError
 
 __version__ = "0.1.0"
@@ -49,14 +49,14 @@ def __dir__() -> list[str]:
 HOMES = {
     "GateError": "sqat.errors",
     "SqatError": "sqat.errors",
-    "Masks": "sqat.api.pruning",
-    "Pruner": "sqat.api.pruning",
-    "masked": "sqat.api.pruning",
-    "prune": "sqat.api.pruning",
-    "Scales": "sqat.api.quantizing",
-    "calibrate": "sqat.api.quantizing",
-    "quantized": "sqat.api.quantizing",
-    "distillation_loss": "sqat.api.distilling",
-    "export_onnx": "sqat.api.exporting",
-    "SparseCallback": "sqat.api.trainer",
+    "Masks": "sqat.api.prune",
+    "Pruner": "sqat.api.prune",
+    "masked": "sqat.api.prune",
+    "prune": "sqat.api.prune",
+    "Scales": "sqat.api.quantize",
+    "calibrate": "sqat.api.quantize",
+    "quantized": "sqat.api.quantize",
+    "distillation_loss": "sqat.api.distil",
+    "export_onnx": "sqat.api.export",
+    "SparseCallback": "sqat.api.callback",
 }

@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor, nn
 
 from sqat.compress.calibrate import merge_over_processes_
-from sqat.compress.statistics import gather
+from sqat.compress.statistics import collect_statistics, first_batches
 from sqat.data.dataset import Batch
 from sqat.distributed import assigned_indices, process_state, uses_fsdp
 from sqat.errors import SqatError
@@ -174,7 +174,9 @@ def other_work(folder: Path, group: str) -> Found:
     """What the processes share beside training."""
     model, batches = tiny_bert(), batches_of(24, 5)
     insert_weights_(model, {name: torch.ones_like(model.get_submodule(name).weight) > 0 for name in LAYERS}, ())
-    sums = {str(criterion): gather(criterion, model, dict(zip(LAYERS, LAYERS, strict=True)), task_loss, batches, 0)
+    owners = dict(zip(LAYERS, LAYERS, strict=True))
+    sums = {str(criterion): collect_statistics(criterion, model, owners, task_loss,
+                                               first_batches(batches, criterion.samples, 0))
             for criterion in (Wanda(), SparseGPT(), Taylor(), Taylor(average="mean"))}  # fmt: skip
     norm = {steps: normed(ResumeState(folder / f"{group}-normed", "key"), steps) for steps in (1, STEPS)}
     full = starved(ResumeState(folder / f"{group}-full", "key"))

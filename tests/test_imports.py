@@ -142,4 +142,4 @@ def test_each_library_has_one_place(library: str, allowed: set[str]) -> None:
 
 def test_of_the_api_only_the_callback_imports_transformers() -> None:
     users = [path.name for path in (PACKAGE / "api").glob("*.py") if any("transformers" in n for n in imported(path))]
-    assert users == ["trainer.py"]
+    assert users == ["callback.py"]

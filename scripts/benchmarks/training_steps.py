@@ -9,21 +9,20 @@ ones in the place of ours; they have no masks, so the row to compare them to is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
+from sqat.api.quantizing import Scales, calibrate
 from torch import Tensor, nn
 
 from scripts.benchmarks.training import MODEL_OPTIMIZER, Group
-from sqat.api.quantizing import Scales, calibrate
 from sqat.compress.calibrate import observe
-from sqat.compress.losses import distilled_loss, task_loss
+from sqat.compress.distil import distilled_loss, task_loss
 from sqat.data.dataset import Batch
-from sqat.models.attention import hook_last_qkv
 from sqat.models.layer_selection import choose_layers, encoder_blocks
 from sqat.models.loading import load_pretrained
 from sqat.modules.activation_quantizers import Quantizers, insert_quantizers_
@@ -67,7 +66,8 @@ def random_batch(model: nn.Module, shape: tuple[int, int]) -> Batch:
 class Step:
     """Takes one optimizer step a call."""
 
-    def __init__(self, model: nn.Module, loss: Loss, batch: Batch) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, batch: Batch, hooks: ExitStack | None = None) -> None:
+        self.hooks = hooks  # of the loss, for as long as the step lives
         self.config = TrainConfig()
         self.optimizer = make_optimizer(model.train(), self.config)
         for group in self.optimizer.param_groups:
@@ -90,7 +90,7 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
 
 def quantize_(model: nn.Module, scales: Scales, masks: dict[str, Tensor]) -> nn.Module:
     """Put in what a QAT stage puts in."""
-    insert_quantizers_(model, Quantizers(scales.amax, scales.leaders), encoder_blocks(model))
+    insert_quantizers_(model, Quantizers(scales.amax, scales.shared_with), encoder_blocks(model))
     insert_weights_(model, masks, scales.layers)
     return model
 
@@ -120,7 +120,8 @@ def distilled_step(student: nn.Module, teacher: nn.Module, batch: Batch) -> Step
     """A step with the loss of a QAT stage with the default distillation."""
     teacher.eval().requires_grad_(False)
     config = QatConfig().distill or DistillConfig()
-    return Step(student, distilled_loss(config, TASK, teacher, [hook_last_qkv(student), hook_last_qkv(teacher)]), batch)
+    hooks = ExitStack()
+    return Step(student, hooks.enter_context(distilled_loss(student, teacher, config, TASK)), batch, hooks)
 
 
 def optimized(model: nn.Module, batch: Batch) -> nn.Module:

@@ -11,24 +11,21 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from sqat.compress.losses import task_loss
-from sqat.compress.masking import Masking, mask_of
+from sqat.compress.distil import task_loss
 from sqat.compress.patterns import choose_patterns
-from sqat.compress.permuting import permute_for_
 from sqat.compress.quantize import quantized_model
-from sqat.compress.statistics import gather
 from sqat.data.dataset import Processor
 from sqat.models.layer_selection import choose_layers
-from sqat.modules.parametrize import insert_weights_, layer, original_weight, remove_weights_
+from sqat.modules.parametrize import layer, original_weight
 from sqat.recipe.stages import CalibrateConfig, PruneConfig
 from sqat.sparsity.schedules.per_group import PerGroup
 from sqat.stages.calibrate import calibrate_on_rows
 from sqat.stages.context import StageContext
+from sqat.stages.prune import start_pruning
 
 
 @dataclass(frozen=True)
@@ -84,25 +81,19 @@ def set_weights_(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 def find_pruning(model: nn.Module, config: PruneConfig, context: StageContext, processor: Processor) -> Pruning:
     """Choose the masks of a prune stage as if it had one step; the model is left as it was, permuted if asked for."""
-    patterns, _ = choose_patterns(model, config)
-    loss, feed, seed = task_loss(context.task), context.training_batches(config, processor), context.recipe.seed
-    gathered = partial(gather, config.criterion, model, loss=loss, feed=feed, seed=seed)
-    if config.permute:
-        permute_for_(config, model, patterns, (), feed, gathered, seed, context.reporter, context.name)
-    saved = copy_weights(model, patterns)
-    ones = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in saved.items()}
-    transforms = insert_weights_(model, ones, ())
     at_once = config.model_copy(update={"schedule": PerGroup(num_masks=1)})
-    masking = Masking(model, transforms, patterns, at_once, {0: 0}, gathered)
+    patterns, _ = choose_patterns(model, config.layers, config.pattern, config.patterns)
+    batches = context.training_batches(config, processor)
+    masks, _ = start_pruning(at_once, model, patterns, {0: 0}, batches, task_loss(context.task), context, {})
+    before = {name: original_weight(layer(model, name)).detach().clone() for name in patterns}
     try:
-        masking.before_step(0)
-        masks = {name: mask_of(transform).clone() for name, transform in transforms.items()}
-        moved = {name: original_weight(layer(model, name)).detach().clone() for name, weight in saved.items()
-                 if not torch.equal(original_weight(layer(model, name)), weight)}  # fmt: skip
+        masks.before_step(0)
+        chosen, after = masks.masks, {name: original_weight(layer(model, name)).detach() for name in patterns}
+        corrected = {name: weight.clone() for name, weight in after.items() if not torch.equal(weight, before[name])}
     finally:
-        remove_weights_(model, transforms)
-        set_weights_(model, saved)
-    return Pruning({name: str(pattern) for name, pattern in patterns.items()}, masks, moved)
+        masks.remove()
+        set_weights_(model, before)
+    return Pruning({name: str(pattern) for name, pattern in patterns.items()}, chosen, corrected)
 
 
 def find_rounding(model: nn.Module, config: CalibrateConfig, context: StageContext, processor: Processor) -> Rounding:

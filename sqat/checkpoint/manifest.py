@@ -18,7 +18,7 @@ from sqat.errors import SqatError
 
 FORMAT = 1
 MANIFEST, WEIGHTS, STATE, RECIPE = "sqat.json", "model.safetensors", "sqat.safetensors", "recipe.yaml"
-HISTOGRAMS = "histograms.json"  # what a calibrate stage saw: `sqat.stages.calibrate.summaries`
+HISTOGRAMS = "histograms.json"  # what a calibrate stage saw: `sqat.stages.calibrate.summarize`
 LAYOUT = "layout.json"  # which linears' weights lie in the file as [in, out]
 SIDE_FILES = (".json", ".txt", ".model", ".jinja")  # endings of config and tokenizer files
 REMAKE = "run the stage again with --force, or use another checkpoint"

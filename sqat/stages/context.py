@@ -1,9 +1,10 @@
-"""What a stage has at hand while it runs: the recipe, the rows, its ancestors and its watcher."""
+"""What a stage has at hand: the recipe, the rows, its ancestors and the reporter."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,23 +14,16 @@ from torch import nn
 
 from sqat.checkpoint.manifest import Manifest
 from sqat.checkpoint.store import Checkpoint
-from sqat.data.dataset import (
-    Batch,
-    Processor,
-    SplitName,
-    TextProcessor,
-    column,
-    plan_batches,
-)
-from sqat.data.pixels import augmented
-from sqat.data.streaming import Stream, StreamedBatches
+from sqat.compress.distil import distilled_loss, task_loss
+from sqat.data.dataset import Processor, SplitName, TextProcessor
 from sqat.distributed import broadcast_from_rank0
 from sqat.errors import SqatError
 from sqat.evaluation.inference import logits_of, on_device, predict
 from sqat.models.loading import build, check_head, load_pretrained, versions
 from sqat.progress import Reporter
 from sqat.recipe.schema import Recipe
-from sqat.recipe.stages import PruneConfig, QatConfig, StageConfig, TrainConfig
+from sqat.recipe.stages import DistillConfig, PruneConfig, QatConfig, StageConfig, TrainConfig
+from sqat.stages.training_batches import make_batches
 from sqat.tasks import Task
 from sqat.tasks.splits import Splits
 from sqat.training.batches import Batches
@@ -37,14 +31,17 @@ from sqat.training.data_parallel import Loss
 from sqat.training.loop import Evaluation, Metrics, TrainResult, fit, resolve_accumulation_steps
 from sqat.training.resume_state import ResumeState
 
+INHERITED = ("layers", "sites", "skipped", "placement", "notes")  # entries of a manifest that children keep
+
 
 @dataclass(frozen=True)
 class StageContext:
-    """One stage's surroundings.
+    """What one stage asks for: a model, batches, training, metrics and a manifest.
 
     Attributes:
-        name: of the stage.
+        folder: of the recipe, which relative paths start from.
         made_from: digests of the parent's and the teacher's manifests.
+        state: of an unfinished training, to resume from.
         teacher: loads the dense ancestor that teaches this stage.
     """
 
@@ -60,10 +57,11 @@ class StageContext:
 
     @property
     def task(self) -> Task:
+        """The task, with the classes and grades of the train rows."""
         return self.splits.task
 
     def load_model(self, parent: Checkpoint | None) -> tuple[nn.Module, Processor]:
-        """Model and processor to begin with: the parent's, or the recipe's model with a fresh head.
+        """Load the parent's model and processor, or the recipe's pretrained model with a new head.
 
         Raises:
             SqatError: the parent holds no torch weights, or its head is not the task's.
@@ -72,48 +70,41 @@ class StageContext:
         if parent is not None:
             place = f"the checkpoint that stage {self.name} starts from"
             if not parent.weights:
-                raise SqatError("it is an export without torch weights", "start from an earlier stage", place)
+                raise SqatError("it is an export without torch weights", "start from an earlier stage", place,
+                                code="not-a-checkpoint")  # fmt: skip
             check_head(parent.files["config.json"], task.outputs, task.config_fields, place)
             return on_device(*build(parent, place))
         head = {"num_labels": task.outputs, **task.config_fields}
-        model, words = load_pretrained(task.architecture, self.recipe.model, self.folder, head, self.recipe.seed)
-        if isinstance(words, TextProcessor) and (end := words.tokenizer.eos_token) == words.tokenizer.pad_token and end:
-            self.reporter.info(f"{self.name}: texts are padded with the end token {end}")
-        return on_device(model, words)
+        model, processor = load_pretrained(task.architecture, self.recipe.model, self.folder, head, self.recipe.seed)
+        if isinstance(processor, TextProcessor):
+            tokenizer = processor.tokenizer
+            if tokenizer.eos_token and tokenizer.eos_token == tokenizer.pad_token:
+                self.reporter.info(f"{self.name}: texts are padded with the end token {tokenizer.eos_token}")
+        return on_device(model, processor)
 
     def training_batches(self, config: TrainConfig, processor: Processor) -> Batches:
-        """Training batches: a function of (seed, epoch)."""
-        if self.splits.stream is not None:
-            return self.streamed(self.splits.stream, config, processor)
-        rows, task, seed = self.splits.prepared("train", processor), self.task, self.recipe.seed
-        lengths = column(rows, "length").tolist()
+        """Training batches, a function of seed and epoch."""
+        groups = learns_from_labels(config)
+        return make_batches(self.splits, processor, config.batch_size, self.accumulation_steps(config), groups)
 
-        def plan(epoch: int) -> list[list[int]]:
-            units = (
-                task.training_groups(rows, seed, epoch) if needs_labels(config) else [[row] for row in range(len(rows))]
-            )
-            return plan_batches(lengths, units, config.batch_size, seed, epoch)
+    def accumulation_steps(self, config: TrainConfig) -> int:
+        """How many batches an optimizer step sums up, over all processes."""
+        return resolve_accumulation_steps(config, self.state)
 
-        def batch(indices: list[int]) -> Batch:
-            found, how = processor.collate(rows, indices), self.recipe.data.augment
-            return found if how is None else augmented(found, how.shift, how.flip)
+    def total_steps(self, config: TrainConfig, batches: Batches) -> int:
+        """How many optimizer steps the stage trains."""
+        return config.total_steps(len(batches.plan(0)), self.accumulation_steps(config))
 
-        return Batches(plan, batch)
-
-    def streamed(self, stream: Stream, config: TrainConfig, processor: Processor) -> Batches:
-        """Training batches that are read as they are needed."""
-        at_once = resolve_accumulation_steps(config, self.state)
-        batches = StreamedBatches(stream, config.batch_size, self.task.encode, at_once)
-
-        def batch(numbers: list[int]) -> Batch:
-            rows = processor.prepare(batches.pick(numbers), self.recipe.model.max_length)
-            return processor.collate(rows, list(range(len(rows))))
-
-        return Batches(batches.plan, batch)
-
-    def total_steps(self, config: TrainConfig, feed: Batches) -> int:
-        """Optimizer steps of a fit, whose batches all processes share."""
-        return config.total_steps(len(feed.plan(0)), resolve_accumulation_steps(config, self.state))
+    @contextmanager
+    def training_loss(self, model: nn.Module, distill: DistillConfig | None) -> Iterator[Loss]:
+        """The task's loss, or the distilled one while the teacher is loaded."""
+        if distill is None:
+            yield task_loss(self.task)
+            return
+        teacher, _ = build(self.teacher())
+        teacher.requires_grad_(False)
+        with distilled_loss(model, teacher, distill, self.task) as loss:
+            yield loss
 
     def fit(
         self,
@@ -124,14 +115,14 @@ class StageContext:
         before_step: Callable[[int], None] | None = None,
         best_from_step: int = 0,
     ) -> TrainResult:
-        """Train ``model`` on the train split with this stage's seed, watcher and mid-stage state."""
-        feed = self.training_batches(config, processor)
+        """Train a model in place on the train split, from the resume state where there is one."""
+        batches = self.training_batches(config, processor)
         return fit(
             model,
             loss,
-            feed,
+            batches,
             config,
-            steps=self.total_steps(config, feed),
+            steps=self.total_steps(config, batches),
             seed=self.recipe.seed,
             title=self.name,
             reporter=self.reporter,
@@ -142,32 +133,31 @@ class StageContext:
         )
 
     def measure(self, model: nn.Module, processor: Processor, split: SplitName) -> Metrics:
-        """The task's metrics of a torch model on a split, as the first process finds them."""
+        """Compute the task's metrics of a model on a split, the same in all processes."""
         rows = self.splits.prepared(split, processor)
-        figures = self.task.metrics(predict(partial(logits_of, model.eval()), rows, processor), rows)
-        found: Metrics = json.loads(broadcast_from_rank0(json.dumps(figures)))
-        return found
+        metrics = self.task.metrics(predict(partial(logits_of, model.eval()), rows, processor), rows)
+        shared: Metrics = json.loads(broadcast_from_rank0(json.dumps(metrics)))
+        return shared
 
     def manifest(
-        self, config: StageConfig, parent: Checkpoint | None, fitted: TrainResult | None = None, **entries: Any
+        self, config: StageConfig, parent: Checkpoint | None, result: TrainResult | None = None, **entries: Any
     ) -> Manifest:
-        """Manifest of this stage's checkpoint; what the parent knows of layers and sites is handed on."""
+        """Make the manifest of the stage's checkpoint; what is not in ``entries`` comes from the parent."""
         known: dict[str, Any] = {
             "base_model": self.recipe.model.label,
             "seed": self.recipe.seed,
             "versions": versions(),
         }
         if parent is not None:
-            handed_on = ("layers", "sites", "skipped", "placement", "notes")
-            known |= {name: getattr(parent.manifest, name) for name in handed_on}
-        if fitted is not None:
-            known |= vars(fitted)
+            known |= {name: getattr(parent.manifest, name) for name in INHERITED}
+        if result is not None:
+            known |= vars(result)
         return Manifest(
             stage=self.name, type=config.type, key=self.key, input_digests=self.made_from, **{**known, **entries}
         )
 
 
-def needs_labels(config: TrainConfig) -> bool:
-    """Whether a stage learns from labels; one that only imitates its teacher takes every row, and each alone."""
+def learns_from_labels(config: TrainConfig) -> bool:
+    """Whether a stage learns from labels; one that only imitates its teacher takes every row, each alone."""
     distill = config.distill if isinstance(config, PruneConfig | QatConfig) else None
     return distill is None or distill.task_weight > 0

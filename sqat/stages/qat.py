@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from sqat.checkpoint.store import Checkpoint, quantized_layers
-from sqat.compress.losses import stage_loss
 from sqat.errors import SqatError
 from sqat.evaluation.evaluate import quantize_as_calibrated
 from sqat.models.loading import serialize_model
@@ -22,14 +21,14 @@ def run(config: QatConfig, parent: Checkpoint | None, context: StageContext) -> 
     learned = config.activation_scales == "learned"
     with (
         quantize_as_calibrated(model, parent, learned) as quantizers,
-        stage_loss(model, config.distill, context.task, context.teacher, context.name) as loss,
+        context.training_loss(model, config.distill) as loss,
     ):
-        fitted = context.fit(model, processor, loss, config)
+        result = context.fit(model, processor, loss, config)
         snap_biases_(model, quantized_layers(parent), quantizers.amax(), quantizers.leaders)
         metrics = {"dev": context.measure(model, processor, "dev")}
     files, weights = serialize_model(model, processor)
     sites = parent.manifest.sites
     if learned:  # the share that calibration clipped does not hold for an amax that moved
         sites = {site: record.model_copy(update={"saturated": None}) for site, record in sites.items()}
-    manifest = context.manifest(config, parent, fitted, metrics=metrics, sites=sites)
+    manifest = context.manifest(config, parent, result, metrics=metrics, sites=sites)
     return Checkpoint(manifest, files, weights, parent.masks, quantizers.amax())

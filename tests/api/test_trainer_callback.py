@@ -13,6 +13,7 @@ from transformers import TrainingArguments as Arguments
 
 import sqat
 from tests.conftest import VOCABULARY, MakeModel
+from tests.errors import raises_code
 
 STEPS = 8
 
@@ -70,7 +71,7 @@ def test_it_prunes_over_the_trainers_steps_and_leaves_plain_weights(make_model: 
     trainer.save_model(str(tmp_path / "saved"))
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
-    with pytest.raises(sqat.SqatError, match="has pruned its model already"):
+    with raises_code("usage"):
         trainer.train()
 
 
@@ -99,7 +100,7 @@ def test_a_checkpoint_without_masks_is_refused(make_model: MakeModel, tmp_path: 
     make_trainer(make_model(), tmp_path, save_strategy="steps", save_steps=4).train()
     model = make_model()
     trainer = make_trainer(model, tmp_path, sqat.SparseCallback(model, recovery_fraction=0.5))
-    with pytest.raises(sqat.SqatError, match="checkpoint of step 4 holds no masks"):
+    with raises_code("damaged-checkpoint"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 

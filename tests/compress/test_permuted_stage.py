@@ -48,7 +48,7 @@ def test_every_criterion_keeps_more_and_says_so(write_recipe: Write, source: Pat
     prune = {**FIT, **STILL, "criterion": criterion, "permute": True}
     found = made(write_recipe, source, criterion, {"prune": prune}, "prune")
     note = found.manifest.notes[0]
-    assert note.startswith("permuted the channels of 4 sites: the layers that read them keep ")
+    assert note.startswith("permuted the channels of 4 groups: the layers that read them keep ")
     assert note.endswith(f" of their {'wanda' if criterion == 'sparsegpt' else criterion} scores")
     old, new = (float(share.rstrip("%")) for share in note.split("keep ")[1].split(" of")[0].split(" -> "))
     assert new > old + 1
@@ -97,7 +97,7 @@ def test_distillation_begins_at_nothing(write_recipe: Write, source: Path) -> No
     path = write_recipe(source, {**TEACHER, "prune": prune}, name="taught", model=model)
     run(load_recipe(path), SilentReporter())
     found = load_checkpoint(path.parent / "runs" / "taught" / "02-prune")
-    assert found.manifest.notes[0].startswith("permuted the channels of 2 sites")
+    assert found.manifest.notes[0].startswith("permuted the channels of 2 groups")
     assert abs(found.manifest.losses["minilm"]) < 1e-6, "what is pruned comes behind them"
 
 
@@ -109,7 +109,7 @@ def test_a_second_stage_leaves_masked_layers_as_they_are(write_recipe: Write, so
     second = made(write_recipe, source, "twice", stages, "second")
     notes = second.manifest.notes
     assert [note.partition(":")[0] for note in notes] == [
-        "permuted the channels of 2 sites", "not permuted", "permuted the channels of 2 sites", "not permuted"
+        "permuted the channels of 2 groups", "not permuted", "permuted the channels of 2 groups", "not permuted"
     ]  # fmt: skip
     assert notes[3].endswith("attention.output.dense: it has a mask already")
     model, _ = build(second)

@@ -19,7 +19,7 @@ from sqat.pipeline.fingerprint import Keys
 from sqat.pipeline.runner import run
 from sqat.progress import SilentReporter
 from sqat.recipe.loader import load_recipe
-from sqat.recipe.stages import PruneConfig
+from sqat.recipe.stages import Layers, PruneConfig
 from sqat.sparsity.masks import count_violations, nm_mask
 from sqat.sparsity.pattern import Pattern, parse_pattern
 
@@ -92,7 +92,7 @@ def test_distilling_without_labels_needs_none_for_gradients(write_recipe: Write,
 
 def test_what_no_gradient_reaches_is_told(write_recipe: Write, source: Path) -> None:
     """MiniLM's loss ends at q, k and v of the last block."""
-    with pytest.raises(SqatError, match=r"taylor cannot judge bert\.encoder\.layer\.1\.attention\.output\.dense"):
+    with pytest.raises(SqatError, match=r"taylor cannot score bert\.encoder\.layer\.1\.attention\.output\.dense"):
         pruned(write_recipe, source, before=TEACHER, criterion="taylor", distill={"task_weight": 0})
 
 
@@ -193,10 +193,10 @@ def test_a_shared_weight_has_one_pattern(make_model: Callable[..., Any]) -> None
     block = model.bert.encoder.layer[0].attention.self
     block.key.weight = block.query.weight
     with pytest.raises(
-        SqatError, match=r"query and bert.*key share one weight, which cannot be 2:4 and 1:4; give both"
+        SqatError, match=r"query and bert.*key share one weight, which cannot be both 2:4 and 1:4; give both"
     ):
-        choose_patterns(model, PruneConfig(patterns={"*.0.*.key": "1:4"}))
-    patterns, left = choose_patterns(model, PruneConfig(patterns={"*.0.*.key": "1:4", "*.0.*.query": "1:4"}))
+        choose_patterns(model, Layers(), "2:4", {"*.0.*.key": "1:4"})
+    patterns, left = choose_patterns(model, Layers(), "2:4", {"*.0.*.key": "1:4", "*.0.*.query": "1:4"})
     assert sum(str(pattern) == "1:4" for pattern in patterns.values()) == 2
     assert set(left) == {"bert.pooler.dense", "classifier"}
 
@@ -204,9 +204,9 @@ def test_a_shared_weight_has_one_pattern(make_model: Callable[..., Any]) -> None
 BAD_PATTERNS = [
     ({"*.attn.*": "1:4"}, r"patterns: '\*\.attn\.\*' matches no layer; the model has bert\.encoder.* in all\)$"),
     ({"*": "1:4", "*.query": "2:8"}, r"patterns: '\*\.query' comes too late: an earlier glob matches each of"),
-    ({"classifier": "1:4"}, r"patterns: 'classifier' matches only layers that are not pruned: "
-                            r"classifier is left alone: outside the encoder blocks \(rule B8\); see layers\.include$"),
-    ({"*": "dense"}, "patterns: every layer is dense, so nothing is pruned; leave a layer to pattern$"),
+    ({"classifier": "1:4"}, r"patterns: 'classifier' matches only layers that are not pruned; "
+                            r"classifier is skipped: outside the encoder blocks \(rule B8\); see layers\.include$"),
+    ({"*": "dense"}, "patterns: every layer is dense, so no layer is pruned; give a layer a pattern N:M$"),
 ]  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 import sqat
 from scripts.benchmarks.beside_modelopt.chain import Made, Phases
 from scripts.benchmarks.beside_modelopt.sets import Trial
-from sqat.compress.losses import distilled_loss
-from sqat.models.attention import hook_last_qkv
+from sqat.compress.distil import distilled_loss
 from sqat.modules.parametrize import layer
 from sqat.quantization.calibrators.maximum import Maximum
 from sqat.quantization.calibrators.percentile import Percentile
@@ -55,12 +54,6 @@ def effective(model: nn.Module, name: str) -> Tensor:
     return weight.detach()
 
 
-@contextmanager
-def loss_of(trial: Trial, model: nn.Module, teacher: nn.Module) -> Iterator[Loss]:
+def loss_of(trial: Trial, model: nn.Module, teacher: nn.Module) -> AbstractContextManager[Loss]:
     """MiniLM relations and logits of the teacher, as stages with ``distill`` have them."""
-    captures = [hook_last_qkv(network) for network in (model, teacher)]
-    try:
-        yield distilled_loss(DistillConfig(output_weight=1.0, task_weight=0.0), trial.task, teacher, captures)
-    finally:
-        for capture in captures:
-            capture.remove()
+    return distilled_loss(model, teacher, DistillConfig(output_weight=1.0, task_weight=0.0), trial.task)

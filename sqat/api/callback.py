@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sqat.api.choices import Inputs
-from sqat.api.pruning import CriterionFn, Masks, ModelLoss, Pruner
+from sqat.api.arguments import Inputs
+from sqat.api.prune import CriterionFn, Masks, ModelLoss, Pruner
 from sqat.errors import SqatError
 from sqat.sparsity.criteria import Criterion
 from sqat.sparsity.schedules import Schedule
@@ -56,25 +56,27 @@ class SparseCallback(TrainerCallback):
             model, UNKNOWN, pattern, criterion, schedule, recovery_fraction,
             batches=batches, loss=loss, include=include, exclude=exclude,
         )  # fmt: skip
-        self.over = False
+        self.finished = False
 
     @property
     def masks(self) -> Masks:
-        """The masks as they are now."""
+        """Copies of the current masks."""
         return self.pruner.masks
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Spread the masks over the Trainer's steps."""
-        if self.over:
-            raise SqatError("this SparseCallback has pruned its model already", "make another one for another train()")
+        if self.finished:
+            raise SqatError("this SparseCallback has already pruned its model", "make another one for another train()",
+                            code="usage")  # fmt: skip
         self.pruner.plan(state.max_steps)
-        self.pruner.taken = state.global_step
+        self.pruner.steps_taken = state.global_step
         masks = self.pruner.masks.kept.values()
-        if state.global_step > min(self.pruner.moments) and all(bool(mask.all()) for mask in masks):
-            raise SqatError(f"the checkpoint of step {state.global_step} holds no masks",
-                            "it was written without SparseCallback: load it as a model, and train anew")  # fmt: skip
+        if state.global_step > min(self.pruner.schedule.mask_steps) and all(bool(mask.all()) for mask in masks):
+            raise SqatError(f"the checkpoint of step {state.global_step} holds no masks: it was written without "
+                            "SparseCallback", "load it as a model, and train from the start",
+                            code="damaged-checkpoint")  # fmt: skip
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -86,10 +88,10 @@ class SparseCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Give the model its plain weights back."""
-        last = max(self.pruner.moments)
+        last = max(self.pruner.schedule.mask_steps)
         if not self.pruner.done:
-            early = f"training stopped, or the best checkpoint was written, before the last masks of step {last}"
-            warnings.warn(f"{early}: they are set now, and nothing was trained after them", stacklevel=2)
+            reason = f"training stopped, or the best checkpoint was written, before the last masks of step {last}"
+            warnings.warn(f"{reason}: they are set now, and nothing was trained after them", stacklevel=2)
             self.pruner.step(last)
         self.pruner.finish()
-        self.over = True
+        self.finished = True

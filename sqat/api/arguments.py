@@ -1,4 +1,4 @@
-"""What the functions of `sqat.api` are given: names, batches, models; and what is said of those that do not fit."""
+"""Check the arguments of `sqat.api`: names, globs, batches, models, masks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from sqat.errors import SqatError
 from sqat.models.layer_selection import weighted_layers
 from sqat.modules.activation_quantizers import QUANTIZERS
 from sqat.recipe.cross_checks import suggest
+from sqat.recipe.stages import Layers
 
 Inputs = Mapping[str, Tensor]
 
@@ -40,25 +41,32 @@ def choose_part(what: str, given: Any, parts: Sequence[type[Any]], base: type[An
     return given
 
 
+def select_layers(include: Sequence[str] | None, exclude: Sequence[str]) -> Layers:
+    """Globs over layer names, as a recipe has them."""
+    return Layers(include=None if include is None else tuple(include), exclude=tuple(exclude))
+
+
 def model_inputs(batch: Inputs, device: torch.device, labels: bool = False) -> dict[str, Tensor]:
-    """A batch on the model's device, mostly without its labels."""
+    """Copy a batch to the model's device, without its labels unless they are asked for."""
     return {name: value.to(device) for name, value in batch.items() if labels or name != "labels"}
 
 
-def check_plain(model: nn.Module) -> None:
-    """Refuse a model whose weights are parametrized or whose activations are quantized."""
+def check_unchanged(model: nn.Module) -> None:
+    """Raise for a model that has masks or quantizers."""
     changed = next((name for name, module in model.named_modules() if parametrize.is_parametrized(module)), None)
     if changed is not None or hasattr(model, QUANTIZERS):  # an attribute only while quantized
         raise SqatError(f"the model already has masks or quantizers{f', at {changed}' if changed else ''}",
-                        "leave the with block, or call finish(), before")  # fmt: skip
+                        "leave the with block, or call finish(), before", code="usage")  # fmt: skip
 
 
 def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Refuse masks of other layers or shapes than the model's."""
+    """Raise for masks of other layers or shapes than the model's."""
     layers = weighted_layers(model)
     for name, mask in masks.items():
         if name not in layers:
-            raise SqatError(f"the masks name {name}, which is no layer of this model", suggest(name, list(layers)[:5]))
+            raise SqatError(f"the masks name {name}, which is no layer of this model", suggest(name, list(layers)[:5]),
+                            code="model-mismatch")  # fmt: skip
         if layers[name].weight.shape != mask.shape or mask.dtype != torch.bool:
-            raise SqatError(f"the mask of {name} is {mask.dtype} {tuple(mask.shape)}, and its weight "
-                            f"{tuple(layers[name].weight.shape)}", "give the masks of this model")  # fmt: skip
+            raise SqatError(f"the mask of {name} is {mask.dtype} {tuple(mask.shape)}, but its weight is "
+                            f"{tuple(layers[name].weight.shape)}", "give the masks of this model",
+                            code="model-mismatch")  # fmt: skip

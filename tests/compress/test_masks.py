@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sqat.compress.masking import Masking, shared_weights, with_decay
-from sqat.compress.statistics import gather
+from sqat.compress.masks import MaskSchedule, add_decay, weight_owners
+from sqat.compress.statistics import collect_statistics, first_batches
 from sqat.data.dataset import Batch
-from sqat.errors import SqatError
-from sqat.modules.parametrize import insert_weights_, layer, original_weight, remove_weights_
+from sqat.modules.parametrize import layer, original_weight
 from sqat.recipe.stages import PruneConfig
 from sqat.sparsity.masks import count_violations, nm_mask
 from sqat.sparsity.pattern import Pattern
 from sqat.training.batches import Batches
+from tests.errors import raises_code
 
 PATTERN = Pattern(2, 4)
 ALIKE = {"kernel": "kernel", "first": "first", "second": "second"}
@@ -51,31 +50,34 @@ def collate(rows: list[int]) -> Batch:
     return Batch({"pixel_values": images[rows]}, torch.zeros(len(rows)), torch.zeros(len(rows)))
 
 
-FEED = Batches(lambda epoch: [list(range(start, start + 16)) for start in range(0, 64, 16)], collate)
+BATCHES = Batches(lambda epoch: [list(range(start, start + 16)) for start in range(0, 64, 16)], collate)
 
 
-def make_masking(net: nn.Module, **config: Any) -> Masking:
-    masks = {name: torch.ones_like(layer(net, name).weight, dtype=torch.bool) for name in ALIKE}
+def make_masks(net: nn.Module, collected: Mapping[str, Tensor] | None = None, **config: Any) -> MaskSchedule:
     prune = PruneConfig.model_validate(config)
-    transforms = insert_weights_(net, masks, ())
-    gathered = partial(gather, prune.criterion, net, loss=loss, feed=FEED, seed=0)
-    return Masking(net, transforms, dict.fromkeys(ALIKE, PATTERN), prune, {0: 0, 3: 1}, gathered)
+
+    def collect(owners: Mapping[str, str]) -> Mapping[str, Tensor]:
+        batches = first_batches(BATCHES, prune.criterion.samples, 0)
+        return collected or collect_statistics(prune.criterion, net, owners, loss, batches)
+
+    return MaskSchedule(net, dict.fromkeys(ALIKE, PATTERN), prune.criterion, prune.schedule, {0: 0, 3: 1}, collect)
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "taylor", "sparsegpt"])
 def test_convolutions_and_shared_weights_reach_the_pattern(criterion: str) -> None:
     net = Net()
-    masking = make_masking(net, criterion=criterion, schedule="per-group")
-    assert shared_weights(net, masking.transforms) == {**ALIKE, "second": "first"}
+    masks = make_masks(net, criterion=criterion, schedule="per-group")
+    assert weight_owners(net, ALIKE) == {**ALIKE, "second": "first"}
     for step, zeros in enumerate((0.25, 0.25, 0.25, 0.5)):
         before = {name: original_weight(layer(net, name)).detach().clone() for name in ALIKE}
-        masking.before_step(step)
+        masks.before_step(step)
         corrected = [name for name in ALIKE if not torch.equal(original_weight(layer(net, name)), before[name])]
         assert corrected == (list(ALIKE) if criterion == "sparsegpt" and step in (0, 3) else [])
-        assert all(float((~transform.mask).float().mean()) == zeros for transform in masking.transforms.values())
-    masks = remove_weights_(net, masking.transforms)
+        assert all(float((~transform.mask).float().mean()) == zeros for transform in masks.transforms.values())
+    assert masks.is_finished
+    final = masks.remove()
     assert all(count_violations(layer(net, name).weight, PATTERN) == 0 for name in ALIKE)
-    assert torch.equal(masks["first"], masks["second"])
+    assert torch.equal(final["first"], final["second"])
 
 
 def test_sparsegpt_keeps_outputs_nearer_than_magnitude_or_wanda() -> None:
@@ -84,29 +86,28 @@ def test_sparsegpt_keeps_outputs_nearer_than_magnitude_or_wanda() -> None:
         net, batch = Net(), collate(list(range(64)))
         with torch.no_grad():
             wanted = net.kernel(batch.inputs["pixel_values"])
-            masking = make_masking(net, criterion=criterion, schedule={"name": "per-group", "num_masks": 1})
-            masking.before_step(0)
+            masks = make_masks(net, criterion=criterion, schedule={"name": "per-group", "num_masks": 1})
+            masks.before_step(0)
             errors[criterion] = float((net.kernel(batch.inputs["pixel_values"]) - wanted).norm())
     assert errors["sparsegpt"] < 0.95 * min(errors["wanda"], errors["magnitude"])
 
 
 def test_what_the_maths_refuses_is_told_with_the_layer() -> None:
-    masking = make_masking(Net(), criterion={"name": "sparsegpt", "damping": 1e-30}, schedule="per-group")
-    gathered: Mapping[str, Tensor] = {"kernel": torch.ones(72, 72), "first": torch.ones(16, 16)}
-    broken = Masking(**{**vars(masking), "gather": lambda leaders: gathered})
-    with pytest.raises(SqatError, match=r"^kernel cannot be pruned by sparsegpt: X'X of 72 inputs has no inverse with"):
-        broken.before_step(0)
+    statistics: Mapping[str, Tensor] = {"kernel": torch.ones(72, 72), "first": torch.ones(16, 16)}
+    masks = make_masks(Net(), statistics, criterion={"name": "sparsegpt", "damping": 1e-30}, schedule="per-group")
+    with raises_code("unsupported-model", "cannot prune kernel: X'X of 72 inputs has no inverse"):
+        masks.before_step(0)
 
 
 def test_sr_ste_decays_a_shared_weight_once() -> None:
     net = Net()
-    masking = make_masking(net, schedule={"name": "sr-ste", "decay": 0.5})
-    masking.before_step(0)
-    part = with_decay(loss, masking)(net, collate([0]))["decay"]
+    masks = make_masks(net, schedule={"name": "sr-ste", "decay": 0.5})
+    masks.before_step(0)
+    part = add_decay(loss, masks)(net, collate([0]))["decay"]
     part.backward()
     for name in ("kernel", "first"):
         weight = original_weight(layer(net, name))
         mask = nm_mask(weight.detach().abs(), PATTERN)
         torch.testing.assert_close(weight.grad, 0.5 * weight.detach() * ~mask)
-    assert with_decay(loss, make_masking(Net(), schedule="per-group")) is loss
-    assert with_decay(loss, make_masking(Net(), schedule={"name": "sr-ste", "decay": 0})) is loss
+    assert add_decay(loss, make_masks(Net(), schedule="per-group")) is loss
+    assert add_decay(loss, make_masks(Net(), schedule={"name": "sr-ste", "decay": 0})) is loss

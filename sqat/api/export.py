@@ -1,0 +1,133 @@
+"""Export a trained model as an ONNX file, check the file by the rules of its target, and run it once."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from sqat.api.arguments import Inputs, check_masks, check_unchanged, model_inputs
+from sqat.api.prune import Masks
+from sqat.api.quantize import Scales, check_scales, quantized
+from sqat.data.dataset import Batch
+from sqat.errors import SqatError
+from sqat.evaluation.artifacts import open_artifact
+from sqat.export.folding import fold_attention_scale
+from sqat.export.graph import export_float
+from sqat.export.onnx_files import on_disk, write_onnx
+from sqat.export.qdq import Quantization, insert_qdq
+from sqat.lint.apply_rules import verify
+from sqat.models.attention import use_eager
+from sqat.modules.parametrize import layer
+from sqat.quantization.fake_quant import quantize_weight
+from sqat.recipe.cross_checks import suggest
+from sqat.recipe.stages import FLOAT_OUTPUTS
+from sqat.runtime.sessions import parity
+
+Target = Literal["onnx-fp32", "onnx-int8", "tensorrt"]
+
+
+def export_onnx(
+    model: nn.Module,
+    path: Path | str,
+    inputs: Inputs,
+    masks: Masks | None = None,
+    scales: Scales | None = None,
+    target: Target | None = None,
+) -> float:
+    """Write a model as ONNX, with dynamic batch and sequence, and compare it with torch; the model stays as it is.
+
+    Args:
+        path: of the file; weights over 2 GB go beside it.
+        inputs: a batch, for the names of the inputs and to compare with; ``labels`` are ignored.
+        masks: of `prune`; the pruned weights must be 0.
+        scales: of `calibrate`; None for a float graph.
+        target: ``onnx-fp32``, ``onnx-int8`` or ``tensorrt``, whose rules the file must keep; default: by ``scales``.
+
+    Returns:
+        The largest difference between logits of the file, in ONNX Runtime, and of the (fake-quantized) torch model.
+        A few int8 steps are rounding; an export stage of a recipe decides on real rows whether they matter.
+
+    Raises:
+        SqatError: pruned weights that are not 0, scales of another model or that the target cannot take, or a model
+            that still has masks or quantizers.
+        GateError: the graph breaks a rule of its target; nothing is written.
+    """
+    check_unchanged(model)
+    target = choose_target(target, scales)
+    copy = deepcopy(model).cpu().eval()
+    use_eager(copy)
+    if masks is not None:
+        check_masks(copy, masks.kept)
+        check_zeros(copy, masks)
+    example = model_inputs(inputs, torch.device("cpu"))
+    if scales is not None:
+        check_scales(copy, scales)
+    graph = export_float(copy, example)
+    if scales is not None:
+        graph = insert_qdq(graph, quantize_for_onnx(copy, scales))
+    if target == "tensorrt":
+        graph = fold_attention_scale(graph)
+    patterns = {} if masks is None else dict(masks.patterns)
+    with on_disk(graph) as scratch:  # before anything is in the user's folder
+        verify(graph, patterns, target, scratch)
+    write_onnx(graph, Path(path))
+    return logit_difference(Path(path), copy, example, scales)
+
+
+def choose_target(target: Target | None, scales: Scales | None) -> Target:
+    """Return the target that is asked for, or the one that the scales are for."""
+    if target is None:
+        return "onnx-fp32" if scales is None else "onnx-int8" if scales.placement in FLOAT_OUTPUTS else "tensorrt"
+    if target not in TARGETS:
+        raise SqatError(f"there is no target {target!r}", suggest(str(target), TARGETS), code="unknown-name")
+    if (scales is None) != (target == "onnx-fp32"):
+        raise SqatError(f"target {target} {'needs' if scales is None else 'takes no'} scales", "see sqat.calibrate",
+                        code="usage")  # fmt: skip
+    if target == "tensorrt" and scales is not None and scales.placement in FLOAT_OUTPUTS:
+        raise SqatError("target tensorrt needs scales of the outputs of linears, which placement "
+                        f"{scales.placement} does not have", "calibrate with placement='tensorrt'",
+                        code="usage")  # fmt: skip
+    return target
+
+
+def check_zeros(model: nn.Module, masks: Masks) -> None:
+    """Raise unless pruned weights are 0, as they are where the masks held during training."""
+    for name, mask in masks.kept.items():
+        if grown := int((layer(model, name).weight[~mask.cpu()] != 0).sum()):
+            raise SqatError(f"{grown} pruned weights of {name} are not 0", "train inside sqat.masked or sqat.quantized",
+                            code="model-mismatch")  # fmt: skip
+
+
+def quantize_for_onnx(model: nn.Module, scales: Scales) -> Quantization:
+    """Int8 weights, and the amax of every site that ONNX operators have."""
+    weights = {name: quantize_weight(layer(model, name).weight.detach()) for name in scales.layers}
+    shared_with = drop_kernel_sites(scales).shared_with
+    return Quantization(weights, {site: float(scales.amax[owner]) for site, owner in shared_with.items()})
+
+
+def drop_kernel_sites(scales: Scales) -> Scales:
+    """Scales of placement ``linear``: without sites that only the kernels of target cpu-sparse quantize."""
+    if scales.placement != "cpu":
+        return scales
+    shared_with = {site: owner for site, owner in scales.shared_with.items() if site.endswith(":input")}
+    amax = {owner: scales.amax[owner] for owner in shared_with.values()}
+    return replace(scales, shared_with=shared_with, amax=amax, placement="linear")
+
+
+def logit_difference(path: Path, model: nn.Module, example: Inputs, scales: Scales | None) -> float:
+    """The largest difference between the logits of a file and of its torch model."""
+    unused = torch.empty(0)
+    found = open_artifact(path, "cpu")(Batch(dict(example), unused, unused))
+    fake_quantized = nullcontext() if scales is None else quantized(model, None, drop_kernel_sites(scales))
+    with torch.no_grad(), fake_quantized:
+        expected = model(**example).logits
+    return parity(expected.numpy(), found.numpy())
+
+
+TARGETS: tuple[Target, ...] = ("onnx-fp32", "onnx-int8", "tensorrt")

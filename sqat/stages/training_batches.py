@@ -1,0 +1,47 @@
+"""Make the training batches of a stage from the rows of its recipe."""
+
+from __future__ import annotations
+
+from sqat.data.dataset import Batch, Processor, column, plan_batches
+from sqat.data.pixels import augmented
+from sqat.data.streaming import Stream, StreamedBatches
+from sqat.tasks.splits import Splits
+from sqat.training.batches import Batches
+
+
+def make_batches(
+    splits: Splits, processor: Processor, batch_size: int, accumulation_steps: int, by_label: bool
+) -> Batches:
+    """Make training batches, a function of seed and epoch.
+
+    Args:
+        accumulation_steps: batches that an optimizer step sums up; a stream reads as many at once.
+        by_label: take the task's training groups; else every row, each alone. A stream takes its rows in its order.
+    """
+    if splits.stream is not None:
+        return stream_batches(splits, splits.stream, processor, batch_size, accumulation_steps)
+    rows, task, recipe = splits.prepared("train", processor), splits.task, splits.recipe
+    lengths, augment = column(rows, "length").tolist(), recipe.data.augment
+
+    def plan(epoch: int) -> list[list[int]]:
+        groups = task.training_groups(rows, recipe.seed, epoch) if by_label else [[row] for row in range(len(rows))]
+        return plan_batches(lengths, groups, batch_size, recipe.seed, epoch)
+
+    def collate(indices: list[int]) -> Batch:
+        batch = processor.collate(rows, indices)
+        return batch if augment is None else augmented(batch, augment.shift, augment.flip)
+
+    return Batches(plan, collate)
+
+
+def stream_batches(
+    splits: Splits, stream: Stream, processor: Processor, batch_size: int, accumulation_steps: int
+) -> Batches:
+    """Make training batches of a stream, read when they are needed."""
+    streamed = StreamedBatches(stream, batch_size, splits.task.encode, accumulation_steps)
+
+    def collate(numbers: list[int]) -> Batch:
+        rows = processor.prepare(streamed.pick(numbers), splits.recipe.model.max_length)
+        return processor.collate(rows, list(range(len(rows))))
+
+    return Batches(streamed.plan, collate)
