@@ -34,7 +34,7 @@ from sqat.data.shards import shard_paths
 from sqat.data.text_files import Placed, listed, read_rows
 from sqat.errors import SqatError
 from sqat.recipe.inputs import Columns, SplitConfig
-from sqat.recipe.tasks import ClassificationTask, RelevanceTask, RetrievalTask, Task
+from sqat.recipe.tasks import ClassificationTask, RelevanceTask, RetrievalTask, TaskSettings
 
 Rows: TypeAlias = datasets.Dataset
 SplitName = Literal["train", "dev", "test"]
@@ -44,7 +44,7 @@ WINDOW = 50  # batches that are sorted by length together
 NO_CACHE = "sqat"  # the name of nothing: without one, datasets would hash all rows for its cache on disk
 
 
-def load_rows(split: SplitConfig, name: SplitName, columns: Columns, task: Task, folder: Path) -> Rows:
+def load_rows(split: SplitConfig, name: SplitName, columns: Columns, task: TaskSettings, folder: Path) -> Rows:
     """Read and check one split.
 
     Args:
@@ -90,7 +90,7 @@ def _to_table(records: Iterator[Record]) -> pa.Table:
     return table if bool((groups[1:] >= groups[:-1]).all()) else table.take(np.argsort(groups, kind="stable"))
 
 
-def _check_labels(rows: Rows, name: SplitName, task: Task, shown: str) -> None:
+def _check_labels(rows: Rows, name: SplitName, task: TaskSettings, shown: str) -> None:
     """Refuse a split that nothing can be learned from (train) or measured on (dev, test)."""
     if task.name == "text-to-image":
         return

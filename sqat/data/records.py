@@ -18,7 +18,7 @@ from sqat.data.image_files import picture_of, same_size
 from sqat.data.text_files import Placed, Row, kind, listed
 from sqat.errors import SqatError
 from sqat.recipe.inputs import Columns
-from sqat.recipe.tasks import RelevanceTask, RetrievalTask, Task
+from sqat.recipe.tasks import RelevanceTask, RetrievalTask, TaskSettings
 
 Record = dict[str, Any]
 
@@ -27,7 +27,7 @@ QUERY, LOOSE = -1.0, -2.0  # labels of a retrieval row that is no passage of a q
 
 
 def records_of(
-    source: Iterator[Placed], columns: Columns, task: Task, limit: int | None, folder: Path | None = None
+    source: Iterator[Placed], columns: Columns, task: TaskSettings, limit: int | None, folder: Path | None = None
 ) -> Iterator[Record]:
     """Yield the records of a split's rows, at most ``limit`` (queries, for relevance).
 
@@ -48,7 +48,7 @@ def records_of(
     return islice(_texts(source, columns, task), limit)
 
 
-def _texts(source: Iterator[Placed], columns: Columns, task: Task) -> Iterator[Record]:
+def _texts(source: Iterator[Placed], columns: Columns, task: TaskSettings) -> Iterator[Record]:
     label_of = LABELS[task.name]
     for place, row in source:
         record: Record = {"text": text_of(row, columns.text, "text", place)}

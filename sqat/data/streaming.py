@@ -27,7 +27,7 @@ from sqat.data.shards import ROWS, Pieces, Shard, cut, local_shards
 from sqat.data.text_files import Placed
 from sqat.errors import SqatError
 from sqat.recipe.inputs import Columns, SplitConfig
-from sqat.recipe.tasks import Task
+from sqat.recipe.tasks import TaskSettings
 
 ORDER = 2  # of an epoch's pieces: other numbers than plan_batches and the tasks draw
 
@@ -79,7 +79,7 @@ class Stream:
             skip = 0
 
 
-def open_stream(split: SplitConfig, columns: Columns, task: Task, folder: Path, seed: int) -> Stream:
+def open_stream(split: SplitConfig, columns: Columns, task: TaskSettings, folder: Path, seed: int) -> Stream:
     """Find the shards and pieces of a train split; of large files little more than their metadata is read.
 
     Args:

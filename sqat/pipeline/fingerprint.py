@@ -20,6 +20,7 @@ from sqat.errors import SqatError
 from sqat.models.sources import source_digest
 from sqat.recipe.schema import LoadedRecipe
 from sqat.recipe.stages import StageConfig
+from sqat.recipe.tasks import TASKS
 
 # Entries of a section that change how a stage runs, not what comes out of it.
 UNKEYED = {"parent", "save_every", "gates", "retry"}
@@ -31,9 +32,6 @@ def known_manifest(directory: Path) -> Manifest | None:
         return load_manifest(directory)
     except SqatError:
         return None
-
-
-PICTURES = ("image-classification", "text-to-image")
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Keys:
     def common(self) -> dict[str, object]:
         """What every stage depends on."""
         recipe, folder = self.loaded.recipe, self.loaded.path.parent
-        images = recipe.data.columns.image if recipe.task.name in PICTURES else None
+        images = recipe.data.columns.image if "image" in TASKS[recipe.task.name].columns else None
         return {
             "format": FORMAT,
             "sqat": sqat.__version__,

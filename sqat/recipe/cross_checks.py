@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 from sqat.errors import SqatError
+from sqat.recipe.inputs import Columns
 from sqat.recipe.schema import Recipe
 from sqat.recipe.stages import (
     CalibrateConfig,
@@ -22,7 +23,7 @@ from sqat.recipe.stages import (
     TrainConfig,
 )
 from sqat.recipe.targets import TARGETS, unmet_need
-from sqat.recipe.tasks import ClassificationTask, RelevanceTask, RetrievalTask
+from sqat.recipe.tasks import TASKS
 from sqat.sparsity.pattern import parse_pattern
 from sqat.sparsity.schedules import Schedule
 
@@ -141,9 +142,7 @@ def _targets(recipe: Recipe, name: str, stage: ExportConfig, line: list[str]) ->
 def _gates(recipe: Recipe, name: str) -> Iterator[Problem]:
     """Metrics are the task's where more is better, and what a gate compares with has run before."""
     task, before = recipe.task, list(recipe.stages)[: list(recipe.stages).index(name)]
-    metrics = list(get_args(type(task).model_fields["metric"].annotation))
-    if isinstance(task, RelevanceTask) and task.loss == "pairwise":
-        metrics.remove("pair-accuracy")
+    metrics = task.metric_names()
     for metric, gate in recipe.stages[name].gates.items():
         path = ("stages", name, "gates", metric)
         if metric not in metrics:
@@ -224,9 +223,7 @@ def _results(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _batches(recipe: Recipe) -> Iterator[Problem]:
-    if not isinstance(recipe.task, RetrievalTask):
-        return
-    texts = 2 + recipe.task.negatives
+    texts = recipe.task.rows_per_group()
     for name, stage in recipe.stages.items():
         if isinstance(stage, TrainConfig) and stage.batch_size < texts:
             text = f"a query, its positive and its negatives are {texts} texts, and stage {name!r} has batches of "
@@ -235,17 +232,14 @@ def _batches(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _pictures(recipe: Recipe) -> Iterator[Problem]:
-    task, model = recipe.task.name, recipe.model
-    if model.config is not None and task not in ("image-classification", "text-to-image"):
+    task, spec, model = recipe.task.name, TASKS[recipe.task.name], recipe.model
+    if model.config is not None and not spec.starts_from_config:
         text = f"the task {task} starts from pretrained weights and a tokenizer, which model.config has not"
         yield Problem(("model", "config"), text, "give model.source")
-    if model.text_encoder is not None and task != "text-to-image":
+    if model.text_encoder is not None and not spec.reads_captions:
         yield Problem(("model", "text_encoder"), f"the task {task} has no captions", "leave it out")
-    if recipe.data.augment is not None and task != "image-classification":
+    if recipe.data.augment is not None and not spec.augments:
         yield Problem(("data", "augment"), f"the task {task} does not vary images", "leave it out")
-
-
-STREAMED = ("classification", "regression", "query-performance")  # tasks whose rows are texts, each by itself
 
 
 def _streams(recipe: Recipe) -> Iterator[Problem]:
@@ -256,11 +250,11 @@ def _streams(recipe: Recipe) -> Iterator[Problem]:
     train, path = recipe.data.train, ("data", "train", "streaming")
     if not train.streaming:
         return
-    if recipe.task.name not in STREAMED:
+    if not TASKS[recipe.task.name].streamable:
         text = f"the rows of the task {recipe.task.name} do not each stand alone as a text"
-        yield Problem(path, text, f"streamed are {', '.join(STREAMED)}")
-    if isinstance(recipe.task, ClassificationTask) and recipe.task.labels is None:
-        yield Problem(path, "the classes of a streamed split are not known beforehand", "give task.labels")
+        yield Problem(path, text, f"streamed are {', '.join(name for name, spec in TASKS.items() if spec.streamable)}")
+    if problem := recipe.task.streaming_problem():
+        yield Problem(path, *problem)
     for name, stage in recipe.stages.items():
         if isinstance(stage, CalibrateConfig) and stage.split == "train" and stage.samples > train.buffer:
             text = f"stage {name!r} observes {stage.samples} rows, but the buffer of the streamed train split has "
@@ -268,18 +262,8 @@ def _streams(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _columns(recipe: Recipe) -> Iterator[Problem]:
-    ranking = isinstance(recipe.task, RelevanceTask | RetrievalTask)
-    foreign: tuple[str, ...] = ("text", "text_pair") if ranking else ("query", "passage", "group", "candidates")
-    if pictures := recipe.task.name == "image-classification":
-        foreign = ("text", "text_pair", *foreign)
-    for key in foreign:
-        if key in recipe.data.columns.model_fields_set:
+    columns = TASKS[recipe.task.name].columns
+    for key in Columns.model_fields:
+        if key in recipe.data.columns.model_fields_set and key not in columns:
             text = f"the column {key!r} means nothing to the task {recipe.task.name}"
-            hint = (
-                "its columns are query, passage, label, group, candidates"
-                if ranking
-                else "its columns are image, label"
-                if pictures
-                else "its columns are text, text_pair, label"
-            )
-            yield Problem(("data", "columns", key), text, hint)
+            yield Problem(("data", "columns", key), text, f"its columns are {', '.join(columns)}")

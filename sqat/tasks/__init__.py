@@ -12,7 +12,15 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from sqat.data.dataset import Batch, Rows
-from sqat.recipe import tasks as recipe
+from sqat.recipe.tasks import (
+    ClassificationTask,
+    QueryPerformanceTask,
+    RegressionTask,
+    RelevanceTask,
+    RetrievalTask,
+    TaskSettings,
+    TextToImageTask,
+)
 from sqat.tasks.classification import Classification
 from sqat.tasks.performance import QueryPerformance
 from sqat.tasks.regression import Regression
@@ -65,20 +73,21 @@ class Task(Protocol):
         """Whether two forms of one model lead to the same decision: a bool for each thing a user decides on."""
 
 
-def build_task(config: recipe.Task, train_rows: Rows) -> Task:
+def build_task(settings: TaskSettings, train_rows: Rows) -> Task:
     """Make the task of a recipe; classes and the highest grade come from the train rows.
 
     Raises:
         SqatError: the labels of the recipe and of the rows do not fit.
     """
-    if isinstance(config, recipe.ClassificationTask):
-        return Classification.of(config, train_rows)
-    if isinstance(config, recipe.RegressionTask):
-        return Regression(metric=config.metric)
-    if isinstance(config, recipe.QueryPerformanceTask):
-        return QueryPerformance(config.loss, config.metric)
-    if isinstance(config, recipe.RetrievalTask):
-        return Retrieval.of(config)
-    if isinstance(config, recipe.TextToImageTask):
-        return TextToImage(config.metric)
-    return Relevance.of(config, train_rows)
+    if isinstance(settings, ClassificationTask):
+        return Classification.of(settings, train_rows)
+    if isinstance(settings, RegressionTask):
+        return Regression(metric=settings.metric)
+    if isinstance(settings, QueryPerformanceTask):
+        return QueryPerformance(settings.loss, settings.metric)
+    if isinstance(settings, RetrievalTask):
+        return Retrieval.of(settings)
+    if isinstance(settings, TextToImageTask):
+        return TextToImage(settings.metric)
+    assert isinstance(settings, RelevanceTask)
+    return Relevance.of(settings, train_rows)

@@ -26,7 +26,7 @@ from sqat.data import dataset as data
 from sqat.data import text_files as readers
 from sqat.errors import SqatError
 from sqat.recipe.inputs import Columns, SplitConfig
-from sqat.recipe.tasks import ClassificationTask, RegressionTask, RelevanceTask, Task
+from sqat.recipe.tasks import ClassificationTask, RegressionTask, RelevanceTask, TaskSettings
 
 NESTED = Columns(candidates="candidates", group="qid")
 FLAT = Columns(passage="passage", group="qid")
@@ -38,7 +38,7 @@ def jsonl(*rows: object) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def read(path: Path, columns: Columns, task: Task, name: data.SplitName = "train", **more: Any) -> data.Rows:
+def read(path: Path, columns: Columns, task: TaskSettings, name: data.SplitName = "train", **more: Any) -> data.Rows:
     return data.load_rows(SplitConfig(path=path.name, **more), name, columns, task, path.parent)
 
 
@@ -172,7 +172,7 @@ TRAIN = "train needs at least two; is data.columns.label right, is limit too low
 QUERIES = "are data.columns.group and label right, is limit too low?"
 LABEL = "is data.columns.label right, is limit too low?"
 NO_LIST = "for one passage a row leave data.columns.candidates out"
-Bad = tuple[str, bytes, Columns, Task, str]
+Bad = tuple[str, bytes, Columns, TaskSettings, str]
 
 
 def one(text: Any, label: Any) -> bytes:
@@ -223,7 +223,7 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
     ("a.jsonl.gz", jsonl(GOOD), "a.jsonl.gz:1: not a gzip file: ..."),
     ("a.parquet", jsonl(GOOD), "a.parquet: not a Parquet file: ..."),
 ]
-BAD_ROWS: list[tuple[bytes, Columns, Task, str]] = [
+BAD_ROWS: list[tuple[bytes, Columns, TaskSettings, str]] = [
     (
         jsonl(GOOD, {"txt": "x", "label": 1}),
         Columns(),
@@ -330,7 +330,7 @@ BAD += [("a.jsonl", *bad) for bad in BAD_ROWS]
     ("name", "content", "columns", "task", "line"), BAD, ids=[f"{i}-{bad[0]}" for i, bad in enumerate(BAD)]
 )
 def test_every_mistake_is_told_with_its_place(
-    tmp_path: Path, name: str, content: bytes, columns: Columns, task: Task, line: str
+    tmp_path: Path, name: str, content: bytes, columns: Columns, task: TaskSettings, line: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SqatError) as caught:
