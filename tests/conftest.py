@@ -99,7 +99,7 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     own = tmp_path_factory.getbasetemp()
     share((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "traces")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sqat.export.targets.export_float", traced)
+        patch.setattr("sqat.export.source.export_float", traced)
         patch.setattr("sqat.api.export.export_float", traced)
         yield
 

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sqat.export.qdq import Quantization
+from sqat.export.quantized_model import QuantizedModel
 from tests.traces import traced
 
 VOCABULARY = 90
@@ -165,10 +165,10 @@ class Family:
         inputs = {"input_ids": ids * mask, "attention_mask": mask}
         return inputs | ({"token_type_ids": (ids % 2) * mask} if self.name in TYPED else {})
 
-    def quantization(self, *roles: str) -> Quantization:
+    def quantization(self, *roles: str) -> QuantizedModel:
         """Int8 weights and linear inputs, and the sites of the roles given (``add`` stands for all residuals)."""
         wanted = ("input", *roles)
-        return Quantization(
+        return QuantizedModel(
             self.weights, {site: a for site, a in self.amax.items() if site.rpartition(":")[2].startswith(wanted)}
         )
 
@@ -181,7 +181,7 @@ class Family:
         sites.amax, sites.observing = amax, False
         return sites
 
-    def reference(self, quantization: Quantization, inputs: dict[str, Tensor], noise: float = 0.0) -> Tensor:
+    def reference(self, quantization: QuantizedModel, inputs: dict[str, Tensor], noise: float = 0.0) -> Tensor:
         """Logits of the torch model in which exactly these sites and weights are fake-quantized.
 
         ``noise`` is a relative error put on every site, to see what float rounding alone can do.

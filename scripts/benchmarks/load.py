@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from scripts.benchmarks.runtime import random_feeds, size_of
 from sqat import runtime
-from sqat.checkpoint.small_files import replace_file
+from sqat.checkpoint.atomic_write import replace_file
 from sqat.errors import SqatError
 
 Array = NDArray[Any]

@@ -33,7 +33,7 @@ import numpy as np
 
 from sqat import runtime
 from sqat.bench.candidates import openvino_core
-from sqat.checkpoint.small_files import replace_file
+from sqat.checkpoint.atomic_write import replace_file
 from sqat.errors import SqatError
 
 Run = Callable[[dict[str, Any]], object]

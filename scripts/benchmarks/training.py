@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from sqat.bench.intervals import Interval, median_interval
-from sqat.checkpoint.small_files import replace_file
+from sqat.checkpoint.atomic_write import replace_file
 from sqat.errors import SqatError
 from sqat.hardware.machine import describe_processor
 

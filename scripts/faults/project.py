@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from sqat import cli, pipeline  # noqa: F401  (imported once, for all forks)
 from sqat.checkpoint.store import load_checkpoint
 from sqat.errors import SqatError
-from sqat.export import targets
+from sqat.export import source
 from sqat.export.graph import export_float
 
 RECIPE = """model:
@@ -106,7 +106,7 @@ class Project:
         self.recipe = folder / "tiny.yaml"
         self.recipe.write_text(RECIPE.replace("STEPS", str(steps)).replace("OUTPUT", str(self.runs)))
         self.started = 0
-        targets.export_float = partial(remembered, folder / "traces")
+        source.export_float = partial(remembered, folder / "traces")
 
     @property
     def run_folder(self) -> Path:

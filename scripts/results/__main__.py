@@ -14,7 +14,7 @@ from scripts.results.page import render
 from scripts.results.running import run_all, status_of, tell
 from scripts.results.schema import Application, ResultsFile, read, write
 from scripts.results.tries import add_try, read_tries, try_of
-from sqat.checkpoint.small_files import replace_file
+from sqat.checkpoint.atomic_write import replace_file
 from sqat.errors import SqatError
 
 RECIPES = Path("recipes")

@@ -18,8 +18,8 @@ from safetensors import safe_open
 
 from scripts.results.applications import display_of
 from scripts.results.schema import Application, DataFile, Latency, Pictures, Row, RunRecord, Seed, Stage, read
+from sqat.checkpoint.atomic_write import read_json_object
 from sqat.checkpoint.manifest import RECIPE, WEIGHTS, Manifest
-from sqat.checkpoint.small_files import read_object
 from sqat.errors import SqatError
 from sqat.pipeline.fingerprint import UNKEYED, Keys, made_from
 from sqat.pipeline.result_files import FILE, artifact_size, result_artifacts
@@ -59,7 +59,7 @@ def runs_of(recipe: Path, output: str | None) -> list[Run]:
 def collect_seed(loaded: LoadedRecipe) -> tuple[Seed, dict[str, str]]:
     """What a run holds, and label -> why a row is not in it."""
     keys, folder = Keys(loaded), loaded.run_directory
-    measured, rows, lacking, digests = read_object(folder / FILE), {}, {}, set()
+    measured, rows, lacking, digests = read_json_object(folder / FILE), {}, {}, set()
     for label, (stage, artifact) in result_artifacts(keys).items():
         manifest, entry = keys.manifest(stage), measured.get(label)
         if reason := why_unsound(keys, stage):

@@ -23,8 +23,8 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sqat.bench.intervals import Interval
+from sqat.checkpoint.atomic_write import replace_file
 from sqat.checkpoint.manifest import Figure
-from sqat.checkpoint.small_files import replace_file
 from sqat.errors import SqatError
 
 STRICT = ConfigDict(extra="forbid")

@@ -14,7 +14,7 @@ from sqat.analyze.findings import Choice, Findings, Harm, LayerFinding, Sizes, t
 from sqat.analyze.options import Options, Sections, choose_sections
 from sqat.analyze.sensitivity import OUTPUT_LOSS, Damages, Probe, make_judge, run_model, total
 from sqat.analyze.treatments import Pruning, Rounding, find_pruning, find_rounding
-from sqat.checkpoint.small_files import replace_file
+from sqat.checkpoint.atomic_write import replace_file
 from sqat.checkpoint.store import Checkpoint, load_checkpoint
 from sqat.data.dataset import Rows, column
 from sqat.errors import SqatError

@@ -20,7 +20,8 @@ from sqat.evaluation.artifacts import open_artifact
 from sqat.export.folding import fold_attention_scale
 from sqat.export.graph import export_float
 from sqat.export.onnx_files import on_disk, write_onnx
-from sqat.export.qdq import Quantization, insert_qdq
+from sqat.export.qdq import insert_qdq
+from sqat.export.quantized_model import QuantizedModel
 from sqat.lint.apply_rules import verify
 from sqat.models.attention import use_eager
 from sqat.modules.parametrize import layer
@@ -104,11 +105,11 @@ def check_zeros(model: nn.Module, masks: Masks) -> None:
                             code="model-mismatch")  # fmt: skip
 
 
-def quantize_for_onnx(model: nn.Module, scales: Scales) -> Quantization:
+def quantize_for_onnx(model: nn.Module, scales: Scales) -> QuantizedModel:
     """Int8 weights, and the amax of every site that ONNX operators have."""
     weights = {name: quantize_weight(layer(model, name).weight.detach()) for name in scales.layers}
     shared_with = drop_kernel_sites(scales).shared_with
-    return Quantization(weights, {site: float(scales.amax[owner]) for site, owner in shared_with.items()})
+    return QuantizedModel(weights, {site: float(scales.amax[owner]) for site, owner in shared_with.items()})
 
 
 def drop_kernel_sites(scales: Scales) -> Scales:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from sqat import runtime
 from sqat.bench.inputs import Feeds, Input, inputs_of_config
-from sqat.checkpoint.small_files import read_object
+from sqat.checkpoint.atomic_write import read_json_object
 from sqat.errors import SqatError, first_line
 
 Run = Callable[[Feeds], NDArray[Any]]
@@ -96,9 +96,9 @@ def read_artifact(label: str, path: Path) -> Artifact:
     """One artifact with its inputs; a file's are its own, a folder's by its config."""
     if path.suffix == ".onnx" and path.is_file():
         kernels, inputs = read_graph(path)
-        return Artifact(label, path, kernels, inputs, read_object(path.with_name("config.json")))
+        return Artifact(label, path, kernels, inputs, read_json_object(path.with_name("config.json")))
     if path.is_dir():
-        config = read_object(path / "config.json")
+        config = read_json_object(path / "config.json")
         try:
             inputs = tuple(inputs_of_config(config, str(path)))
         except SqatError:
@@ -237,7 +237,7 @@ def open_torch(path: Path, threads: int, stack: ExitStack) -> Run:
     """A checkpoint, or a folder of an export, on the device torch has."""
     import torch
 
-    from sqat.checkpoint.store import load_checkpoint
+    from sqat.checkpoint.store import load_checkpoint, require_weights
     from sqat.data.dataset import Batch
     from sqat.evaluation.artifacts import is_export, open_artifact
     from sqat.evaluation.evaluate import served_model
@@ -250,9 +250,7 @@ def open_torch(path: Path, threads: int, stack: ExitStack) -> Run:
         forward = open_artifact(path)
     else:
         checkpoint = load_checkpoint(path)
-        if not checkpoint.weights:
-            files = ", ".join(sorted(name for name in checkpoint.files if name.endswith(".onnx")))
-            raise SqatError("the folder is an export without torch weights", f"name what is in it: {files}", str(path))
+        require_weights(checkpoint, path)
         model, _ = stack.enter_context(served_model(checkpoint))
         model.eval()
         forward = lambda batch: logits_of(model, batch)  # noqa: E731

@@ -9,7 +9,7 @@ from pathlib import Path
 from sqat.bench.candidates import Candidate, candidates_of, read_artifacts
 from sqat.bench.measuring import Grid, Report, measure
 from sqat.bench.rounds import Effort
-from sqat.checkpoint.small_files import replace_file
+from sqat.checkpoint.atomic_write import replace_file
 from sqat.errors import SqatError
 from sqat.hardware.machine import describe_processor
 from sqat.progress import Reporter

@@ -1,7 +1,6 @@
 """`sqat.json`: what a checkpoint says of itself, and the digests of its files.
 
-Apart from `sqat.checkpoint.store`, since plans, gates and reports ask what was done and have no use for the tensors:
-torch is not imported here.
+Plans, gates and reports read it without the tensors, so nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from sqat.errors import SqatError
 
 FORMAT = 1
 MANIFEST, WEIGHTS, STATE, RECIPE = "sqat.json", "model.safetensors", "sqat.safetensors", "recipe.yaml"
-HISTOGRAMS = "histograms.json"  # what a calibrate stage saw: `sqat.stages.calibrate.summarize`
-LAYOUT = "layout.json"  # which linears' weights lie in the file as [in, out]
-SIDE_FILES = (".json", ".txt", ".model", ".jinja")  # endings of config and tokenizer files
+HISTOGRAMS = "histograms.json"  # activations that a calibrate stage saw: `sqat.stages.calibrate.summarize`
+LAYOUT = "layout.json"  # names the linears whose weights are stored as [in, out]
+SIDE_FILES = (".json", ".txt", ".model", ".jinja")  # suffixes of config and tokenizer files
 REMAKE = "run the stage again with --force, or use another checkpoint"
 
-# JSON has no infinity (a PNR without a discordant pair), so such a figure is kept as its name.
+# JSON has no infinity (a PNR without a discordant pair), so such a figure is stored as its name.
 Figure = Annotated[
     float,
     BeforeValidator(lambda x: float(x) if isinstance(x, str) else x),
@@ -32,7 +31,7 @@ Figure = Annotated[
 
 
 class LayerRecord(BaseModel):
-    """What was done to one linear layer, and why not where nothing was."""
+    """What was done to one linear or convolution, and why anything was not done."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -43,7 +42,7 @@ class LayerRecord(BaseModel):
 
 
 class SiteRecord(BaseModel):
-    """One activation site: the site whose quantizer it shares, and how much calibration clipped."""
+    """One activation site: the site whose amax it shares, and the share of values that calibration clipped."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -52,9 +51,10 @@ class SiteRecord(BaseModel):
 
 
 class Manifest(BaseModel):
-    """`sqat.json`; ``sha256`` is of all its other entries, so that no changed byte goes unseen.
+    """The content of `sqat.json`.
 
-    ``retry_multiplier`` is the factor that ``retry`` had put on the steps of this attempt.
+    ``retry_multiplier`` multiplied the steps of this attempt; ``skipped`` maps a site to the reason why it stays float.
+    ``files`` maps names to sha256; the entry ``sha256`` is of all other entries, so that no changed byte goes unseen.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -86,61 +86,77 @@ class Manifest(BaseModel):
 
 
 def load_manifest(directory: Path) -> Manifest:
-    """Read `sqat.json` alone: cheap, for plans."""
+    """Read and verify `sqat.json` alone.
+
+    Raises:
+        SqatError: the folder is no checkpoint, or its manifest is damaged or of a newer format.
+    """
     path = directory / MANIFEST
-    if not directory.is_dir():
-        raise SqatError("no such checkpoint folder", "give the folder of a finished stage", str(directory))
     if not path.is_file():
-        raise SqatError("the folder is no sqat checkpoint: it has no sqat.json", "give the folder of a finished stage",
-                        str(directory))  # fmt: skip
+        problem = f"the folder has no {MANIFEST}" if directory.is_dir() else "no such checkpoint folder"
+        raise SqatError(problem, "give the folder of a finished stage", str(directory), code="not-a-checkpoint")
     try:
         raw: Any = json.loads(path.read_bytes())
     except (ValueError, OSError, RecursionError) as error:
-        raise SqatError(f"cannot be read as JSON ({error})", REMAKE, str(path)) from error
+        raise damaged(f"cannot be read as JSON ({error})", path) from error
     version = raw.get("format") if isinstance(raw, dict) else None
     if not isinstance(version, int) or version < 1:
-        raise SqatError(f"has no valid format version, got {version!r}", REMAKE, str(path))
+        raise damaged(f"has no valid format version, got {version!r}", path)
     if version > FORMAT:
-        raise SqatError(f"format {version} is newer than this sqat reads ({FORMAT})", "upgrade sqat", str(path))
+        raise SqatError(f"format {version} is newer than this sqat reads ({FORMAT})", "upgrade sqat", str(path),
+                        code="newer-format")  # fmt: skip
     try:
         manifest = Manifest.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise SqatError(f"the manifest's {where} is not valid", REMAKE, str(path)) from error
+        entry = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise damaged(f"the manifest's {entry} is not valid", path) from error
     if manifest_digest(raw) != manifest.sha256:
-        raise SqatError("the manifest is not what its own sha256 says: it was changed or damaged", REMAKE, str(path))
+        raise damaged("the manifest is not what its own sha256 says: it was changed or damaged", path)
     return manifest
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    """sha256 of a manifest's entries but this digest itself, in one order and without layout."""
+    """Compute the sha256 of a manifest's entries without ``sha256``, whatever their order and layout."""
     entries = {name: value for name, value in manifest.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
-def read_verified(directory: Path, name: str, digest: str) -> bytes:
-    """Read one file named by a manifest and compare its sha256."""
-    path = directory / name
-    parts = name.split("/")
-    # A runtime may want a folder, a sentence encoder one in it; NUL and half a surrogate pair are in no path.
+def verify_files(directory: Path, manifest: Manifest) -> dict[str, Path]:
+    """Compare every file of a checkpoint with its sha256 in the manifest.
+
+    Returns:
+        The path of each file, by name.
+
+    Raises:
+        SqatError: it names the first file that is missing, changed or outside the folder.
+    """
+    return {name: verify_file(directory, name, digest) for name, digest in manifest.files.items()}
+
+
+def verify_file(directory: Path, name: str, digest: str) -> Path:
+    """Compare one file with its sha256; return its path."""
+    path, parts = directory / name, name.split("/")
+    # A target's folder may hold a sentence encoder's folder. NUL and half a surrogate pair are in no path.
     if not name.isprintable() or len(parts) > 3 or {"", ".", ".."} & set(parts):
-        raise SqatError(
-            f"the manifest names a file outside the checkpoint: {name!r}", REMAKE, str(directory / MANIFEST)
-        )
+        raise damaged(f"the manifest names a file outside the checkpoint: {name!r}", directory / MANIFEST)
     try:
-        content = path.read_bytes()
+        found = file_digest(path)
     except OSError as error:
-        raise SqatError(
-            f"a file of the checkpoint is missing or unreadable ({error.strerror})", REMAKE, str(path)
-        ) from error
-    if hashlib.sha256(content).hexdigest() != digest:
-        raise SqatError("the content is not what the manifest's sha256 says: the file was changed or damaged", REMAKE,
-                        str(path))  # fmt: skip
-    return content
+        raise damaged(f"a file of the checkpoint is missing or unreadable ({error.strerror})", path) from error
+    if found != digest:
+        raise damaged("the content is not what the manifest's sha256 says: the file was changed or damaged", path)
+    return path
 
 
-def verify_files(directory: Path, manifest: Manifest) -> None:
-    """Compare every file of a checkpoint with its manifest, and load none; SqatError names the first that differs."""
-    for name, digest in manifest.files.items():
-        read_verified(directory, name, digest)
+def file_digest(path: Path) -> str:
+    """Compute the sha256 of a file, in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def damaged(problem: str, place: Path) -> SqatError:
+    """Make the error for a checkpoint that is not what it says."""
+    return SqatError(problem, REMAKE, str(place), code="damaged-checkpoint")

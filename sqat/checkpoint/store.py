@@ -1,18 +1,13 @@
-"""The checkpoint: one directory that explains itself, one value in memory.
+"""The checkpoint: one folder on disk that explains itself, one value in memory.
 
-A directory holds what transformers needs to load the model (`config.json`, tokenizer files,
-`model.safetensors` with zeros in place), the masks and activation bounds in `sqat.safetensors`, the
-manifest `sqat.json` (`sqat.checkpoint.manifest`) with a digest of every file, and the recipe verbatim. It is written
-beside and renamed; loading checks the version, every digest, the shapes and the N:M claim. Nothing is unpickled. In
-memory every linear's weight is [out, in]; those that the model's own files have as [in, out] (GPT-2's Conv1D) are
-named in `layout.json` and turned at the file, both ways. Left out: files over what memory holds (a model is at most a
-few times its weights here).
+The folder is written beside its place and renamed; loading verifies digests, shapes, masks and amax. Weights are
+memory-mapped, exported files stay paths, and nothing is unpickled.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,27 +16,30 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as parse_tensors
-from safetensors.torch import save as tensor_bytes
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sqat.checkpoint.disk import sync_directory, write_synced
+from sqat.checkpoint.atomic_write import replace_directory, write_synced
 from sqat.checkpoint.manifest import (
     LAYOUT,
     MANIFEST,
     RECIPE,
-    REMAKE,
     STATE,
     WEIGHTS,
     LayerRecord,
     Manifest,
+    damaged,
+    file_digest,
     load_manifest,
     manifest_digest,
-    read_verified,
+    verify_files,
 )
 from sqat.errors import SqatError
 from sqat.sparsity.masks import count_violations, pack_bits, unpack_bits
 from sqat.sparsity.pattern import parse_pattern
+
+ARTIFACTS = (".onnx", ".data", ".safetensors")  # suffixes of exported files that may be too large for memory
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -49,10 +47,11 @@ class Checkpoint:
     """A model between two stages.
 
     Attributes:
-        files: config, tokenizer and (after export) ONNX files by name.
-        weights: plain float weights under the model's own names, linears' [out, in], pruned ones +0.0.
-        masks: layer -> bool mask shaped as the layer's weight, True = kept.
-        amax: activation site -> 0-d float32 bound.
+        files: contents of config, tokenizer and other small files by name.
+        weights: float weights under the model's own names; linears' [out, in], pruned values +0.0.
+        masks: layer -> bool mask of the weight's shape, True = kept.
+        amax: activation site -> 0-d float32.
+        artifacts: exported files by name, which stay on disk.
     """
 
     manifest: Manifest
@@ -61,93 +60,99 @@ class Checkpoint:
     masks: dict[str, Tensor] = field(default_factory=dict)
     amax: dict[str, Tensor] = field(default_factory=dict)
     recipe: str = ""
+    artifacts: dict[str, Path] = field(default_factory=dict)
 
 
 def save_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:
-    """Write a checkpoint directory whole or not at all, replacing an older one of the same name."""
-    check_claims(checkpoint, str(directory))
-    contents = dict(checkpoint.files)
-    if checkpoint.weights:
-        turned = turn(checkpoint.weights, checkpoint.files, directory)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in turned.items()}
-        contents[WEIGHTS] = tensor_bytes(tensors, metadata={"format": "pt"})
-    if checkpoint.masks or checkpoint.amax:
-        state = {f"{layer}.mask": pack_bits(mask.cpu()) for layer, mask in checkpoint.masks.items()}
-        state |= {f"{site}.amax": amax.detach().cpu().clone() for site, amax in checkpoint.amax.items()}
-        contents[STATE] = tensor_bytes(state)
-    contents[RECIPE] = checkpoint.recipe.encode()
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(contents.items())}
-    manifest: dict[str, Any] = checkpoint.manifest.model_copy(update={"files": digests}).model_dump(mode="json")
-    manifest["sha256"] = manifest_digest(manifest)
-    contents[MANIFEST] = (json.dumps(manifest, indent=2) + "\n").encode()
-    write_directory(contents, directory)
+    """Write a checkpoint folder whole or not at all, and replace an older one.
+
+    Raises:
+        SqatError: the checkpoint contradicts its manifest, or the folder cannot be written.
+    """
+    check_claims(checkpoint, directory)
+    weights = transpose_stored(checkpoint.weights, checkpoint.files, directory)
+    state = {f"{layer}.mask": pack_bits(mask.cpu()) for layer, mask in checkpoint.masks.items()}
+    state |= {f"{site}.amax": amax.detach().cpu().clone() for site, amax in checkpoint.amax.items()}
+    with replace_directory(directory) as folder:
+        for name, content in {**checkpoint.files, RECIPE: checkpoint.recipe.encode()}.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_synced(folder / name, content)
+        for name, path in checkpoint.artifacts.items():
+            link_file(path, folder / name)
+        if weights:
+            write_tensors(folder / WEIGHTS, weights, {"format": "pt"})
+        if state:
+            write_tensors(folder / STATE, state)
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        digests = {name: file_digest(folder / name) for name in names}
+        manifest: dict[str, Any] = checkpoint.manifest.model_copy(update={"files": digests}).model_dump(mode="json")
+        manifest["sha256"] = manifest_digest(manifest)
+        write_synced(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
 
 
-def write_directory(contents: Mapping[str, bytes], directory: Path) -> None:
-    """Write files to a neighbour of ``directory``, fsync them, then rename it into place."""
-    fresh = directory.with_name(f".{directory.name}.new")
-    stale = directory.with_name(f".{directory.name}.old")
+def link_file(source: Path, target: Path) -> None:
+    """Give a file a second name; copy it where the file system has no hard links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        settle(directory, fresh, stale)
-        fresh.mkdir()
-        for name, content in contents.items():
-            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
-            write_synced(fresh / name, content)
-        for folder in {(fresh / name).parent for name in contents}:
-            sync_directory(folder)
-        if directory.exists():
-            directory.rename(stale)
-        fresh.rename(directory)
-        sync_directory(directory.parent)
-    except OSError as error:
-        raise SqatError(
-            f"cannot be written: {error.strerror or error}",
-            "free space or choose another folder",
-            str(directory),
-        ) from error
-    finally:
-        settle(directory, fresh, stale)
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
-def settle(directory: Path, fresh: Path, stale: Path) -> None:
-    """Put the older directory back where a write ended between its two renames, and drop what is left over."""
-    if stale.exists() and not directory.exists():
-        stale.rename(directory)
-    for leftover in (fresh, stale):
-        shutil.rmtree(leftover, ignore_errors=True)
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the permissions of any other file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    except SafetensorError as error:  # its own class for a full disk, which is no OSError
+        raise OSError(str(error)) from error
+    path.chmod(mode)
 
 
 def load_checkpoint(directory: Path) -> Checkpoint:
-    """Read a checkpoint and verify all it claims; anything amiss is one SqatError naming the file."""
+    """Read a checkpoint folder and verify it.
+
+    Raises:
+        SqatError: it names the file that is missing, damaged or contradicts the manifest.
+    """
     manifest = load_manifest(directory)
-    contents = {name: read_verified(directory, name, digest) for name, digest in manifest.files.items()}
-    weights = turn(read_tensors(contents.pop(WEIGHTS, b""), directory / WEIGHTS), contents, directory)
-    state = read_tensors(contents.pop(STATE, b""), directory / STATE)
-    recipe = contents.pop(RECIPE, b"").decode()
-    amax = {name.removesuffix(".amax"): tensor for name, tensor in state.items() if name.endswith(".amax")}
-    packed = {name.removesuffix(".mask"): tensor for name, tensor in state.items() if name.endswith(".mask")}
-    masks = {layer: read_mask(layer, bits, weights, directory / STATE) for layer, bits in packed.items()}
-    checkpoint = Checkpoint(manifest, contents, weights, masks, amax, recipe)
-    check_claims(checkpoint, str(directory))
+    paths = verify_files(directory, manifest)
+    stored = {name: read_tensors(paths.pop(name)) for name in (WEIGHTS, STATE) if name in paths}
+    recipe = paths.pop(RECIPE).read_text(encoding="utf-8") if RECIPE in paths else ""
+    artifacts = {name: path for name, path in paths.items() if path.suffix in ARTIFACTS}
+    files = {name: path.read_bytes() for name, path in paths.items() if name not in artifacts}
+    weights = transpose_stored(stored.get(WEIGHTS, {}), files, directory)
+    masks, amax = {}, {}
+    for name, tensor in stored.get(STATE, {}).items():
+        key, _, kind = name.rpartition(".")
+        if kind == "mask":
+            masks[key] = read_mask(key, tensor, weights, directory / STATE)
+        elif kind == "amax":
+            amax[key] = tensor
+    checkpoint = Checkpoint(manifest, files, weights, masks, amax, recipe, artifacts)
+    check_claims(checkpoint, directory)
     return checkpoint
 
 
 def layout_of(layers: Sequence[str]) -> bytes:
-    """Content of `LAYOUT`."""
+    """Make the content of `LAYOUT` for layers whose weights are stored as [in, out]."""
     return (json.dumps({"transposed": list(layers)}, indent=2) + "\n").encode()
 
 
-def turn(weights: Mapping[str, Tensor], files: Mapping[str, bytes], directory: Path) -> dict[str, Tensor]:
-    """Weights from memory to file or back: the transposes of those that `LAYOUT` names, all others as they are."""
+def transpose_stored(weights: Mapping[str, Tensor], files: Mapping[str, bytes], directory: Path) -> dict[str, Tensor]:
+    """Transpose the weights that `LAYOUT` names: from [out, in] to [in, out], or back."""
     if LAYOUT not in files or not weights:
         return dict(weights)
     try:
         names = [f"{layer}.weight" for layer in json.loads(files[LAYOUT])["transposed"]]
-        turned = {name: weights[name].t().contiguous() for name in names}
+        return {**weights, **{name: weights[name].t().contiguous() for name in names}}
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise SqatError("does not name the linears of this model", REMAKE, str(directory / LAYOUT)) from error
-    return {**weights, **turned}
+        raise damaged("does not name the linears of this model", directory / LAYOUT) from error
 
 
 def read_mask(layer: str, packed: Tensor, weights: Mapping[str, Tensor], path: Path) -> Tensor:
@@ -155,55 +160,67 @@ def read_mask(layer: str, packed: Tensor, weights: Mapping[str, Tensor], path: P
     try:
         return unpack_bits(packed, tuple(weights[f"{layer}.weight"].shape))
     except (KeyError, ValueError) as error:
-        raise SqatError(f"the mask of {layer} does not fit its weight", REMAKE, str(path)) from error
+        raise damaged(f"the mask of {layer} does not fit its weight", path) from error
 
 
-def read_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
-    """Parse a safetensors file, tensors by name (its reader has another order each time); empty content is none."""
-    if not content:
-        return {}
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Map a safetensors file into memory; return its tensors sorted by name, since the reader has no fixed order."""
     try:
-        return dict(sorted(parse_tensors(content).items()))
-    except SafetensorError as error:
-        raise SqatError(f"is not a safetensors file ({error})", REMAKE, str(path)) from error
+        return dict(sorted(load_file(path).items()))
+    except (SafetensorError, OSError) as error:
+        raise damaged(f"is not a safetensors file ({error})", path) from error
 
 
-def check_claims(checkpoint: Checkpoint, place: str) -> None:
-    """Check that every mask has its pattern, every pruned weight is exactly +0.0 and every site a sound bound.
+def check_claims(checkpoint: Checkpoint, place: Path) -> None:
+    """Check that masks keep their pattern, that pruned weights are +0.0 and that each site has a positive amax.
 
-    A mask may keep fewer than N of M (a step of a progressive schedule is checked as the N:M of its record).
+    A mask may keep fewer than N of M weights, as between two steps of a progressive schedule.
     """
     for layer, record in checkpoint.manifest.layers.items():
         if record.pattern and layer not in checkpoint.masks and checkpoint.weights:
-            raise SqatError(f"{layer} is said to be {record.pattern} but has no mask", REMAKE, place)
+            raise damaged(f"{layer} is said to be {record.pattern} but has no mask", place)
     for layer, mask in checkpoint.masks.items():
         weight = checkpoint.weights.get(f"{layer}.weight")
         if weight is None or weight.shape != mask.shape:
-            raise SqatError(f"the mask of {layer} does not fit its weight", REMAKE, place)
+            raise damaged(f"the mask of {layer} does not fit its weight", place)
         if weight[~mask].view(INTEGERS[weight.element_size()]).any():
-            raise SqatError(f"{layer} has a pruned weight that is not +0.0", REMAKE, place)
+            raise damaged(f"{layer} has a pruned weight that is not +0.0", place)
         record = checkpoint.manifest.layers.get(layer, LayerRecord())
         if record.pattern and (bad := violations(layer, mask, record.pattern, place)):
-            raise SqatError(f"{layer} is said to be {record.pattern} but {bad} groups keep more", REMAKE, place)
+            raise damaged(f"{layer} is said to be {record.pattern} but {bad} groups keep more", place)
     for site, amax in checkpoint.amax.items():
         if amax.dim() or not amax.is_floating_point() or not 0 < float(amax) < float("inf"):
-            raise SqatError(f"the bound of {site} is not one positive number", REMAKE, place)
-    for site, found in checkpoint.manifest.sites.items():
-        if checkpoint.weights and found.shared_with not in checkpoint.amax:
-            raise SqatError(f"{site} has no bound: {found.shared_with} is not in {STATE}", REMAKE, place)
+            raise damaged(f"the amax of {site} is not one positive number", place)
+    for site, entry in checkpoint.manifest.sites.items():
+        if checkpoint.weights and entry.shared_with not in checkpoint.amax:
+            raise damaged(f"{site} has no amax: {entry.shared_with} is not in {STATE}", place)
 
 
-def violations(layer: str, mask: Tensor, pattern: str, place: str) -> int:
-    """Groups of a mask that keep more than the pattern; a pattern that cannot be is told as a mistake."""
+def violations(layer: str, mask: Tensor, pattern: str, place: Path) -> int:
+    """Count the groups of a mask that keep more weights than the pattern allows."""
     try:
         return count_violations(mask, parse_pattern(pattern))
     except ValueError as error:
-        raise SqatError(f"{layer} is said to be {pattern}, which it cannot be: {error}", REMAKE, place) from error
-
-
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+        raise damaged(f"{layer} is said to be {pattern}, which it cannot be: {error}", place) from error
 
 
 def quantized_layers(checkpoint: Checkpoint) -> list[str]:
-    """Layers whose weights are int8."""
+    """List the layers whose weights are int8."""
     return [name for name, record in checkpoint.manifest.layers.items() if record.quantized]
+
+
+def require_weights(checkpoint: Checkpoint, directory: Path) -> None:
+    """Refuse a folder of exported files where a model in torch is needed.
+
+    Raises:
+        SqatError: the checkpoint has no weights; the hint names the exported models in the folder.
+    """
+    if not checkpoint.weights:
+        models = sorted({name.partition("/")[0] for name in checkpoint.manifest.files if is_model(name)})
+        raise SqatError("the folder is an export without torch weights", f"give what is in it: {', '.join(models)}",
+                        str(directory), code="not-a-checkpoint")  # fmt: skip
+
+
+def is_model(name: str) -> bool:
+    """Whether a file of an export is an ONNX file, or lies in a runtime's folder."""
+    return name.endswith(".onnx") or "/" in name

@@ -49,12 +49,12 @@ def analyze(
     """Measure how much pruning and int8 change each layer, without training."""
     loaded = load(recipe, overrides)
     from sqat.analyze.options import Options, check_options
-    from sqat.checkpoint.small_files import check_json
+    from sqat.checkpoint.atomic_write import check_json_name
     from sqat.plots.figure import check_plot
 
     options = Options(stage, parent, prune_stage, calibrate_stage, samples, split, metric, budget)
     check_options(options, loaded.recipe)
-    check_json(json_file)
+    check_json_name(json_file)
     check_plot(plot)
     from sqat.analyze import command
     from sqat.cli.progress_bars import open_reporter

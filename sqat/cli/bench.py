@@ -47,14 +47,14 @@ def bench(
 ) -> None:
     """Time checkpoints and ONNX files in every backend of this machine."""
     from sqat.bench import command
-    from sqat.checkpoint.small_files import check_json
+    from sqat.checkpoint.atomic_write import check_json_name
     from sqat.cli.progress_bars import open_reporter
     from sqat.plots.figure import check_plot
 
     options = command.Options(
         artifacts, batch, sequence, threads, baseline, backends or [], rounds, min_seconds, within, max_seconds
     )
-    check_json(json_file)
+    check_json_name(json_file)
     check_plot(plot)
     with open_reporter(quiet=quiet) as reporter:
         report = command.run_bench(options, reporter)

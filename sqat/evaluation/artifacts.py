@@ -25,9 +25,9 @@ from sqat.checkpoint.store import read_tensors
 from sqat.data.dataset import Batch
 from sqat.errors import SqatError, first_line
 from sqat.evaluation.inference import logits_of, on_device
-from sqat.export.compressed import check_compressed
 from sqat.export.cpu_graph import file_needs_kernels
 from sqat.export.packed_folder import MANIFEST as PACKED
+from sqat.export.targets.compressed_tensors import check_compressed
 from sqat.models.loading import assemble, load_weights
 from sqat.modules.activation_quantizers import Quantizers, insert_quantizers_
 from sqat.quantization.fake_quant import HIGH
@@ -104,7 +104,7 @@ def open_compressed(folder: Path) -> nn.Module:
     paths = [path for path in folder.rglob("*") if path.suffix in SIDE_FILES]
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
     model, _ = on_device(*assemble({**files, CONFIG: json.dumps(config).encode()}, str(folder)))
-    tensors = read_tensors((folder / WEIGHTS).read_bytes(), folder / WEIGHTS)
+    tensors = read_tensors(folder / WEIGHTS)
     scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_scale")}
     amax = {}
     for name in [name for name in scales if name.endswith(".weight_scale")]:

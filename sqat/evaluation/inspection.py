@@ -7,8 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sqat.checkpoint.manifest import LayerRecord
-from sqat.checkpoint.store import Checkpoint, load_checkpoint
-from sqat.errors import SqatError
+from sqat.checkpoint.store import Checkpoint, load_checkpoint, require_weights
 from sqat.lint.layer_row import LayerRow
 from sqat.models.loading import layer_names
 from sqat.quantization.fake_quant import quantize_weight, sqnr_db
@@ -25,9 +24,7 @@ def inspect_checkpoint(directory: Path) -> list[LayerRow]:
         SqatError: not a sound checkpoint, or one that holds only ONNX files.
     """
     checkpoint = load_checkpoint(directory)
-    if not checkpoint.weights:
-        files = ", ".join(sorted(name for name in checkpoint.files if name.endswith(".onnx")))
-        raise SqatError("the folder is an export without torch weights", f"inspect the file: {files}", str(directory))
+    require_weights(checkpoint, directory)
     return [report(checkpoint, name) for name in layer_names(checkpoint, str(directory))]
 
 

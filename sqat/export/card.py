@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sqat.checkpoint.manifest import Manifest
+from sqat.export.targets import load_target
+from sqat.recipe.targets import TARGETS
 
-ONNX_USE = """```python
+ONNX_USAGE = """```python
 import onnxruntime
 {inputs}
 session = onnxruntime.InferenceSession("{file}")
@@ -37,48 +39,13 @@ CLASSES = {
     "sentences": "AutoModel",
     "images": "AutoModelForImageClassification",
 }
-KERNEL_USE = """```python
-import sqat.runtime
-{inputs}
-session = sqat.runtime.session("{file}")  # an onnxruntime.InferenceSession with sqat's kernels
-names = [entry.name for entry in session.get_inputs()]
-(output,) = session.run(None, {{name: inputs[name] for name in names}})  # {output}
-```
-"""
-SATURATION = """On x86 processors without VNNI, set the session option `session.x64quantprecision` to `1`: ONNX
-Runtime's default int8 kernel saturates there. So do OpenVINO's, and they have no such option.
-"""
-TENSORRT_USE = """`bash build_engine.sh` (trtexec) or `python build_engine.py` builds the engine with sparse weights
-enabled and the optimization profile of the recipe; `sqat engine {file}` also tells which layers chose a sparse kernel.
-"""
-PACKED_USE = """```python
-from sqat.torch_sparse.load import load_model
-
-model, processor = load_model("{file}")  # sparse kernels on an Ampere GPU or later, a reference elsewhere
-```
-"""
-COMPRESSED_USE = """```python
-from transformers import {loader}  # with compressed-tensors installed
-
-model = {loader}.from_pretrained("{file}")
-```
-"""
-USES = {
-    "onnx-int8": ONNX_USE + SATURATION,
-    "onnx-fp32": ONNX_USE,
-    "onnx-fp16": ONNX_USE,
-    "tensorrt": TENSORRT_USE,
-    "cpu-sparse": KERNEL_USE,
-    "torch-semi-structured": PACKED_USE,
-    "compressed-tensors": COMPRESSED_USE,
-}
 
 
-def model_card(manifest: Manifest, artifacts: Mapping[str, tuple[str, int]], kind: str, output: str) -> str:
+def model_card(manifest: Manifest, sizes: Mapping[str, int], kind: str, output: str) -> str:
     """Markdown: what was written with sizes, dev metrics, what was pruned and quantized, how to run it.
 
     Args:
-        artifacts: target -> (file or folder, its bytes).
+        sizes: target -> bytes of its file or folder.
         kind: of the architecture.
         output: what an ONNX file's output is called.
     """
@@ -88,16 +55,18 @@ def model_card(manifest: Manifest, artifacts: Mapping[str, tuple[str, int]], kin
     lines += [f"Made by sqat {manifest.versions.get('sqat', '')} from `{manifest.base_model}`, seed {manifest.seed}, "
               f"stage key `{manifest.key}`.", ""]  # fmt: skip
     lines += ["| target | file | MB | dev metrics |", "|---|---|---|---|"]
-    for target, (name, size) in artifacts.items():
+    for target, size in sizes.items():
         metrics = ", ".join(f"{metric} {value:.4f}" for metric, value in manifest.metrics[f"dev {target}"].items())
-        lines.append(f"| {target} | {name} | {size / 1e6:.1f} | {metrics} |")
+        lines.append(f"| {target} | {TARGETS[target].file} | {size / 1e6:.1f} | {metrics} |")
     lines += ["", f"{len(pruned)} of {len(manifest.layers)} linear layers and convolutions are pruned, "
               f"{len(quantized)} are int8; embeddings and the other layers are float.", ""]  # fmt: skip
     lines += [*(f"- {note}" for note in manifest.notes), "", "## Use", ""]
-    for target, (name, _) in artifacts.items():
+    for target in sizes:
         lines += [
             f"### {target}",
             "",
-            USES[target].format(file=name, inputs=INPUTS[kind], output=output, loader=CLASSES.get(kind, "")),
+            load_target(target).USAGE.format(
+                file=TARGETS[target].file, inputs=INPUTS[kind], output=output, loader=CLASSES.get(kind, "")
+            ),
         ]
     return "\n".join(lines)

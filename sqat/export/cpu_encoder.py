@@ -12,7 +12,6 @@ positions, decoders.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -22,11 +21,12 @@ from torch import Tensor, nn
 
 from sqat.errors import SqatError
 from sqat.export.cpu_packing import Packed, pack
+from sqat.export.quantized_model import QuantizedModel
 from sqat.models.attention import attention_heads
 from sqat.models.layer_selection import encoder_blocks
 from sqat.models.loading import PreTrainedModel
 from sqat.modules.parametrize import linear
-from sqat.quantization.fake_quant import HIGH, quantize_weight
+from sqat.quantization.fake_quant import HIGH
 
 Floats = NDArray[np.float32]
 
@@ -89,15 +89,13 @@ class Encoder:
     Attributes:
         model: with plain weights, pruned ones 0.
         layers: names of its layers, in order.
-        quantized: names of its quantized linears.
-        bounds: activation site -> amax.
+        quantized: its integers, scales and amax.
     """
 
     model: PreTrainedModel
     family: Family
     layers: tuple[str, ...]
-    quantized: tuple[str, ...]
-    bounds: Mapping[str, float]
+    quantized: QuantizedModel
 
     @property
     def base(self) -> str:
@@ -116,12 +114,12 @@ class Encoder:
 
     def step(self, site: str) -> float:
         """Scale of a site as float32 has it."""
-        return float(np.float32(self.bounds[site]) / np.float32(HIGH))
+        return float(np.float32(self.quantized.amax[site]) / np.float32(HIGH))
 
     def product(self, *names: str) -> Product:
         """Linears that read one tensor, as one."""
         linears = [linear(self.model, name) for name in names]
-        parts = [quantize_weight(layer.weight) for layer in linears]
+        parts = [self.quantized.weights[name] for name in names]
         scales = [scale.numpy() * np.float32(self.step(f"{name}:input"))
                   for name, (_, scale) in zip(names, parts, strict=True)]  # fmt: skip
         weight = pack(np.concatenate([integers.numpy() for integers, _ in parts]))
@@ -179,19 +177,19 @@ def settings_of(model: nn.Module) -> dict[str, Any]:
     return dict(config.to_dict())
 
 
-def read_encoder(model: nn.Module, quantized: Sequence[str], bounds: Mapping[str, float]) -> Encoder:
+def read_encoder(model: nn.Module, quantized: QuantizedModel) -> Encoder:
     """Read an encoder that was calibrated with placement ``cpu``.
 
     Raises:
-        SqatError: the kernels do not compute it, or a linear in its layers is float.
+        SqatError: the kernels cannot compute it, or a linear of its layers is float.
     """
     family = check_encoder(model)
     assert isinstance(model, PreTrainedModel)
     layers = tuple(encoder_blocks(model))
     for name in (f"{layer}.{part}" for layer in layers for part in family.linears):
-        if name not in quantized:
+        if name not in quantized.weights:
             raise refusal(f"every linear of the layers in int8, and {name} is float")
-    return Encoder(model, family, layers, tuple(quantized), bounds)
+    return Encoder(model, family, layers, quantized)
 
 
 INSTEAD = "calibrate with placement linear and export onnx-int8, which takes any encoder"

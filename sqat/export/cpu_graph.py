@@ -68,7 +68,7 @@ def to_cpu_sparse(graph: ModelProto, encoder: Encoder, int8_words: bool = False)
     last = made(rewriting, f"{encoder.layers[-1]}.{encoder.family.second_norm}", "LayerNormalization").outputs[0]
     assert stream.floats is not None
     last.replace_all_uses_with(stream.floats, replace_graph_outputs=True)
-    for name in encoder.quantized:
+    for name in encoder.quantized.weights:
         if not name.startswith(tuple(f"{layer}." for layer in encoder.layers)):
             replace_outer_linear(rewriting, encoder, name)
     return rewriting.finish()

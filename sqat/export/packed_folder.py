@@ -12,7 +12,6 @@ than a warning. Nothing is unpickled. Left out: files in shards.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,20 +20,16 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
-from sqat.checkpoint.manifest import manifest_digest
-from sqat.checkpoint.store import read_tensors
+from sqat.checkpoint.manifest import file_digest, manifest_digest
+from sqat.checkpoint.store import read_tensors, write_tensors
 from sqat.errors import SqatError
 from sqat.quantization.fake_quant import HIGH
 from sqat.sparsity.semi_structured import Order, SemiStructured, unpack
 
 FORMAT = 1
 FOLDER, MANIFEST, TENSORS = "semi-structured", "sparse.json", "sparse.safetensors"
-REMAKE = "export it again"
-
-
 Type = Literal["int8", "float16", "bfloat16"]
 
 
@@ -103,52 +98,54 @@ class Packed:
     place: str
 
 
-def folder_files(
-    manifest: SparseManifest, tensors: Mapping[str, Tensor], others: Mapping[str, bytes]
-) -> dict[str, bytes]:
-    """Contents of the folder by name, digests filled in.
-
-    Args:
-        others: config and tokenizer files.
-    """
-    content = tensor_bytes({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
-    files = {**others, TENSORS: content}
-    digests = {name: hashlib.sha256(files[name]).hexdigest() for name in sorted(files)}
+def write_folder(
+    folder: Path, manifest: SparseManifest, tensors: Mapping[str, Tensor], files: Mapping[str, bytes]
+) -> None:
+    """Write the folder: tensors, config and tokenizer files, and `sparse.json` with their digests."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    write_tensors(folder / TENSORS, tensors, {"format": "pt"})
+    digests = {name: file_digest(folder / name) for name in sorted([*files, TENSORS])}
     entries: dict[str, Any] = manifest.model_copy(update={"files": digests}).model_dump(mode="json")
     entries["sha256"] = manifest_digest(entries)
-    return {**files, MANIFEST: (json.dumps(entries, indent=2) + "\n").encode()}
+    (folder / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
 
 
 def read_folder(folder: Path) -> Packed:
-    """Read a folder and verify all it claims.
+    """Read a folder and verify all it claims; tensors are memory-mapped.
 
     Raises:
-        SqatError: it is none, a file is missing or changed, or a tensor is not what `sparse.json` says.
+        SqatError: it is no such folder, a file is missing or changed, or a tensor is not what `sparse.json` says.
     """
     if not (folder / MANIFEST).is_file():
-        raise SqatError(
-            f"the folder has no {MANIFEST}", "give the one that target torch-semi-structured wrote", str(folder)
-        )
+        raise SqatError(f"the folder has no {MANIFEST}", "give a folder of target torch-semi-structured", str(folder),
+                        code="not-a-checkpoint")  # fmt: skip
     manifest = parse_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
-    contents = {name: read_named(folder, name) for name in manifest.files}
-    for name, digest in manifest.files.items():
-        if hashlib.sha256(contents[name]).hexdigest() != digest:
-            raise SqatError(f"the content is not what the sha256 in {MANIFEST} says: the file was changed or damaged",
-                            REMAKE, str(folder / name))  # fmt: skip
-    tensors = read_tensors(contents.pop(TENSORS, b""), folder / TENSORS)
-    return sort_tensors(manifest, tensors, contents, str(folder / TENSORS))
+    paths = {name: verify_file(folder, name, digest) for name, digest in manifest.files.items()}
+    tensors = read_tensors(paths.pop(TENSORS)) if TENSORS in paths else {}
+    files = {name: path.read_bytes() for name, path in paths.items()}
+    return sort_tensors(manifest, tensors, files, folder / TENSORS)
 
 
-def read_named(folder: Path, name: str) -> bytes:
-    """One file of the folder, which may not lie elsewhere."""
-    parts = name.split("/")
-    if len(parts) > 2 or {"", ".", ".."} & set(parts):  # one folder deep, as a sentence encoder's are
-        raise SqatError(f"{MANIFEST} names a file outside the folder: {name!r}", REMAKE, str(folder))
+def verify_file(folder: Path, name: str, digest: str) -> Path:
+    """Compare a file of the folder with its sha256; return its path."""
+    path, parts = folder / name, name.split("/")
+    if len(parts) > 2 or {"", ".", ".."} & set(parts):  # a sentence encoder has files one folder deeper
+        raise damaged(f"{MANIFEST} names a file outside the folder: {name!r}", folder)
     try:
-        return (folder / name).read_bytes()
+        found = file_digest(path)
     except OSError as error:
-        raise SqatError(f"cannot be read: {error.strerror or error}", "keep the folder's files together",
-                        str(folder / name)) from error  # fmt: skip
+        raise damaged(f"cannot be read: {error.strerror or error}", path) from error
+    if found != digest:
+        raise damaged(f"the content is not what the sha256 in {MANIFEST} says: the file was changed", path)
+    return path
+
+
+def damaged(problem: str, place: Path) -> SqatError:
+    """Make the error for a folder that is not what its manifest says."""
+    return SqatError(problem, "export it again", str(place), code="damaged-checkpoint")
 
 
 def parse_manifest(content: bytes, path: Path) -> SparseManifest:
@@ -156,22 +153,23 @@ def parse_manifest(content: bytes, path: Path) -> SparseManifest:
     try:
         raw: Any = json.loads(content)
     except ValueError as error:
-        raise SqatError(f"cannot be read as JSON ({error})", REMAKE, str(path)) from error
+        raise damaged(f"cannot be read as JSON ({error})", path) from error
     version = raw.get("format") if isinstance(raw, dict) else None
     if not isinstance(version, int) or not 1 <= version <= FORMAT:
-        raise SqatError(f"has format {version!r}, this sqat reads {FORMAT}", "export it with this version", str(path))
+        raise SqatError(f"has format {version!r}, this sqat reads {FORMAT}", "export it with this version", str(path),
+                        code="newer-format")  # fmt: skip
     try:
         manifest = SparseManifest.model_validate(raw)
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise SqatError(f"the entry {where} is not valid", REMAKE, str(path)) from error
+        raise damaged(f"the entry {where} is not valid", path) from error
     if manifest_digest(raw) != manifest.sha256:
-        raise SqatError("is not what its own sha256 says: it was changed or damaged", REMAKE, str(path))
+        raise damaged("is not what its own sha256 says: it was changed or damaged", path)
     return manifest
 
 
 def sort_tensors(
-    manifest: SparseManifest, tensors: Mapping[str, Tensor], files: dict[str, bytes], place: str
+    manifest: SparseManifest, tensors: Mapping[str, Tensor], files: dict[str, bytes], place: Path
 ) -> Packed:
     """Tell the tensors apart and check each packed layer and each bound."""
     rest = dict(tensors)
@@ -184,10 +182,10 @@ def sort_tensors(
         for leader in dict.fromkeys(manifest.sites.values()):
             amax[leader] = positive(rest.pop(f"{leader}.amax"), (), f"the bound of {leader}")
     except KeyError as error:
-        raise SqatError(f"the tensor {error.args[0]} is missing", REMAKE, place) from error
+        raise damaged(f"the tensor {error.args[0]} is missing", place) from error
     except ValueError as error:
-        raise SqatError(str(error), REMAKE, place) from error
-    return Packed(manifest, layers, scales, rest, amax, files, place)
+        raise damaged(str(error), place) from error
+    return Packed(manifest, layers, scales, rest, amax, files, str(place))
 
 
 def take_weight(tensors: dict[str, Tensor], name: str, layer: PackedLayer) -> SemiStructured:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -28,31 +27,19 @@ from torch import Tensor
 
 from sqat.errors import SqatError
 from sqat.export.names import node_name
+from sqat.export.quantized_model import QuantizedModel
 from sqat.export.sites import Anatomy, Edge
 
 LEVELS = 127
 WeightForm = Literal["dq", "qdq"]
 
 
-@dataclass(frozen=True)
-class Quantization:
-    """What the checkpoint knows: int8 weights and activation bounds.
-
-    Attributes:
-        weights: layer -> (int8 [out, in], of a convolution [out, in, h, w], in [-127, 127], float32 scale [out]).
-        amax: site -> symmetric bound of the activation, > 0.
-    """
-
-    weights: Mapping[str, tuple[Tensor, Tensor]]
-    amax: Mapping[str, float]
-
-
-def insert_qdq(model: ModelProto, quantization: Quantization, weights: WeightForm = "dq") -> ModelProto:
-    """Write the Q/DQ pairs and int8 weights of a quantization into a copy of a float graph.
+def insert_qdq(model: ModelProto, quantized: QuantizedModel, weights: WeightForm = "dq") -> ModelProto:
+    """Write the Q/DQ pairs and int8 weights of a quantized into a copy of a float graph.
 
     Args:
         model: from `sqat.export.graph.export_float`; left as it is.
-        quantization: layers and sites under the model's module names.
+        quantized: layers and sites under the model's module names.
         weights: ``dq`` int8 -> DequantizeLinear, or ``qdq`` float32 -> QuantizeLinear -> DequantizeLinear.
 
     Raises:
@@ -60,12 +47,12 @@ def insert_qdq(model: ModelProto, quantization: Quantization, weights: WeightFor
         ValueError: a bound is not positive and finite, or a weight does not have the graph's shape.
     """
     anatomy = Anatomy(model.graph)
-    check_names(anatomy, quantization)
+    check_names(anatomy, quantized)
     result = ModelProto()
     result.CopyFrom(model)
     writer = Writer(result.graph, weights)
-    chains = site_chains(anatomy, quantization.amax)
-    layers = {run.node: layer for layer in quantization.weights for run in anatomy.linears[layer]}
+    chains = site_chains(anatomy, quantized.amax)
+    layers = {run.node: layer for layer in quantized.weights for run in anatomy.linears[layer]}
     for index, node in enumerate(model.graph.node):
         copied = NodeProto()
         copied.CopyFrom(node)
@@ -73,23 +60,23 @@ def insert_qdq(model: ModelProto, quantization: Quantization, weights: WeightFor
             for site, scale in chains.get(Edge(index, operand), []):
                 copied.input[operand] = writer.pair(copied.input[operand], site, scale)
         if index in layers:
-            copied.input[1] = writer.weight(node, layers[index], *quantization.weights[layers[index]])
+            copied.input[1] = writer.weight(node, layers[index], *quantized.weights[layers[index]])
         writer.nodes.append(copied)
     writer.finish()
     return result
 
 
-def check_names(anatomy: Anatomy, quantization: Quantization) -> None:
+def check_names(anatomy: Anatomy, quantized: QuantizedModel) -> None:
     """Refuse layers and sites that the graph does not have, and layers quantized on one side only (B9)."""
-    missing = [layer for layer in quantization.weights if layer not in anatomy.linears]
-    missing += [site for site in quantization.amax if not anatomy.edges(site)]
+    missing = [layer for layer in quantized.weights if layer not in anatomy.linears]
+    missing += [site for site in quantized.amax if not anatomy.edges(site)]
     if missing:
         raise SqatError(
             f"{len(missing)} quantized layers or sites are not in the graph: {', '.join(missing[:3])}",
             "the graph must be exported from the model that was calibrated",
         )
-    inputs = {site.removesuffix(":input") for site in quantization.amax if site.endswith(":input")}
-    halves = sorted(inputs ^ set(quantization.weights))
+    inputs = {site.removesuffix(":input") for site in quantized.amax if site.endswith(":input")}
+    halves = sorted(inputs ^ set(quantized.weights))
     if halves:
         raise SqatError(f"layer {halves[0]} needs both an int8 weight and an input bound, and has one of them")
 

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sqat.checkpoint.small_files import replace_file
+from sqat.checkpoint.atomic_write import replace_file
 from sqat.data.text_files import Row, read_rows
 from sqat.errors import SqatError
 from sqat.init.from_sparseml import Translation, translate

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from sqat.checkpoint.manifest import WEIGHTS
+from sqat.checkpoint.manifest import WEIGHTS, file_digest
 from sqat.compat import quiet_transformers
 from sqat.errors import SqatError, first_line
-from sqat.models.sources import LOADING, file_digest, resolve_source
+from sqat.models.sources import LOADING, resolve_source
 
 CHUNK = 64
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from sqat.checkpoint.manifest import WEIGHTS
+from sqat.checkpoint.manifest import WEIGHTS, file_digest
 from sqat.errors import SqatError
 from sqat.recipe.inputs import ModelConfig
 
@@ -103,12 +103,3 @@ def check_digest(config: ModelConfig, source: str) -> None:
     if digest != config.sha256:
         raise SqatError(f"model.safetensors has sha256 {digest}, but the recipe says {config.sha256}",
                         "use the version the recipe was made for", str(path))  # fmt: skip
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file, read in blocks."""
-    hasher = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            hasher.update(block)
-    return hasher.hexdigest()

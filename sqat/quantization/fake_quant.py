@@ -22,7 +22,7 @@ from torch import Tensor
 from sqat.runtime import kernels as passes
 
 ACTIVATION_LOW, HIGH = -128, 127  # weights use -HIGH..HIGH
-LAST_BITS = 3e-7  # relative error of a sum in float32, which runtimes round each in its own way
+FP32_NOISE = 3e-7  # relative error of a sum in float32, which runtimes round each in its own way
 SMALLEST_AMAX = 2.0**-40  # of a fully pruned row or a learned amax driven to 0: 1 / scale stays finite
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sqat.checkpoint.atomic_write import read_json_object
 from sqat.checkpoint.manifest import HISTOGRAMS, RECIPE, Manifest, load_manifest
-from sqat.checkpoint.small_files import read_object
 from sqat.checkpoint.store import load_checkpoint
 from sqat.errors import SqatError
 from sqat.evaluation.inspection import inspect_checkpoint
@@ -152,7 +152,7 @@ def collect(directory: Path, reporter: Reporter) -> Run:
         activations=read_activations(keys, stages, missing),
         gates=read_gates(keys, stages),
         lints=read_lints(results, reporter),
-        record=read_object(directory / RUN_RECORD),
+        record=read_json_object(directory / RUN_RECORD),
         missing=missing,
     )
 
@@ -189,7 +189,7 @@ def read_stages(keys: Keys, directory: Path, missing: list[str]) -> list[Stage]:
 
 def read_rows(keys: Keys, missing: list[str]) -> tuple[list[Result], str, str]:
     """The closing table with its split and data digest."""
-    found = read_object(keys.loaded.run_directory / FILE)
+    found = read_json_object(keys.loaded.run_directory / FILE)
     remembered = {label: entry for label, entry in found.items() if isinstance(entry, dict)}
     rows = []
     for label, (stage, path) in result_artifacts(keys).items():

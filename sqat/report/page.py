@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sqat import __version__
-from sqat.checkpoint.small_files import replace_file
+from sqat.checkpoint.atomic_write import replace_file
 from sqat.errors import SqatError
 from sqat.lint.layer_row import LayerRow
 from sqat.progress import Reporter

@@ -17,7 +17,7 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
-from sqat.checkpoint.disk import write_synced
+from sqat.checkpoint.atomic_write import write_synced
 from sqat.distributed import any_rank, broadcast_from_rank0
 from sqat.errors import SqatError
 

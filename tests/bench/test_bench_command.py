@@ -186,7 +186,7 @@ def test_an_export_folder_names_its_files(
     files = {**made.files, "model.int8.onnx": b"x"}
     save_checkpoint(Checkpoint(made.manifest.model_copy(update={"layers": {}, "sites": {}}), files), tmp_path / "e")
     code, _, err = call(capsys, "e", *QUICK)
-    assert (code, "name what is in it: model.int8.onnx" in err) == (2, True)
+    assert (code, "give what is in it: model.int8.onnx" in err) == (2, True)
 
 
 def test_the_baseline_can_be_named_either_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

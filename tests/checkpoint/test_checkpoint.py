@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from sqat.checkpoint import atomic_write
+from sqat.checkpoint import manifest as manifests
 from sqat.checkpoint import store as module
 from sqat.checkpoint.manifest import LayerRecord, Manifest, SiteRecord, load_manifest, manifest_digest
 from sqat.checkpoint.store import Checkpoint, load_checkpoint, read_tensors, save_checkpoint
@@ -244,9 +245,7 @@ def test_a_file_outside_is_not_read(name: str, saved: Path, monkeypatch: pytest.
     (saved.parent / "secret").write_text("x")
     reseal(saved, lambda manifest: manifest.update(files={name: hashlib.sha256(b"x").hexdigest()}))
     read: list[Path] = []
-    manifest = load_manifest(saved)
-    monkeypatch.setattr(module, "load_manifest", lambda _: manifest)
-    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or b"x")
+    monkeypatch.setattr(manifests, "file_digest", lambda path: read.append(path) or "x")
     assert error_of(saved) == (
         f"{saved / 'sqat.json'}: the manifest names a file outside the checkpoint: {name!r}; {REMAKE}"
     )
@@ -267,7 +266,7 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
     give = "give the folder of a finished stage"
     assert error_of(tmp_path / "nowhere") == f"{tmp_path / 'nowhere'}: no such checkpoint folder; {give}"
     assert error_of(tmp_path / "file") == f"{tmp_path / 'file'}: no such checkpoint folder; {give}"
-    assert error_of(tmp_path) == f"{tmp_path}: the folder is no sqat checkpoint: it has no sqat.json; {give}"
+    assert error_of(tmp_path) == f"{tmp_path}: the folder has no sqat.json; {give}"
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "sqat.safetensors"])
@@ -343,12 +342,12 @@ def test_a_pattern_that_cannot_be(pattern: str, why: str, saved: Path) -> None:
 )
 def test_a_bound_that_is_none(bound: Tensor, saved: Path) -> None:
     rewrite(saved / "sqat.safetensors", replaced(f"{KEY}:input.amax", bound))
-    assert error_of(saved) == f"{saved}: the bound of {KEY}:input is not one positive number; {REMAKE}"
+    assert error_of(saved) == f"{saved}: the amax of {KEY}:input is not one positive number; {REMAKE}"
 
 
 def test_a_site_without_a_bound(saved: Path) -> None:
     rewrite(saved / "sqat.safetensors", lambda tensors: tensors.pop(f"{KEY}:input.amax"))
-    assert error_of(saved) == f"{saved}: {KEY}:input has no bound: {KEY}:input is not in sqat.safetensors; {REMAKE}"
+    assert error_of(saved) == f"{saved}: {KEY}:input has no amax: {KEY}:input is not in sqat.safetensors; {REMAKE}"
 
 
 @pytest.mark.parametrize("spoil", ["zero", "pattern", "weight"])
@@ -426,7 +425,7 @@ def test_a_write_cut_off_between_its_renames_is_undone(saved: Path, checkpoint: 
     saved.with_name(".01-x.new").mkdir()
     before = snapshot(saved.with_name(".01-x.old"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "sync_directory", lambda path: (_ for _ in ()).throw(OSError(5, "I/O error")))
+        patch.setattr(atomic_write, "sync", lambda path: (_ for _ in ()).throw(OSError(5, "I/O error")))
         with pytest.raises(SqatError, match="I/O error"):
             save_checkpoint(checkpoint, saved)
     assert snapshot(saved) == before
@@ -448,10 +447,14 @@ def test_an_export_has_no_weights_and_keeps_its_claims(checkpoint: Checkpoint, t
     manifest = Manifest(
         stage="e", type="export", key="k", base_model="b", seed=0, layers=layers, sites=sites, placement="linear"
     )
-    save_checkpoint(Checkpoint(manifest, {"model.int8.onnx": b"bytes"}), tmp_path / "e")
+    (tmp_path / "new.onnx").write_bytes(b"bytes")
+    artifacts = {"model.int8.onnx": tmp_path / "new.onnx", "packed/config.json": tmp_path / "new.onnx"}
+    save_checkpoint(Checkpoint(manifest, artifacts=artifacts), tmp_path / "e")
     loaded = load_checkpoint(tmp_path / "e")
     assert loaded.weights == {}
-    assert loaded.files == {"model.int8.onnx": b"bytes"}
+    assert loaded.artifacts == {"model.int8.onnx": tmp_path / "e" / "model.int8.onnx"}
+    assert loaded.artifacts["model.int8.onnx"].read_bytes() == b"bytes"
+    assert loaded.files == {"packed/config.json": b"bytes"}
     assert loaded.manifest.layers == layers
 
 
@@ -475,11 +478,9 @@ def test_nothing_is_unpickled(path: Path) -> None:
 
 def test_files_in_a_folder_of_their_own(saved: Path, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(saved)
-    more = replace(
-        checkpoint, files={**checkpoint.files, "packed/model.safetensors": b"x", "packed/config.json": b"{}"}
-    )
+    more = replace(checkpoint, files={**checkpoint.files, "packed/config.json": b"{}", "packed/one/config.json": b"1"})
     save_checkpoint(more, tmp_path / "more")
-    assert (tmp_path / "more" / "packed" / "model.safetensors").read_bytes() == b"x"
+    assert (tmp_path / "more" / "packed" / "one" / "config.json").read_bytes() == b"1"
     assert load_checkpoint(tmp_path / "more").files == more.files
     (tmp_path / "more" / "packed" / "config.json").write_text("[]")
     assert "packed/config.json: the content is not what the manifest's sha256 says" in error_of(tmp_path / "more")
@@ -487,9 +488,9 @@ def test_files_in_a_folder_of_their_own(saved: Path, tmp_path: Path) -> None:
 
 def test_tensors_are_read_by_name(tmp_path: Path) -> None:
     """What is made of them (parameters, sums over them) must not depend on the order in which a file gives them."""
-    content = tensor_bytes({f"n{number}": torch.zeros(1) for number in range(20)})
+    save_file({f"n{number}": torch.zeros(1) for number in range(20)}, tmp_path / "x.safetensors")
     for _ in range(3):
-        assert list(read_tensors(content, tmp_path)) == sorted(f"n{number}" for number in range(20))
+        assert list(read_tensors(tmp_path / "x.safetensors")) == sorted(f"n{number}" for number in range(20))
 
 
 @pytest.mark.parametrize("wrong", [None, [], {}, "many"])

@@ -21,7 +21,8 @@ from sqat.checkpoint.manifest import LayerRecord, Manifest, SiteRecord
 from sqat.checkpoint.store import Checkpoint
 from sqat.errors import SqatError
 from sqat.evaluation.evaluate import served_model
-from sqat.export.targets import Source, write_cpu_sparse
+from sqat.export.source import Source
+from sqat.export.targets import write_target
 from sqat.models.attention import use_eager, use_hooked_attention
 from sqat.models.layer_selection import choose_layers, encoder_blocks
 from sqat.models.loading import serialize_model
@@ -91,7 +92,7 @@ def exported(checkpoint: Checkpoint, model: nn.Module, inputs: Inputs, folder: P
         other = replace(source, config=ExportConfig(embeddings=form))
         vars(other)["graph"] = graph  # traced once
         (folder / form).mkdir()
-        write_cpu_sparse(other, folder / form)
+        write_target("cpu-sparse", other, folder / form)
         files.append(folder / form / "model.cpu-sparse.onnx")
     return files[0], files[1]
 

@@ -13,7 +13,8 @@ from onnx.reference import ReferenceEvaluator
 
 from sqat.export.conv1x1 import to_conv1x1
 from sqat.export.names import module_of
-from sqat.export.qdq import Quantization, insert_qdq
+from sqat.export.qdq import insert_qdq
+from sqat.export.quantized_model import QuantizedModel
 from sqat.lint.apply_rules import find
 from sqat.runtime.sessions import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
 from tests.onnx_models import ATTENTION, Family, ImageFamily, build_family, rtx_weight_bytes
@@ -92,7 +93,7 @@ def test_a_convolution_with_a_float_output_is_no_fault_in_onnx_runtime(bert: Fam
     complete = bert.quantization(*TENSORRT)
     amax = {site: a for site, a in complete.amax.items() if not site.endswith("intermediate.dense:output")}
     optimized = optimized_graph(
-        to_conv1x1(insert_qdq(bert.graph, Quantization(complete.weights, amax))).SerializeToString()
+        to_conv1x1(insert_qdq(bert.graph, QuantizedModel(complete.weights, amax))).SerializeToString()
     )
     counts = operator_counts(optimized)
     assert (counts["QLinearConv"], counts["Conv"] + counts["FusedConv"]) == (len(bert.weights) - 2, 2)

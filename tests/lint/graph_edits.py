@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from sqat.export.qdq import Quantization
+from sqat.export.quantized_model import QuantizedModel
 from sqat.lint.apply_rules import apply_rules, parse_target
 from sqat.lint.findings import Finding
 from sqat.lint.graph_view import GraphView
@@ -32,14 +32,14 @@ RESIDUAL = """agraph (float[batch, sequence, 64] x, float%s other) => (float[bat
 }"""
 
 
-def tied(family: Family, *roles: str) -> Quantization:
+def tied(family: Family, *roles: str) -> QuantizedModel:
     """A quantization in which q, k and v of each attention have one output scale, as rule T16 asks."""
     quantization = family.quantization(*roles)
     amax = dict(quantization.amax)
     for layer in {site.rpartition(".")[0] for site in amax if site.endswith("query:output")}:
         sites = [f"{layer}.{part}:output" for part in ("query", "key", "value")]
         amax |= dict.fromkeys(sites, max(amax[site] for site in sites))
-    return Quantization(quantization.weights, amax)
+    return QuantizedModel(quantization.weights, amax)
 
 
 def node(model: ModelProto, name: str) -> NodeProto:

@@ -15,7 +15,8 @@ from graph_edits import ENCODER, LAYER, QUERY, SELF, between, bypass, change, no
 from onnx import ModelProto, helper, numpy_helper
 
 from sqat.errors import GateError, SqatError
-from sqat.export.qdq import Quantization, insert_qdq
+from sqat.export.qdq import insert_qdq
+from sqat.export.quantized_model import QuantizedModel
 from sqat.lint.apply_rules import apply_rules, find, parse_target, verify
 from sqat.lint.graph_view import GraphView
 from tests.onnx_models import ATTENTION, Family
@@ -346,7 +347,7 @@ def test_what_tensorrt_asks_for_besides(written: bytes, rule: str, break_it: Cal
 def test_int8_only_behind_gelu_is_a_warning(bert: Family) -> None:
     quantization = tied(bert, "output", *ATTENTION, "add")
     amax = {site: bound for site, bound in quantization.amax.items() if not site.endswith("intermediate.dense:output")}
-    model = insert_qdq(bert.graph, Quantization(quantization.weights, amax))
+    model = insert_qdq(bert.graph, QuantizedModel(quantization.weights, amax))
     names = [f"/bert/encoder/layer.{layer}/intermediate/dense/MatMul" for layer in (0, 1)]
     assert lines(model, "tensorrt", warning=True) == [f"T16 {name}: int8 only behind Gelu" for name in names]
     assert lines(model, "tensorrt") == []
@@ -381,7 +382,7 @@ def test_int8_fused_attention_asks_for_a_quantizer_behind_it(bert: Family) -> No
     quantization = bert.quantization(*ATTENTION)
     weights = {layer: weight for layer, weight in quantization.weights.items() if layer != dense}
     amax = {site: bound for site, bound in quantization.amax.items() if not site.startswith(dense)}
-    found = find(insert_qdq(bert.graph, Quantization(weights, amax)))
+    found = find(insert_qdq(bert.graph, QuantizedModel(weights, amax)))
     assert [str(f) for f in found] == [f"B13 {SELF}/MatMul_1: no QuantizeLinear behind the second product"]
     assert found[0].warning
 

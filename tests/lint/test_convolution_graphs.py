@@ -9,7 +9,8 @@ import torch
 from graph_edits import findings_of, parsed, sparse, verdicts
 from onnx import ModelProto, numpy_helper
 
-from sqat.export.qdq import Quantization, insert_qdq
+from sqat.export.qdq import insert_qdq
+from sqat.export.quantized_model import QuantizedModel
 from sqat.runtime.sessions import left_in_float, operator_counts, optimized_graph, run_batches, session
 
 CHAIN = """agraph (float[batch, 32, 8, 8] x) => (float[batch, 32, 8, 8] y)
@@ -86,7 +87,7 @@ def test_the_writer_puts_scales_along_the_output_channels(form: str) -> None:
     bias = np.linspace(-1, 1, 32, dtype=np.float32)
     plain = parsed(text, w=integers * scale.reshape(-1, 1, 1, 1), b=bias)
     plain.graph.node[0].name = "/net/conv/Conv"
-    quantization = Quantization(
+    quantization = QuantizedModel(
         {"net.conv": (torch.from_numpy(integers), torch.from_numpy(scale))},
         {"net.conv:input": 2.5, "net.conv:output": 4.0},
     )

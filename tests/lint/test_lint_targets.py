@@ -34,7 +34,8 @@ from sqat.export.conv1x1 import to_conv1x1
 from sqat.export.float16 import to_float16
 from sqat.export.folding import fold_attention_scale
 from sqat.export.opset17 import to_opset17
-from sqat.export.qdq import Quantization, insert_qdq
+from sqat.export.qdq import insert_qdq
+from sqat.export.quantized_model import QuantizedModel
 from sqat.lint.layer_report import lint
 from tests.onnx_models import FAMILIES, Family, ImageFamily, build_family
 
@@ -67,7 +68,7 @@ def test_outputs_quantized_where_the_attention_reads_them_are_int8_out(bert: Fam
     for layer in (0, 1):
         sites = [f"bert.encoder.layer.{layer}.attention.self:{part}" for part in ("query", "key", "value")]
         amax |= dict.fromkeys(sites, max(amax[site] for site in sites))
-    result = lint(insert_qdq(bert.graph, Quantization(everything.weights, amax)), "tensorrt")
+    result = lint(insert_qdq(bert.graph, QuantizedModel(everything.weights, amax)), "tensorrt")
     assert {(f.rule, f.problem, f.warning) for f in result.findings} == {("T16", "int8 only behind Gelu", True)}
     assert (result.running, result.doubtful) == (10, 2)
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from sqat.errors import SqatError
-from sqat.export.qdq import Quantization, insert_qdq
+from sqat.export.qdq import insert_qdq
+from sqat.export.quantized_model import QuantizedModel
 from sqat.lint.layer_report import find_pattern, inspect_onnx
 from tests.onnx_models import Family
 
@@ -130,7 +131,7 @@ def test_a_model_without_layers_and_a_path_without_a_file(tmp_path: Path) -> Non
 
 
 def test_a_half_quantized_layer_says_so(bert: Family, tmp_path: Path) -> None:
-    model = insert_qdq(bert.graph, Quantization({QUERY: bert.weights[QUERY]}, {f"{QUERY}:input": 1.0}))
+    model = insert_qdq(bert.graph, QuantizedModel({QUERY: bert.weights[QUERY]}, {f"{QUERY}:input": 1.0}))
     product = next(node for node in model.graph.node if node.name.endswith("layer.0/attention/self/query/MatMul"))
     product.input[0] = next(node for node in model.graph.node if node.output[0] == product.input[0]).input[0]
     row = next(row for row in inspect_onnx(saved(model, tmp_path)) if row.name == QUERY)

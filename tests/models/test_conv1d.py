@@ -19,8 +19,9 @@ from sqat.checkpoint.store import Checkpoint, load_checkpoint, save_checkpoint
 from sqat.data.dataset import TextProcessor
 from sqat.errors import SqatError
 from sqat.evaluation.inspection import inspect_checkpoint
-from sqat.export.compressed import write_compressed
-from sqat.export.packed import write_packed
+from sqat.export.quantized_model import quantize_model
+from sqat.export.targets.compressed_tensors import write_compressed
+from sqat.export.targets.semi_structured import write_packed
 from sqat.models.attention import hook_last_qkv
 from sqat.models.conv1d import to_conv1d_, to_linears_
 from sqat.models.layer_selection import LinearOfConv1D, choose_layers, find_qkv
@@ -131,11 +132,12 @@ def test_a_layout_of_another_model_is_told(content: bytes, pruned: Checkpoint, t
         save_checkpoint(wrong, tmp_path / "one")
 
 
-def test_what_other_targets_make_of_it(pruned: Checkpoint) -> None:
+def test_what_other_targets_make_of_it(pruned: Checkpoint, tmp_path: Path) -> None:
     assert json.loads(pruned.files[LAYOUT])["transposed"][0] == "transformer.h.0.attn.c_attn"
     with pytest.raises(SqatError, match="target compressed-tensors is for linears, and this"):
-        write_compressed(pruned)
-    assert not any(LAYOUT in name for name in write_packed(pruned))
+        write_compressed(pruned, quantize_model(pruned), tmp_path)
+    write_packed(pruned, quantize_model(pruned), tmp_path / "packed")
+    assert not (tmp_path / "packed" / LAYOUT).exists()
 
 
 def test_an_encoder_has_no_layout(make_model: MakeModel, tokenizer: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,20 @@ from torch import nn
 
 from sqat import runtime
 from sqat.checkpoint.manifest import LayerRecord
-from sqat.checkpoint.store import load_checkpoint
+from sqat.checkpoint.store import Checkpoint, load_checkpoint
 from sqat.cli import main
 from sqat.errors import SqatError
 from sqat.evaluation.artifacts import open_onnx
-from sqat.export import cpu_graph, targets
+from sqat.export import cpu_graph
 from sqat.export.cpu_encoder import check_encoder, read_encoder
+from sqat.export.quantized_model import QuantizedModel, quantize_model
+from sqat.export.source import Source, input_sites_only
+from sqat.export.targets import write_target
+from sqat.export.targets.cpu_sparse import encoder_of
 from sqat.models.loading import build
 from sqat.pipeline.runner import evaluate, run_stage
 from sqat.recipe.loader import load_recipe
+from sqat.recipe.stages import ExportConfig
 from tests.export.cpu_oracle import interpret
 from tests.pipeline.conftest import Lines, Project
 
@@ -127,29 +133,32 @@ def test_a_recipe_that_cannot_be_served_is_told_at_once(project: Project, overri
         load_recipe(project.recipe, [*QUICK, *overrides])
 
 
-def test_a_checkpoint_of_another_placement_is_one_line(project: Project) -> None:
-    checkpoint = load_checkpoint(project.stage("qat"))
+def source_of(checkpoint: Checkpoint) -> Source:
     model, _ = build(checkpoint)
-    other = targets.with_linear_sites(checkpoint)
-    with pytest.raises(
-        SqatError, match=r"and the checkpoint was calibrated with placement linear; set stages\.calibrate"
-    ):
-        targets.encoder_of(other, model)
-    dense = load_checkpoint(project.stage("train"))
-    with pytest.raises(SqatError, match="and the checkpoint is not calibrated"):
-        targets.encoder_of(dense, model)
+    return Source(checkpoint, model, {}, ExportConfig(), (1, 8, 16))
 
 
-def test_a_float_layer_and_a_false_claim_are_told(project: Project) -> None:
+@pytest.mark.parametrize("other", ["linear", "dense"])
+def test_a_checkpoint_without_its_scales_is_refused(project: Project, other: str, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(project.stage("train" if other == "dense" else "qat"))
+    checkpoint = input_sites_only(checkpoint) if other == "linear" else checkpoint
+    with pytest.raises(SqatError) as error:
+        write_target("cpu-sparse", source_of(checkpoint), tmp_path)
+    assert error.value.code == "unsupported-target"
+    assert ("is calibrated with linear" if other == "linear" else "needs activation scales") in str(error.value)
+
+
+def test_a_float_layer_and_a_false_claim_are_errors(project: Project) -> None:
     checkpoint = load_checkpoint(project.stage("qat"))
     model, _ = build(checkpoint)
     layer = "bert.encoder.layer.1.output.dense"
+    weights = {name: pair for name, pair in quantize_model(checkpoint).weights.items() if name != layer}
     with pytest.raises(SqatError, match=rf"every linear of the layers in int8, and {layer} is float; calibrate with"):
-        read_encoder(model, [name for name in checkpoint.manifest.layers if name != layer], {})
+        read_encoder(model, QuantizedModel(weights, {}))
     claimed = dict(checkpoint.manifest.layers) | {layer: LayerRecord(pattern="1:4", quantized=True)}
     known = checkpoint.manifest.model_copy(update={"layers": claimed})
     with pytest.raises(SqatError, match=rf"break rule B6: {layer}.weight is said to be 1:4"):
-        targets.encoder_of(targets.replace(checkpoint, manifest=known), model)
+        encoder_of(source_of(replace(checkpoint, manifest=known)))
 
 
 @pytest.mark.parametrize(("family", "settings", "part"), [

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sqat.errors import GateError
-from sqat.evaluation.evaluate import rounded_otherwise
-from sqat.export import targets
-from sqat.export.qdq import Quantization
+from sqat.evaluation.parity import perturb_outputs
+from sqat.export.quantized_model import QuantizedModel
+from sqat.export.targets import onnx_int8
 from sqat.pipeline.runner import run, run_stage
 from sqat.recipe.loader import load_recipe
 from sqat.tasks.classification import Classification
@@ -31,13 +31,13 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 def export_wrong(project: Project, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> str:
     """Message of an export whose writer is given another quantization than the checkpoint's."""
-    original = targets.insert_qdq
+    original = onnx_int8.insert_qdq
 
-    def wrong(graph: Any, quantization: Quantization) -> Any:
+    def wrong(graph: Any, quantization: QuantizedModel) -> Any:
         changed = {name: change(quantization) for name, change in changes.items()}
-        return original(graph, Quantization(**{**vars(quantization), **changed}))
+        return original(graph, QuantizedModel(**{**vars(quantization), **changed}))
 
-    monkeypatch.setattr(targets, "insert_qdq", wrong)
+    monkeypatch.setattr(onnx_int8, "insert_qdq", wrong)
     with pytest.raises(GateError) as caught:
         run_stage(load_recipe(project.recipe, ["stages.qat.epochs=0.2"]), "export", Lines())
     assert not list((project.folder / "runs" / "tiny").glob("*export*"))
@@ -53,7 +53,7 @@ def test_a_wrong_activation_scale_is_told(project: Project, monkeypatch: pytest.
 def test_a_weight_that_is_not_sparse_is_told_by_its_node(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = "bert.encoder.layer.1.output.dense"
 
-    def filled(quantization: Quantization) -> dict[str, Any]:
+    def filled(quantization: QuantizedModel) -> dict[str, Any]:
         integers, scale = quantization.weights[layer]
         return {**quantization.weights, layer: (torch.where(integers == 0, 1, integers).to(torch.int8), scale)}
 
@@ -62,11 +62,11 @@ def test_a_weight_that_is_not_sparse_is_told_by_its_node(project: Project, monke
     assert "/bert/encoder/layer.1/output/dense" in message
 
 
-def test_rounding_otherwise_moves_a_norm_by_its_last_bits_and_leaves_nothing_behind() -> None:
+def test_a_perturbation_moves_a_norm_by_its_last_bits_and_leaves_nothing_behind() -> None:
     norm = nn.Sequential(nn.LayerNorm(64))
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
     plain = norm(x)
-    with rounded_otherwise(norm):
+    with perturb_outputs(norm):
         moved = norm(x)
     assert 0 < float(((moved - plain) / plain).abs().max().detach()) < 2e-6
     assert torch.equal(norm(x), plain)
@@ -81,27 +81,25 @@ def test_card_and_tokenizer_lie_beside_the_file(project: Project) -> None:
     assert "decisions equal" in card
 
 
-def export_deciding(project: Project, monkeypatch: pytest.MonkeyPatch, shaken: bool) -> None:
-    """Export where the file takes row 0 otherwise than torch does, and torch rounded otherwise as ``shaken`` says."""
+def export_deciding(project: Project, monkeypatch: pytest.MonkeyPatch, perturbed: bool) -> None:
+    """Export where the file takes row 0 otherwise than torch does, and perturbed torch as ``perturbed`` says."""
     answers = [False]  # of the file, which is asked first
 
     def same_decision(task: Classification, wanted: Tensor, got: Tensor, rows: Any) -> Tensor:
         equal = torch.ones(len(rows), dtype=torch.bool)
-        equal[0] = answers.pop() if answers else shaken
+        equal[0] = answers.pop() if answers else perturbed
         return equal
 
     monkeypatch.setattr(Classification, "same_decision", same_decision)
     run_stage(load_recipe(project.recipe, ["stages.qat.epochs=0.2"]), "export", Lines(), force=True)
 
 
-def test_a_decision_that_torch_rounded_otherwise_changes_too_is_no_fault(
-    project: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    export_deciding(project, monkeypatch, shaken=False)
+def test_a_decision_within_the_noise_floor_is_no_fault(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    export_deciding(project, monkeypatch, perturbed=False)
     folder = next((project.folder / "runs" / "tiny").glob("*export*"))
-    assert "(1 more differ where torch, rounded otherwise, differs too)" in (folder / "sqat.json").read_text()
+    assert "(1 more differ within the noise floor)" in (folder / "sqat.json").read_text()
 
 
 def test_a_decision_that_torch_never_takes_is_a_fault(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(GateError, match=r"^model.int8.onnx decides otherwise than the torch model in .*nothing was "):
-        export_deciding(project, monkeypatch, shaken=True)
+    with pytest.raises(GateError, match=r"^model.int8.onnx decides differently from the torch model in .*nothing was "):
+        export_deciding(project, monkeypatch, perturbed=True)

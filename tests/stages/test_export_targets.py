@@ -11,9 +11,11 @@ import onnx
 import pytest
 import torch
 
+from sqat.checkpoint.store import Checkpoint
 from sqat.cli import main
 from sqat.errors import GateError, SqatError
-from sqat.export import targets
+from sqat.export import source
+from sqat.export.quantized_model import QuantizedModel, quantize_model
 from sqat.lint.apply_rules import find
 from sqat.pipeline.runner import evaluate, run, run_stage
 from sqat.recipe.loader import load_recipe
@@ -57,9 +59,9 @@ def test_every_target_is_written_and_measured(everything: Path) -> None:
     names = {path.relative_to(everything).as_posix() for path in everything.rglob("*") if path.is_file()}
     assert {f"model.{name}.onnx" for name in ("int8", "fp32", "fp16", "tensorrt")} <= names
     assert {
-        "build_engine.json",
         "build_engine.sh",
         "build_engine.py",
+        "build_engine.json",
         "semi-structured/sparse.json",
         "compressed-tensors/config.json",
     } <= names
@@ -108,16 +110,17 @@ def test_ranges_reach_the_build_files(project: Project, tmp_path: Path) -> None:
     assert all(shape in script for shape in ("input_ids:2x7", "attention_mask:3x11", "token_type_ids:5x13"))
 
 
-def test_a_wrong_packed_weight_is_told(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(checkpoint):
+def test_a_wrong_packed_weight_misses_parity(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def negated(checkpoint: Checkpoint) -> QuantizedModel:
+        quantized = quantize_model(checkpoint)
         layer = next(iter(checkpoint.masks))
-        weights = {**checkpoint.weights, f"{layer}.weight": checkpoint.weights[f"{layer}.weight"] * -1}
-        return original(targets.replace(checkpoint, weights=weights))
+        integers, scale = quantized.weights[layer]
+        return QuantizedModel({**quantized.weights, layer: (-integers, scale)}, quantized.amax)
 
-    original = targets.write_packed
-    monkeypatch.setattr(targets, "write_packed", wrong)
-    with pytest.raises(GateError, match=r"^semi-structured is off by .*nothing was written$"):
+    monkeypatch.setattr(source, "quantize_model", negated)
+    with pytest.raises(GateError, match=r"^semi-structured is off by .*nothing was written$") as error:
         exported(project, "stages.export.targets=[torch-semi-structured]")
+    assert error.value.code == "parity"
 
 
 def test_tensorrt_asks_for_its_profile(project: Project, capfd: pytest.CaptureFixture[str]) -> None:
@@ -128,9 +131,7 @@ def test_tensorrt_asks_for_its_profile(project: Project, capfd: pytest.CaptureFi
     code = main(["export", str(project.recipe), "--target", "tensorrt", "--from", str(other.stage("calibrate")),
                  "-o", str(project.folder / "never"), "-q"])  # fmt: skip
     assert code == 2
-    assert "the checkpoint was calibrated with placement linear; set stages.calibrate.placement: tensorrt" in " ".join(
-        capfd.readouterr().err.split()
-    )
+    assert "target tensorrt needs activation placement tensorrt" in " ".join(capfd.readouterr().err.split())
     assert not (project.folder / "never").exists()
 
 

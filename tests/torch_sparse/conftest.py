@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from sqat.checkpoint.manifest import LayerRecord, Manifest, SiteRecord
 from sqat.checkpoint.store import Checkpoint
 from sqat.compress.calibrate import share_amax
 from sqat.data.dataset import TextProcessor
-from sqat.export.packed import write_packed
-from sqat.export.packed_folder import FOLDER
+from sqat.export.quantized_model import quantize_model
+from sqat.export.targets.semi_structured import write_packed
 from sqat.models.attention import use_hooked_attention
 from sqat.models.layer_selection import choose_layers, encoder_blocks
 from sqat.models.loading import serialize_model
@@ -28,7 +28,8 @@ from sqat.sparsity.pattern import parse_pattern
 
 VOCABULARY = 65
 MakeCheckpoint = Callable[..., Checkpoint]
-WriteFolder = Callable[[Mapping[str, bytes]], Path]
+WriteFolder = Callable[[Checkpoint], Path]
+FOLDER = "semi-structured"
 
 
 def texts(rows: int, tokens: int, seed: int = 0) -> dict[str, Tensor]:
@@ -87,12 +88,10 @@ def calibrated(make_model: Callable[..., Any], tokenizer: Any) -> MakeCheckpoint
 
 @pytest.fixture
 def write_folder(tmp_path: Path) -> WriteFolder:
-    """Put what `write_packed` made on the disk; returns the folder to load."""
+    """`write_folder(checkpoint)`: the folder of packed weights that the target writes."""
 
-    def write(files: Mapping[str, bytes]) -> Path:
-        for name, content in files.items():
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).write_bytes(content)
+    def write(checkpoint: Checkpoint) -> Path:
+        write_packed(checkpoint, quantize_model(checkpoint), tmp_path / FOLDER)
         return tmp_path / FOLDER
 
     return write
@@ -101,4 +100,4 @@ def write_folder(tmp_path: Path) -> WriteFolder:
 @pytest.fixture
 def packed_folder(calibrated: MakeCheckpoint, write_folder: WriteFolder) -> Path:
     """The folder of the tiny BERT, placement linear."""
-    return write_folder(write_packed(calibrated()))
+    return write_folder(calibrated())

@@ -20,8 +20,7 @@ from sqat.checkpoint.store import Checkpoint
 from sqat.data.dataset import TextProcessor
 from sqat.errors import SqatError
 from sqat.evaluation.evaluate import served_model
-from sqat.export.packed import write_packed
-from sqat.export.packed_folder import FOLDER, MANIFEST, TENSORS
+from sqat.export.packed_folder import MANIFEST, TENSORS
 from sqat.models.loading import PreTrainedModel
 from sqat.modules.sites import role
 from sqat.torch_sparse.linear import SparseLinear
@@ -63,7 +62,7 @@ def test_loaded_model_is_the_served_checkpoint(
     family: str, placement: str, calibrated: MakeCheckpoint, write_folder: WriteFolder
 ) -> None:
     checkpoint = calibrated(family, placement)
-    folder = write_folder(write_packed(checkpoint))
+    folder = write_folder(checkpoint)
     model = empty_model(folder)
     loaded = load_sparse_(model, folder)
     assert same(differences(checkpoint, model))
@@ -80,7 +79,7 @@ def test_loaded_model_is_the_served_checkpoint(
 def test_layers_that_run_twice_are_right(family: str, calibrated: MakeCheckpoint, write_folder: WriteFolder) -> None:
     """DeBERTa's keys also run on the relative positions, ALBERT's one block is all blocks."""
     checkpoint = calibrated(family, "tensorrt")
-    folder = write_folder(write_packed(checkpoint))
+    folder = write_folder(checkpoint)
     model = empty_model(folder)
     load_sparse_(model, folder)
     assert same(differences(checkpoint, model))
@@ -88,7 +87,7 @@ def test_layers_that_run_twice_are_right(family: str, calibrated: MakeCheckpoint
 
 def test_shapes_that_cutlass_takes_are_read_in_its_order(calibrated: MakeCheckpoint, write_folder: WriteFolder) -> None:
     checkpoint = calibrated("bert", "linear", hidden_size=128, intermediate_size=256)
-    folder = write_folder(write_packed(checkpoint))
+    folder = write_folder(checkpoint)
     entries = json.loads((folder / MANIFEST).read_text())["layers"]
     assert {entry["order"] for entry in entries.values()} == {"cutlass"}
     model = empty_model(folder)
@@ -101,7 +100,7 @@ def test_layers_differ_from_the_fake_quantized_by_float_rounding_alone(
 ) -> None:
     """Each layer fed with what reaches it in the served model: no noise of other layers comes in."""
     checkpoint = calibrated("bert", "linear")
-    folder = write_folder(write_packed(checkpoint))
+    folder = write_folder(checkpoint)
     model = empty_model(folder)
     loaded = load_sparse_(model, folder)
     seen: list[tuple[str, Tensor, Tensor]] = []
@@ -120,7 +119,7 @@ def test_layers_differ_from_the_fake_quantized_by_float_rounding_alone(
 
 def test_inputs_of_linears_alone_by_choice(calibrated: MakeCheckpoint, write_folder: WriteFolder) -> None:
     checkpoint = calibrated("bert", "tensorrt")
-    folder = write_folder(write_packed(checkpoint))
+    folder = write_folder(checkpoint)
     whole, some = empty_model(folder), empty_model(folder)
     all_sites, linears = load_sparse_(whole, folder), load_sparse_(some, folder, sites="linears")
     assert all_sites.insertion is not None
@@ -136,7 +135,7 @@ def test_densify_gives_a_plain_model_with_the_served_weights(
     calibrated: MakeCheckpoint, write_folder: WriteFolder
 ) -> None:
     checkpoint = calibrated("bert", "tensorrt")
-    folder = write_folder(write_packed(checkpoint))
+    folder = write_folder(checkpoint)
     model = empty_model(folder)
     attention = model.config._attn_implementation
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
@@ -355,7 +354,7 @@ def test_layers_that_stayed_dense_are_quantized_as_in_training(
 ) -> None:
     """48 is no multiple of 32: those layers are float weights on the int8 grid behind a fake quantizer."""
     checkpoint = calibrated("bert", "linear", intermediate_size=48)
-    folder = write_folder(write_packed(checkpoint))
+    folder = write_folder(checkpoint)
     model = empty_model(folder)
     loaded = load_sparse_(model, folder)
     assert len(loaded.backends) == 8
@@ -372,7 +371,7 @@ def test_a_pruned_checkpoint_without_scales_runs_in_float16(
     layers = {name: record.model_copy(update={"quantized": False}) for name, record in whole.manifest.layers.items()}
     manifest = whole.manifest.model_copy(update={"layers": layers, "sites": {}, "placement": ""})
     checkpoint = Checkpoint(manifest, whole.files, whole.weights, whole.masks)
-    folder = write_folder(write_packed(checkpoint))
+    folder = write_folder(checkpoint)
     model = empty_model(folder)
     loaded = load_sparse_(model, folder)
     assert {model.get_submodule(name).values.dtype for name in loaded.backends} == {torch.float16}
@@ -384,4 +383,4 @@ def test_one_description_says_what_was_done(packed_folder: Path) -> None:
     loaded: Loaded = load_sparse_(empty_model(packed_folder), packed_folder)
     assert {name: backend.name for name, backend in loaded.backends.items()}[LAYER] == "reference"
     assert loaded.dense["classifier"] == "outside the encoder blocks (rule B8)"
-    assert packed_folder.name == FOLDER
+    assert packed_folder.name == "semi-structured"

@@ -11,7 +11,6 @@ import transformers
 from torch import Tensor
 
 from sqat.evaluation.evaluate import served_model
-from sqat.export.packed import write_packed
 from sqat.export.packed_folder import MANIFEST
 from sqat.torch_sparse.load import load_model
 from tests.torch_sparse.conftest import WriteFolder, calibrate, texts
@@ -29,7 +28,7 @@ def test_the_packed_model_is_the_served_one(placement: str, write_folder: WriteF
     with torch.no_grad():
         full = torch.cat([model(**batch).logits.flatten() for batch in batches])
     checkpoint = calibrate(model, transformers.AutoTokenizer.from_pretrained(source), placement)
-    folder = write_folder(write_packed(checkpoint))
+    folder = write_folder(checkpoint)
     entries = json.loads((folder / MANIFEST).read_text())
     assert {entry["order"] for entry in entries["layers"].values()} == {"cutlass"}
     weights = 6 * (4 * 384 * 384 + 2 * 384 * 1536)

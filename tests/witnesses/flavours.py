@@ -23,7 +23,8 @@ from sqat.export.conv1x1 import to_conv1x1
 from sqat.export.embeddings import store_embeddings
 from sqat.export.float16 import to_float16
 from sqat.export.folding import fold_attention_scale
-from sqat.export.qdq import Quantization, insert_qdq
+from sqat.export.qdq import insert_qdq
+from sqat.export.quantized_model import QuantizedModel
 from tests import onnx_models as encoders
 from tests.traces import traced
 
@@ -50,7 +51,7 @@ class Flavour:
     """
 
     sites: str
-    write: Callable[[Family, Quantization], ModelProto]
+    write: Callable[[Family, QuantizedModel], ModelProto]
     rounding: float = SINGLE
     same: bool = True
 
@@ -74,14 +75,14 @@ def build_minilm() -> Family:
     return family
 
 
-def quantization_of(family: Family, sites: str) -> Quantization:
+def quantization_of(family: Family, sites: str) -> QuantizedModel:
     """What a flavour quantizes of a family."""
     roles = family.roles("output", *encoders.ATTENTION, "add") if sites == "all" else ()
-    quantization: Quantization = family.quantization(*roles)
-    return quantization if sites != "none" else Quantization({}, {})
+    quantization: QuantizedModel = family.quantization(*roles)
+    return quantization if sites != "none" else QuantizedModel({}, {})
 
 
-def products_of(quantization: Quantization) -> int:
+def products_of(quantization: QuantizedModel) -> int:
     """How many products have int8 operands: the linears, and two in each attention whose operands are sites."""
     return len(quantization.weights) + sum(site.endswith((":query", ":softmax")) for site in quantization.amax)
 
@@ -110,7 +111,7 @@ def without_saturation(family: Family) -> Family:
     return replace(family, model=model, weights=weights)
 
 
-def with_wide_bounds(quantization: Quantization) -> Quantization:
+def with_wide_bounds(quantization: QuantizedModel) -> QuantizedModel:
     """The bounds of what attention products read four times as wide, so that these too fit 16 bits."""
     wide = (":query", ":key", ":value", ":output")
     amax = {site: bound * (4 if site.endswith(wide) else 1) for site, bound in quantization.amax.items()}
@@ -123,7 +124,7 @@ def arrays(inputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
 
 def check_numbers(
     family: Family,
-    quantization: Quantization,
+    quantization: QuantizedModel,
     run: Callable[[dict[str, np.ndarray]], np.ndarray],
     rounding: float,
     sizes: Sequence[tuple[int, int]] = SIZES,
@@ -149,7 +150,9 @@ def check_numbers(
     assert np.median(found) <= 1 or rounding == HALF or not is_tiny
 
 
-def shake(family: Family, quantization: Quantization, inputs: dict[str, Tensor], noise: float, seed: int) -> np.ndarray:
+def shake(
+    family: Family, quantization: QuantizedModel, inputs: dict[str, Tensor], noise: float, seed: int
+) -> np.ndarray:
     """The reference with noise of a seed of its own, whatever ran before in this process."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -173,15 +176,15 @@ def embeds(name: str) -> bool:
     return name != "vit"
 
 
-def conv1x1(family: Family, quantization: Quantization) -> ModelProto:
+def conv1x1(family: Family, quantization: QuantizedModel) -> ModelProto:
     return to_conv1x1(fold_attention_scale(insert_qdq(family.graph, quantization, weights="qdq")))
 
 
-def folded(family: Family, quantization: Quantization) -> ModelProto:
+def folded(family: Family, quantization: QuantizedModel) -> ModelProto:
     return fold_attention_scale(insert_qdq(family.graph, quantization))
 
 
-def table(family: Family, quantization: Quantization) -> ModelProto:
+def table(family: Family, quantization: QuantizedModel) -> ModelProto:
     return store_embeddings(folded(family, quantization), "int8", "table")
 
 

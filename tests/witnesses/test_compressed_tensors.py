@@ -21,7 +21,8 @@ from sqat.checkpoint.manifest import LayerRecord, Manifest, SiteRecord
 from sqat.checkpoint.store import Checkpoint
 from sqat.data.dataset import TextProcessor
 from sqat.evaluation.evaluate import served_model
-from sqat.export.compressed import check_compressed, write_compressed
+from sqat.export.quantized_model import quantize_model
+from sqat.export.targets.compressed_tensors import check_compressed, write_compressed
 from sqat.models.loading import serialize_model
 from tests.witnesses.flavours import SHAKES, build, shake
 
@@ -33,10 +34,7 @@ MakeCheckpoint = Callable[..., Checkpoint]
 
 def write(checkpoint: Checkpoint, folder: Path) -> Path:
     """The folder on disk."""
-    for name, content in write_compressed(checkpoint)[0].items():
-        path = folder / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content)
+    write_compressed(checkpoint, quantize_model(checkpoint), folder / "compressed-tensors")
     return folder / "compressed-tensors"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from scripts.benchmarks.beside_modelopt import __doc__ as about
 from scripts.benchmarks.beside_modelopt.rows import CHAINS, METRICS, MODEL, SEEDS, Budget, Comparison, read
 from scripts.benchmarks.beside_modelopt.table import render
-from sqat.checkpoint.small_files import check_json
+from sqat.checkpoint.atomic_write import check_json_name
 from sqat.errors import SqatError
 from sqat.hardware.machine import describe_processor, version_of
 
@@ -67,7 +67,7 @@ def compare(arguments: argparse.Namespace) -> None:
     Raises:
         SqatError: Model Optimizer or a data set is missing, or the file is of another budget.
     """
-    check_json(arguments.json)
+    check_json_name(arguments.json)
     budget = Budget(
         dense_steps=arguments.dense_steps, sparse_steps=arguments.sparse_steps, qat_steps=arguments.qat_steps
     )

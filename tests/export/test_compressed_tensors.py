@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save
 
-from sqat.checkpoint.manifest import LayerRecord, SiteRecord
+from sqat.checkpoint.manifest import SiteRecord
 from sqat.checkpoint.store import Checkpoint
 from sqat.errors import SqatError
-from sqat.export.compressed import check_compressed, check_contents, write_compressed
+from sqat.export.quantized_model import quantize_model
+from sqat.export.targets.compressed_tensors import check_compressed, skipped_sites, write_compressed
 
 FAMILIES = ("bert", "roberta", "distilbert", "electra", "mpnet", "modernbert")
 MakeCheckpoint = Callable[..., Checkpoint]
@@ -23,9 +24,10 @@ LAYER = "bert.encoder.layer.1.output.dense"
 FLOAT = "bert.encoder.layer.0.attention.self.query"
 
 
-def contents(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """The folder's files by name without the folder's."""
-    return {name.partition("/")[2]: content for name, content in write_compressed(checkpoint)[0].items()}
+def write(checkpoint: Checkpoint, folder: Path) -> Path:
+    """Write the folder of a checkpoint."""
+    write_compressed(checkpoint, quantize_model(checkpoint), folder)
+    return folder
 
 
 def patterns(checkpoint: Checkpoint) -> dict[str, str]:
@@ -33,9 +35,9 @@ def patterns(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_each_layer_is_stored_as_torch_quantizes_it(make_checkpoint: MakeCheckpoint, name: str) -> None:
+def test_each_layer_is_stored_as_torch_quantizes_it(make_checkpoint: MakeCheckpoint, name: str, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(name)
-    tensors = load(contents(checkpoint)["model.safetensors"])
+    tensors = load_file(write(checkpoint, tmp_path) / "model.safetensors")
     quantized = [layer for layer, record in checkpoint.manifest.layers.items() if record.quantized]
     assert {key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale")} == set(quantized)
     for layer in quantized:
@@ -51,57 +53,57 @@ def test_each_layer_is_stored_as_torch_quantizes_it(make_checkpoint: MakeCheckpo
     assert len(rest) + len(quantized) == len(checkpoint.weights)
 
 
-def test_config_says_which_linears_stay_float(make_checkpoint: MakeCheckpoint) -> None:
+def test_config_says_which_linears_stay_float(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     checkpoint = make_checkpoint("bert")
-    files = contents(checkpoint)
-    config = json.loads(files["config.json"])
+    folder = write(checkpoint, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
     before = json.loads(checkpoint.files["config.json"])
     found = config.pop("quantization_config")
     assert config == before
     assert found["ignore"] == [FLOAT, "bert.pooler.dense", "classifier"]
     assert "sparsity_config" not in found
-    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} == set(files)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} == {
+        path.name for path in folder.iterdir()
+    }
 
 
-def test_a_shared_quantizer_gives_its_scale_to_all_its_layers(make_checkpoint: MakeCheckpoint) -> None:
+def test_a_shared_quantizer_gives_its_scale_to_all_its_layers(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     checkpoint = make_checkpoint("bert")
     parts = [f"bert.encoder.layer.1.attention.self.{part}" for part in ("query", "key", "value")]
     leader = f"{parts[0]}:input"
     sites = {**checkpoint.manifest.sites, **{f"{p}:input": SiteRecord(shared_with=leader, saturated=0) for p in parts}}
     shared = replace(checkpoint, manifest=checkpoint.manifest.model_copy(update={"sites": sites}))
-    tensors = load(contents(shared)["model.safetensors"])
+    tensors = load_file(write(shared, tmp_path) / "model.safetensors")
     assert {float(tensors[f"{part}.input_scale"]) for part in parts} == {float(checkpoint.amax[leader] / 127)}
 
 
-def test_sites_without_a_name_in_the_format_are_told(make_checkpoint: MakeCheckpoint) -> None:
+def test_sites_without_a_name_in_the_format_are_in_the_notes(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     checkpoint = make_checkpoint("bert")
-    assert write_compressed(checkpoint)[1] == []
-    roles = ("query", "key", "add0.left", "output")
-    more = {f"bert.encoder.layer.0:{role}": SiteRecord(shared_with="x", saturated=None) for role in roles}
+    assert list(skipped_sites(checkpoint)) == []
+    roles, shared = ("query", "key", "add0.left", "output"), next(iter(checkpoint.amax))
+    more = {f"bert.encoder.layer.0:{role}": SiteRecord(shared_with=shared, saturated=None) for role in roles}
     manifest = checkpoint.manifest.model_copy(update={"sites": {**checkpoint.manifest.sites, **more}})
-    files, notes = write_compressed(replace(checkpoint, manifest=manifest))
-    assert files == write_compressed(checkpoint)[0]
-    assert [note.partition(" stay float")[0] for note in notes] == [
+    extended = replace(checkpoint, manifest=manifest)
+    folders = write(checkpoint, tmp_path / "one"), write(extended, tmp_path / "two")
+    for path in folders[0].iterdir():
+        assert path.read_bytes() == (folders[1] / path.name).read_bytes()
+    assert [note.partition(" stay float")[0] for note in skipped_sites(extended)] == [
         "4 activation sites (2 attention product operands, 1 residual add, 1 linear output)"
     ]
 
 
-def test_nothing_to_quantize_is_told(make_checkpoint: MakeCheckpoint) -> None:
+def test_a_layer_without_an_input_scale_is_an_error(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     checkpoint = make_checkpoint("bert")
-    dense = {name: LayerRecord() for name in checkpoint.manifest.layers}
-    with pytest.raises(SqatError, match="needs quantized layers"):
-        write_compressed(replace(checkpoint, manifest=checkpoint.manifest.model_copy(update={"layers": dense})))
     sites = {name: record for name, record in checkpoint.manifest.sites.items() if not name.startswith(LAYER)}
-    with pytest.raises(SqatError, match=f"layer {LAYER} has no input scale"):
-        write_compressed(replace(checkpoint, manifest=checkpoint.manifest.model_copy(update={"sites": sites})))
+    with pytest.raises(SqatError, match=LAYER) as error:
+        write(replace(checkpoint, manifest=checkpoint.manifest.model_copy(update={"sites": sites})), tmp_path)
+    assert error.value.code == "unsupported-target"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_folder_that_was_written_passes(make_checkpoint: MakeCheckpoint, name: str, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(name)
-    for file, content in contents(checkpoint).items():
-        (tmp_path / file).write_bytes(content)
-    assert check_compressed(tmp_path, patterns(checkpoint)) == []
+    assert check_compressed(write(checkpoint, tmp_path), patterns(checkpoint)) == []
     (tmp_path / "model.safetensors").unlink()
     assert check_compressed(tmp_path) == ["model.safetensors is missing"]
 
@@ -131,11 +133,12 @@ CONFIGS: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("problem", CONFIGS)
-def test_a_wrong_config_is_told(make_checkpoint: MakeCheckpoint, problem: str) -> None:
-    files = contents(make_checkpoint("bert"))
-    config = json.loads(files["config.json"])
+def test_a_wrong_config_is_told(make_checkpoint: MakeCheckpoint, problem: str, tmp_path: Path) -> None:
+    path = write(make_checkpoint("bert"), tmp_path) / "config.json"
+    config = json.loads(path.read_text())
     CONFIGS[problem](config["quantization_config"])
-    found = check_contents({**files, "config.json": json.dumps(config).encode()})
+    path.write_text(json.dumps(config))
+    found = check_compressed(tmp_path)
     assert found
     assert any(problem in line for line in found)
 
@@ -159,12 +162,13 @@ TENSORS: dict[str, Callable[[Tensors], object]] = {
 
 
 @pytest.mark.parametrize("problem", TENSORS)
-def test_wrong_tensors_are_told(make_checkpoint: MakeCheckpoint, problem: str) -> None:
+def test_wrong_tensors_are_told(make_checkpoint: MakeCheckpoint, problem: str, tmp_path: Path) -> None:
     checkpoint = make_checkpoint("bert")
-    files = contents(checkpoint)
-    tensors = load(files["model.safetensors"])
+    path = write(checkpoint, tmp_path) / "model.safetensors"
+    tensors = load(path.read_bytes())
     TENSORS[problem](tensors)
-    found = check_contents({**files, "model.safetensors": save(tensors)}, patterns(checkpoint))
+    path.write_bytes(save(tensors))
+    found = check_compressed(tmp_path, patterns(checkpoint))
     assert any(line.startswith(problem) for line in found)
 
 
@@ -173,7 +177,10 @@ def test_wrong_tensors_are_told(make_checkpoint: MakeCheckpoint, problem: str) -
     (b"[]", "config.json has no quantization_config"),
     (b'{"quantization_config": 1}', "config.json has no quantization_config"),
 ])  # fmt: skip
-def test_a_folder_that_is_something_else(make_checkpoint: MakeCheckpoint, config: bytes, told: str) -> None:
-    found = check_contents({**contents(make_checkpoint("bert")), "config.json": config})
+def test_a_folder_that_is_something_else(
+    make_checkpoint: MakeCheckpoint, config: bytes, told: str, tmp_path: Path
+) -> None:
+    (write(make_checkpoint("bert"), tmp_path) / "config.json").write_bytes(config)
+    found = check_compressed(tmp_path)
     assert len(found) == 1
     assert found[0].startswith(told)

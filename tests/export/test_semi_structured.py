@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -16,7 +18,8 @@ from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_
 
 from sqat.checkpoint.store import Checkpoint
 from sqat.errors import SqatError
-from sqat.export.packed import write_packed
+from sqat.export.quantized_model import quantize_model
+from sqat.export.targets.semi_structured import write_packed
 from sqat.quantization.fake_quant import quantize_weight
 
 FIRST = "bert.encoder.layer.0.attention.self.query"  # left float in `make_checkpoint`
@@ -25,8 +28,18 @@ DOWN = "bert.encoder.layer.1.output.dense"  # [32, 64]
 MakeCheckpoint = Callable[..., Checkpoint]
 
 
-def read(files: dict[str, bytes]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    return json.loads(files["semi-structured/sparse.json"]), load(files["semi-structured/sparse.safetensors"])
+def write(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The files of the folder by name."""
+    with TemporaryDirectory() as folder:
+        write_packed(checkpoint, quantize_model(checkpoint), Path(folder))
+        paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def read(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `sparse.json` and the tensor file hold."""
+    files = write(checkpoint)
+    return json.loads(files["sparse.json"]), load(files["sparse.safetensors"])
 
 
 def by_bits(values: Tensor, metadata: Tensor) -> Tensor:
@@ -55,7 +68,7 @@ def with_weight(checkpoint: Checkpoint, name: str, weight: Tensor, **record: Any
 
 def test_int8_layers_hold_the_fake_quantizers_integers_and_scales(make_checkpoint: MakeCheckpoint) -> None:
     checkpoint = make_checkpoint()
-    entries, tensors = read(write_packed(checkpoint))
+    entries, tensors = read(checkpoint)
     for name, entry in entries["layers"].items():
         if entry["type"] != "int8":
             continue
@@ -70,7 +83,7 @@ def test_int8_layers_hold_the_fake_quantizers_integers_and_scales(make_checkpoin
 
 def test_a_pruned_float_layer_is_float16(make_checkpoint: MakeCheckpoint) -> None:
     checkpoint = make_checkpoint()
-    entries, tensors = read(write_packed(checkpoint))
+    entries, tensors = read(checkpoint)
     assert entries["layers"][FIRST] == {"type": "float16", "shape": [32, 32], "pattern": "2:4", "order": "rows",
                                         "backends": ["cusparselt", "reference"]}  # fmt: skip
     stored = by_bits(tensors[f"{FIRST}.values"], tensors[f"{FIRST}.metadata"])
@@ -80,19 +93,19 @@ def test_a_pruned_float_layer_is_float16(make_checkpoint: MakeCheckpoint) -> Non
 
 def test_the_rest_is_there_as_it_is_and_every_file_has_its_digest(make_checkpoint: MakeCheckpoint) -> None:
     checkpoint = make_checkpoint()
-    files = write_packed(checkpoint)
-    entries, tensors = read(files)
+    files = write(checkpoint)
+    entries, tensors = read(checkpoint)
     packed = {f"{name}.weight" for name in entries["layers"]}
     for name, tensor in checkpoint.weights.items():
         assert (name in tensors) == (name not in packed)
         assert name in packed or torch.equal(tensors[name], tensor)
     assert set(entries["dense"]) | set(entries["layers"]) == set(checkpoint.manifest.layers)
     assert entries["dense"]["classifier"] == "outside the encoder blocks (rule B8)"
-    assert {f"semi-structured/{name}" for name in (*entries["files"], "sparse.json")} == set(files)
+    assert {*entries["files"], "sparse.json"} == set(files)
     assert {"config.json", "tokenizer.json", "sparse.safetensors"} <= set(entries["files"])
     for name, digest in entries["files"].items():
-        assert sha256(files[f"semi-structured/{name}"]).hexdigest() == digest
-    assert write_packed(checkpoint) == files, "the same every time"
+        assert sha256(files[name]).hexdigest() == digest
+    assert write(checkpoint) == files, "the same every time"
 
 
 def test_layers_that_cutlass_takes_are_stored_in_its_order(make_checkpoint: MakeCheckpoint) -> None:
@@ -100,7 +113,7 @@ def test_layers_that_cutlass_takes_are_stored_in_its_order(make_checkpoint: Make
     mask = torch.tensor([0.0, 1, 1, 0]).repeat(32, 32)
     wide = with_weight(checkpoint, DOWN, torch.randn(32, 128) * mask)
     wide = with_weight(wide, FIRST, torch.randn(32, 64) * mask[:, :64])
-    entries, tensors = read(write_packed(wide))
+    entries, tensors = read(wide)
     for name, kind in ((DOWN, "int8"), (FIRST, "float16")):
         assert entries["layers"][name]["type"] == kind
         assert entries["layers"][name]["order"] == "cutlass"
@@ -111,7 +124,7 @@ def test_layers_that_cutlass_takes_are_stored_in_its_order(make_checkpoint: Make
 
 
 def test_sizes_are_what_the_tensors_take(make_checkpoint: MakeCheckpoint) -> None:
-    entries, tensors = read(write_packed(make_checkpoint()))
+    entries, tensors = read(make_checkpoint())
     packed = [name for name in tensors if name.endswith((".values", ".metadata"))]
     weights = sum(rows * columns for rows, columns in (entry["shape"] for entry in entries["layers"].values()))
     sizes = entries["bytes"]
@@ -128,7 +141,7 @@ def test_zeros_are_plus_zero(make_checkpoint: MakeCheckpoint) -> None:
     weight = checkpoint.weights[f"{FIRST}.weight"].clone()
     weight[0] = torch.tensor([0, 0, -1e-9, 0]).repeat(8)  # -0.0 in float16
     weight[1] = 0
-    _, tensors = read(write_packed(with_weight(checkpoint, FIRST, weight)))
+    _, tensors = read(with_weight(checkpoint, FIRST, weight))
     assert not tensors[f"{FIRST}.values"][:2].view(torch.int16).any()
 
 
@@ -145,7 +158,7 @@ def test_a_quantized_layer_that_stays_dense_says_why_and_keeps_its_quantizer(
 ) -> None:
     change = dict(change)
     checkpoint = with_weight(make_checkpoint(), QUERY, change.pop("weight"), **change)
-    entries, tensors = read(write_packed(checkpoint))
+    entries, tensors = read(checkpoint)
     assert reason in entries["dense"][QUERY]
     assert entries["sites"] == {f"{QUERY}:input": f"{QUERY}:input"}
     assert torch.equal(tensors[f"{QUERY}:input.amax"], checkpoint.amax[f"{QUERY}:input"])
@@ -155,7 +168,7 @@ def test_a_quantized_layer_that_stays_dense_says_why_and_keeps_its_quantizer(
 
 def test_a_layer_of_other_patterns_is_packed_if_it_is_2_4_all_the_same(make_checkpoint: MakeCheckpoint) -> None:
     weight = torch.randn(32, 32) * torch.tensor([1.0, 0, 0, 0]).repeat(8)
-    entries, _ = read(write_packed(with_weight(make_checkpoint(), QUERY, weight, pattern="1:4")))
+    entries, _ = read(with_weight(make_checkpoint(), QUERY, weight, pattern="1:4"))
     assert entries["layers"][QUERY]["pattern"] == "1:4"
 
 
@@ -163,7 +176,7 @@ def test_a_layer_without_input_scale_stays_dense(make_checkpoint: MakeCheckpoint
     checkpoint = make_checkpoint()
     sites = {site: record for site, record in checkpoint.manifest.sites.items() if not site.startswith(QUERY)}
     lacking = replace(checkpoint, manifest=checkpoint.manifest.model_copy(update={"sites": sites}))
-    entries, _ = read(write_packed(lacking))
+    entries, _ = read(lacking)
     assert entries["dense"][QUERY] == "its input has no scale: it was not seen in calibration"
 
 
@@ -171,7 +184,7 @@ def test_a_weight_beyond_float16_stays_dense(make_checkpoint: MakeCheckpoint) ->
     checkpoint = make_checkpoint()
     weight = checkpoint.weights[f"{FIRST}.weight"].clone()
     weight[0, :4] = torch.tensor([7e4, 0, 0, 0])
-    entries, tensors = read(write_packed(with_weight(checkpoint, FIRST, weight)))
+    entries, tensors = read(with_weight(checkpoint, FIRST, weight))
     assert entries["dense"][FIRST] == "a weight is too large for float16"
     assert torch.equal(tensors[f"{FIRST}.weight"], weight)
 
@@ -182,7 +195,7 @@ def test_other_sites_go_along_with_their_bounds(make_checkpoint: MakeCheckpoint)
     record = next(iter(checkpoint.manifest.sites.values()))
     sites = checkpoint.manifest.sites | {"a:add0.left": record.model_copy(update={"shared_with": leader})}
     more = replace(checkpoint, manifest=checkpoint.manifest.model_copy(update={"sites": sites}))
-    entries, tensors = read(write_packed(more))
+    entries, tensors = read(more)
     assert entries["sites"] == {"a:add0.left": leader}, "inputs of int8 layers are quantized by the layers"
     assert {name for name in tensors if name.endswith(".amax")} == {f"{leader}.amax"}
 
@@ -195,7 +208,7 @@ def test_nothing_to_pack_is_one_line(make_checkpoint: MakeCheckpoint) -> None:
     }
     dense = replace(checkpoint, manifest=checkpoint.manifest.model_copy(update={"layers": layers}), masks={})
     with pytest.raises(SqatError, match=r"no layer it can pack: bert\..*: no prune stage; prune to 2:4 before"):
-        write_packed(dense)
+        write(dense)
     bare = replace(checkpoint, manifest=checkpoint.manifest.model_copy(update={"layers": {}}), masks={})
     with pytest.raises(SqatError, match="no layer it can pack; prune to 2:4 before"):
-        write_packed(bare)
+        write(bare)
