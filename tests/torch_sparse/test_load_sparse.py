@@ -260,7 +260,7 @@ LAYER, QUERY = "bert.encoder.layer.0.output.dense", "bert.encoder.layer.0.attent
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda t: t[f"{LAYER}.metadata"].zero_(), "output.dense: .* name two places that do not rise"),
+        (lambda t: t[f"{LAYER}.metadata"].zero_(), "output.dense: .* name two places that do not increase"),
         (lambda t: t[f"{LAYER}.values"].fill_(-128), "output.dense holds -128"),
         (lambda t: t.update({f"{LAYER}.values": t[f"{LAYER}.values"][:16].clone()}), "need metadata"),
         (lambda t: t.update({f"{LAYER}.values": t[f"{LAYER}.values"].half()}), "need metadata"),
