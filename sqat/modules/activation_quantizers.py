@@ -1,23 +1,23 @@
-"""Fake quantizers on activations: the tap at every site, with its inverse.
+"""Fake quantizers on activations: a hook at every site, with its inverse.
 
-A tensor that several sites see (q, k and v inputs) is quantized once: the quantizer remembers it until all of
-them have seen it, at most until the model's forward pass ends.
+A tensor that several sites see (q, k and v inputs) is quantized once: the quantizer keeps it until all of them have
+seen it, at most until the model's forward pass ends.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sqat.modules.gelu import tap_activations
-from sqat.modules.hooks import Tap, Taps, tap_adds, tap_attention, tap_linears
-from sqat.modules.served_arithmetic import serve_as_kernels
-from sqat.modules.sites import role
+from sqat.modules.hooks import Hooks, hook_sites
+from sqat.modules.parametrize import insert_weights_, remove_weights_
+from sqat.modules.served_arithmetic import compute_as_kernels
+from sqat.modules.sites import Site
 from sqat.quantization.fake_quant import (
     ACTIVATION_LOW,
     HIGH,
@@ -31,66 +31,70 @@ QUANTIZERS = "sqat_quantizers"
 
 
 class Quantizers(nn.Module):
-    """Fake quantizer of every activation site, called as a tap.
+    """The fake quantizers of all activation sites, called as a hook.
 
     Args:
-        amax: leader site -> positive 0-d bound.
-        leaders: site -> leader site.
-        learned: bounds are parameters with the LSQ gradient instead of constants.
+        amax: site -> positive 0-d amax.
+        shared_with: site -> the site whose amax it uses, itself for most.
+        learned: each amax is a parameter with the LSQ gradient instead of a constant.
         kernels: compute as those of target cpu-sparse do: integers from -127, and in eval mode the same bits.
     """
 
     def __init__(
-        self, amax: Mapping[str, Tensor], leaders: Mapping[str, str], learned: bool = False, kernels: bool = False
+        self, amax: Mapping[str, Tensor], shared_with: Mapping[str, str], learned: bool = False, kernels: bool = False
     ) -> None:
         super().__init__()
-        self.leaders, self.learned, self.kernels = dict(leaders), learned, kernels
+        self.shared_with = {Site(site): Site(owner) for site, owner in shared_with.items()}
+        self.learned, self.kernels = learned, kernels
         self.low = -HIGH if kernels else ACTIVATION_LOW
-        # By name: files give tensors in any order, and a state is to find its bounds in the order it was saved with.
-        self.index = {name: i for i, name in enumerate(sorted(amax))}
-        for name, bound in amax.items():
-            check_amax(bound, name)
-        bounds = [amax[name].detach().clone() for name in self.index]
-        self.bounds = nn.ParameterList(nn.Parameter(bound, requires_grad=learned) for bound in bounds)
-        self.sharers = Counter(self.leaders.values())
-        self.last: dict[str, tuple[Tensor, Tensor, int]] = {}
+        # Sorted: files give tensors in any order, and a state must find each amax where it was saved.
+        self.index = {Site(name): i for i, name in enumerate(sorted(amax))}
+        for name, value in amax.items():
+            check_amax(value, name)
+        values = [amax[name].detach().clone() for name in self.index]
+        self.values = nn.ParameterList(nn.Parameter(value, requires_grad=learned) for value in values)
+        self.readers = Counter(self.shared_with.values())
+        self.kept: dict[Site, tuple[Tensor, Tensor, int]] = {}
 
-    def forward(self, site: str, x: Tensor) -> Tensor:
-        leader = self.leaders[site]
-        last = self.last.pop(leader, None)
-        if last is not None and (last[0] is x or last[1] is x):
-            self._remember(leader, *last)
-            return last[1]
+    def forward(self, site: Site, x: Tensor) -> Tensor:
+        owner = self.shared_with[site]
+        kept = self.kept.pop(owner, None)
+        if kept is not None and (kept[0] is x or kept[1] is x):
+            self._keep(owner, *kept)
+            return kept[1]
         quantize = fake_quantize_learned if self.learned else fake_quantize
-        y = quantize(x, within_reach(leader, self.bounds[self.index[leader]]), self.low)
-        if self.learned and x.dim() == 4 and role(site) == "output":
+        y = quantize(x, clamp_softmax_amax(owner, self.values[self.index[owner]]), self.low)
+        if self.learned and x.dim() == 4 and site.role == "output":
             y = y.clone()  # its gradient needs y, and residual adds of convolutional nets write into what they read
-        self._remember(leader, x, y, self.sharers[leader])
+        self._keep(owner, x, y, self.readers[owner])
         return y
 
-    def _remember(self, leader: str, x: Tensor, y: Tensor, left: int) -> None:
-        """Keep a tensor for the sites that have not seen it yet; a forward pass would else hold every activation."""
-        if left > 1:
-            self.last[leader] = (x, y, left - 1)
+    def _keep(self, owner: Site, x: Tensor, y: Tensor, readers: int) -> None:
+        """Keep a tensor for the sites that have not seen it yet, and no longer: memory would fill."""
+        if readers > 1:
+            self.kept[owner] = (x, y, readers - 1)
 
     def forget(self, *_: object) -> None:
-        """Drop the remembered tensors; runs after every forward pass of the model."""
-        self.last.clear()
+        """Drop the kept tensors; runs after every forward pass of the model."""
+        self.kept.clear()
 
     def step(self, site: str) -> Tensor:
-        """The distance of a site's quantized values, 0-d."""
-        leader = self.leaders[site]
-        return within_reach(leader, self.bounds[self.index[leader]].detach().clamp(min=SMALLEST_AMAX)) / HIGH
+        """Return the distance between a site's quantized values, 0-d."""
+        owner = self.shared_with[Site(site)]
+        amax = self.values[self.index[owner]].detach().clamp(min=SMALLEST_AMAX)
+        return clamp_softmax_amax(owner, amax) / HIGH
 
     def amax(self) -> dict[str, Tensor]:
-        """Current bound of every leader, on the CPU."""
-        bounds = zip(self.index, self.bounds, strict=True)
-        return {name: within_reach(name, bound.detach().cpu().clamp(min=SMALLEST_AMAX)) for name, bound in bounds}
+        """Return the current amax of every site that owns one, on the CPU."""
+        values = zip(self.index, self.values, strict=True)
+        return {
+            str(site): clamp_softmax_amax(site, value.detach().cpu().clamp(min=SMALLEST_AMAX)) for site, value in values
+        }
 
 
-def within_reach(site: str, bound: Tensor) -> Tensor:
-    """A bound of probabilities is at most 1 (rule B12), where a learned one may drift beyond."""
-    return bound.clamp(max=1.0) if role(site) == "softmax" else bound
+def clamp_softmax_amax(site: Site, amax: Tensor) -> Tensor:
+    """Return the amax, of probabilities at most 1 (rule B12); a learned one may drift beyond."""
+    return amax.clamp(max=1.0) if site.role == "softmax" else amax
 
 
 @dataclass(frozen=True)
@@ -98,46 +102,49 @@ class Insertion:
     """Inserted quantizers; `remove_quantizers_` takes them out."""
 
     quantizers: Quantizers
-    taps: Taps
+    hooks: Hooks
     forget: RemovableHandle
 
 
 def insert_quantizers_(model: nn.Module, quantizers: Quantizers, blocks: list[str]) -> Insertion:
-    """Tap every site of the quantizers, or none where that fails; learned bounds become parameters of the model."""
+    """Hook every site of the quantizers, or none where that fails; a learned amax becomes a parameter of the model."""
     with ExitStack() as undo:
         model.add_module(QUANTIZERS, quantizers.to(next(model.parameters()).device))
         undo.callback(delattr, model, QUANTIZERS)
-        taps = Taps()
-        undo.callback(taps.remove)
-        tap_sites(model, quantizers, list(quantizers.leaders), blocks, taps)
+        hooks = Hooks()
+        undo.callback(hooks.remove)
+        hook_sites(model, quantizers, quantizers.shared_with, blocks, hooks)
         if quantizers.kernels:
-            tap_activations(model, blocks, taps)
-            serve_as_kernels(model, quantizers.leaders, quantizers.step, blocks, taps)
+            compute_as_kernels(model, quantizers.shared_with, quantizers.step, blocks, hooks)
         undo.pop_all()
-    return Insertion(quantizers, taps, model.register_forward_hook(quantizers.forget, always_call=True))
-
-
-def tap_sites(model: nn.Module, tap: Tap, sites: Iterable[str], blocks: list[str], taps: Taps | None = None) -> Taps:
-    """Tap just the named sites."""
-    wanted = set(sites)
-
-    def only(site: str, x: Tensor) -> Tensor:
-        return tap(site, x) if site in wanted else x
-
-    names: dict[str, list[str]] = {}
-    for site in wanted:
-        names.setdefault("add" if role(site).startswith("add") else role(site), []).append(site.rpartition(":")[0])
-    taps = tap_linears(model, only, sorted(names.get("input", ())), sorted(names.get("output", ())), taps)
-    attentions = {name for part in ("query", "key", "softmax", "value") for name in names.get(part, ())}
-    tap_attention(model, only, sorted(attentions), taps)
-    if "add" in names:
-        tap_adds(model, only, blocks, taps)
-    return taps
+    return Insertion(quantizers, hooks, model.register_forward_hook(quantizers.forget, always_call=True))
 
 
 def remove_quantizers_(model: nn.Module, insertion: Insertion) -> dict[str, Tensor]:
-    """Take the quantizers out and return their bounds."""
-    insertion.taps.remove()
+    """Take the quantizers out and return every amax."""
+    insertion.hooks.remove()
     insertion.forget.remove()
     delattr(model, QUANTIZERS)
     return insertion.quantizers.amax()
+
+
+@contextmanager
+def fake_quantized_(
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    layers: Iterable[str],
+    quantizers: Quantizers,
+    blocks: list[str],
+) -> Iterator[None]:
+    """Put masks and fake quantizers on a model; afterwards its weights are plain floats, pruned ones +0.0.
+
+    Where that fails, the model is as it was.
+
+    Args:
+        layers: layers whose weights are quantized.
+        blocks: names of the encoder blocks.
+    """
+    with ExitStack() as inserted:
+        inserted.callback(remove_quantizers_, model, insert_quantizers_(model, quantizers, blocks))
+        inserted.callback(remove_weights_, model, insert_weights_(model, masks, layers))  # last: a mask leaves zeros
+        yield

@@ -1,11 +1,8 @@
-"""Attention with a tap on each operand of its two products: q, k, softmax and v.
+"""Attention with a hook on each operand of its two products: q, k, softmax and v.
 
-The arithmetic is that of eager attention; transformers calls it through its attention interface (registered
-in `sqat.models.attention`), so no model code is copied. A module without a tap runs it unchanged.
-
-`byte_attention` is that of placement `cpu`, whose kernels keep the weight of a key as a byte: round(255 exp(s - max)),
-0 where masked. The products' sum is divided by that of the bytes, so these need neither a scale nor a tap. In eval mode
-it is the kernels' own, bit for bit (`sqat.modules.served_arithmetic`).
+The arithmetic is that of eager attention, which transformers calls through its attention interface. `byte_attention`
+keeps the weight of a key as a byte, as the kernels of target cpu-sparse do: round(255 exp(s - max)), 0 where masked.
+The product's sum is divided by that of the bytes, so these need neither a scale nor a hook.
 
 Shapes: B batch, h heads, T queries, S keys, d head width.
 """
@@ -17,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sqat.modules.hooks import ATTENTION_TAP
-from sqat.modules.served_arithmetic import ATTENTION_STEP, LARGEST_BYTE, attend_as_served, left_out
+from sqat.modules.hooks import ATTENTION_HOOK
+from sqat.modules.served_arithmetic import ATTENTION_STEP, LARGEST_BYTE, attend_as_kernels, is_masked
 from sqat.quantization.fake_quant import round_through
 
 
-def tapped_attention(
+def hooked_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -35,14 +32,14 @@ def tapped_attention(
     """Return attention output [B,T,h,d] and probabilities [B,h,T,S].
 
     Grouped-query models pass fewer key and value heads; they are repeated before the products, as eager does.
-    The keyword arguments are those of other backends (sliding windows reach us inside the mask).
+    The keyword arguments are those of other backends (sliding windows come inside the mask).
     """
-    tap = getattr(module, ATTENTION_TAP, None)  # set on some modules only, and only while tapped
-    query, key, value = operands(tap, query, key, value)
+    hook = getattr(module, ATTENTION_HOOK, None)  # only modules with a hook have it
+    query, key, value = hook_operands(hook, query, key, value)
     scores = scores_of(query, key, attention_mask, scaling)
     probabilities = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    if tap is not None:
-        probabilities = tap("softmax", probabilities)
+    if hook is not None:
+        probabilities = hook("softmax", probabilities)
     dropped = nn.functional.dropout(probabilities, p=dropout, training=module.training)
     return torch.matmul(dropped, value).transpose(1, 2).contiguous(), probabilities
 
@@ -57,11 +54,14 @@ def byte_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Do as `tapped_attention` with softmax in bytes; a query without any key gets zeros."""
-    query, key, value = operands(getattr(module, ATTENTION_TAP, None), query, key, value)
+    """Do as `hooked_attention` with softmax in bytes; a query without any key gets zeros.
+
+    In eval mode the bits are those of the kernels.
+    """
+    query, key, value = hook_operands(getattr(module, ATTENTION_HOOK, None), query, key, value)
     step = getattr(module, ATTENTION_STEP, None)
     if step is not None and not module.training:
-        return attend_as_served(query, key, value, attention_mask, scaling_of(query, scaling), step)
+        return attend_as_kernels(query, key, value, attention_mask, scaling_of(query, scaling), step)
     bytes_ = byte_weights(scores_of(query, key, attention_mask, scaling), attention_mask)
     total = bytes_.sum(-1, keepdim=True).clamp(min=1)
     dropped = nn.functional.dropout(bytes_, p=dropout, training=module.training).to(value.dtype)
@@ -69,29 +69,29 @@ def byte_attention(
     return output.transpose(1, 2).contiguous(), bytes_ / total
 
 
-def operands(tap: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value of every head, through their taps."""
+def hook_operands(hook: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return query, key and value of every head, through the hook."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    return (query, key, value) if tap is None else (tap("query", query), tap("key", key), tap("value", value))
+    return (query, key, value) if hook is None else (hook("query", query), hook("key", key), hook("value", value))
 
 
 def scores_of(query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float | None) -> Tensor:
-    """Scores [B,h,T,S], those of masked keys far below all others."""
+    """Return scores [B,h,T,S], those of masked keys far below all others."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling_of(query, scaling)
     return scores if attention_mask is None else scores + attention_mask
 
 
 def scaling_of(query: Tensor, scaling: float | None) -> float:
-    """What scores are multiplied by; 1 / sqrt(d) unless the model says otherwise."""
+    """Return the factor of the scores; 1 / sqrt(d) unless the model gives another."""
     return float(query.shape[-1] ** -0.5) if scaling is None else scaling
 
 
 def byte_weights(scores: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """round(255 exp(s - max)) as floats, with a gradient straight through; 0 at masked keys."""
+    """Return round(255 exp(s - max)) as floats with a straight-through gradient, 0 at masked keys."""
     largest = scores.detach().amax(-1, keepdim=True)  # moves numerator and denominator alike: no gradient
     weights = round_through((scores - largest).float().exp() * LARGEST_BYTE)
     if attention_mask is None:
         return weights
-    return weights.masked_fill(left_out(attention_mask), 0.0)
+    return weights.masked_fill(is_masked(attention_mask), 0.0)

@@ -1,29 +1,26 @@
-"""Batch norm folded into the convolution before it, as runtimes do, with the checkpoint left as it was.
+"""Batch norms folded into the convolutions before them, as runtimes do, and convolution biases that runtimes can hold.
 
-What: the convolution's weight absorbs gamma / sqrt(var + eps) per output channel, and a `FoldedNorm` in the norm's
-place adds what remains, one number a channel. It holds that number under the norm's own names, as a batch norm of
-mean 0, variance 1 and weight sqrt(1 + eps): the model's files load into transformers' classes as ever and compute
-the same, and folding once more changes nothing, bit by bit. Masks keep: zeros times a channel's factor are zeros.
-
-Why at calibration: scales belong to the folded weight, which is what an engine multiplies. From then on the norm is
-frozen: it knows no batch statistics, in training mode either. `absorb_` moves the number into the convolution's
-bias, for the exporter.
-
-Which convolution: the child registered right before the norm in the same module, of as many channels, which is how
-every family of transformers writes it; the calibrate stage proves it by the model's output. Left out: norms before
-convolutions, and batch norm behind linears.
+The convolution's weight absorbs gamma / sqrt(var + eps) per output channel, and a `FoldedNorm` adds what remains, one
+number a channel. Masks keep: zeros times a factor are zeros. Scales belong to the folded weight, so that calibration
+folds first; from then on the norm is frozen, in training mode too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from sqat.quantization.fake_quant import HIGH, quantize_weight
+
 
 class FoldedNorm(nn.Module):
-    """What is left of a folded batch norm [B,C,H,W]: a bias per channel; its state is a plain batch norm's.
+    """What remains of a folded batch norm [B,C,H,W]: a bias per channel.
+
+    Its state is that of a batch norm of mean 0, variance 1 and weight sqrt(1 + eps): the model's files load into
+    transformers' classes and compute the same, and folding once more changes no bit.
 
     Attributes:
         convolution: name of the convolution that absorbed the rest.
@@ -50,25 +47,30 @@ class FoldedNorm(nn.Module):
 
 
 def foldable(model: nn.Module) -> dict[str, str]:
-    """Batch norms with weights and statistics of their own, by name, and the convolution each follows."""
-    found = {}
+    """Return the names of batch norms that can be folded -> the convolution before each.
+
+    It is the child registered right before the norm in the same module, of as many channels: every family of
+    transformers writes it so, and calibration compares the model's output.
+    """
+    pairs = {}
     for path, module in model.named_modules():
         for (first, before), (second, norm) in pairwise(module.named_children()):
             if not (isinstance(norm, nn.BatchNorm2d) and norm.affine and norm.track_running_stats):
                 continue
             if isinstance(before, nn.Conv2d) and before.out_channels == norm.num_features:
-                found[joined(path, second)] = joined(path, first)
-    return found
+                pairs[join_names(path, second)] = join_names(path, first)
+    return pairs
 
 
-def joined(path: str, name: str) -> str:
+def join_names(path: str, name: str) -> str:
+    """Return the dotted name of a child."""
     return f"{path}.{name}" if path else name
 
 
 def fold_batch_norms_(model: nn.Module) -> dict[str, str]:
-    """Fold every batch norm that follows a convolution; returns norm -> convolution.
+    """Fold every batch norm that follows a convolution, and return norm -> convolution.
 
-    In evaluation mode the model computes what it did, up to float rounding. A folded model is left as it is.
+    In evaluation mode the model computes what it did, up to float rounding. A folded model stays as it is.
     """
     pairs = foldable(model)
     with torch.no_grad():
@@ -76,12 +78,12 @@ def fold_batch_norms_(model: nn.Module) -> dict[str, str]:
             norm, convolution = model.get_submodule(name), model.get_submodule(source)
             assert isinstance(norm, nn.BatchNorm2d)
             assert isinstance(convolution, nn.Conv2d)
-            replace_(model, name, folded(norm, convolution, source))
+            replace_module_(model, name, fold_norm_(norm, convolution, source))
     return pairs
 
 
-def folded(norm: nn.BatchNorm2d, convolution: nn.Conv2d, name: str) -> FoldedNorm:
-    """Scale a convolution by a norm's factors and return what remains of the norm."""
+def fold_norm_(norm: nn.BatchNorm2d, convolution: nn.Conv2d, name: str) -> FoldedNorm:
+    """Scale a convolution by a norm's factors, and return what remains of the norm."""
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None
     assert variance is not None
@@ -95,22 +97,47 @@ def folded(norm: nn.BatchNorm2d, convolution: nn.Conv2d, name: str) -> FoldedNor
 
 
 def folded_norms(model: nn.Module) -> dict[str, str]:
-    """Convolution -> its folded norm, by name: the layer's output is the norm's."""
+    """Return convolution -> its folded norm, by name: the layer's output is the norm's."""
     return {module.convolution: name for name, module in model.named_modules() if isinstance(module, FoldedNorm)}
 
 
-def absorb_(model: nn.Module) -> None:
-    """Make each folded norm's number its convolution's bias, the last step before an export; there is no way back."""
+def absorb_folded_norms_(model: nn.Module) -> None:
+    """Add each folded norm's bias to that of its convolution and remove the norm; an export does, without way back."""
     for source, name in folded_norms(model).items():
         norm, convolution = model.get_submodule(name), model.get_submodule(source)
         assert isinstance(norm, FoldedNorm)
         assert isinstance(convolution, nn.Conv2d)
-        kept = torch.zeros_like(norm.bias) if convolution.bias is None else convolution.bias.detach()
-        convolution.bias = nn.Parameter(kept + norm.bias.detach())
-        replace_(model, name, nn.Identity())
+        bias = torch.zeros_like(norm.bias) if convolution.bias is None else convolution.bias.detach()
+        convolution.bias = nn.Parameter(bias + norm.bias.detach())
+        replace_module_(model, name, nn.Identity())
 
 
-def replace_(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in another's place."""
+def round_conv_biases_(
+    model: nn.Module, layers: Iterable[str], amax: Mapping[str, Tensor], shared_with: Mapping[str, str]
+) -> None:
+    """Round the biases of quantized convolutions (those of folded norms too) to the grid of their int32 sums.
+
+    Engines add such a bias to the int32 sum, as a multiple of input scale times weight scale. After this the torch
+    model computes what they compute. The bias of a linear stays: it is added in float, behind the product.
+
+    Args:
+        layers: names of quantized layers; their weights, masks applied, give the scales.
+        amax: site -> amax.
+        shared_with: site -> the site whose amax it uses.
+    """
+    norms = folded_norms(model)
+    for name in layers:
+        convolution = model.get_submodule(name)
+        bias = model.get_submodule(norms.get(name, name)).bias
+        if not isinstance(convolution, nn.Conv2d) or not isinstance(bias, Tensor):
+            continue
+        with torch.no_grad():
+            _, scale_O = quantize_weight(convolution.weight)  # noqa: N806
+            step_O = (scale_O * (amax[shared_with[f"{name}:input"]].to(scale_O.device) / HIGH)).double()  # noqa: N806
+            bias.copy_((bias.double() / step_O).round() * step_O)
+
+
+def replace_module_(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the named one."""
     path, _, own = name.rpartition(".")
     model.get_submodule(path).add_module(own, module)

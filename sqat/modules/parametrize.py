@@ -1,8 +1,7 @@
 """Masks and fake quantizers on weights, as one parametrization per layer with its inverse.
 
-The optimizer trains the original weight and pruned entries get no gradient, whatever the optimizer does with
-momentum or decay; `remove_weights_` folds the mask into plain weights, pruned ones +0.0. One parametrization
-does both (first the mask, then the quantizer), which costs one pass less than two composed ones.
+The optimizer trains the original weight, and pruned entries get no gradient. `remove_weights_` leaves plain weights,
+pruned ones +0.0. One parametrization does both, first the mask, then the quantizer: composed ones take another pass.
 """
 
 from __future__ import annotations
@@ -21,24 +20,24 @@ from sqat.sparsity.masks import apply_mask
 class WeightTransform(nn.Module):
     """Parametrization of a weight [out,in] or [out,in,h,w]: mask, then per-channel fake quantization.
 
-    With ``straight`` (and no quantization) pruned weights get a gradient too, that of the zero in their place.
+    With ``straight_through`` (and no quantization) pruned weights get a gradient too, that of the zero in their place.
     """
 
     mask: Tensor | None
 
-    def __init__(self, mask: Tensor | None, quantize: bool, straight: bool = False) -> None:
+    def __init__(self, mask: Tensor | None, quantize: bool, straight_through: bool = False) -> None:
         super().__init__()
         self.register_buffer("mask", mask)
-        self.quantize, self.straight = quantize, straight
+        self.quantize, self.straight_through = quantize, straight_through
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.quantize:
             return fake_quantize_weight(weight, self.mask)
-        return weight if self.mask is None else apply_mask(weight, self.mask, self.straight)
+        return weight if self.mask is None else apply_mask(weight, self.mask, self.straight_through)
 
 
 def layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
-    """The linear layer or convolution of a name."""
+    """Return the linear layer or convolution of a name; TypeError where it is neither."""
     module = model.get_submodule(name)
     if not isinstance(module, nn.Linear | nn.Conv2d):
         raise TypeError(f"{name} is a {type(module).__name__}, neither a Linear nor a Conv2d")
@@ -46,7 +45,7 @@ def layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
 
 
 def linear(model: nn.Module, name: str) -> nn.Linear:
-    """The linear layer of a name."""
+    """Return the linear layer of a name; TypeError where it is none."""
     module = model.get_submodule(name)
     if not isinstance(module, nn.Linear):
         raise TypeError(f"{name} is a {type(module).__name__}, not a Linear")
@@ -54,16 +53,20 @@ def linear(model: nn.Module, name: str) -> nn.Linear:
 
 
 def original_weight(module: nn.Module) -> Tensor:
-    """The trained weight under the parametrization."""
+    """Return the trained weight under the parametrization."""
     parametrizations: Any = module.parametrizations
     original: Tensor = parametrizations.weight.original
     return original
 
 
 def insert_weights_(
-    model: nn.Module, masks: Mapping[str, Tensor], quantized: Iterable[str], straight: Collection[str] = ()
+    model: nn.Module, masks: Mapping[str, Tensor], quantized: Iterable[str], straight_through: Collection[str] = ()
 ) -> dict[str, WeightTransform]:
-    """Put copies of masks and fake quantizers on the named layers' weights; those in ``straight`` get all gradients.
+    """Put copies of masks and fake quantizers on the weights of layers.
+
+    Args:
+        quantized: names of the layers with a fake quantizer.
+        straight_through: names of layers whose pruned weights get gradients too.
 
     Raises:
         AttributeError, TypeError: no such layer, or it is neither a linear nor a convolution; nothing is changed.
@@ -73,14 +76,14 @@ def insert_weights_(
     transforms = {}
     for name, module in layers.items():
         mask = masks[name].to(module.weight.device, copy=True) if name in masks else None
-        transforms[name] = WeightTransform(mask, name in quantized, name in straight)
+        transforms[name] = WeightTransform(mask, name in quantized, name in straight_through)
     for name, module in layers.items():
         parametrize.register_parametrization(module, "weight", transforms[name], unsafe=True)
     return transforms
 
 
 def remove_weights_(model: nn.Module, transforms: Mapping[str, WeightTransform]) -> dict[str, Tensor]:
-    """Take the parametrizations off, leaving plain masked weights; returns the masks."""
+    """Take the parametrizations off, leave plain masked weights, and return the masks."""
     masks = {}
     for name, transform in transforms.items():
         module = layer(model, name)

@@ -1,9 +1,7 @@
-"""Catches q, k and v of one block while a model runs, for MiniLM distillation.
+"""Hooks on q, k and v of one block, for MiniLM distillation.
 
-What is caught is the output of the q, k, v linears: before the attention products' fake quantizers, and
-before a rotary position embedding where a family has one (the relations then compare content, not position).
-Where several heads share a key and a value (grouped-query attention), these are repeated for each of them, as the
-products read them: the relations of a shared head then count once in the mean over all heads, not more.
+They see the outputs of the q, k, v linears: before the fake quantizers of the attention products, and before a rotary
+position embedding where a family has one.
 """
 
 from __future__ import annotations
@@ -20,17 +18,17 @@ from sqat.errors import SqatError
 from sqat.modules.parametrize import linear
 
 
-class Capture:
-    """Holds the q, k and v of the last forward pass; `remove` gives the model back.
+class QkvHooks:
+    """Keeps the q, k and v of the last forward pass; `remove` gives the model back.
 
     Args:
         names: three linears in the order q, k, v, or one fused whose output is [q, k, v].
         heads: attention heads of the model.
-        key_heads: heads that keys and values have; as many as queries where it is not given.
-        causal: whether a position reads those before it alone.
+        key_heads: heads of keys and values; default: as many as queries have.
+        causal: whether a position reads only those before it.
 
     Raises:
-        SqatError: a fused linear whose outputs these heads do not divide.
+        SqatError: these heads do not divide the outputs of a fused linear.
     """
 
     def __init__(
@@ -40,43 +38,46 @@ class Capture:
         self.groups = heads // (key_heads or heads)
         self.widths = [linear(model, name).out_features for name in names]
         if len(names) == 1:
-            self.widths = fused_widths(names[0], self.widths[0], heads, heads // self.groups)
+            self.widths = split_fused_width(names[0], self.widths[0], heads, heads // self.groups)
         self.outputs: dict[str, Tensor] = {}
         self.handles: list[RemovableHandle] = [
-            model.get_submodule(name).register_forward_hook(partial(self.keep, name)) for name in names
+            model.get_submodule(name).register_forward_hook(partial(self.on_output, name)) for name in names
         ]
 
-    def keep(self, name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def on_output(self, name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keep an output (a forward hook)."""
         self.outputs[name] = output
 
-    def take(self) -> QKV:
-        """The caught tensors, [B,T,H] each; they are forgotten here."""
-        caught = [self.outputs.pop(name) for name in self.names]
-        return self.of(*(caught if len(caught) == 3 else caught[0].split(self.widths, dim=-1)))
+    def pop(self) -> QKV:
+        """Return the tensors of the last forward pass, [B,T,H] each, and forget them."""
+        outputs = [self.outputs.pop(name) for name in self.names]
+        return self.to_qkv(*(outputs if len(outputs) == 3 else outputs[0].split(self.widths, dim=-1)))
 
-    def blank(self, tokens: int) -> QKV:
-        """Zeros of the shapes `take` returns for one sample of ``tokens`` positions."""
-        return self.of(*(torch.zeros(1, tokens, width) for width in self.widths))
+    def zeros(self, tokens: int) -> QKV:
+        """Return zeros of the shapes that `pop` returns for one sample of ``tokens`` positions."""
+        return self.to_qkv(*(torch.zeros(1, tokens, width) for width in self.widths))
 
-    def of(self, query: Tensor, key: Tensor, value: Tensor) -> QKV:
-        """Query, key and value as the products read them."""
+    def to_qkv(self, query: Tensor, key: Tensor, value: Tensor) -> QKV:
+        """Return query, key and value as the products read them; shared keys and values are repeated for each head."""
         key, value = (repeat_heads(x, self.heads, self.groups) for x in (key, value))
         return QKV(query, key, value, self.heads, self.causal)
 
     def remove(self) -> None:
+        """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
 
 
-def fused_widths(name: str, width: int, heads: int, key_heads: int) -> list[int]:
-    """Outputs of a fused linear that are q, k and v."""
+def split_fused_width(name: str, width: int, heads: int, key_heads: int) -> list[int]:
+    """Return how many outputs of a fused linear are q, k and v."""
     count = heads + 2 * key_heads
     if width % count:
         raise SqatError(f"{name} has {width} outputs, which are not q, k and v of {heads} and {key_heads} heads",
-                        "set distill.qkv to three linears, or distill.minilm_weight: 0")  # fmt: skip
+                        "set distill.qkv to three linears, or distill.minilm_weight: 0",
+                        code="unsupported-model")  # fmt: skip
     return [width // count * part for part in (heads, key_heads, key_heads)]
 
 
 def repeat_heads(x: Tensor, heads: int, groups: int) -> Tensor:
-    """[B,T,H/groups] -> [B,T,H]: each head ``groups`` times, one behind the other."""
+    """Return [B,T,H/groups] as [B,T,H]: each head ``groups`` times, one behind the other."""
     return x if groups == 1 else x.unflatten(-1, (heads // groups, -1)).repeat_interleave(groups, dim=2).flatten(2)

@@ -1,31 +1,26 @@
 """What the kernels of target `cpu-sparse` compute, in torch and bit for bit, while a model is in eval mode.
 
-What: linears multiply integers, layer norms add up in the kernels' order, attention takes the kernels' exp, and GELU
-is their polynomial (`sqat.modules.gelu`). Why: rounded to int8, a value whose last bit differs falls on another
-step now and then, later layers multiply such steps, and a ranking of a small dev split moves by some tenths of a point:
-what is measured here would not be what is served. In training mode nothing is replaced: there the difference means
-nothing, and gradients need the plain operations.
-
-How: each module's ``forward`` is another one for as long as it is inserted. The order of every operation is that of
-``sqat/runtime/source``; a test compares the two. Left out: what surrounds the layers (pooling, heads), which the
-runtime computes in floats in its own way, and word embeddings in int8, which are no part of training.
+A value whose last bit differs may fall on another int8 step, which later layers multiply: without this, a dev metric
+would not be that of the served model. In training mode nothing is replaced. The order of every operation is that of
+``sqat/runtime/source``; a test compares the two.
 
 Shapes: B batch, h heads, T queries, S keys, d head width, H channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sqat.errors import SqatError
-from sqat.modules.hooks import Taps
+from sqat.modules.hooks import Hooks, is_activation
 from sqat.modules.parametrize import original_weight
+from sqat.modules.sites import Site
 from sqat.quantization.fake_quant import HIGH, quantize_weight
 from sqat.sparsity.masks import apply_mask
 
@@ -37,54 +32,61 @@ LARGEST_BYTE = 255
 POWER = (255.0, 176.752479, 61.2567173, 14.154371, 2.46623577, 0.338250544)
 LOG2_E = 1.44269504
 LOWEST_POWER = -40.0
-Step = Callable[[str], Tensor]  # site -> its step, 0-d
+Step = Callable[[str], Tensor]  # site (or role of an attention operand) -> distance of its quantized values, 0-d
 
 
-def serve_as_kernels(model: nn.Module, sites: Collection[str], step: Step, blocks: Iterable[str], taps: Taps) -> None:
-    """Let linears with an input among the sites, attention with a query among them, and the layer norms of the blocks
-    and of the embeddings compute as the kernels do, until the taps are removed.
+def compute_as_kernels(
+    model: nn.Module, sites: Collection[str], step: Step, blocks: Sequence[str], hooks: Hooks
+) -> None:
+    """Let a model compute as the kernels do, in eval mode, until the hooks are removed.
+
+    This concerns linears with an input among the sites, attention with a query among them, layer norms of the blocks
+    and of the embeddings, and activation functions of the blocks.
 
     Raises:
         SqatError: the model is not float32, as the kernels are.
     """
     check_float32(model)
+    replace_gelus(model, blocks, hooks)
     within = tuple(f"{block}." for block in blocks)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and f"{name}:input" in sites:
-            replace_forward(module, partial(multiply_as_served, partial(step, f"{name}:input")), taps)
+        if isinstance(module, nn.Linear) and (site := Site.of(name, "input")) in sites:
+            replace_forward(module, partial(multiply_as_kernels, partial(step, site)), hooks)
         elif isinstance(module, nn.LayerNorm) and (name.startswith(within) or name.endswith("embeddings.LayerNorm")):
-            replace_forward(module, normalize_as_served, taps)
-        elif f"{name}:query" in sites:
-            taps.put(module, ATTENTION_STEP, partial(step_of, step, name))
+            replace_forward(module, normalize_as_kernels, hooks)
+        elif Site.of(name, "query") in sites:
+            hooks.set_attribute(module, ATTENTION_STEP, partial(step_of_role, step, name))
 
 
 def check_float32(model: nn.Module) -> None:
-    """Refuse weights of another type, whose sums would be rounded elsewhere."""
+    """Raise SqatError for weights of another type, whose sums would be rounded in other places."""
     for name, weight in model.named_parameters():
         if weight.dtype != torch.float32:
             raise SqatError(
-                f"placement cpu computes in float32, and {name} is {weight.dtype}", "call model.float() before"
+                f"placement cpu computes in float32, and {name} is {weight.dtype}",
+                "call model.float() first",
+                code="unsupported-model",
             )
 
 
-def step_of(step: Step, attention: str, role: str) -> Tensor:
-    """The step of an attention's operand."""
-    return step(f"{attention}:{role}")
+def step_of_role(step: Step, attention: str, role: str) -> Tensor:
+    """Return the step of an attention's operand."""
+    return step(Site.of(attention, role))
 
 
-def replace_forward(module: nn.Module, served: Callable[[Any, Tensor], Tensor], taps: Taps) -> None:
-    """Put ``served(module, x)`` in the place of a module's forward in eval mode."""
+def replace_forward(module: nn.Module, served: Callable[[Any, Tensor], Tensor], hooks: Hooks) -> None:
+    """Replace a module's forward by ``served(module, x)`` in eval mode."""
     own = module.forward
 
     def forward(x: Tensor) -> Tensor:
         y: Tensor = own(x) if module.training else served(module, x)
         return y
 
-    taps.put(module, "forward", forward)
+    hooks.set_attribute(module, "forward", forward)
 
 
-def multiply_as_served(input_step: Callable[[], Tensor], module: nn.Linear, x: Tensor) -> Tensor:
-    """A linear [..., in] -> [..., out] of a quantized input: an exact sum of integers * scale + bias.
+def multiply_as_kernels(input_step: Callable[[], Tensor], module: nn.Linear, x: Tensor) -> Tensor:
+    """Compute a linear [..., in] -> [..., out] of a quantized input: an exact sum of integers * scale + bias.
 
     Args:
         x: multiples of the step, at most 127.
@@ -97,7 +99,7 @@ def multiply_as_served(input_step: Callable[[], Tensor], module: nn.Linear, x: T
 
 
 def masked_weight(module: nn.Linear) -> Tensor:
-    """The weight before it is quantized, pruned entries 0."""
+    """Return the weight before it is quantized, pruned entries 0."""
     if not parametrize.is_parametrized(module, "weight"):
         return module.weight
     transforms: Any = module.parametrizations
@@ -107,17 +109,17 @@ def masked_weight(module: nn.Linear) -> Tensor:
 
 
 def to_integers(x: Tensor, step: Tensor) -> Tensor:
-    """The whole numbers of multiples of a step, as floats."""
+    """Return the integers of multiples of a step, as floats."""
     return (x.float() * (1 / step)).round()
 
 
 def exact_product(left: Tensor, right: Tensor, largest: int = HIGH * HIGH) -> Tensor:
-    """The product [..., M,N] of whole numbers [..., M,K] and [..., K,N], each sum rounded to float32 once.
+    """Return the product [..., M,N] of integers [..., M,K] and [..., K,N], each sum rounded to float32 once.
 
     Args:
-        largest: of a product of two entries.
+        largest: value of a product of two entries.
     """
-    most = EXACT // largest
+    most = EXACT // largest  # summands whose sum is exact
     with torch.autocast(left.device.type, enabled=False):  # a narrower type would not hold the sums
         if left.shape[-1] <= most:
             return left @ right
@@ -125,24 +127,24 @@ def exact_product(left: Tensor, right: Tensor, largest: int = HIGH * HIGH) -> Te
         return torch.stack([(a @ b).int() for a, b in parts]).sum(0).float()  # int64: some devices have no float64
 
 
-def normalize_as_served(module: nn.LayerNorm, x: Tensor) -> Tensor:
-    """A layer norm over the last dimension."""
+def normalize_as_kernels(module: nn.LayerNorm, x: Tensor) -> Tensor:
+    """Compute a layer norm over the last dimension."""
     channels = x.shape[-1]
     centred = x - row_sums(x) / channels
     variance = row_sums(centred * centred) / channels + module.eps
-    deviation = 1 / nearest_root(variance)
+    deviation = 1 / exact_sqrt(variance)
     y: Tensor = centred * deviation * module.weight + module.bias
     return y
 
 
-def nearest_root(x: Tensor) -> Tensor:
-    """The float32 nearest to a square root, which torch's own is not always; on the CPU where float64 is missing."""
+def exact_sqrt(x: Tensor) -> Tensor:
+    """Return the float32 nearest to a square root, which torch's own is not always; where float64 is missing, by CPU."""
     wide = x.cpu() if x.device.type == "mps" else x
     return wide.double().sqrt().float().to(x.device)
 
 
 def row_sums(x: Tensor) -> Tensor:
-    """Sums [..., 1] of rows [..., H]: channel c into part c % 16 one after the other, the parts by a tree."""
+    """Return sums [..., 1] of rows [..., H]: channel c goes into part c % 16, and a tree adds the parts."""
     lanes = nn.functional.pad(x, (0, -x.shape[-1] % LANES)).unflatten(-1, (-1, LANES))
     sums: Tensor = lanes[..., 0, :]
     for part in lanes.unbind(-2)[1:]:
@@ -153,19 +155,19 @@ def row_sums(x: Tensor) -> Tensor:
     return sums
 
 
-def attend_as_served(
+def attend_as_kernels(
     query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, step: Step
 ) -> tuple[Tensor, Tensor]:
-    """Attention [B,T,h,d] and probabilities [B,h,T,S]; a query without any key gets zeros.
+    """Return attention [B,T,h,d] and probabilities [B,h,T,S]; a query without any key gets zeros.
 
     Args:
         query: [B,h,T,d], like key and value [B,h,S,d] multiples of their steps.
-        step: of ``query``, ``key`` and ``value``.
+        step: role (``query``, ``key``, ``value``) -> step.
     """
     steps = [step(role) for role in ("query", "key", "value")]
     queries, keys, values = (to_integers(x, s) for x, s in zip((query, key, value), steps, strict=True))
     scores = exact_product(queries, keys.transpose(2, 3))
-    kept = torch.ones_like(scores, dtype=torch.bool) if attention_mask is None else ~left_out(attention_mask)
+    kept = torch.ones_like(scores, dtype=torch.bool) if attention_mask is None else ~is_masked(attention_mask)
     scores = scores.masked_fill(~kept, -torch.inf)
     largest = scores.amax(-1, keepdim=True)
     scale = torch.tensor(float(steps[0]) * float(steps[1]) * scaling)  # rounded once, as an attribute is
@@ -176,13 +178,13 @@ def attend_as_served(
     return output.transpose(1, 2).contiguous(), bytes_ / total
 
 
-def left_out(attention_mask: Tensor) -> Tensor:
-    """Where a mask that is added to scores leaves a key out: far below 0, for its type."""
+def is_masked(attention_mask: Tensor) -> Tensor:
+    """Return where a mask that is added to scores hides a key: far below 0, for its type."""
     return attention_mask <= torch.finfo(attention_mask.dtype).min / 2
 
 
 def power_of_two(x: Tensor) -> Tensor:
-    """255 * 2^x of x <= 0, by a polynomial between whole powers."""
+    """Return 255 * 2^x of x <= 0, by a polynomial between whole powers."""
     inside = x.clamp(min=LOWEST_POWER)
     whole = inside.round()
     rest = inside - whole
@@ -191,3 +193,54 @@ def power_of_two(x: Tensor) -> Tensor:
     total = low + (rest * POWER[5] + POWER[4]) * (square * square)
     powers = torch.tensor([2.0**-n for n in range(1 - int(LOWEST_POWER))], device=x.device)
     return total * powers[(-whole).long()]
+
+
+class Polynomial(NamedTuple):
+    """GELU as x (1/2 + x P(x^2)), off by at most 6e-5.
+
+    Attributes:
+        coefficients: of P, the lowest power first; those of ``sqat/runtime/source/vector_math.h``.
+        limit: the |x| from which on the result is x or 0.
+    """
+
+    coefficients: tuple[float, ...]
+    limit: float
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """Return the activation of a float32 tensor, each product and sum rounded in the kernel's order."""
+        c0, c1, c2, c3, c4, c5, c6, c7, c8 = self.coefficients
+        inside = x.clamp(-self.limit, self.limit)
+        t = inside * inside
+        t2 = t * t
+        t4 = t2 * t2
+        low = (t * c1 + c0) + (t * c3 + c2) * t2
+        high = (t * c5 + c4) + (t * c7 + c6) * t2
+        half = inside * (low + (t4 * c8 + high) * t4)
+        return x * (half + 0.5).clamp(0.0, 1.0)
+
+
+def replace_gelus(model: nn.Module, blocks: Sequence[str], hooks: Hooks) -> None:
+    """Replace the outputs of GELUs inside the blocks in eval mode."""
+    for block in blocks:
+        for module in model.get_submodule(block).modules():
+            if is_activation(module) and (polynomial := POLYNOMIALS.get(type(module).__name__)):
+                hooks.handles.append(module.register_forward_hook(partial(replace_gelu, polynomial)))
+
+
+def replace_gelu(polynomial: Polynomial, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Return the polynomial's value in eval mode (a forward hook)."""
+    return output if module.training else polynomial.gelu(args[0].float()).to(output.dtype)
+
+
+# fmt: off
+ERF = Polynomial((0.398711711, -0.0659830123, 0.00958418939, -0.00103729276, 8.13770312e-05, -4.44724492e-06,
+                  1.58859123e-07, -3.3077634e-09, 3.02824085e-11), 4.5)
+TANH = Polynomial((0.398851544, -0.0665272027, 0.00993551128, -0.00113463902, 9.60572506e-05, -5.74656497e-06,
+                   2.26307421e-07, -5.20880272e-09, 5.27343239e-11), 4.3)
+# fmt: on
+POLYNOMIALS = {
+    "GELUActivation": ERF,
+    "NewGELUActivation": TANH,
+    "FastGELUActivation": TANH,
+    "GELUTanh": TANH,
+}

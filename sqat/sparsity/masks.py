@@ -121,25 +121,25 @@ class _ApplyMask(torch.autograd.Function):
         return passes.times_mask(grads[0], mask), None
 
 
-class _ApplyMaskStraight(_ApplyMask):
+class _ApplyMaskStraightThrough(_ApplyMask):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
 
 
-def apply_mask(weight: Tensor, mask: Tensor, straight: bool = False) -> Tensor:
+def apply_mask(weight: Tensor, mask: Tensor, straight_through: bool = False) -> Tensor:
     """Set the pruned weights to +0.0; they get no gradient.
 
     Args:
         weight: finite floats (a product, so 0 * inf would be NaN).
         mask: bool, shape of ``weight``, True where kept.
-        straight: pruned weights get the gradient of what is in their place (straight-through).
+        straight_through: pruned weights get the gradient of the zero in their place.
     """
     if mask.shape != weight.shape or mask.dtype != torch.bool:
         raise ValueError(
             f"mask {mask.dtype} {tuple(mask.shape)} must be bool of the weight's shape {tuple(weight.shape)}"
         )
-    function = _ApplyMaskStraight if straight else _ApplyMask
+    function = _ApplyMaskStraightThrough if straight_through else _ApplyMask
     masked: Tensor = function.apply(weight, mask)  # type: ignore[no-untyped-call]
     return masked
 
