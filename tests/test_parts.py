@@ -101,7 +101,7 @@ def test_a_recipe_runs_with_parts_that_sqat_does_not_have(
     for name, text in {"half_maximum": CALIBRATOR, "input_norm": CRITERION, "__init__": ""}.items():
         (package / f"{name}.py").write_text(text)
     (tmp_path / "program.py").write_text(PROGRAM)
-    one_shot = {"name": "per-group", "steps": 1}
+    one_shot = {"name": "per-group", "num_masks": 1}
     stages = {
         "prune": {"steps": 1, "batch_size": 8, "criterion": "input-norm", "schedule": one_shot},
         "calibrate": {"samples": 16, "batch_size": 8, "method": {"name": "half-max", "factor": 0.25}},

@@ -27,7 +27,7 @@ from sqat.models.layer_selection import choose_layers, encoder_blocks
 from sqat.models.loading import load_pretrained
 from sqat.modules.activation_quantizers import Quantizers, insert_quantizers_
 from sqat.modules.parametrize import insert_weights_, layer
-from sqat.modules.sites import discover_sites
+from sqat.modules.site_discovery import discover_sites
 from sqat.quantization.fake_quant import ACTIVATION_LOW, HIGH, SMALLEST_AMAX
 from sqat.recipe.inputs import ModelConfig
 from sqat.recipe.stages import DistillConfig, Layers, QatConfig, TrainConfig
@@ -167,7 +167,9 @@ def calibration_group(source: str, shape: tuple[int, int]) -> Group:
     model = fresh(source).eval()
     batches = [random_batch(model, shape).inputs] * PASSES
     blocks = encoder_blocks(model)
-    sites = discover_sites(model, batches[0], choose_layers(model, Layers(), "quantize").chosen, blocks, "linear")
+    sites = discover_sites(
+        model, batches[0], choose_layers(model, Layers(), "quantize").chosen, blocks, PLACEMENTS["linear"]
+    )
 
     def forward() -> None:
         with torch.no_grad():

@@ -17,11 +17,13 @@ from sqat.compress.quantize import attention_for
 from sqat.distributed import all_reduce_max, all_reduce_sum
 from sqat.errors import SqatError
 from sqat.models.layer_selection import encoder_blocks
-from sqat.modules.activation_quantizers import tap_sites
 from sqat.modules.batch_norm import fold_batch_norms_, foldable
-from sqat.modules.sites import Sites, discover_sites, observed_rows
+from sqat.modules.hooks import hook_sites
+from sqat.modules.site_discovery import discover_sites
+from sqat.modules.sites import Site, Sites, observed_rows
 from sqat.quantization.fake_quant import check_amax
 from sqat.quantization.histogram import Histogram
+from sqat.quantization.placement import PLACEMENTS
 
 FOLDING_TOLERANCE = 1e-3  # of the largest logit
 
@@ -77,7 +79,7 @@ def calibrate(
             if example is None:
                 raise SqatError("there is no batch to calibrate with", "give some training batches", code="no-rows")
             batches = chain([example], remaining)
-        sites = discover_sites(model, example, layers, blocks, placement)
+        sites = discover_sites(model, example, layers, blocks, PLACEMENTS[placement])
         histograms = observe(model, sites, blocks, batches)
     if not alone:
         merge_over_processes_(histograms)
@@ -86,16 +88,17 @@ def calibrate(
 
 def observe(model: nn.Module, sites: Sites, blocks: list[str], batches: Iterable[Inputs]) -> dict[str, Histogram]:
     """Collect a histogram of |x| at every site, over the real (unpadded) positions of all batches."""
-    histograms = {site: Histogram() for site in dict.fromkeys(sites.leaders.values())}
+    histograms: dict[str, Histogram] = {site: Histogram() for site in dict.fromkeys(sites.shared_with.values())}
     attention_mask: Tensor | None = None
 
-    def hook(site: str, x: Tensor) -> Tensor:
+    def hook(site: Site, x: Tensor) -> Tensor:
         if site in histograms:
-            read = x.clamp(0, sites.rectified[site]) if site in sites.rectified else x
+            limits = sites.rectifier_limits
+            read = x.clamp(0, limits[site]) if site in limits else x
             histograms[site].observe(*observed_rows(site, read, attention_mask))
         return x
 
-    hooks = tap_sites(model, hook, histograms, blocks)
+    hooks = hook_sites(model, hook, histograms, blocks)
     try:
         with torch.no_grad():
             for inputs in batches:
@@ -130,19 +133,20 @@ def choose_amax(
     for site, value in amax.items():
         check_amax(value, site)
     saturated = {
-        site: histograms[sites.leaders[site]].share_beyond(found[owner]) for site, owner in shared_with.items()
+        site: histograms[sites.shared_with[Site(site)]].share_beyond(found[owner])
+        for site, owner in shared_with.items()
     }
-    return Calibration(amax, shared_with, saturated, sites.left, dict(histograms), has_attention)
+    return Calibration(amax, shared_with, saturated, sites.skipped, dict(histograms), has_attention)
 
 
 def share_amax(sites: Sites, amax: Mapping[str, float]) -> tuple[dict[str, str], dict[str, float]]:
     """Give each group of sites with one amax the largest of theirs; returns ``shared_with`` and ``amax``."""
     owners: dict[str, str] = {}
     largest_of = dict(amax)
-    for group in sites.tied:
+    for group in sites.shared_amax_groups:
         largest_of[group[0]] = max(largest_of[site] for site in group)
         owners |= dict.fromkeys(group, group[0])
-    shared_with = {site: owners.get(first, first) for site, first in sites.leaders.items()}
+    shared_with: dict[str, str] = {site: owners.get(first, first) for site, first in sites.shared_with.items()}
     return shared_with, {site: largest_of[site] for site in dict.fromkeys(shared_with.values())}
 
 

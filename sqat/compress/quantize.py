@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from sqat.models.attention import current_attention, use_attention, use_hooked_attention
 from sqat.models.layer_selection import encoder_blocks
-from sqat.modules.activation_quantizers import Quantizers
-from sqat.modules.quantized import quantized_
+from sqat.modules.activation_quantizers import Quantizers, fake_quantized_
+from sqat.quantization.placement import PLACEMENTS
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def attention_for(model: nn.Module, placement: str) -> Iterator[bool]:
     Yields:
         Whether the model has it. Families outside transformers' attention interface keep float products.
     """
-    if placement == "linear":
+    if not PLACEMENTS[placement].attention:
         yield True
         return
     before, switched = current_attention(model), use_hooked_attention(model, placement)
@@ -50,6 +50,6 @@ def quantized_model(
         shared_with: site -> the site whose amax it uses, itself for most.
         learned: train each amax with the LSQ gradient.
     """
-    quantizers = Quantizers(amax, shared_with, learned, kernels=placement == "cpu")
-    with attention_for(model, placement), quantized_(model, masks, layers, quantizers, encoder_blocks(model)):
+    quantizers = Quantizers(amax, shared_with, learned, kernels=PLACEMENTS[placement].kernels)
+    with attention_for(model, placement), fake_quantized_(model, masks, layers, quantizers, encoder_blocks(model)):
         yield quantizers

@@ -17,9 +17,9 @@ from sqat.compress.eval_mode import eval_mode
 from sqat.data.dataset import Batch
 from sqat.distributed import all_reduce_sum, broadcast_from, process_state
 from sqat.errors import SqatError
-from sqat.modules.hooks import tap_linears
+from sqat.modules.hooks import hook_linears
 from sqat.modules.parametrize import layer
-from sqat.modules.sites import observed_rows
+from sqat.modules.sites import Site, observed_rows
 from sqat.sparsity.criteria import Criterion
 from sqat.sparsity.features import input_windows
 from sqat.training.batches import Batches, seed_torch

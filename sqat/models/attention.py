@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 
 from sqat.compat import attention_name, can_set_attention, quiet_transformers, register_attention
 from sqat.models.layer_selection import find_qkv, is_causal
-from sqat.modules.attention import byte_attention, tapped_attention
-from sqat.modules.qkv_hooks import Capture
+from sqat.modules.attention import byte_attention, hooked_attention
+from sqat.modules.qkv_hooks import QkvHooks
+from sqat.quantization.placement import PLACEMENTS
 
-FUNCTIONS = {"sqat_tapped": tapped_attention, "sqat_bytes": byte_attention}
+FUNCTIONS = {"sqat_hooked": hooked_attention, "sqat_bytes": byte_attention}
 
 
 def use_hooked_attention(model: nn.Module, placement: str = "tensorrt") -> bool:
@@ -24,7 +25,7 @@ def use_hooked_attention(model: nn.Module, placement: str = "tensorrt") -> bool:
     """
     if not isinstance(model, PreTrainedModel) or not can_set_attention(model):
         return False
-    name = "sqat_bytes" if placement == "cpu" else "sqat_tapped"
+    name = "sqat_bytes" if PLACEMENTS[placement].kernels else "sqat_hooked"
     register_attention(name, FUNCTIONS[name])
     use_attention(model, name)
     return True
@@ -53,7 +54,7 @@ def attention_heads(model: nn.Module) -> int:
     return int(config.num_attention_heads)
 
 
-def hook_last_qkv(model: nn.Module, qkv: Sequence[str] | None = None) -> Capture:
+def hook_last_qkv(model: nn.Module, qkv: Sequence[str] | None = None) -> QkvHooks:
     """Hook q, k and v of the model's last block.
 
     Args:
@@ -61,4 +62,4 @@ def hook_last_qkv(model: nn.Module, qkv: Sequence[str] | None = None) -> Capture
     """
     names, heads = find_qkv(model, qkv), attention_heads(model)
     key_heads = getattr(model.config, "num_key_value_heads", None)  # only families with grouped queries have it
-    return Capture(model, names, heads, key_heads, is_causal(model, names[0]))
+    return QkvHooks(model, names, heads, key_heads, is_causal(model, names[0]))

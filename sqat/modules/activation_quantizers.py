@@ -44,7 +44,7 @@ class Quantizers(nn.Module):
         self, amax: Mapping[str, Tensor], shared_with: Mapping[str, str], learned: bool = False, kernels: bool = False
     ) -> None:
         super().__init__()
-        self.shared_with = {Site(site): Site(owner) for site, owner in shared_with.items()}
+        self.shared_with: dict[str, Site] = {site: Site(owner) for site, owner in shared_with.items()}
         self.learned, self.kernels = learned, kernels
         self.low = -HIGH if kernels else ACTIVATION_LOW
         # Sorted: files give tensors in any order, and a state must find each amax where it was saved.
@@ -80,7 +80,7 @@ class Quantizers(nn.Module):
 
     def step(self, site: str) -> Tensor:
         """Return the distance between a site's quantized values, 0-d."""
-        owner = self.shared_with[Site(site)]
+        owner = self.shared_with[site]
         amax = self.values[self.index[owner]].detach().clamp(min=SMALLEST_AMAX)
         return clamp_softmax_amax(owner, amax) / HIGH
 

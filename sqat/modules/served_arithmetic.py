@@ -138,7 +138,8 @@ def normalize_as_kernels(module: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def exact_sqrt(x: Tensor) -> Tensor:
-    """Return the float32 nearest to a square root, which torch's own is not always; where float64 is missing, by CPU."""
+    """Return the float32 nearest to a square root, which torch's own is not always."""
+    # Some devices have no float64.
     wide = x.cpu() if x.device.type == "mps" else x
     return wide.double().sqrt().float().to(x.device)
 

@@ -70,7 +70,9 @@ def discover_sites(
     outputs = {site: keys[site] for name in convolutions if (site := Site.of(name, "output")) in keys}
     stay_float = readers.activation_inputs - {key[0] for key in outputs.values()}
     sites = choose_sites(keys, set() if placement.activation_inputs else stay_float)
-    limits = {site: limit for site, key in outputs.items() if (limit := readers.rectifier_limit(key[0])) is not None}
+    limits: dict[str, float] = {
+        site: limit for site, key in outputs.items() if (limit := readers.rectifier_limit(key[0])) is not None
+    }
     # The fused q, k, v linear of the kernels has a scale for each channel, so that nothing needs one amax.
     groups = [] if placement.kernels else sites.shared_amax_groups
     return replace(sites, shared_amax_groups=groups, rectifier_limits=limits)

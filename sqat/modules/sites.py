@@ -63,8 +63,8 @@ class Sites:
 
     shared_with: dict[Site, Site]
     shared_amax_groups: list[tuple[Site, ...]]
-    skipped: dict[Site, str]
-    rectifier_limits: Mapping[Site, float] = field(default_factory=dict)
+    skipped: dict[str, str]
+    rectifier_limits: Mapping[str, float] = field(default_factory=dict)
 
 
 def choose_sites(keys: Mapping[Site, TensorKey], activation_inputs: Set[StorageVersion]) -> Sites:
@@ -76,7 +76,7 @@ def choose_sites(keys: Mapping[Site, TensorKey], activation_inputs: Set[StorageV
             unit's half) in part.
     """
     products = {key for site, key in keys.items() if site.role in PRODUCT_ROLES}
-    skipped: dict[Site, str] = {}
+    skipped: dict[str, str] = {}
     outputs = set()
     for site, key in keys.items():
         if site.role != "output":

@@ -18,7 +18,7 @@ from sqat.distributed import process_state
 from sqat.export.cpu_encoder import check_encoder
 from sqat.models.layer_selection import choose_layers
 from sqat.models.loading import serialize_model
-from sqat.modules.bias import snap_biases_
+from sqat.modules.batch_norm import round_conv_biases_
 from sqat.quantization.histogram import Histogram
 from sqat.recipe.stages import CalibrateConfig
 from sqat.stages.context import StageContext
@@ -36,7 +36,7 @@ def run(config: CalibrateConfig, parent: Checkpoint | None, context: StageContex
     found = calibrate_on_rows(config, config.placement, model, processor, choice.chosen, context)
     if not found.has_attention:
         notes.append(f"{type(model).__name__} has no attention interface: its attention products stay float")
-    snap_biases_(model, choice.chosen, found.amax, found.shared_with)
+    round_conv_biases_(model, choice.chosen, found.amax, found.shared_with)
     masks = {} if parent is None else parent.masks
     with quantized_model(model, masks, choice.chosen, found.amax, found.shared_with, config.placement):
         metrics = {"dev": context.measure(model, processor, "dev")}

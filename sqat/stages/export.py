@@ -43,7 +43,7 @@ def export(config: ExportConfig, parent: Checkpoint, context: StageContext, fold
     model, processor = context.load_model(parent)
     use_eager(model.cpu())
     fold_batch_norms_(model)
-    absorb_(model)
+    absorb_folded_norms_(model)
     dev = context.splits.prepared("dev", processor)
     sample = processor.collate(dev, list(range(min(2, len(dev)))))
     output = ARCHITECTURES[context.task.architecture].output

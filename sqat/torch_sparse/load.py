@@ -27,7 +27,7 @@ from sqat.models.attention import current_attention, use_attention, use_hooked_a
 from sqat.models.layer_selection import encoder_blocks
 from sqat.models.loading import assemble, load_weights
 from sqat.modules.activation_quantizers import Insertion, Quantizers, insert_quantizers_, remove_quantizers_
-from sqat.modules.sites import PRODUCT_ROLES, role
+from sqat.modules.sites import PRODUCT_ROLES, Site
 from sqat.torch_sparse.backends import AUTO, Backend, Choice
 from sqat.torch_sparse.linear import SparseLinear, insert_sparse_, remove_sparse_
 from sqat.torch_sparse.plans import PlanStatistics
@@ -106,7 +106,9 @@ def insert_packed_(model: nn.Module, packed: Packed, backend: str = AUTO, sites:
     choice = Choice(backend, next(model.parameters()).device)
     backends = {name: choice.of(name, layer.shape, TYPES[layer.type]) for name, layer in packed.manifest.layers.items()}
     blocks = encoder_blocks(model)
-    kept = {site: leader for site, leader in packed.manifest.sites.items() if sites == "all" or role(site) == "input"}
+    kept = {
+        site: leader for site, leader in packed.manifest.sites.items() if sites == "all" or Site(site).role == "input"
+    }
     load_weights(model, packed.dense | {f"{name}.weight": layer.weight for name, layer in plain.items()}, packed.place)
     attention = switch_attention_(model, kept)
     insert_sparse_(model, {name: sparse_linear(packed, name, plain[name], backends[name]) for name in plain})
@@ -146,7 +148,7 @@ def sparse_linear(packed: Packed, name: str, plain: nn.Linear, backend: Backend)
 
 def switch_attention_(model: nn.Module, sites: Mapping[str, str]) -> str | None:
     """Make attention products reachable where sites are there; returns the implementation that was in use."""
-    if not any(role(site) in PRODUCT_ROLES for site in sites):
+    if not any(Site(site).role in PRODUCT_ROLES for site in sites):
         return None
     before = current_attention(model)
     return before if use_hooked_attention(model) else None

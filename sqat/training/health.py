@@ -80,7 +80,7 @@ def check_gradients(model: nn.Module, step: int) -> Tensor:
 
     A learned scale is named, by its site, only where no layer is to be.
     """
-    scales = {f"{QUANTIZERS}.bounds.{i}": f"the scale of {site}" for i, site in enumerate(learned_bounds(model))}
+    scales = {f"{QUANTIZERS}.values.{i}": f"the scale of {site}" for i, site in enumerate(learned_bounds(model))}
     known = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     known.sort(key=lambda each: each[0] not in scales)
     norm = total_norm([grad for _, grad in known])
@@ -106,7 +106,7 @@ def learned_bounds(model: nn.Module) -> dict[str, Tensor]:
     found = dict(model.named_children()).get(QUANTIZERS)
     if not isinstance(found, Quantizers) or not found.learned:
         return {}
-    return dict(zip(found.index, found.bounds, strict=True))
+    return dict(zip(found.index, found.values, strict=True))
 
 
 def check_scales(bounds: Mapping[str, Tensor], start: Mapping[str, float], step: int) -> None:

@@ -61,22 +61,22 @@ def calibrated(
             weight.data = apply_mask(weight.detach(), masks[name])
     use_hooked_attention(model, "cpu")
     blocks = encoder_blocks(model)
-    sites = discover_sites(model, inputs, chosen.chosen, blocks, "cpu")
+    sites = discover_sites(model, inputs, chosen.chosen, blocks, PLACEMENTS["cpu"])
     amax: dict[str, Tensor] = {}
 
     def watch(site: str, x: Tensor) -> Tensor:
-        leader = sites.leaders[site]
+        leader = sites.shared_with[site]
         amax[leader] = torch.maximum(amax.get(leader, torch.tensor(0.0)), 0.9 * x.abs().max())
         return x
 
-    taps = tap_sites(model, watch, sites.leaders, blocks)
+    hooks = hook_sites(model, watch, sites.shared_with, blocks)
     with torch.no_grad():
         model(**inputs)
-    taps.remove()
+    hooks.remove()
     files, weights = serialize_model(model, processor)
     known = {name: LayerRecord(pattern="2:4" if name in masks else "", quantized=True) for name in chosen.chosen}
     known |= {name: LayerRecord(dense_because=why, float_because=why) for name, why in chosen.left.items()}
-    records = {site: SiteRecord(shared_with=leader, saturated=0.0) for site, leader in sites.leaders.items()}
+    records = {site: SiteRecord(shared_with=leader, saturated=0.0) for site, leader in sites.shared_with.items()}
     manifest = Manifest(stage="qat", type="qat", key="k" * 16, base_model="tiny", seed=0, placement="cpu",
                         layers=known, sites=records)  # fmt: skip
     return Checkpoint(manifest, files, weights, masks, amax)

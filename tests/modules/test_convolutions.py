@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sqat.modules.activation_quantizers import Quantizers
-from sqat.modules.batch_norm import fold_batch_norms_
-from sqat.modules.bias import snap_biases_
-from sqat.modules.quantized import quantized_
-from sqat.modules.sites import Sites, discover_sites
+from sqat.modules.activation_quantizers import Quantizers, fake_quantized_
+from sqat.modules.batch_norm import fold_batch_norms_, round_conv_biases_
+from sqat.modules.site_discovery import discover_sites
+from sqat.modules.sites import Sites
+from sqat.quantization.placement import PLACEMENTS
 from sqat.sparsity.masks import count_violations, nm_mask
 from sqat.sparsity.pattern import parse_pattern
 
@@ -57,24 +57,24 @@ def x() -> Tensor:
 
 
 def sites_of(model: nn.Module, x: Tensor, placement: str = "linear") -> Sites:
-    return discover_sites(model, {"pixel_values": x}, LAYERS, [], placement)
+    return discover_sites(model, {"pixel_values": x}, LAYERS, [], PLACEMENTS[placement])
 
 
 @pytest.mark.parametrize("placement", ["linear", "tensorrt", "tensorrt-full"])
 def test_inputs_and_outputs_are_sites(block: nn.Module, x: Tensor, placement: str) -> None:
     sites = sites_of(block, x, placement)
-    assert set(sites.leaders) == {f"{name}:{role}" for name in LAYERS for role in ("input", "output")}
-    assert sites.leaders["inner:input"] == "shortcut:input"  # one tensor
-    assert sites.leaders["last:input"] == "last:input"  # the add in place made another tensor of it
-    assert sites.left == {}
+    assert set(sites.shared_with) == {f"{name}:{role}" for name in LAYERS for role in ("input", "output")}
+    assert sites.shared_with["inner:input"] == "shortcut:input"  # one tensor
+    assert sites.shared_with["last:input"] == "last:input"  # the add in place made another tensor of it
+    assert sites.skipped == {}
 
 
 def test_only_what_a_rectifier_alone_reads_is_bounded_by_it(block: nn.Module, x: Tensor) -> None:
-    assert sites_of(block, x).rectified == {"inner:output": 6.0}
+    assert sites_of(block, x).rectifier_limits == {"inner:output": 6.0}
     block.relu = nn.ReLU(inplace=True)
-    assert sites_of(block, x).rectified == {"inner:output": math.inf}
+    assert sites_of(block, x).rectifier_limits == {"inner:output": math.inf}
     block.relu = nn.SiLU()
-    assert sites_of(block, x).rectified == {}
+    assert sites_of(block, x).rectifier_limits == {}
 
 
 def test_a_tensor_that_something_else_reads_too_is_not_bounded(x: Tensor) -> None:
@@ -87,7 +87,7 @@ def test_a_tensor_that_something_else_reads_too_is_not_bounded(x: Tensor) -> Non
             y = self.inner(pixel_values)
             return SimpleNamespace(logits=y.relu() - y)
 
-    assert discover_sites(Twice(), {"pixel_values": x}, ["inner"], [], "linear").rectified == {}
+    assert discover_sites(Twice(), {"pixel_values": x}, ["inner"], [], PLACEMENTS["linear"]).rectifier_limits == {}
 
 
 def rounded(x: Tensor, amax: float) -> Tensor:
@@ -106,9 +106,9 @@ def test_numbers_are_those_of_torch_s_own_fake_quantizers(block: nn.Module, x: T
     layers = {name: block.get_submodule(name) for name in LAYERS}
     masks = {name: nm_mask(layer.weight.detach().abs(), parse_pattern("2:4")) for name, layer in layers.items()}
     bounds = {"shortcut:input": 2.5, "inner:output": 1.5, "shortcut:output": 2.0, "last:input": 3.0, "last:output": 1.0}
-    leaders = sites_of(block, x).leaders
+    leaders = sites_of(block, x).shared_with
     quantizers = Quantizers({site: torch.tensor(bound) for site, bound in bounds.items()}, leaders)
-    with quantized_(block, masks, LAYERS, quantizers, []), torch.no_grad():
+    with fake_quantized_(block, masks, LAYERS, quantizers, []), torch.no_grad():
         got = block(x).logits
     inner, shortcut, last = (layer for layer in layers.values() if isinstance(layer, nn.Conv2d))
     biases = [block.get_submodule(f"{name}_norm").bias for name in ("inner", "shortcut")]
@@ -126,18 +126,18 @@ def test_numbers_are_those_of_torch_s_own_fake_quantizers(block: nn.Module, x: T
 
 
 def test_learned_bounds_train_through_an_add_in_place(block: nn.Module, x: Tensor) -> None:
-    leaders = sites_of(block, x).leaders
+    leaders = sites_of(block, x).shared_with
     quantizers = Quantizers({site: torch.tensor(2.0) for site in set(leaders.values())}, leaders, learned=True)
-    with quantized_(block, {}, LAYERS, quantizers, []):
+    with fake_quantized_(block, {}, LAYERS, quantizers, []):
         block(x).logits.square().sum().backward()
-        assert all(bound.grad is not None for bound in quantizers.bounds)
+        assert all(bound.grad is not None for bound in quantizers.values)
 
 
 def test_snapped_biases_are_whole_steps_of_the_int32_sum(block: nn.Module) -> None:
     amax = {"inner:input": torch.tensor(2.5), "last:input": torch.tensor(3.0)}
     leaders = {"inner:input": "inner:input", "shortcut:input": "inner:input", "last:input": "last:input"}
     before = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
-    snap_biases_(block, LAYERS, amax, leaders)
+    round_conv_biases_(block, LAYERS, amax, leaders)
     for layer, owner in (("inner", "inner_norm"), ("shortcut", "shortcut_norm"), ("last", "last")):
         weight = block.get_submodule(layer).weight.detach().double()
         step = weight.flatten(1).abs().amax(1) / 127 * amax[leaders[f"{layer}:input"]].double() / 127

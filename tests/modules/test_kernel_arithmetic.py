@@ -65,7 +65,7 @@ def test_the_gradient_of_the_bytes_is_that_of_softmax_but_for_rounding() -> None
     query, key, value = (drawn(2, 2, 6, 8, seed=seed).requires_grad_() for seed in (1, 2, 3))
     direction = drawn(2, 6, 2, 8, seed=4)
     grads = []
-    for attention in (byte_attention, tapped_attention):
+    for attention in (byte_attention, hooked_attention):
         out, _ = attention(nn.Module().eval(), query, key, value, None)
         grads.append(torch.autograd.grad((out * direction).sum(), (query, key, value)))
     for ours, smooth in zip(*grads, strict=True):
@@ -93,7 +93,7 @@ def test_the_narrow_range_ends_at_minus_127(learned: bool) -> None:
 
 @pytest.mark.parametrize(("name", "polynomial"), [("gelu", ERF), ("gelu_tanh", TANH)])
 def test_the_polynomials_are_the_kernels(name: str, polynomial: Any) -> None:
-    assert (list(polynomial.coefficients), polynomial.bound) == kernel_polynomial(name)
+    assert (list(polynomial.coefficients), polynomial.limit) == kernel_polynomial(name)
     x = torch.linspace(-8, 8, 20001)
     assert polynomial.gelu(x).numpy() == pytest.approx(gelu(x.numpy(), name), abs=6e-5)
 
@@ -153,13 +153,13 @@ def test_sites_are_inputs_of_linears_and_q_k_v(family: str, make_model: MakeMode
     model = make_model(family)
     use_hooked_attention(model, "cpu")
     linears = choose_layers(model, Layers(), "quantize").chosen
-    sites = discover_sites(model, batch, linears, encoder_blocks(model), "cpu")
-    roles = [role(site) for site in sites.leaders]
+    sites = discover_sites(model, batch, linears, encoder_blocks(model), PLACEMENTS["cpu"])
+    roles = [site.role for site in sites.shared_with]
     assert roles.count("input") == len(linears) == 12
     assert sorted({*roles}) == ["input", "key", "query", "value"]
     assert [roles.count(part) for part in ("query", "key", "value")] == [2, 2, 2]
-    assert sites.tied == [], "the fused linear has a scale per channel"
-    assert len(set(sites.leaders.values())) == 8 + 6
+    assert sites.shared_amax_groups == [], "the fused linear has a scale per channel"
+    assert len(set(sites.shared_with.values())) == 8 + 6
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

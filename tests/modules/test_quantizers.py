@@ -44,7 +44,7 @@ def written_out(model: Any, batch: dict[str, Tensor], setup: Setup) -> Tensor:
     _, sites, amax, masks, _ = setup
 
     def q(site: str, x: Tensor) -> Tensor:
-        return fake(x, amax[sites.leaders[site]]) if site in sites.leaders else x
+        return fake(x, amax[sites.shared_with[site]]) if site in sites.shared_with else x
 
     def linear(name: str, x: Tensor) -> Tensor:
         layer = model.get_submodule(name)
@@ -84,18 +84,18 @@ def setup(make_model: MakeModel, batch: dict[str, Tensor]) -> Setup:
 def prepared(model: PreTrainedModel, batch: dict[str, Tensor], placement: str) -> Setup:
     linears = choose_layers(model, Layers(), "quantize").chosen
     blocks = encoder_blocks(model)
-    sites = discover_sites(model, batch, linears, blocks, placement)
+    sites = discover_sites(model, batch, linears, blocks, PLACEMENTS[placement])
     amax: dict[str, Tensor] = {}
 
     def observe(site: str, x: Tensor) -> Tensor:
-        leader = sites.leaders[site]
+        leader = sites.shared_with[site]
         amax[leader] = torch.maximum(amax.get(leader, torch.tensor(0.0)), 0.8 * x.detach().abs().max())
         return x
 
-    taps = tap_sites(model, observe, sites.leaders, blocks)
+    hooks = hook_sites(model, observe, sites.shared_with, blocks)
     with torch.no_grad():
         model(**batch)
-    taps.remove()
+    hooks.remove()
     masks = {name: nm_mask(model.get_submodule(name).weight.detach().abs(), parse_pattern("2:4")) for name in linears}
     return model, sites, amax, masks, linears
 
@@ -103,8 +103,8 @@ def prepared(model: PreTrainedModel, batch: dict[str, Tensor], placement: str) -
 @contextmanager
 def quantized(setup: Setup, learned: bool = False) -> Iterator[Quantizers]:
     model, sites, amax, masks, linears = setup
-    quantizers = Quantizers(amax, sites.leaders, learned)
-    with quantized_(model, masks, linears, quantizers, encoder_blocks(model)):
+    quantizers = Quantizers(amax, sites.shared_with, learned)
+    with fake_quantized_(model, masks, linears, quantizers, encoder_blocks(model)):
         yield quantizers
 
 
@@ -122,10 +122,10 @@ def test_the_model_is_the_one_written_out(setup: Setup, batch: dict[str, Tensor]
 @pytest.mark.parametrize("site", ["nowhere:input", "bert.encoder.layer.0.attention.nothing:query"])
 def test_an_insertion_that_fails_leaves_a_plain_model(setup: Setup, batch: dict[str, Tensor], site: str) -> None:
     model, sites, amax, masks, linears = setup
-    quantizers = Quantizers({**amax, site: torch.tensor(1.0)}, {**sites.leaders, site: site})
+    quantizers = Quantizers({**amax, site: torch.tensor(1.0)}, {**sites.shared_with, site: site})
     with torch.no_grad():
         before, names = model(**batch).logits, [*model.state_dict()]
-        with pytest.raises(AttributeError), quantized_(model, masks, linears, quantizers, encoder_blocks(model)):
+        with pytest.raises(AttributeError), fake_quantized_(model, masks, linears, quantizers, encoder_blocks(model)):
             pytest.fail("inserted")
         assert [*model.state_dict()] == names
         assert torch.equal(model(**batch).logits, before)
@@ -159,7 +159,7 @@ def test_the_linear_placement_in_every_family(family: str, make_model: MakeModel
             got = model(**batch).logits
     handles, floats = [], {name: model.get_submodule(name).weight.data for name in linears}
     for name in linears:
-        layer, bound = model.get_submodule(name), amax[sites.leaders[f"{name}:input"]]
+        layer, bound = model.get_submodule(name), amax[sites.shared_with[f"{name}:input"]]
         layer.weight.data = fake_weight(layer.weight.data, masks[name])
         hook = lambda m, args, bound=bound: (fake(args[0], bound), *args[1:])  # noqa: E731
         handles.append(layer.register_forward_pre_hook(hook))
@@ -186,8 +186,8 @@ def test_each_tensor_is_quantized_once(setup: Setup, batch: dict[str, Tensor], c
     model, sites = setup[:2]
     with quantized(setup) as quantizers, torch.no_grad():
         model(**batch)
-        assert len(calls) == len(set(sites.leaders.values())) == 2 * 10
-        assert quantizers.last == {}, "nothing is remembered"
+        assert len(calls) == len(set(sites.shared_with.values())) == 2 * 10
+        assert quantizers.kept == {}, "nothing is remembered"
         model(**batch)
         assert len(calls) == 2 * 20, "nor taken from the last forward pass"
 
@@ -228,7 +228,7 @@ def test_nothing_is_remembered_after_an_error() -> None:
     inserted = insert_quantizers_(model, shared_quantizers(), [])
     with pytest.raises(RuntimeError, match="stop"):
         model(torch.randn(2, 4))
-    assert inserted.quantizers.last == {}
+    assert inserted.quantizers.kept == {}
     remove_quantizers_(model, inserted)
 
 
@@ -247,15 +247,15 @@ def test_learned_bounds_start_where_fixed_ones_are_and_get_gradients(setup: Setu
         logits = model(**batch).logits
         assert torch.equal(logits, fixed)
         logits.square().sum().backward()
-        bounds = dict(zip(quantizers.index, quantizers.bounds, strict=True))
+        bounds = dict(zip(quantizers.index, quantizers.values, strict=True))
         assert set(bounds) == set(amax)
         assert all(bound.grad is not None and bound.grad.isfinite() for bound in bounds.values())
         assert sum(bool(bound.grad) for bound in bounds.values()) >= len(bounds) - 1
         named = dict(model.named_parameters())
         assert all(any(bound is p for p in named.values()) for bound in bounds.values())
         with torch.no_grad():
-            quantizers.bounds[0].fill_(-3.0)
-            quantizers.bounds[1].fill_(7.0)
+            quantizers.values[0].fill_(-3.0)
+            quantizers.values[1].fill_(7.0)
     first, second = sorted(amax)[:2]
     assert float(quantizers.amax()[first]) == 2.0**-40, "a bound driven below zero is the smallest one"
     assert float(quantizers.amax()[second]) == 7.0
@@ -265,7 +265,7 @@ def test_fixed_bounds_are_not_trained(setup: Setup, batch: dict[str, Tensor]) ->
     model = setup[0]
     with quantized(setup) as quantizers:
         model(**batch).logits.sum().backward()
-        assert not any(bound.requires_grad for bound in quantizers.bounds)
+        assert not any(bound.requires_grad for bound in quantizers.values)
         assert {float(b) for b in quantizers.amax().values()} == {float(b) for b in setup[2].values()}
 
 
@@ -302,28 +302,28 @@ def test_a_bound_that_is_none_is_refused() -> None:
 
 
 @pytest.mark.parametrize("placement", ["linear", "tensorrt"])
-def test_only_the_wanted_sites_are_tapped(placement: str, make_model: MakeModel, batch: dict[str, Tensor]) -> None:
+def test_only_the_wanted_sites_are_hooked(placement: str, make_model: MakeModel, batch: dict[str, Tensor]) -> None:
     model = make_model("distilbert")
     use_hooked_attention(model)
     _, sites, *_ = prepared(model, batch, placement)
     seen: list[str] = []
-    taps = tap_sites(model, lambda site, x: seen.append(site) or x, sites.leaders, encoder_blocks(model))
+    hooks = hook_sites(model, lambda site, x: seen.append(site) or x, sites.shared_with, encoder_blocks(model))
     with torch.no_grad():
         model(**batch)
-    taps.remove()
-    assert sorted(seen) == sorted(sites.leaders)
-    assert {role(site) for site in seen} >= {"input"}
+    hooks.remove()
+    assert sorted(seen) == sorted(sites.shared_with)
+    assert {site.role for site in seen} >= {"input"}
 
 
 def test_a_tensor_is_kept_only_for_the_sites_still_to_come() -> None:
     quantizers = Quantizers({"a": torch.tensor(1.0), "c": torch.tensor(1.0)}, {"a": "a", "b": "a", "c": "c"})
     x = torch.randn(4, generator=torch.Generator().manual_seed(0))
     y = quantizers("a", x)
-    assert list(quantizers.last) == ["a"]
+    assert list(quantizers.kept) == ["a"]
     assert quantizers("b", x) is y
-    assert not quantizers.last
+    assert not quantizers.kept
     quantizers("c", x)
-    assert not quantizers.last, "nobody else reads what one site quantizes"
+    assert not quantizers.kept, "nobody else reads what one site quantizes"
     assert torch.equal(quantizers("b", x), y), "a site that comes again gets the same numbers"
 
 

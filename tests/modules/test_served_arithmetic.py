@@ -19,11 +19,11 @@ from sqat.modules.activation_quantizers import Quantizers, insert_quantizers_, r
 from sqat.modules.parametrize import insert_weights_, remove_weights_
 from sqat.modules.served_arithmetic import (
     EXACT,
-    attend_as_served,
+    attend_as_kernels,
     exact_product,
     masked_weight,
-    multiply_as_served,
-    normalize_as_served,
+    multiply_as_kernels,
+    normalize_as_kernels,
     power_of_two,
     row_sums,
 )
@@ -65,7 +65,7 @@ def test_a_mask_of_a_narrow_type_leaves_the_same_keys_out(dtype: torch.dtype) ->
         masks = [torch.zeros(1, 1, 1, 7, dtype=kind) for kind in (torch.float32, dtype)]
         for mask in masks:
             mask[..., 4:] = lowest if mask.dtype == dtype else LOWEST
-        wide, narrow = (attend_as_served(q, k, v, mask, 0.5, lambda role: torch.tensor(0.02))[1] for mask in masks)
+        wide, narrow = (attend_as_kernels(q, k, v, mask, 0.5, lambda role: torch.tensor(0.02))[1] for mask in masks)
         assert torch.equal(narrow, wide)
         assert not narrow[..., 4:].any()
 
@@ -73,7 +73,7 @@ def test_a_mask_of_a_narrow_type_leaves_the_same_keys_out(dtype: torch.dtype) ->
 def test_a_model_that_is_not_float32_is_refused_and_stays(make_model: Callable[..., Any]) -> None:
     model = make_model("bert").bfloat16()
     before = [name for name, _ in model.named_modules()]
-    line = r"^placement cpu computes in float32, and bert\.\S+ is torch.bfloat16; call model.float\(\) before$"
+    line = r"^placement cpu computes in float32, and bert\.\S+ is torch.bfloat16; call model.float\(\) first$"
     with pytest.raises(SqatError, match=line):
         insert_quantizers_(model, Quantizers({}, {}, kernels=True), encoder_blocks(model))
     assert [name for name, _ in model.named_modules()] == before
@@ -103,7 +103,7 @@ def test_the_norm_is_a_layer_norm() -> None:
     norm.weight.data, norm.bias.data = drawn(40) + 1, drawn(40, seed=1)
     x = drawn(6, 7, 40, seed=2) * 3 + 1
     wanted = nn.functional.layer_norm(x.double(), (40,), norm.weight.double(), norm.bias.double(), norm.eps)
-    assert torch.allclose(normalize_as_served(norm, x).double(), wanted, atol=2e-6)
+    assert torch.allclose(normalize_as_kernels(norm, x).double(), wanted, atol=2e-6)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -117,7 +117,7 @@ def test_a_linear_is_an_integer_product(pruned: bool, bias: bool) -> None:
     transforms = insert_weights_(model, {"0": mask} if pruned else {}, ["0"])
     integers = whole(5, 48)
     with torch.no_grad():
-        got = multiply_as_served(lambda: step, module, integers * step).numpy()
+        got = multiply_as_kernels(lambda: step, module, integers * step).numpy()
         assert torch.equal(masked_weight(module), plain * mask)
         remove_weights_(model, transforms)
         assert torch.equal(masked_weight(module), plain * mask)
@@ -134,7 +134,7 @@ def test_attention_is_the_loop_over_the_kept_keys() -> None:
     kept = torch.arange(7) < torch.tensor([7, 3, 0])[:, None]
     mask = torch.zeros(3, 1, 1, 7).masked_fill(~kept[:, None, None], LOWEST)
     scaling = 8**-0.5
-    got, shares = attend_as_served(
+    got, shares = attend_as_kernels(
         q * steps["query"], k * steps["key"], v * steps["value"], mask, scaling, steps.__getitem__
     )
     for b, h, t in np.ndindex(3, 2, 7):
@@ -147,7 +147,7 @@ def test_attention_is_the_loop_over_the_kept_keys() -> None:
         wanted = (bytes_ @ v[b, h, kept[b]].long()) / bytes_.sum() * 0.011
         assert torch.allclose(got[b, t, h], wanted, rtol=1e-5, atol=1e-6)
         assert torch.allclose(shares[b, h, t, kept[b]], bytes_ / bytes_.sum())
-    unmasked, _ = attend_as_served(
+    unmasked, _ = attend_as_kernels(
         q * steps["query"], k * steps["key"], v * steps["value"], None, scaling, steps.__getitem__
     )
     assert torch.equal(unmasked[0], got[0])
@@ -175,9 +175,9 @@ def test_training_computes_as_before_and_the_model_comes_back(
         assert torch.equal(module(x), nn.functional.linear(quantized, module.weight, module.bias))
         assert torch.equal(norm(x), nn.functional.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps))
         model.eval()
-        served = multiply_as_served(lambda: torch.tensor(3.0) / 127, module, quantized)
+        served = multiply_as_kernels(lambda: torch.tensor(3.0) / 127, module, quantized)
         assert torch.equal(module(x), served)
-        assert torch.equal(norm(x), normalize_as_served(norm, x))
+        assert torch.equal(norm(x), normalize_as_kernels(norm, x))
         remove_quantizers_(model, insertion)
         assert torch.equal(model(**batch).logits, before)
     assert vars(module)["forward"] is own, "one that the user had put there"

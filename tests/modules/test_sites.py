@@ -129,7 +129,7 @@ def discover(model: PreTrainedModel, batch: dict[str, Tensor], placement: str) -
     if placement != "linear":
         use_hooked_attention(model)
     linears = choose_layers(model, Layers(), "quantize").chosen
-    return discover_sites(model, batch, linears, encoder_blocks(model), placement)
+    return discover_sites(model, batch, linears, encoder_blocks(model), PLACEMENTS[placement])
 
 
 def inside(block: str, site: str) -> str | None:
@@ -146,21 +146,21 @@ def test_sites_of_each_placement(family: str, make_model: MakeModel, batch: dict
     sites = discover(model, batch, "tensorrt")
     blocks = encoder_blocks(model)
     for block in blocks:
-        leaders = {inside(block, site): inside(block, leader) for site, leader in sites.leaders.items()}
+        leaders = {inside(block, site): inside(block, leader) for site, leader in sites.shared_with.items()}
         leaders.pop(None, None)
         no_norm = family == "modernbert" and block == blocks[0]  # its first block adds what its attention reads
         assert leaders == (wanted | {":add0.left": "attn.Wqkv:input"} if no_norm else wanted)
-        reasons = {inside(block, site): reason for site, reason in sites.left.items()}
+        reasons = {inside(block, site): reason for site, reason in sites.skipped.items()}
         reasons.pop(None, None)
         assert reasons == left
-    assert len(sites.leaders) == len(wanted) * len(blocks)
+    assert len(sites.shared_with) == len(wanted) * len(blocks)
     below = TIED.get(family, BERT_TIED)
-    assert sites.tied == [tuple(f"{block}.{part}" for part in below) for block in blocks]
+    assert sites.shared_amax_groups == [tuple(f"{block}.{part}" for part in below) for block in blocks]
     linear = discover(model, batch, "linear")
-    inputs = {site: leader for site, leader in sites.leaders.items() if role(site) == "input"}
-    assert linear.leaders == inputs
-    assert linear.tied == []
-    assert linear.left == {}
+    inputs = {site: leader for site, leader in sites.shared_with.items() if site.role == "input"}
+    assert linear.shared_with == inputs
+    assert linear.shared_amax_groups == []
+    assert linear.skipped == {}
 
 
 @pytest.mark.parametrize("family", list(EXPECTED))
@@ -169,11 +169,11 @@ def test_the_full_placement_quantizes_every_output(
 ) -> None:
     model = make_model(family)
     some, full = discover(model, batch, "tensorrt"), discover(model, batch, "tensorrt-full")
-    more = {site for site, reason in some.left.items() if reason == B8}
+    more = {site for site, reason in some.skipped.items() if reason == B8}
     assert more
-    assert full.leaders == some.leaders | {site: site for site in more}
-    assert full.left == {site: reason for site, reason in some.left.items() if reason != B8}
-    assert full.tied == some.tied
+    assert full.shared_with == some.shared_with | {site: site for site in more}
+    assert full.skipped == {site: reason for site, reason in some.skipped.items() if reason != B8}
+    assert full.shared_amax_groups == some.shared_amax_groups
 
 
 @pytest.mark.parametrize(
@@ -183,15 +183,15 @@ def test_the_input_of_every_activation_function_stays_float(
     name: str, make_model: MakeModel, batch: dict[str, Tensor]
 ) -> None:
     sites = discover(make_model("bert", hidden_act=name), batch, "tensorrt")
-    assert sites.left["bert.encoder.layer.0.intermediate.dense:output"] == B8
-    assert not [site for site in sites.leaders if "intermediate" in site and role(site) != "input"]
+    assert sites.skipped["bert.encoder.layer.0.intermediate.dense:output"] == B8
+    assert not [site for site in sites.shared_with if "intermediate" in site and site.role != "input"]
 
 
 def test_only_the_chosen_linears_have_sites(make_model: MakeModel, batch: dict[str, Tensor]) -> None:
     model = make_model("bert")
     linears = ["bert.encoder.layer.1.output.dense"]
-    sites = discover_sites(model, batch, linears, encoder_blocks(model), "linear")
-    assert sites.leaders == {f"{linears[0]}:input": f"{linears[0]}:input"}
+    sites = discover_sites(model, batch, linears, encoder_blocks(model), PLACEMENTS["linear"])
+    assert sites.shared_with == {f"{linears[0]}:input": f"{linears[0]}:input"}
 
 
 def test_discovery_leaves_the_model_as_it_was(make_model: MakeModel, batch: dict[str, Tensor]) -> None:
@@ -216,7 +216,7 @@ def test_discovery_leaves_the_model_as_it_was(make_model: MakeModel, batch: dict
 def test_padding_is_left_out(site: str, shape: tuple[int, ...], batch: dict[str, Tensor]) -> None:
     x = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
     real = batch["attention_mask"].bool()
-    values, keep = observed_rows(site, x, batch["attention_mask"])
+    values, keep = observed_rows(Site(site), x, batch["attention_mask"])
     wanted: list[float] = []
     for b in range(3):
         for t in range(12):
@@ -233,5 +233,5 @@ def test_padding_is_left_out(site: str, shape: tuple[int, ...], batch: dict[str,
 @pytest.mark.parametrize("shape", [(3, 8), (1, 16, 8)])
 def test_tensors_without_tokens_count_whole(shape: tuple[int, ...], batch: dict[str, Tensor]) -> None:
     x = torch.randn(shape)
-    values, keep = observed_rows("pooler:input", x, batch["attention_mask"])
+    values, keep = observed_rows(Site("pooler:input"), x, batch["attention_mask"])
     assert values[keep].numel() == x.numel()

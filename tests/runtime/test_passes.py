@@ -65,7 +65,7 @@ CHAINS: dict[str, Function] = {
     "activation": lambda x: fake_quantize(x, AMAX),
     "activation from -127": lambda x: fake_quantize(x, AMAX, -127),
     "mask": lambda x: apply_mask(x, MASK),
-    "mask, straight": lambda x: apply_mask(x, MASK, straight=True),
+    "mask, straight": lambda x: apply_mask(x, MASK, straight_through=True),
     "weight": lambda x: fake_quantize_weight(x, None),
     "masked weight": lambda x: fake_quantize_weight(x, MASK),
 }

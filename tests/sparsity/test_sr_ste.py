@@ -67,7 +67,7 @@ def test_the_penalty_pulls_at_pruned_weights_alone() -> None:
 def test_straight_masks_compute_what_others_do() -> None:
     weight = torch.tensor([[-1.0, 2.0, -3.0, 4.0]], requires_grad=True)
     mask = torch.tensor([[False, True, False, True]])
-    masked = apply_mask(weight, mask, straight=True)
+    masked = apply_mask(weight, mask, straight_through=True)
     assert torch.equal(masked.view(torch.int32), apply_mask(weight, mask).view(torch.int32)), "+0.0 too"
     masked.backward(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
     assert weight.grad is not None

@@ -54,17 +54,17 @@ def calibrate(model: Any, tokenizer: Any, placement: str) -> Checkpoint:
     if placement != "linear":
         use_hooked_attention(model, placement)
     blocks, batch = encoder_blocks(model), texts(3, 12)
-    sites = discover_sites(model, batch, choice.chosen, blocks, placement)
+    sites = discover_sites(model, batch, choice.chosen, blocks, PLACEMENTS[placement])
     largest: dict[str, float] = {}
 
     def watch(site: str, x: Tensor) -> Tensor:
         largest[site] = max(largest.get(site, 0.0), 0.9 * float(x.abs().max()))
         return x
 
-    taps = tap_sites(model, watch, dict.fromkeys(sites.leaders.values()), blocks)
+    hooks = hook_sites(model, watch, dict.fromkeys(sites.shared_with.values()), blocks)
     with torch.no_grad():
         model(**batch)
-    taps.remove()
+    hooks.remove()
     leaders, amax = share_amax(sites, largest)
     files, weights = serialize_model(model, TextProcessor(tokenizer))
     layers = {name: LayerRecord(pattern="2:4", quantized=True) for name in choice.chosen}

@@ -22,7 +22,7 @@ from sqat.errors import SqatError
 from sqat.evaluation.evaluate import served_model
 from sqat.export.packed_folder import MANIFEST, TENSORS
 from sqat.models.loading import PreTrainedModel
-from sqat.modules.sites import role
+from sqat.modules.sites import Site
 from sqat.torch_sparse.linear import SparseLinear
 from sqat.torch_sparse.load import Loaded, densify_, load_model, load_sparse_
 from tests.torch_sparse.conftest import MakeCheckpoint, WriteFolder, texts
@@ -360,7 +360,7 @@ def test_layers_that_stayed_dense_are_quantized_as_in_training(
     assert len(loaded.backends) == 8
     assert "[48, 32] is not a multiple of [32, 32]" in loaded.dense["bert.encoder.layer.0.intermediate.dense"]
     assert loaded.insertion is not None
-    assert {role(site) for site in loaded.insertion.quantizers.leaders} == {"input"}
+    assert {Site(site).role for site in loaded.insertion.quantizers.shared_with} == {"input"}
     assert same(differences(checkpoint, model))
 
 

@@ -1,4 +1,4 @@
-"""Taps: they see the right tensors under the right names, change nothing by themselves and leave nothing behind."""
+"""Hooks: they see the right tensors under the right names, change nothing by themselves and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from sqat.models.attention import use_eager, use_hooked_attention
 from sqat.models.layer_selection import encoder_blocks, linear_layers
-from sqat.modules.attention import tapped_attention
-from sqat.modules.hooks import ATTENTION_TAP, Taps, tap_adds, tap_attention, tap_linears
-from sqat.modules.sites import inner_modules
+from sqat.modules.attention import hooked_attention
+from sqat.modules.hooks import ATTENTION_HOOK, Hooks, hook_adds, hook_attention, hook_linears
+from sqat.modules.site_discovery import inner_modules
 
 MakeModel = Callable[..., PreTrainedModel]
 HOOKS = (
@@ -30,22 +30,22 @@ HOOKS = (
 INTERFACE = ("bert", "roberta", "distilbert", "electra", "modernbert")
 
 
-def tap_all(model: nn.Module, tap: Callable[[str, Tensor], Tensor]) -> Taps:
-    """A tap wherever one can be."""
+def hook_all(model: nn.Module, hook: Callable[[str, Tensor], Tensor]) -> Hooks:
+    """Put a hook at every site."""
     blocks = encoder_blocks(model)
     names = [name for name in linear_layers(model) if name.startswith(tuple(blocks))]
-    taps = tap_linears(model, tap, names, names)
-    tap_attention(model, tap, inner_modules(model, blocks), taps)
-    return tap_adds(model, tap, blocks, taps)
+    hooks = hook_linears(model, hook, names, names)
+    hook_attention(model, hook, inner_modules(model, blocks), hooks)
+    return hook_adds(model, hook, blocks, hooks)
 
 
 def leftovers(model: nn.Module) -> list[str]:
-    """Hooks and attributes that a tap put somewhere."""
+    """Return the hooks and attributes that are on a model."""
     found = [f"{name}.{kind}" for name, m in model.named_modules() for kind in HOOKS if getattr(m, kind)]
-    return found + [name for name, module in model.named_modules() if hasattr(module, ATTENTION_TAP)]
+    return found + [name for name, module in model.named_modules() if hasattr(module, ATTENTION_HOOK)]
 
 
-def untapped(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+def run(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model(**batch).logits
     return logits
@@ -54,25 +54,25 @@ def untapped(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 def test_taps_change_nothing_and_leave_nothing(family: str, make_model: MakeModel, batch: dict[str, Tensor]) -> None:
     model = make_model(family)
     use_eager(model)
-    before, attributes = untapped(model, batch), {n: set(vars(m)) for n, m in model.named_modules()}
+    before, attributes = run(model, batch), {n: set(vars(m)) for n, m in model.named_modules()}
     assert use_hooked_attention(model) is (family in INTERFACE)
     seen: list[str] = []
 
-    def tap(site: str, x: Tensor) -> Tensor:
+    def hook(site: str, x: Tensor) -> Tensor:
         seen.append(site)
         return x
 
-    taps = tap_all(model, tap)
-    assert torch.equal(untapped(model, batch), before), "the tapped attention is eager attention to the bit"
+    hooks = hook_all(model, hook)
+    assert torch.equal(run(model, batch), before), "hooked attention is eager attention to the bit"
     assert len(seen) == len(set(seen)), "every site is passed once"
-    taps.remove()
+    hooks.remove()
     seen.clear()
-    assert torch.equal(untapped(model, batch), before)
+    assert torch.equal(run(model, batch), before)
     assert not seen
     assert leftovers(model) == []
     assert {n: set(vars(m)) for n, m in model.named_modules()} == attributes
     assert mode_stack() == []
-    taps.remove()
+    hooks.remove()
 
 
 def test_what_a_tap_returns_is_what_the_model_reads(make_model: MakeModel, batch: dict[str, Tensor]) -> None:
@@ -85,31 +85,31 @@ def test_what_a_tap_returns_is_what_the_model_reads(make_model: MakeModel, batch
 
     caught: dict[str, Tensor] = {}
     handle = output.register_forward_hook(lambda m, args, y: caught.update(hidden=args[0], skip=args[1], y=y))
-    taps = tap_all(model, double)
-    untapped(model, batch)
-    taps.remove()
+    hooks = hook_all(model, double)
+    run(model, batch)
+    hooks.remove()
     handle.remove()
     wanted = output.LayerNorm(2 * output.dense(2 * caught["hidden"]) + 2 * caught["skip"])
     assert torch.equal(caught["y"], wanted)
 
 
 @pytest.mark.parametrize("role", ["query", "key", "softmax", "value"])
-def test_attention_reads_its_tapped_operands(role: str, make_model: MakeModel, batch: dict[str, Tensor]) -> None:
+def test_attention_reads_its_hooked_operands(role: str, make_model: MakeModel, batch: dict[str, Tensor]) -> None:
     model = make_model("bert")
     use_hooked_attention(model)
     name = "bert.encoder.layer.0.attention.self"
     operands: dict[str, Tensor] = {}
 
-    def tap(site: str, x: Tensor) -> Tensor:
+    def hook(site: str, x: Tensor) -> Tensor:
         assert site.startswith(f"{name}:")
         operands[site.removeprefix(f"{name}:")] = x + 0.5 if site.endswith(role) else x
         return operands[site.removeprefix(f"{name}:")]
 
-    taps = tap_attention(model, tap, [name])
+    hooks = hook_attention(model, hook, [name])
     caught: list[Tensor] = []
     handle = model.get_submodule(name).register_forward_hook(lambda m, a, y: caught.append(y[0]))
-    untapped(model, batch)
-    taps.remove()
+    run(model, batch)
+    hooks.remove()
     handle.remove()
     assert list(operands) == ["query", "key", "value", "softmax"]
     assert operands["softmax"].shape == (3, 2, 12, 12)
@@ -122,12 +122,12 @@ def test_attention_reads_its_tapped_operands(role: str, make_model: MakeModel, b
     torch.testing.assert_close(softmax, scores.softmax(-1))
 
 
-def test_tapped_attention_repeats_grouped_heads_and_drops_like_eager() -> None:
+def test_hooked_attention_repeats_grouped_heads_and_drops_like_eager() -> None:
     torch.manual_seed(0)
     query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
     module = nn.Identity().train()
     torch.manual_seed(1)
-    output, probabilities = tapped_attention(module, query, key, value, None, scaling=0.25, dropout=0.5)
+    output, probabilities = hooked_attention(module, query, key, value, None, scaling=0.25, dropout=0.5)
     torch.manual_seed(1)
     keep = torch.nn.functional.dropout(torch.ones(2, 4, 5, 5), 0.5)
     for b in range(2):
@@ -183,16 +183,16 @@ class Stack(nn.Module):
 def test_residual_adds_are_told_from_other_sums() -> None:
     model, seen = Stack(), []
 
-    def tap(site: str, x: Tensor) -> Tensor:
+    def hook(site: str, x: Tensor) -> Tensor:
         seen.append(site)
         return x
 
     x = torch.randn(2, 3, 4)
     before = model(x)
-    taps = tap_adds(model, tap, ["blocks.0", "blocks.1"])
+    hooks = hook_adds(model, hook, ["blocks.0", "blocks.1"])
     assert torch.equal(model(x), before)
     model(x)
-    taps.remove()
+    hooks.remove()
     adds = (":add0", ".inner:add0", ":add1", ":add2")
     wanted = [f"blocks.{i}{add}.{side}" for i in (0, 1) for add in adds for side in ("left", "right")]
     assert seen == 2 * wanted
@@ -200,7 +200,7 @@ def test_residual_adds_are_told_from_other_sums() -> None:
 
 def test_an_error_inside_a_block_ends_the_watch() -> None:
     model, seen = Stack(), []
-    taps = tap_adds(model, lambda site, x: seen.append(site) or x, ["blocks.0", "blocks.1"])
+    hooks = hook_adds(model, lambda site, x: seen.append(site) or x, ["blocks.0", "blocks.1"])
     model.blocks[1].fail = True
     with pytest.raises(RuntimeError, match="stop"):
         model(torch.randn(2, 3, 4))
@@ -210,7 +210,7 @@ def test_an_error_inside_a_block_ends_the_watch() -> None:
     model(torch.randn(2, 3, 4))
     assert seen[0] == "blocks.0:add0.left"
     assert len(seen) == 16
-    taps.remove()
+    hooks.remove()
     assert leftovers(model) == []
 
 
@@ -224,7 +224,7 @@ def test_gradients_pass_through_taps(make_model: MakeModel, batch: dict[str, Ten
     use_eager(model)
     before = {name: grad.clone() for name, grad in gradients(model).items() if grad is not None}
     use_hooked_attention(model)
-    taps = tap_all(model, lambda site, x: x)
+    hooks = hook_all(model, lambda site, x: x)
     after = gradients(model)
-    taps.remove()
+    hooks.remove()
     assert all(torch.equal(grad, after[name]) for name, grad in before.items())

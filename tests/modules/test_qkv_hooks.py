@@ -1,4 +1,4 @@
-"""Capture: q, k and v of one block as their linears put them out."""
+"""Hooks on q, k and v of one block as their linears put them out."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sqat.errors import SqatError
 from sqat.models.attention import attention_heads, hook_last_qkv, use_hooked_attention
 from sqat.models.layer_selection import encoder_blocks, find_qkv
 from sqat.modules.activation_quantizers import Quantizers, insert_quantizers_, remove_quantizers_
-from sqat.modules.hooks import tap_attention
-from sqat.modules.qkv_hooks import Capture
+from sqat.modules.hooks import hook_attention
+from sqat.modules.qkv_hooks import QkvHooks
 
 MakeModel = Callable[..., PreTrainedModel]
 
@@ -27,10 +27,10 @@ def test_q_k_and_v_are_the_outputs_of_their_linears(
     names = find_qkv(model)
     read: list[Tensor] = []
     handle = model.get_submodule(names[0]).register_forward_pre_hook(lambda m, args: read.append(args[0]))
-    capture = Capture(model, names, attention_heads(model))
+    hooks = QkvHooks(model, names, attention_heads(model))
     with torch.no_grad():
         model(**batch)
-        got = capture.take()
+        got = hooks.pop()
         weights = torch.cat([model.get_submodule(name).weight for name in names])
         biases = [model.get_submodule(name).bias for name in names]
         wanted = torch.cat([read[0] @ part.T for part in weights.split(32)], -1)
@@ -39,18 +39,18 @@ def test_q_k_and_v_are_the_outputs_of_their_linears(
     torch.testing.assert_close(torch.cat([got.query, got.key, got.value], -1), wanted)
     assert got.heads == 2
     with pytest.raises(KeyError):
-        capture.take()
-    capture.remove()
+        hooks.pop()
+    hooks.remove()
     assert not any(m._forward_hooks for m in model.modules())
 
 
 def test_gradients_reach_the_linears(make_model: MakeModel, batch: dict[str, Tensor]) -> None:
     student, teacher = make_model("bert"), make_model("bert", hidden_size=48)
-    catch = [Capture(m, find_qkv(m), attention_heads(m)) for m in (student, teacher)]
+    catch = [QkvHooks(m, find_qkv(m), attention_heads(m)) for m in (student, teacher)]
     student(**batch)
     with torch.no_grad():
         teacher(**batch)
-    MiniLMv1()(catch[0].take(), catch[1].take(), batch["attention_mask"]).backward()
+    MiniLMv1()(catch[0].pop(), catch[1].pop(), batch["attention_mask"]).backward()
     touched = {name for name, p in student.named_parameters() if p.grad is not None and p.grad.any()}
     last = "bert.encoder.layer.1.attention.self"
     assert {f"{last}.{part}.weight" for part in ("query", "key", "value")} <= touched
@@ -64,13 +64,13 @@ def test_the_products_quantizers_come_later(make_model: MakeModel, batch: dict[s
     own = "bert.encoder.layer.1.attention.self"
     sites = [f"{own}:{part}" for part in ("query", "key", "value")]
     coarse = Quantizers(dict.fromkeys(sites, torch.tensor(0.01)), {site: site for site in sites})
-    capture = Capture(model, find_qkv(model), 2)
+    hooks = QkvHooks(model, find_qkv(model), 2)
     with torch.no_grad():
         logits = model(**batch).logits
-        plain = capture.take()
+        plain = hooks.pop()
         inserted = insert_quantizers_(model, coarse, encoder_blocks(model))
         assert not torch.equal(model(**batch).logits, logits)
-        caught = capture.take()
+        caught = hooks.pop()
     remove_quantizers_(model, inserted)
     assert all(torch.equal(a, b) for a, b in zip(plain[:3], caught[:3], strict=True))
 
@@ -83,13 +83,13 @@ def test_shared_keys_and_values_are_caught_as_the_products_read_them(
     model = make_model(family)
     use_hooked_attention(model)
     own, seen = "model.layers.1.self_attn", {}
-    taps = tap_attention(model, lambda site, x: seen.setdefault(site, x), [own])
-    capture = hook_last_qkv(model)
+    hooks = hook_attention(model, lambda site, x: seen.setdefault(site, x), [own])
+    hooks = hook_last_qkv(model)
     with torch.no_grad():
         model(**batch)
-    caught, blank = capture.take(), capture.blank(3)
-    capture.remove()
-    taps.remove()
+    caught, blank = hooks.pop(), hooks.zeros(3)
+    hooks.remove()
+    hooks.remove()
     assert torch.equal(caught.value, seen[f"{own}:value"].transpose(1, 2).flatten(2))
     assert caught.heads == 4
     assert caught.causal
@@ -98,14 +98,14 @@ def test_shared_keys_and_values_are_caught_as_the_products_read_them(
 
 def test_keys_are_repeated_like_values(make_model: MakeModel, batch: dict[str, Tensor]) -> None:
     model = make_model("llama")
-    capture = hook_last_qkv(model)
+    hooks = hook_last_qkv(model)
     own: list[Tensor] = []
     handle = model.get_submodule("model.layers.1.self_attn.k_proj").register_forward_hook(lambda *a: own.append(a[2]))
     with torch.no_grad():
         model(**batch)
     first, second = own[0].split(8, -1)
-    assert torch.equal(capture.take().key, torch.cat([first, first, second, second], -1))
-    capture.remove()
+    assert torch.equal(hooks.pop().key, torch.cat([first, first, second, second], -1))
+    hooks.remove()
     handle.remove()
 
 
@@ -115,11 +115,11 @@ def test_an_encoder_reads_both_ways(family: str, make_model: MakeModel) -> None:
 
 def test_a_fused_linear_is_cut_by_its_heads() -> None:
     model = nn.Sequential(nn.Linear(8, 32, bias=False))
-    capture = Capture(model, ["0"], 4, 2)
+    hooks = QkvHooks(model, ["0"], 4, 2)
     x = torch.randn(1, 3, 8)
     whole = model(x)
-    caught = capture.take()
+    caught = hooks.pop()
     assert torch.equal(caught.query, whole[..., :16])
     assert torch.equal(caught.value[..., 4:8], whole[..., 24:28])
     with pytest.raises(SqatError, match="0 has 32 outputs, which are not q, k and v of 3 and 3 heads"):
-        Capture(model, ["0"], 3)
+        QkvHooks(model, ["0"], 3)
