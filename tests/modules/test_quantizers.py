@@ -15,10 +15,18 @@ from transformers import PreTrainedModel
 from sqat.models.attention import use_eager, use_hooked_attention
 from sqat.models.layer_selection import choose_layers, encoder_blocks
 from sqat.modules import activation_quantizers as module
-from sqat.modules.activation_quantizers import QUANTIZERS, Quantizers, insert_quantizers_, remove_quantizers_, tap_sites
-from sqat.modules.quantized import quantized_
-from sqat.modules.sites import Sites, discover_sites, role
-from sqat.recipe.stages import Layers
+from sqat.modules.activation_quantizers import (
+    QUANTIZERS,
+    Quantizers,
+    fake_quantized_,
+    insert_quantizers_,
+    remove_quantizers_,
+)
+from sqat.modules.hooks import hook_sites
+from sqat.modules.site_discovery import discover_sites
+from sqat.modules.sites import Sites
+from sqat.quantization.placement import PLACEMENTS
+from sqat.recipe.schema import Layers
 from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import parse_pattern
 
