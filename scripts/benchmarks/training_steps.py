@@ -29,6 +29,7 @@ from sqat.modules.activation_quantizers import Quantizers, insert_quantizers_
 from sqat.modules.parametrize import insert_weights_, layer
 from sqat.modules.site_discovery import discover_sites
 from sqat.quantization.fake_quant import ACTIVATION_LOW, HIGH, SMALLEST_AMAX
+from sqat.quantization.placement import PLACEMENTS
 from sqat.recipe.inputs import ModelConfig
 from sqat.recipe.stages import DistillConfig, Layers, QatConfig, TrainConfig
 from sqat.sparsity.masks import nm_mask

@@ -26,8 +26,8 @@ from sqat.lint.apply_rules import verify
 from sqat.models.attention import use_eager
 from sqat.modules.parametrize import layer
 from sqat.quantization.fake_quant import quantize_weight
+from sqat.quantization.placement import PLACEMENTS
 from sqat.recipe.cross_checks import suggest
-from sqat.recipe.stages import FLOAT_OUTPUTS
 from sqat.runtime.sessions import parity
 
 Target = Literal["onnx-fp32", "onnx-int8", "tensorrt"]
@@ -84,13 +84,13 @@ def export_onnx(
 def choose_target(target: Target | None, scales: Scales | None) -> Target:
     """Return the target that is asked for, or the one that the scales are for."""
     if target is None:
-        return "onnx-fp32" if scales is None else "onnx-int8" if scales.placement in FLOAT_OUTPUTS else "tensorrt"
+        return "onnx-fp32" if scales is None else "tensorrt" if PLACEMENTS[scales.placement].outputs else "onnx-int8"
     if target not in TARGETS:
         raise SqatError(f"there is no target {target!r}", suggest(str(target), TARGETS), code="unknown-name")
     if (scales is None) != (target == "onnx-fp32"):
         raise SqatError(f"target {target} {'needs' if scales is None else 'takes no'} scales", "see sqat.calibrate",
                         code="usage")  # fmt: skip
-    if target == "tensorrt" and scales is not None and scales.placement in FLOAT_OUTPUTS:
+    if target == "tensorrt" and scales is not None and not PLACEMENTS[scales.placement].outputs:
         raise SqatError("target tensorrt needs scales of the outputs of linears, which placement "
                         f"{scales.placement} does not have", "calibrate with placement='tensorrt'",
                         code="usage")  # fmt: skip

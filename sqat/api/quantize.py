@@ -17,8 +17,8 @@ from sqat.export.cpu_encoder import check_encoder
 from sqat.models.layer_selection import choose_layers, is_convolutional, weighted_layers
 from sqat.quantization.calibrators import CALIBRATORS, Calibrator
 from sqat.quantization.histogram import Histogram
+from sqat.quantization.placement import PLACEMENTS, PlacementName
 from sqat.recipe.cross_checks import suggest
-from sqat.recipe.stages import Placement
 
 CalibratorFn = Callable[[Histogram], float]
 
@@ -38,7 +38,7 @@ class Scales:
     amax: Mapping[str, Tensor]
     shared_with: Mapping[str, str]
     layers: tuple[str, ...]
-    placement: Placement
+    placement: PlacementName
     skipped: Mapping[str, str]
 
 
@@ -46,7 +46,7 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Inputs],
     method: str | Calibrator | CalibratorFn = "percentile",
-    placement: Placement = "linear",
+    placement: PlacementName = "linear",
     *,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
@@ -119,6 +119,3 @@ def check_scales(model: nn.Module, scales: Scales) -> None:
                 if owner not in scales.amax]  # fmt: skip
     if unknown:
         raise SqatError(f"the scales name {unknown[0]}", "calibrate this model", code="model-mismatch")
-
-
-PLACEMENTS: tuple[Placement, ...] = ("linear", "tensorrt", "tensorrt-full", "cpu")

@@ -81,14 +81,14 @@ def minilm_loss(
     def loss(inputs: Inputs) -> Tensor:
         if not student_hooks.outputs:
             raise SqatError("the student has not seen this batch", "call model(**batch) before the loss", code="usage")
-        seen = student_hooks.take()
+        seen = student_hooks.pop()
         mask = inputs.get("attention_mask")  # images have none
         mask = seen.query.new_ones(seen.query.shape[:2]) if mask is None else mask
-        return relations(seen, teacher_hooks.take(), mask)
+        return relations(seen, teacher_hooks.pop(), mask)
 
     try:
         try:  # before training, on two positions of zeros
-            relations(student_hooks.blank(2), teacher_hooks.blank(2), torch.ones(1, 2))
+            relations(student_hooks.zeros(2), teacher_hooks.zeros(2), torch.ones(1, 2))
         except ValueError as error:
             raise SqatError(str(error), "choose another distillation loss", code="unsupported-model") from error
         yield loss

@@ -110,13 +110,12 @@ def add_inputs_(
     """Add X'X, or its diagonal, of the inputs of the layers at real (unpadded) positions."""
     attention_mask = batch.inputs.get("attention_mask")
 
-    def hook(site: str, x: Tensor) -> Tensor:
-        name = site.rpartition(":")[0]
-        inputs = input_rows(layer(model, name), site, x, attention_mask).float()
-        sums[owners[name]].add_(inputs.T @ inputs if gram else inputs.square().sum(0))
+    def hook(site: Site, x: Tensor) -> Tensor:
+        inputs = input_rows(layer(model, site.module), site, x, attention_mask).float()
+        sums[owners[site.module]].add_(inputs.T @ inputs if gram else inputs.square().sum(0))
         return x
 
-    hooks = tap_linears(model, hook, inputs=owners)
+    hooks = hook_linears(model, hook, inputs=owners)
     try:
         with torch.no_grad(), parametrize.cached():
             model(**batch.inputs)
@@ -124,7 +123,7 @@ def add_inputs_(
         hooks.remove()
 
 
-def input_rows(module: nn.Linear | nn.Conv2d, site: str, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+def input_rows(module: nn.Linear | nn.Conv2d, site: Site, x: Tensor, attention_mask: Tensor | None) -> Tensor:
     """The rows [N,C] that a layer multiplies with its weight."""
     if isinstance(module, nn.Conv2d):
         return input_windows(module, x)

@@ -20,7 +20,7 @@ from sqat.errors import GateError, SqatError
 from sqat.evaluation.evaluate import served_model
 from sqat.evaluation.inference import logits_of, predict
 from sqat.export.source import TargetFile
-from sqat.modules.sites import is_activation
+from sqat.modules.hooks import is_activation
 from sqat.quantization.fake_quant import FP32_NOISE
 from sqat.recipe.stages import ExportConfig
 from sqat.runtime.sessions import parity

@@ -15,6 +15,7 @@ from sqat.distillation import LOSSES, RelationLoss
 from sqat.distillation.minilm_v2 import MiniLMv2
 from sqat.quantization.calibrators import CALIBRATORS, Calibrator
 from sqat.quantization.calibrators.percentile import Percentile
+from sqat.quantization.placement import PlacementName
 from sqat.recipe.fields import STRICT, OneOf, PatternOrDense, PatternText, Range
 from sqat.recipe.targets import TARGETS
 from sqat.sparsity.criteria import CRITERIA, Criterion
@@ -24,8 +25,6 @@ from sqat.sparsity.schedules.per_group import PerGroup
 
 STAGE_TYPES = ("train", "prune", "calibrate", "qat", "export")
 TYPE_WORDS = "type of the stage; default: its name"
-Placement = Literal["linear", "tensorrt", "tensorrt-full", "cpu"]
-FLOAT_OUTPUTS: tuple[Placement, ...] = ("linear", "cpu")  # placements without scales of linears' outputs
 if TYPE_CHECKING:
     TargetName = str
 else:
@@ -230,7 +229,7 @@ class CalibrateConfig(BaseStage):
     method: Annotated[Calibrator, OneOf(CALIBRATORS)] = Field(
         default=Percentile(), description="how a histogram of activations becomes a scale"
     )
-    placement: Placement = Field(
+    placement: PlacementName = Field(
         default="linear",
         description="quantized sites: inputs of linears; tensorrt: also outputs, attention and residual adds; "
         "tensorrt-full: also inputs of activation functions; cpu: the sites of the target cpu-sparse",

@@ -21,7 +21,7 @@ from sqat.export.targets import write_target
 from sqat.lint.apply_rules import verify
 from sqat.models.architectures import ARCHITECTURES
 from sqat.models.attention import use_eager
-from sqat.modules.batch_norm import absorb_, fold_batch_norms_
+from sqat.modules.batch_norm import absorb_folded_norms_, fold_batch_norms_
 from sqat.recipe.stages import ExportConfig
 from sqat.recipe.targets import TARGETS
 from sqat.runtime.sessions import left_in_float, optimized_graph

@@ -6,7 +6,7 @@ from sqat.checkpoint.store import Checkpoint, quantized_layers
 from sqat.errors import SqatError
 from sqat.evaluation.evaluate import quantize_as_calibrated
 from sqat.models.loading import serialize_model
-from sqat.modules.bias import snap_biases_
+from sqat.modules.batch_norm import round_conv_biases_
 from sqat.recipe.stages import QatConfig
 from sqat.stages.context import StageContext
 
@@ -24,7 +24,7 @@ def run(config: QatConfig, parent: Checkpoint | None, context: StageContext) -> 
         context.training_loss(model, config.distill) as loss,
     ):
         result = context.fit(model, processor, loss, config)
-        snap_biases_(model, quantized_layers(parent), quantizers.amax(), quantizers.leaders)
+        round_conv_biases_(model, quantized_layers(parent), quantizers.amax(), quantizers.shared_with)
         metrics = {"dev": context.measure(model, processor, "dev")}
     files, weights = serialize_model(model, processor)
     sites = parent.manifest.sites

@@ -484,7 +484,7 @@ def test_captured_weights_are_copies(make_model: MakeModel, tokenizer: Any) -> N
     assert torch.equal(weights["classifier.weight"], before)
 
 
-def test_the_tapped_attention_is_not_written_down(make_model: MakeModel, tokenizer: Any) -> None:
+def test_the_hooked_attention_is_not_written_down(make_model: MakeModel, tokenizer: Any) -> None:
     model = make_model("bert")
     files, _ = serialize_model(model, TextProcessor(tokenizer))
     assert use_hooked_attention(model)

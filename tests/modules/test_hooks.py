@@ -75,7 +75,7 @@ def test_taps_change_nothing_and_leave_nothing(family: str, make_model: MakeMode
     hooks.remove()
 
 
-def test_what_a_tap_returns_is_what_the_model_reads(make_model: MakeModel, batch: dict[str, Tensor]) -> None:
+def test_what_a_hook_returns_is_what_the_model_reads(make_model: MakeModel, batch: dict[str, Tensor]) -> None:
     model = make_model("bert")
     use_hooked_attention(model)
     output = model.bert.encoder.layer[1].output

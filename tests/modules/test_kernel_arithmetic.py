@@ -19,9 +19,10 @@ from sqat.export.cpu_packing import pack_dense
 from sqat.models.attention import use_hooked_attention
 from sqat.models.layer_selection import choose_layers, encoder_blocks
 from sqat.modules.activation_quantizers import Quantizers, insert_quantizers_, remove_quantizers_
-from sqat.modules.attention import byte_attention, byte_weights, tapped_attention
-from sqat.modules.gelu import ERF, POLYNOMIALS, TANH
-from sqat.modules.sites import discover_sites, role
+from sqat.modules.attention import byte_attention, byte_weights, hooked_attention
+from sqat.modules.served_arithmetic import ERF, POLYNOMIALS, TANH
+from sqat.modules.site_discovery import discover_sites
+from sqat.quantization.placement import PLACEMENTS
 from sqat.recipe.stages import Layers
 from tests.export.cpu_models import by_kernels
 from tests.export.cpu_oracle import gelu, kernel_polynomial

@@ -26,7 +26,7 @@ from sqat.modules.hooks import hook_sites
 from sqat.modules.site_discovery import discover_sites
 from sqat.modules.sites import Sites
 from sqat.quantization.placement import PLACEMENTS
-from sqat.recipe.schema import Layers
+from sqat.recipe.stages import Layers
 from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import parse_pattern
 

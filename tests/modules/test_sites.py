@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 
 from sqat.models.attention import use_hooked_attention
 from sqat.models.layer_selection import choose_layers, encoder_blocks
-from sqat.modules.sites import Sites, discover_sites, observed_rows, role
+from sqat.modules.site_discovery import discover_sites
+from sqat.modules.sites import Site, Sites, observed_rows
+from sqat.quantization.placement import PLACEMENTS
 from sqat.recipe.stages import Layers
 
 MakeModel = Callable[..., PreTrainedModel]

@@ -20,8 +20,9 @@ from sqat.export.targets.semi_structured import write_packed
 from sqat.models.attention import use_hooked_attention
 from sqat.models.layer_selection import choose_layers, encoder_blocks
 from sqat.models.loading import serialize_model
-from sqat.modules.activation_quantizers import tap_sites
-from sqat.modules.sites import discover_sites
+from sqat.modules.hooks import hook_sites
+from sqat.modules.site_discovery import discover_sites
+from sqat.quantization.placement import PLACEMENTS
 from sqat.recipe.stages import Layers
 from sqat.sparsity.masks import apply_mask, nm_mask
 from sqat.sparsity.pattern import parse_pattern
