@@ -11,20 +11,20 @@ from matplotlib.figure import Figure
 
 from sqat.lint.layer_row import LayerRow
 from sqat.recipe.stages import PruneConfig, QatConfig
-from sqat.report.collecting import Activation, Stage
 from sqat.report.curves import Curves, read_log, schedule_of
 from sqat.report.figures import (
     COLOURS,
-    FARTHEST,
+    MAX_RATIO,
     draw_activations,
     draw_curves,
-    mark_most,
-    share_of_each,
-    without_prefix,
+    mark_percentiles,
+    rebin,
+    strip_prefix,
 )
-from sqat.report.grid import WIDE, make_grid, short_parts
-from sqat.report.page import points_note
-from sqat.report.verdict import figure
+from sqat.report.grid import NUM_COLUMNS, make_grid, short_names
+from sqat.report.page import curve_note
+from sqat.report.read_run import Activation, Stage
+from sqat.report.summary import format_metric
 from sqat.sparsity.schedules.per_group import PerGroup
 
 BEGUN = """\
@@ -93,23 +93,23 @@ def test_an_encoder_is_a_grid_of_blocks_and_parts() -> None:
 
 
 def test_other_models_keep_their_order() -> None:
-    names = [f"down.{n}.{chr(97 + n)}.conv" for n in range(WIDE + 3)]
+    names = [f"down.{n}.{chr(97 + n)}.conv" for n in range(NUM_COLUMNS + 3)]
     grid = make_grid(layers(*names))
     assert not grid.regular
-    assert grid.rows == ["1", str(WIDE + 1)]
+    assert grid.rows == ["1", str(NUM_COLUMNS + 1)]
     assert [cell.name for row in grid.cells for cell in row if cell is not None] == names
 
 
 def test_parts_are_told_apart() -> None:
-    assert short_parts(["attention.self.query", "output.dense"]) == ["self.query", "output.dense"]
-    same_end = short_parts(["attention.output.dense", "output.dense"])
+    assert short_names(["attention.self.query", "output.dense"]) == ["self.query", "output.dense"]
+    same_end = short_names(["attention.output.dense", "output.dense"])
     assert len(set(same_end)) == 2
 
 
 def test_metrics_beyond_one_are_named_and_not_drawn() -> None:
     metrics = {"pnr": [(5, 2.5), (10, 3.25)], "ndcg@10": [(5, 0.5), (10, 0.75)]}
     stage = Stage("qat", QatConfig(), None, Curves(10, {"task": [(10, 1.0)]}, metrics))
-    assert points_note(stage).endswith("not drawn on an axis of 0 to 1: dev pnr 3.2500")
+    assert curve_note(stage).endswith("not drawn on an axis of 0 to 1, last values: dev pnr 3.2500")
     drawn = draw_curves(stage)
     assert "dev ndcg@10" in drawn
     assert "dev pnr" not in drawn
@@ -133,25 +133,30 @@ def test_figures_of_one_title_have_ids_of_their_own() -> None:
 
 
 def test_figures_that_are_no_numbers() -> None:
-    assert [figure(value) for value in (0.5, math.inf, -math.inf, math.nan)] == ["0.5000", "∞", "-∞", "not a number"]
+    assert [format_metric(value) for value in (0.5, math.inf, -math.inf, math.nan)] == [
+        "0.5000",
+        "∞",
+        "-∞",
+        "not a number",
+    ]
 
 
 def test_the_bound_of_most_values_is_marked_where_it_is() -> None:
-    seen = Activation("a.b:input", 2.0, 1.0, [60, 20, 10, 0, 10], 0.2)
-    far = [replace(seen, covers=None), replace(seen, covers=2.0 * FARTHEST + 0.1)]
-    assert "99.99 %" not in draw_activations(far), "not kept, or not in sight"
+    seen = Activation("a.b:input", 2.0, 1.0, [60, 20, 10, 0, 10], 0.2, 3.0)
+    far = [replace(seen, percentile=2.0 * MAX_RATIO + 0.1)]
+    assert "99.99 %" not in draw_activations(far), "beyond the strip"
     panel = Figure().subplots()
-    mark_most(panel, [*far, replace(seen, covers=3.0)], FARTHEST)
-    assert [line.get_xydata().tolist() for line in panel.lines[:2]] == [[[1.5, 2.5]]] * 2
+    mark_percentiles(panel, [*far, seen], MAX_RATIO)
+    assert [line.get_xydata().tolist() for line in panel.lines[:2]] == [[[1.5, 1.5]]] * 2
 
 
 def test_names_lose_the_modules_they_share() -> None:
-    assert without_prefix(["bert.layer.0.query:input", "bert.layer.1.key:input"]) == ["0.query:input", "1.key:input"]
-    assert without_prefix(["a.query:input", "b.query:input"]) == ["a.query:input", "b.query:input"]
-    assert without_prefix(["alpha:input", "alpine:input"]) == ["alpha:input", "alpine:input"]
+    assert strip_prefix(["bert.layer.0.query:input", "bert.layer.1.key:input"]) == ["0.query:input", "1.key:input"]
+    assert strip_prefix(["a.query:input", "b.query:input"]) == ["a.query:input", "b.query:input"]
+    assert strip_prefix(["alpha:input", "alpine:input"]) == ["alpha:input", "alpine:input"]
 
 
 def test_values_are_spread_over_columns_in_units_of_the_bound() -> None:
-    seen = Activation("a:input", 2.0, 1.0, [60, 20, 10, 0, 10], 0.2)
-    np.testing.assert_allclose(share_of_each(seen, np.array([0.0, 0.5, 1.0, 1.5])), [0.6, 0.2, 0.2])
-    np.testing.assert_allclose(share_of_each(seen, np.array([0.0, 0.25, 3.0])), [0.3, 0.7], err_msg="half of a bin")
+    seen = Activation("a:input", 2.0, 1.0, [60, 20, 10, 0, 10], 0.2, 3.0)
+    np.testing.assert_allclose(rebin(seen, np.array([0.0, 0.5, 1.0, 1.5])), [0.6, 0.2, 0.2])
+    np.testing.assert_allclose(rebin(seen, np.array([0.0, 0.25, 3.0])), [0.3, 0.7], err_msg="half of a bin")
