@@ -263,7 +263,7 @@ def test_memory_that_was_not_measured_says_why(
     write_classifier(tmp_path / "m.onnx")
     code, out, _ = call(capsys, "m.onnx", "--backend", "onnxruntime", *QUICK)
     assert code == 0
-    assert "memory of m@onnxruntime was not measured: its process ended with" in " ".join(out.split())
+    assert "memory of m@onnxruntime is unknown: its process ended with" in " ".join(out.split())
 
 
 def test_figures_never_go_over_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
