@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, BertTokenizerFast, 
 
 from sqat.checkpoint.manifest import LayerRecord, Manifest, SiteRecord
 from sqat.checkpoint.store import Checkpoint
-from sqat.data.dataset import TextProcessor
+from sqat.data.tokens import TextProcessor
 from sqat.models.layer_selection import choose_layers
 from sqat.models.loading import serialize_model
 from sqat.recipe.stages import Layers

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sqat.compress.calibrate import merge_over_processes_
 from sqat.compress.statistics import collect_statistics, first_batches
-from sqat.data.dataset import Batch
+from sqat.data.batch import Batch
 from sqat.distributed import assigned_indices, process_state, uses_fsdp
 from sqat.errors import SqatError
 from sqat.evaluation.inference import predict

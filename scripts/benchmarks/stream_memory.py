@@ -105,11 +105,12 @@ def read(folder: Path, windows: int) -> dict[str, float]:
     """What one process sees of a data set: memory in MB, times in seconds."""
     from transformers import BertTokenizerFast
 
-    from sqat.data.dataset import TextProcessor
-    from sqat.data.streaming import StreamedBatches, open_stream
+    from sqat.data.streaming import StreamedBatches
+    from sqat.data.tokens import TextProcessor
     from sqat.recipe.inputs import Columns, SplitConfig
     from sqat.recipe.tasks import ClassificationTask
     from sqat.tasks.classification import Classification
+    from sqat.tasks.splits import open_stream
 
     tokenizer = BertTokenizerFast(vocab={name: number for number, name in enumerate(NAMES)})
     processor = TextProcessor(tokenizer)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from scripts.benchmarks.training import MODEL_OPTIMIZER, Group
 from sqat.compress.calibrate import observe
 from sqat.compress.distil import distilled_loss, task_loss
-from sqat.data.dataset import Batch
+from sqat.data.batch import Batch
 from sqat.models.layer_selection import choose_layers, encoder_blocks
 from sqat.models.loading import load_pretrained
 from sqat.modules.activation_quantizers import Quantizers, insert_quantizers_

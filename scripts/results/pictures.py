@@ -32,7 +32,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from sqat.checkpoint.store import load_checkpoint
-from sqat.data.dataset import Batch, Rows
+from sqat.data.batch import Batch
+from sqat.data.rows import Rows
 from sqat.evaluation.artifacts import config_of, open_artifact
 from sqat.evaluation.inference import logits_of
 from sqat.models.diffusion import floats

@@ -16,7 +16,7 @@ from sqat.analyze.sensitivity import OUTPUT_LOSS, Damages, Probe, make_judge, ru
 from sqat.analyze.treatments import Pruning, Rounding, find_pruning, find_rounding
 from sqat.checkpoint.atomic_write import replace_file
 from sqat.checkpoint.store import Checkpoint, load_checkpoint
-from sqat.data.dataset import Rows, column
+from sqat.data.rows import Rows, column
 from sqat.errors import SqatError
 from sqat.models.layer_selection import weighted_layers
 from sqat.pipeline.fingerprint import Keys

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from sqat.analyze.treatments import Pruning, Rounding, treated_
-from sqat.data.dataset import Batch, Processor, Rows
+from sqat.data.batch import Batch, Processor
+from sqat.data.rows import Rows
 from sqat.distributed import process_state
 from sqat.errors import SqatError
 from sqat.evaluation.inference import logits_of, predict

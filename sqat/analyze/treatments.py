@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sqat.compress.distil import task_loss
 from sqat.compress.patterns import choose_patterns
 from sqat.compress.quantize import quantized_model
-from sqat.data.dataset import Processor
+from sqat.data.batch import Processor
 from sqat.models.layer_selection import choose_layers
 from sqat.modules.parametrize import layer, original_weight
 from sqat.recipe.stages import CalibrateConfig, PruneConfig

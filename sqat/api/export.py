@@ -14,7 +14,7 @@ from torch import nn
 from sqat.api.arguments import Inputs, check_masks, check_unchanged, model_inputs
 from sqat.api.prune import Masks
 from sqat.api.quantize import Scales, check_scales, quantized
-from sqat.data.dataset import Batch
+from sqat.data.batch import Batch
 from sqat.errors import SqatError
 from sqat.evaluation.artifacts import open_artifact
 from sqat.export.folding import fold_attention_scale

@@ -16,7 +16,7 @@ from sqat.compress.masks import MaskSchedule
 from sqat.compress.patterns import choose_patterns
 from sqat.compress.permute import permute_
 from sqat.compress.statistics import collect_statistics
-from sqat.data.dataset import Batch
+from sqat.data.batch import Batch
 from sqat.errors import SqatError
 from sqat.modules.parametrize import insert_weights_, remove_weights_
 from sqat.sparsity.criteria import CRITERIA, Criterion

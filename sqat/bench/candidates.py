@@ -238,7 +238,7 @@ def open_torch(path: Path, threads: int, stack: ExitStack) -> Run:
     import torch
 
     from sqat.checkpoint.store import load_checkpoint, require_weights
-    from sqat.data.dataset import Batch
+    from sqat.data.batch import Batch
     from sqat.evaluation.artifacts import is_export, open_artifact
     from sqat.evaluation.evaluate import served_model
     from sqat.evaluation.inference import logits_of

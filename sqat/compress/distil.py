@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from sqat.data.dataset import Batch
+from sqat.data.batch import Batch
 from sqat.distillation.relations import QKV
 from sqat.errors import SqatError
 from sqat.models.attention import hook_last_qkv

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from sqat.data.dataset import Batch
+from sqat.data.batch import Batch
 from sqat.distributed import uses_fsdp
 from sqat.errors import SqatError
 from sqat.modules.parametrize import WeightTransform, insert_weights_, layer, original_weight, remove_weights_

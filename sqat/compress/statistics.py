@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sqat.compress.eval_mode import eval_mode
-from sqat.data.dataset import Batch
+from sqat.data.batch import Batch
 from sqat.distributed import all_reduce_sum, broadcast_from, process_state
 from sqat.errors import SqatError
 from sqat.modules.hooks import hook_linears

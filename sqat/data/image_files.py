@@ -60,16 +60,11 @@ def load_arrays(path: Path, shown: str) -> dict[str, Array]:
     return arrays
 
 
-def same_size(picture: Array, first: Array, name: str, place: str) -> Array:
-    """The picture, if it is as large as the split's first and has as many channels.
-
-    Raises:
-        SqatError: it is not; models read batches of images of one size.
-    """
+def check_same_size(picture: Array, first: Array, name: str, place: str) -> None:
+    """Refuse an image that differs in size, channels or type from the first of the split."""
     if picture.shape != first.shape or picture.dtype != first.dtype:
         problem = f'"{name}" is {described(picture)}, the first row\'s is {described(first)}'
         raise SqatError(problem, "bring all images to one size, depth and number of channels", place)
-    return picture
 
 
 def described(picture: Array) -> str:

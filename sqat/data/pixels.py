@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sqat.data.dataset import Batch, Rows
+from sqat.data.batch import Batch
+from sqat.data.rows import Rows
 from sqat.errors import SqatError
 
 PREPROCESSOR = "preprocessor_config.json"

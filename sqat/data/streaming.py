@@ -21,13 +21,14 @@ from typing import overload
 import numpy as np
 import pyarrow.compute as pc
 
-from sqat.data.dataset import Rows, hub_files, plan_batches, rows_of, some_rows, with_class_names
-from sqat.data.records import records_of
+from sqat.data.batch import plan_batches
+from sqat.data.hub import hub_files, with_class_names
+from sqat.data.rows import Rows, take_rows
 from sqat.data.shards import ROWS, Pieces, Shard, cut, local_shards
+from sqat.data.sources import split_place
 from sqat.data.text_files import Placed
 from sqat.errors import SqatError
-from sqat.recipe.inputs import Columns, SplitConfig
-from sqat.recipe.tasks import TaskSettings
+from sqat.recipe.inputs import SplitConfig
 
 ORDER = 2  # of an epoch's pieces: other numbers than plan_batches and the tasks draw
 
@@ -37,7 +38,7 @@ class Stream:
     """The rows of a split in an order of their own for every epoch.
 
     Attributes:
-        check: rows as read to rows as `sqat.data.dataset` has them.
+        check: rows as read to rows as `sqat.data.rows` has them.
         buffer: rows that are shuffled together.
     """
 
@@ -79,27 +80,25 @@ class Stream:
             skip = 0
 
 
-def open_stream(split: SplitConfig, columns: Columns, task: TaskSettings, folder: Path, seed: int) -> Stream:
+def stream_split(split: SplitConfig, folder: Path, seed: int, check: Callable[[Iterator[Placed]], Rows]) -> Stream:
     """Find the shards and pieces of a train split; of large files little more than their metadata is read.
 
     Args:
-        folder: what a relative path starts from (the recipe's folder).
+        folder: that relative paths start from, the recipe's.
+        check: makes checked rows of rows as they are read.
 
     Raises:
         SqatError: no such files, or they cannot be read.
     """
-    named: dict[str, list[str]] = {}
+    names: dict[str, list[str]] = {}
     if split.path is not None:
         shards = local_shards(split.path, folder)
     else:
-        shown = f"{split.hub}[{split.split or 'train'}]"
-        addresses, named = hub_files(split, "train", shown)
-        shards = [Shard(address, f"{shown}/{address.rpartition('/')[2]}") for address in addresses]
-
-    def check(source: Iterator[Placed]) -> Rows:
-        return rows_of(records_of(with_class_names(source, named), columns, task, None))
-
-    return Stream(cut(shards, split.limit), seed, split.buffer, check)
+        place = split_place(split, "train")
+        addresses, names = hub_files(split, "train", place)
+        shards = [Shard(address, f"{place}/{address.rpartition('/')[2]}") for address in addresses]
+    pieces = cut(shards, split.limit)
+    return Stream(pieces, seed, split.buffer, lambda source: check(with_class_names(source, names)))
 
 
 class StreamedBatches:
@@ -126,7 +125,7 @@ class StreamedBatches:
         epoch, row = divmod(numbers[0], self.stream.rows)
         window = row // self.window
         start = epoch * self.stream.rows + window * self.window
-        return some_rows(self.rows_of(epoch, window), [number - start for number in numbers])
+        return take_rows(self.rows_of(epoch, window), [number - start for number in numbers])
 
     def _rows_of(self, epoch: int, window: int) -> Rows:
         return self.encode(self.stream.read(epoch, window * self.window, self.window))

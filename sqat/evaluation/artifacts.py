@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sqat.checkpoint.manifest import SIDE_FILES, WEIGHTS
 from sqat.checkpoint.store import read_tensors
-from sqat.data.dataset import Batch
+from sqat.data.batch import Batch
 from sqat.errors import SqatError, first_line
 from sqat.evaluation.inference import logits_of, on_device
 from sqat.export.cpu_graph import file_needs_kernels

@@ -10,7 +10,8 @@ from torch import nn
 
 from sqat.checkpoint.store import Checkpoint, load_checkpoint, quantized_layers, require_weights
 from sqat.compress.quantize import quantized_model
-from sqat.data.dataset import Processor, SplitName
+from sqat.data.batch import Processor
+from sqat.data.rows import SplitName
 from sqat.evaluation.artifacts import config_of, is_export, open_artifact
 from sqat.evaluation.inference import logits_of, on_device, predict
 from sqat.models.loading import build, check_head, load_processor

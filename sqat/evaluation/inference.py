@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sqat.data.dataset import Batch, Processor, Rows, column, ordered_batches
+from sqat.data.batch import Batch, Processor, ordered_batches
+from sqat.data.rows import Rows, column
 from sqat.distributed import all_reduce_sum, assigned_indices, process_state
 
 EVALUATION_BATCH = 64

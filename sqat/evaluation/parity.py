@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sqat.data.dataset import Batch, Processor, Rows, column
+from sqat.data.batch import Batch, Processor
+from sqat.data.rows import Rows, column
 from sqat.errors import GateError, SqatError
 from sqat.evaluation.evaluate import served_model
 from sqat.evaluation.inference import logits_of, predict
@@ -25,7 +26,7 @@ from sqat.quantization.fake_quant import FP32_NOISE
 from sqat.recipe.stages import ExportConfig
 from sqat.runtime.sessions import parity
 from sqat.tasks import Task
-from sqat.tasks.slack import slack
+from sqat.tasks.task import tie_margin
 from sqat.training.loop import Metrics
 
 NOISE_FACTOR = 3  # a file may differ by this many noise floors
@@ -82,7 +83,7 @@ def prove_parity(
             raise SqatError(f"the first {len(rows)} dev rows hold nothing to decide on", "raise parity_samples",
                             code="no-rows")  # fmt: skip
         difference = parity(expected.numpy(), compared.numpy())
-        needed_noise = (difference - slack(expected) / 100) / NOISE_FACTOR
+        needed_noise = (difference - tie_margin(expected) / 100) / NOISE_FACTOR
         noise_floor, explained = 0.0, equal
         for perturbed in perturbed_logits(model, rows, processor, file.rounding):
             noise_floor = max(noise_floor, parity(expected.numpy(), perturbed.numpy()))

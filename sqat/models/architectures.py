@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from sqat.data.dataset import Processor
+from sqat.data.batch import Processor
 from sqat.models.diffusion import Diffusion
 from sqat.models.image import Images
 from sqat.models.sentence import Sentences

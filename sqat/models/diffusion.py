@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from sqat.data.dataset import Batch, Rows
+from sqat.data.batch import Batch
+from sqat.data.rows import Rows
 from sqat.errors import SqatError, first_line
 from sqat.models.captions import Captions
 from sqat.models.rectified_flow import CUT, NUMBER, draw_times, fixed_draws, on_path, signals

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel as PreTrainedModel
 from sqat.checkpoint.manifest import LAYOUT, WEIGHTS
 from sqat.checkpoint.store import Checkpoint, layout_of
 from sqat.compat import quiet_transformers
-from sqat.data.dataset import Processor
+from sqat.data.batch import Processor
 from sqat.errors import SqatError, first_line
 from sqat.models.architectures import ARCHITECTURES, Architecture
 from sqat.models.layer_selection import LinearOfConv1D, weighted_layers

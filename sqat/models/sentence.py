@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from sqat.checkpoint.manifest import SIDE_FILES
 from sqat.compat import find_source_file
-from sqat.data.dataset import TextProcessor
+from sqat.data.tokens import TextProcessor
 from sqat.errors import SqatError, first_line
 from sqat.models.sources import LOADING
 from sqat.models.text import check_length, check_vocabulary, load_tokenizer, set_dropout

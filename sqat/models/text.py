@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from sqat.data.dataset import TextProcessor
+from sqat.data.tokens import TextProcessor
 from sqat.errors import SqatError, first_line
 from sqat.models.conv1d import to_linears_
 from sqat.models.sources import LOADING

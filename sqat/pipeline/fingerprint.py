@@ -15,7 +15,7 @@ from pathlib import Path
 
 import sqat
 from sqat.checkpoint.manifest import FORMAT, Manifest, load_manifest
-from sqat.data.dataset import digest
+from sqat.data.sources import split_digest
 from sqat.errors import SqatError
 from sqat.models.sources import source_digest
 from sqat.recipe.schema import LoadedRecipe
@@ -61,7 +61,7 @@ class Keys:
             "source": source_digest(recipe.model, folder),
             "task": recipe.task.model_dump(mode="json"),
             "columns": recipe.data.columns.model_dump(mode="json"),
-            "data": [digest(split, folder, images) for split in (recipe.data.train, recipe.data.dev)],
+            "data": [split_digest(split, folder, images) for split in (recipe.data.train, recipe.data.dev)],
             "augment": None if recipe.data.augment is None else recipe.data.augment.model_dump(mode="json"),
             "seed": recipe.seed,
         }

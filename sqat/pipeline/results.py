@@ -9,7 +9,8 @@ from math import isfinite
 from pathlib import Path
 
 from sqat.checkpoint.atomic_write import read_json_object, replace_file
-from sqat.data.dataset import SplitName, digest
+from sqat.data.rows import SplitName
+from sqat.data.sources import split_digest
 from sqat.distributed import broadcast_from_rank0, run_on_rank0
 from sqat.evaluation.evaluate import evaluate_artifact
 from sqat.pipeline.fingerprint import Keys
@@ -44,7 +45,7 @@ def closing_table(keys: Keys, splits: Splits, reporter: Reporter) -> Results:
     loaded = keys.loaded
     recipe, directory = loaded.recipe, loaded.run_directory
     split: SplitName = "test" if recipe.data.test is not None else "dev"
-    content = digest(getattr(recipe.data, split), loaded.path.parent)
+    content = split_digest(getattr(recipe.data, split), loaded.path.parent)
     remembered = json.loads(broadcast_from_rank0(json.dumps(read_json_object(directory / FILE))))
     rows, record = [], {}
     for label, (stage, artifact) in result_artifacts(keys).items():

@@ -20,7 +20,7 @@ from typing import Any
 
 from sqat.checkpoint.manifest import Manifest, load_manifest, verify_files
 from sqat.checkpoint.store import Checkpoint, load_checkpoint, save_checkpoint
-from sqat.data.dataset import SplitName
+from sqat.data.rows import SplitName
 from sqat.distributed import broadcast_from_rank0, process_state, raise_on_lost_peer, run_on_rank0
 from sqat.errors import SqatError
 from sqat.evaluation.evaluate import evaluate_artifact

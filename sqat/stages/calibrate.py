@@ -13,7 +13,8 @@ from sqat.checkpoint.manifest import HISTOGRAMS, LayerRecord, SiteRecord
 from sqat.checkpoint.store import Checkpoint
 from sqat.compress.calibrate import Calibration, calibrate, fold_norms_
 from sqat.compress.quantize import quantized_model
-from sqat.data.dataset import Batch, Processor, column, plan_batches
+from sqat.data.batch import Batch, Processor, plan_batches
+from sqat.data.rows import column
 from sqat.distributed import process_state
 from sqat.export.cpu_encoder import check_encoder
 from sqat.models.layer_selection import choose_layers

@@ -15,7 +15,9 @@ from torch import nn
 from sqat.checkpoint.manifest import Manifest
 from sqat.checkpoint.store import Checkpoint
 from sqat.compress.distil import distilled_loss, task_loss
-from sqat.data.dataset import Processor, SplitName, TextProcessor
+from sqat.data.batch import Processor
+from sqat.data.rows import SplitName
+from sqat.data.tokens import TextProcessor
 from sqat.distributed import broadcast_from_rank0
 from sqat.errors import SqatError
 from sqat.evaluation.inference import logits_of, on_device, predict

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from sqat.data.dataset import Batch, Processor, column, plan_batches
+from sqat.data.batch import Batch, Processor, plan_batches
 from sqat.data.pixels import augmented
+from sqat.data.rows import column
 from sqat.data.streaming import Stream, StreamedBatches
 from sqat.tasks.splits import Splits
 from sqat.training.batches import Batches

@@ -1,47 +1,39 @@
-"""Classification of one or two texts, or of images: a softmax over the classes, cross-entropy.
+"""Classification of one or two texts: a softmax over the classes, cross-entropy.
 
-Classes are texts; a whole number in the data is its digits. Without a list in the recipe they are those of
-the train rows, in the order of their numbers if all are numbers, else of their letters. Left out: several
-labels a row.
+Classes are texts; a whole number in the data is its digits. Without a list in the recipe they are those of the train
+rows, sorted as numbers where all are numbers, else as texts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from sqat.data.dataset import Batch, Rows, column
-from sqat.data.text_files import listed
-from sqat.distillation.outputs import logit_loss
+from sqat.data.batch import Batch
+from sqat.data.fields import check_two_labels, class_of, read_texts
+from sqat.data.rows import Record, Rows, SplitName, column
+from sqat.data.text_files import Placed, listed
 from sqat.errors import SqatError
+from sqat.recipe.inputs import Columns
 from sqat.recipe.tasks import ClassificationTask
 from sqat.tasks import metrics
-from sqat.tasks.slack import slack
+from sqat.tasks.task import Task, tie_margin
 
 
 @dataclass(frozen=True)
-class Classification:
+class Classification(Task):
     """Choose one of ``labels``."""
 
     labels: tuple[str, ...]
     metric: Literal["accuracy", "f1"] = "accuracy"
     architecture: str = "texts"
-
-    @classmethod
-    def of(cls, config: ClassificationTask, train_rows: Rows) -> Classification:
-        """Take the classes of the recipe, or of the train rows.
-
-        Raises:
-            SqatError: the recipe has fewer than two classes, or one of them twice.
-        """
-        labels = config.labels or _in_order(set(train_rows["label"]))
-        if len(labels) < 2 or len(set(labels)) < len(labels):
-            raise SqatError(f"task.labels is {listed(list(labels))}", "give at least two, each once")
-        return cls(labels, config.metric, "images" if config.name == "image-classification" else "texts")
 
     @property
     def outputs(self) -> int:
@@ -67,40 +59,50 @@ class Classification:
         if unknown is not None:
             near = get_close_matches(names[unknown], self.labels, n=1)
             hint = f'did you mean "{near[0]}"?' if near else f"train has {listed(list(self.labels)[:20])}"
-            raise SqatError(f'unknown class "{names[unknown]}"', hint, rows[unknown]["place"])
+            raise SqatError(f'unknown class "{names[unknown]}"', hint, rows[unknown]["place"], code="invalid-data")
         return rows.remove_columns("label").add_column("label", [numbers[name] for name in names])
-
-    def training_groups(self, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
-        return [[row] for row in range(len(rows))]
-
-    def evaluation_rows(self, rows: Rows) -> Rows:
-        return rows
-
-    def data_warnings(self, rows: Rows) -> list[str]:
-        return []
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         return torch.nn.functional.cross_entropy(logits.float(), batch.labels)
 
-    def output_loss(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        return logit_loss(student, teacher, temperature)
-
     def metrics(self, logits: Tensor, rows: Rows) -> dict[str, float]:
         metrics.finite(logits)
-        return metrics.classification(column(rows, "label"), self.decisions(logits, rows))
+        return metrics.classification(column(rows, "label"), logits.argmax(dim=1))
 
-    def decisions(self, logits: Tensor, rows: Rows) -> Tensor:
-        """Number of the chosen class, int64 [N]."""
-        return logits.argmax(dim=1)
-
-    def same_decision(self, wanted: Tensor, got: Tensor, rows: Rows) -> Tensor:
-        """Bool [N]: the same class, or one that the reference scores as high but for its `slack`."""
-        chosen = wanted.gather(1, self.decisions(got, rows)[:, None]).squeeze(1)
-        return wanted.amax(dim=1) - chosen <= slack(wanted)
+    def same_decision(self, reference: Tensor, other: Tensor, rows: Rows) -> Tensor:
+        """Return bool [N]: the same class, or one whose score in the reference is within the `tie_margin`."""
+        chosen = reference.gather(1, other.argmax(dim=1)[:, None]).squeeze(1)
+        return reference.amax(dim=1) - chosen <= tie_margin(reference)
 
 
-def _in_order(labels: set[str]) -> tuple[str, ...]:
-    """Sorted by number where every label is one ("10" after "9"), by text otherwise."""
+def read_records(
+    source: Iterator[Placed], columns: Columns, settings: ClassificationTask, limit: int | None, folder: Path | None
+) -> Iterator[Record]:
+    """Yield texts with a class."""
+    return islice(read_texts(source, columns, class_of), limit)
+
+
+def check_rows(rows: Rows, split: SplitName, settings: ClassificationTask, place: str) -> None:
+    """Refuse a train split of one class."""
+    if split == "train":
+        check_two_labels(rows, split, place, "class")
+
+
+def build(settings: ClassificationTask, train_rows: Rows, architecture: str = "texts") -> Classification:
+    """Make the task; the classes are the recipe's, or those of the train rows.
+
+    Raises:
+        SqatError: fewer than two classes, or one of them twice.
+    """
+    labels = settings.labels or sort_labels(set(train_rows["label"]))
+    if len(labels) < 2 or len(set(labels)) < len(labels):
+        raise SqatError(f"task.labels is {listed(list(labels))}", "give at least two, each once",
+                        code="invalid-recipe")  # fmt: skip
+    return Classification(labels, settings.metric, architecture)
+
+
+def sort_labels(labels: set[str]) -> tuple[str, ...]:
+    """Sort labels as numbers where every label is one ("10" after "9"), as texts otherwise."""
     try:
         return tuple(sorted(labels, key=lambda label: (int(label), label)))
     except ValueError:

@@ -1,21 +1,14 @@
-"""Ranking passages for a query with a cross-encoder: one logit, higher is more relevant.
+"""Ranking passages for a query with a cross-encoder: one output, higher is more relevant.
 
-Two losses. ``pairwise``: RankNet (Burges et al. 2005), softplus(-(s_i - s_j)) for every two passages of a
-query of which i has the higher grade, mean over the pairs of a batch; only differences within a query count,
-so the logit has no natural zero. ``pointwise``: binary cross-entropy of each passage against grade / highest
-grade: the usual one for grades 0 and 1, and sigmoid(logit) is a share of the highest grade for more.
-
-Four metrics look at the order within a query only and mean the same for both losses: ndcg@10, pnr, mrr and accuracy
-(share of queries whose top passage is relevant). ``auc`` compares passages of all queries. ``pair-accuracy`` is the
-accuracy of a classifier of (query, passage) pairs, right where grade and sigmoid(logit) are on the same side of half
-the highest grade; it is given for pointwise alone, and the share of the commoner side is reached without a model. All
-are over queries whose passages differ in grade: the others of dev and test are not computed.
-Left out: LambdaRank weights, in-batch negatives (a passage may suit two queries).
+Loss ``pairwise`` is RankNet over the passages of a query (Burges et al. 2005); ``pointwise`` is binary cross-entropy
+against grade / highest grade.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -23,16 +16,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
-from sqat.data.dataset import Batch, Rows, column, grade_range
-from sqat.distillation.outputs import logit_loss
+from sqat.data.batch import Batch
+from sqat.data.fields import check_repeated_passages, grade_of, grade_range, passages_of, query_of, text_of
+from sqat.data.rows import Record, Rows, SplitName, column
+from sqat.data.text_files import Placed
+from sqat.errors import SqatError
+from sqat.recipe.inputs import Columns
 from sqat.recipe.tasks import RelevanceTask
 from sqat.tasks import metrics
-from sqat.tasks.slack import slack
+from sqat.tasks.task import Task, tie_margin
 
 
 @dataclass(frozen=True)
-class Relevance:
-    """Put the passages of each query in order.
+class Relevance(Task):
+    """Rank the passages of each query.
 
     Attributes:
         relevant_from: lowest grade that counts as relevant, in mrr, accuracy and auc.
@@ -45,13 +42,6 @@ class Relevance:
     candidates: int | None = None
     metric: Literal["ndcg@10", "pnr", "mrr", "accuracy", "auc", "pair-accuracy"] = "ndcg@10"
     highest: float = 1.0
-
-    @classmethod
-    def of(cls, config: RelevanceTask, train_rows: Rows) -> Relevance:
-        """Take the recipe's knobs, and where it does not say the highest grade that of the train rows."""
-        highest = config.highest or float(column(train_rows, "label").max())
-        return cls(config.loss, config.relevant_from, config.candidates, config.metric, highest)
-
     architecture: ClassVar[str] = "texts"
 
     @property
@@ -62,9 +52,6 @@ class Relevance:
     def config_fields(self) -> dict[str, Any]:
         problem = "regression" if self.loss_name == "pairwise" else "multi_label_classification"
         return {"id2label": {0: "relevance"}, "label2id": {"relevance": 0}, "problem_type": problem}
-
-    def encode(self, rows: Rows) -> Rows:
-        return rows
 
     def training_groups(self, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
         """Passages of one epoch: alone for pointwise, a query's together for pairwise.
@@ -105,9 +92,6 @@ class Relevance:
         losses = softplus(scores[None, :] - scores[:, None])
         return (losses * pairs).sum() / pairs.sum().clamp(min=1)
 
-    def output_loss(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        return logit_loss(student, teacher, temperature)
-
     def metrics(self, logits: Tensor, rows: Rows) -> dict[str, float]:
         grades, groups, scores = column(rows, "label"), column(rows, "group"), logits.squeeze(1)
         ranked = metrics.ranking(grades, scores, groups, self.relevant_from)
@@ -124,10 +108,63 @@ class Relevance:
         order = np.lexsort((-metrics.finite(logits.squeeze(1)), groups))
         return torch.from_numpy(order[np.flatnonzero(np.diff(groups, prepend=groups[:1] - 1))])
 
-    def same_decision(self, wanted: Tensor, got: Tensor, rows: Rows) -> Tensor:
-        """Bool [queries]: the same top passage, or one that the reference scores as high but for its `slack`."""
-        scores = wanted.squeeze(1)
-        return scores[self.decisions(wanted, rows)] - scores[self.decisions(got, rows)] <= slack(wanted)
+    def same_decision(self, reference: Tensor, other: Tensor, rows: Rows) -> Tensor:
+        """Bool [queries]: the same top passage, or one that the reference scores as high but for its `tie_margin`."""
+        scores = reference.squeeze(1)
+        return scores[self.decisions(reference, rows)] - scores[self.decisions(other, rows)] <= tie_margin(reference)
+
+
+def read_records(
+    source: Iterator[Placed], columns: Columns, settings: RelevanceTask, limit: int | None, folder: Path | None
+) -> Iterator[Record]:
+    """Yield a record for each passage of the first ``limit`` queries, which are numbered as they are first seen."""
+    numbers: dict[str, int] = {}
+    for place, row in source:  # to the end of the file: rows of a query may come back
+        query, key = query_of(row, columns, place)
+        if key not in numbers and len(numbers) == limit:
+            continue
+        group = numbers.setdefault(key, len(numbers))
+        for passage, within in passages_of(row, columns, place):
+            yield {
+                "text": query,
+                "text_pair": text_of(passage, columns.passage, "passage", place, within),
+                "label": grade_of(passage, columns.label, "label", place, within, settings.highest),
+                "group": group,
+                "place": place,
+            }
+
+
+def check_rows(rows: Rows, split: SplitName, settings: RelevanceTask, place: str) -> None:
+    """Refuse a split in which no query has passages that the loss (train) or the metrics can tell apart."""
+    check_repeated_passages(rows, "text_pair")
+    labels, groups = column(rows, "label"), column(rows, "group")
+    lowest, highest = grade_range(labels, groups)
+    queries, relevant_from = len(lowest), settings.relevant_from
+    if len(labels) > 1 and labels.min() == labels.max():
+        problem = f"all {len(labels)} passages of {queries} queries have the grade {labels[0]:g}"
+        hint = "there must be two grades; is data.columns.label right, is limit too low?"
+        raise SqatError(problem, hint, place, code="invalid-data")
+    if split != "train" and highest.max() < relevant_from:
+        problem = f"no passage of {queries} queries has a grade of at least {relevant_from:g}"
+        hint = f"the highest is {highest.max():g}: lower task.relevant_from"
+        raise SqatError(problem, hint, place, code="invalid-data")
+    if split != "train":
+        usable = bool(((lowest < relevant_from) & (highest >= relevant_from)).any())
+        need = f"a grade of at least {relevant_from:g} (task.relevant_from) and one below it"
+    elif settings.loss == "pairwise":
+        usable, need = bool((lowest < highest).any()), "two different grades (task.loss pairwise)"
+    else:
+        usable, need = bool(labels.min() < labels.max()), "two different grades"
+    if not usable:
+        problem = f"none of the {queries} queries has passages of {need}"
+        hint = "are data.columns.group and label right, is limit too low?"
+        raise SqatError(problem, hint, place, code="invalid-data")
+
+
+def build(settings: RelevanceTask, train_rows: Rows) -> Relevance:
+    """Make the task; the highest grade is the recipe's, or that of the train rows."""
+    highest = settings.highest or float(column(train_rows, "label").max())
+    return Relevance(settings.loss, settings.relevant_from, settings.candidates, settings.metric, highest)
 
 
 def _mixed(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:

@@ -1,20 +1,14 @@
-"""Search with a bi-encoder: queries and passages become vectors of one space, near where a passage answers.
+"""Search with a bi-encoder: queries and passages become vectors, near where a passage answers.
 
-A row is one text. Its ``label`` is the grade of a passage for the query of its group, `QUERY` for the query itself
-(which stands first in its group), or `LOOSE` for a text without a query: more to distil from in train, more to find
-in dev and test. The loss is InfoNCE (multiple-negatives ranking, arXiv:1705.00652): a query must pick its positive
-among all passages of the batch at a temperature; other positives of the query, and texts that the model reads as one
-of them, are no negatives. Distillation is 1 - cosine between the embeddings, which needs no labels.
-
-The metrics search all passages of the split (`sqat.tasks.retrieval_metrics`); ``rerank-ndcg@10`` and ``pnr`` put only
-a query's own candidates in order, as a cross-encoder would (`sqat.tasks.metrics.ranking`), where some query has good
-and bad ones. Left out: negatives of other processes, prompts before a text (write them into the data).
+A row is one text. Its label is the grade of a passage for the query of its group, `QUERY` for the query, or `LOOSE`
+for a text without a query. The loss is InfoNCE (arXiv:1705.00652); distillation is 1 - cosine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -23,27 +17,31 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
-from sqat.data.dataset import Batch, Rows, column
-from sqat.data.records import LOOSE as LOOSE
-from sqat.data.records import QUERY as QUERY
+from sqat.data.batch import Batch
+from sqat.data.fields import check_repeated_passages, grade_of, passages_of, query_of, text_of
+from sqat.data.rows import Record, Rows, SplitName, column
+from sqat.data.text_files import Placed
 from sqat.distillation.outputs import embedding_loss
+from sqat.errors import SqatError
+from sqat.recipe.inputs import Columns
 from sqat.recipe.tasks import RetrievalTask
 from sqat.tasks import metrics
 from sqat.tasks.retrieval_metrics import Floats, retrieval, similarities
-from sqat.tasks.slack import slack
+from sqat.tasks.task import Task, tie_margin
 
 Integers = NDArray[np.int64]
 Metric = Literal["ndcg@10", "recall@1", "recall@10", "mrr@10", "rerank-ndcg@10", "pnr"]
+QUERY, LOOSE = -1.0, -2.0  # labels of rows that are no passage of a query
 
 
 @dataclass(frozen=True)
-class Retrieval:
+class Retrieval(Task):
     """Bring queries and their passages together.
 
     Attributes:
         relevant_from: lowest grade that makes a passage a positive.
         negatives: passages below it that a query brings into its batch, drawn anew in every epoch.
-        temperature: what cosines are divided by in the loss.
+        temperature: divisor of the cosines in the loss.
         pooling: how tokens become one vector; None is the model's own way, or mean.
     """
 
@@ -52,24 +50,11 @@ class Retrieval:
     temperature: float = 0.05
     pooling: Literal["mean", "cls", "max"] | None = None
     metric: Metric = "ndcg@10"
-
     architecture: ClassVar[str] = "sentences"
-
-    @classmethod
-    def of(cls, config: RetrievalTask) -> Retrieval:
-        """Take the recipe's knobs."""
-        return cls(config.relevant_from, config.negatives, config.temperature, config.pooling, config.metric)
-
-    @property
-    def outputs(self) -> int:
-        return 0
 
     @property
     def config_fields(self) -> dict[str, Any]:
         return {} if self.pooling is None else {"pooling": self.pooling}
-
-    def encode(self, rows: Rows) -> Rows:
-        return rows
 
     def training_groups(self, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
         """A query, one of its positives and some of its negatives, drawn by (seed, epoch); others stay out."""
@@ -155,12 +140,69 @@ class Retrieval:
         figures = metrics.ranking(labels, scores, groups, self.relevant_from)
         return {"rerank-ndcg@10": figures["ndcg@10"], "pnr": figures["pnr"]}
 
-    def same_decision(self, wanted: Tensor, got: Tensor, rows: Rows) -> Tensor:
-        """Bool [Q]: the same passage comes first, or one that the reference scores as high but for its `slack`."""
+    def same_decision(self, reference: Tensor, other: Tensor, rows: Rows) -> Tensor:
+        """Bool [Q]: the same passage comes first, or one that the reference scores as high but for its `tie_margin`."""
         labels = torch.from_numpy(column(rows, "label"))
-        reference, scores = (cosines(logits, labels) for logits in (wanted, got))
-        chosen = reference.gather(1, scores.argmax(dim=1, keepdim=True)).squeeze(1)
-        return reference.amax(dim=1) - chosen <= slack(reference)
+        expected, scores = (cosines(logits, labels) for logits in (reference, other))
+        chosen = expected.gather(1, scores.argmax(dim=1, keepdim=True)).squeeze(1)
+        return expected.amax(dim=1) - chosen <= tie_margin(expected)
+
+
+def read_records(
+    source: Iterator[Placed], columns: Columns, settings: RetrievalTask, limit: int | None, folder: Path | None
+) -> Iterator[Record]:
+    """Yield a record for each text: a query before its passages, and at the end the texts without a query.
+
+    A row with neither a query nor a label is a text without a query. Queries are numbered as they are first seen,
+    and the first ``limit`` are kept.
+    """
+    seen: dict[str, tuple[int, str, str]] = {}
+    loose: list[Record] = []
+    for place, row in source:
+        if columns.query not in row and columns.label not in row and columns.passage in row:
+            loose.append({"text": text_of(row, columns.passage, "passage", place), "label": LOOSE, "place": place})
+            continue
+        query, key = query_of(row, columns, place)
+        if key not in seen:
+            if len(seen) == limit:
+                continue
+            seen[key] = (len(seen), query, place)
+            yield {"text": query, "label": QUERY, "group": seen[key][0], "place": place}
+        group, first_query, first_place = seen[key]
+        if query != first_query:
+            problem = f'"{columns.group}" is "{key}", which is another query at {first_place}'
+            raise SqatError(problem, "give each query its own", place, code="invalid-data")
+        for passage, within in passages_of(row, columns, place):
+            text = text_of(passage, columns.passage, "passage", place, within)
+            grade = grade_of(passage, columns.label, "label", place, within)
+            yield {"text": text, "label": grade, "group": group, "place": place}
+    for group, record in enumerate(loose, len(seen)):
+        yield record | {"group": group}
+
+
+def check_rows(rows: Rows, split: SplitName, settings: RetrievalTask, place: str) -> None:
+    """Refuse a split without a query that has a positive; train may hold only texts, for distillation."""
+    check_repeated_passages(rows, "text")
+    labels, relevant_from = column(rows, "label"), settings.relevant_from
+    queries, highest = int((labels == QUERY).sum()), float(labels.max())
+    problem = ""
+    if queries == 0 and split != "train":
+        problem, hint = "no row has a query", "is data.columns.query right?"
+    elif split != "train" and settings.metric in RERANKING and not (labels[labels >= 0] < relevant_from).any():
+        problem = f"task.metric {settings.metric} compares a query's own passages, and all of them are relevant"
+        hint = "add passages of grade 0, or take another metric"
+    elif queries and highest < relevant_from:
+        problem = f"none of {queries} queries has a passage of grade {relevant_from:g} or more"
+        hint = (f"the highest grade is {highest:g}: " if highest >= 0 else "") + "is task.relevant_from or limit right?"
+    if problem:
+        raise SqatError(problem, hint, place, code="invalid-data")
+
+
+def build(settings: RetrievalTask, train_rows: Rows) -> Retrieval:
+    """Make the task."""
+    return Retrieval(
+        settings.relevant_from, settings.negatives, settings.temperature, settings.pooling, settings.metric
+    )
 
 
 def cosines(logits: Tensor, labels: Tensor) -> Tensor:
@@ -188,3 +230,6 @@ def same_texts(token_ids: Tensor) -> Tensor:
     """Bool [P, P]: which of the padded texts [P, T] the model reads as one."""
     alike: Tensor = (token_ids[:, None] == token_ids[None]).all(dim=-1)
     return alike
+
+
+RERANKING = ("rerank-ndcg@10", "pnr")

@@ -1,23 +1,58 @@
-"""The rows of a recipe: read, given their task's labels and prepared once, for all who ask."""
+"""The rows of a recipe: read and checked by its task, prepared once for all stages."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from sqat.data.dataset import Processor, Rows, SplitName, load_rows
-from sqat.data.streaming import Stream, open_stream
+from sqat.data.batch import Processor
+from sqat.data.rows import Rows, SplitName, rows_of
+from sqat.data.sources import read_split, split_place
+from sqat.data.streaming import Stream, stream_split
+from sqat.data.text_files import Placed
 from sqat.errors import SqatError
+from sqat.recipe.inputs import Columns, SplitConfig
 from sqat.recipe.schema import Recipe
-from sqat.tasks import Task, build_task
+from sqat.recipe.tasks import TaskSettings
+from sqat.tasks.task import Task, build_task, task_module
+
+
+def load_rows(split: SplitConfig, name: SplitName, columns: Columns, settings: TaskSettings, folder: Path) -> Rows:
+    """Read and check one split.
+
+    Args:
+        name: which split it is; train must hold something to learn, the others something to measure.
+        folder: that relative paths start from, the recipe's.
+
+    Raises:
+        SqatError: at the first bad row, with its place.
+    """
+    place, module = split_place(split, name), task_module(settings)
+    source, images = read_split(split, name, folder)
+    rows = rows_of(module.read_records(source, columns, settings, split.limit, images))
+    if len(rows) == 0:
+        raise SqatError("no rows", "the split must hold at least one", place, code="no-rows")
+    module.check_rows(rows, name, settings, place)
+    return rows
+
+
+def open_stream(split: SplitConfig, columns: Columns, settings: TaskSettings, folder: Path, seed: int) -> Stream:
+    """Find the shards of a train split, to be read while a model trains; errors as of `stream_split`."""
+    module = task_module(settings)
+
+    def check(source: Iterator[Placed]) -> Rows:
+        return rows_of(module.read_records(source, columns, settings, None, None))
+
+    return stream_split(split, folder, seed, check)
 
 
 @dataclass
 class Splits:
     """The rows of a recipe, read and prepared once for all its stages.
 
-    Of a train split that is streamed, ``rows`` and ``prepared`` are its buffer as it is first filled.
+    Of a streamed train split, ``rows`` and ``prepared`` are its buffer as it is first filled.
     """
 
     recipe: Recipe
@@ -26,11 +61,12 @@ class Splits:
     encoded: dict[str, Rows] = field(default_factory=dict)
 
     def rows(self, name: SplitName) -> Rows:
-        """Rows of a split as they were read."""
+        """Return the checked rows of a split."""
         if name not in self.raw:
             config = getattr(self.recipe.data, name)
             if config is None:
-                raise SqatError(f"the recipe has no data.{name}", f"add data.{name} or choose another split")
+                raise SqatError(f"the recipe has no data.{name}", f"add data.{name} or choose another split",
+                                code="unknown-name")  # fmt: skip
             if name == "train" and self.stream is not None:
                 self.raw[name] = self.stream.read(0, 0, self.stream.buffer)
             else:
@@ -39,17 +75,18 @@ class Splits:
 
     @cached_property
     def stream(self) -> Stream | None:
-        """The train split, where it is streamed."""
+        """The stream of the train split; None where it is not streamed."""
         recipe, split = self.recipe, self.recipe.data.train
         if not split.streaming:
             return None
         return open_stream(split, recipe.data.columns, recipe.task, self.folder, recipe.seed)
 
     def epoch_rows(self) -> int:
-        """Rows that an epoch of the train split trains on."""
+        """Return the number of rows that an epoch of the train split trains on."""
         if self.stream is not None:
             return self.stream.rows
-        return sum(map(len, self.task.training_groups(self.task.encode(self.rows("train")), self.recipe.seed, 0)))
+        rows = self.task.encode(self.rows("train"))
+        return sum(map(len, self.task.training_groups(rows, self.recipe.seed, 0)))
 
     @cached_property
     def task(self) -> Task:
@@ -57,7 +94,7 @@ class Splits:
         return build_task(self.recipe.task, self.rows("train"))
 
     def prepared(self, name: SplitName, processor: Processor) -> Rows:
-        """Rows of a split with numeric labels, as the model reads them; those of dev and test that are measured.
+        """Return the rows of a split as the model reads them: all of train, of dev and test those that are measured.
 
         Every stage of a recipe has the same processor.
         """

@@ -1,48 +1,37 @@
-"""Pictures from captions by rectified flow (`sqat.models.rectified_flow`): squared error of the picture, weighted by
-1 / (1 - t)^2, which makes it that of the velocity.
+"""Images from captions by rectified flow (`sqat.models.rectified_flow`): squared error of the velocity.
 
-Measured on fixed noise and times, a function of each row's number, so that two models, and two runs, see the same:
-``velocity-mse`` is the loss there (lower is better), ``explained`` is 1 - velocity-mse / variance of the velocity,
-which picks the best step: 0 for a model that knows the mean only, 1 for one that foresees the picture in the noise,
-which none can. Neither says how good drawn pictures are: scripts/results/pictures.py draws them and measures that.
-Distillation is the plain squared error between the pictures of student and teacher. Left out: weights learned by time.
+Metrics are measured on fixed noise and times, a function of each row's number. ``explained`` is 1 - velocity-mse /
+variance of the velocity: 0 for a model that knows only the mean. Distillation is the squared error between images.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from itertools import islice
+from pathlib import Path
+from typing import ClassVar, Literal
 
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from sqat.data.dataset import Batch, Rows
+from sqat.data.batch import Batch
+from sqat.data.fields import read_pixels, text_of
+from sqat.data.rows import Record, Rows, SplitName
+from sqat.data.text_files import Placed
 from sqat.models.rectified_flow import CUT, NUMBER, along, fixed_draws, remaining, signals
+from sqat.recipe.inputs import Columns
+from sqat.recipe.tasks import TextToImageTask
 from sqat.tasks import metrics
-from sqat.tasks.slack import slack
+from sqat.tasks.task import Task, tie_margin
 
 
 @dataclass(frozen=True)
-class TextToImage:
-    """Say, from noise and a caption, what the picture will be."""
+class TextToImage(Task):
+    """Predict the image from noise and a caption."""
 
     metric: Literal["explained"] = "explained"
-
     architecture: ClassVar[str] = "diffusion"
-
-    @property
-    def outputs(self) -> int:
-        return 0
-
-    @property
-    def config_fields(self) -> dict[str, Any]:
-        return {}
-
-    def encode(self, rows: Rows) -> Rows:
-        return rows
-
-    def training_groups(self, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
-        return [[row] for row in range(len(rows))]
 
     def evaluation_rows(self, rows: Rows) -> Rows:
         """All rows, numbered: their noise and time are drawn from it, and no caption is dropped."""
@@ -68,10 +57,28 @@ class TextToImage:
         variance = float((picture - noise).var(unbiased=False))
         return {"explained": 1 - error / variance, "velocity-mse": error}
 
-    def same_decision(self, wanted: Tensor, got: Tensor, rows: Rows) -> Tensor:
-        """Bool [N]: pictures whose root mean square difference is at most the reference's `slack`."""
-        difference: Tensor = (wanted - got).double().square().flatten(1).mean(dim=1).sqrt()
-        return difference <= slack(wanted)
+    def same_decision(self, reference: Tensor, other: Tensor, rows: Rows) -> Tensor:
+        """Bool [N]: pictures whose root mean square difference is at most the reference's `tie_margin`."""
+        difference: Tensor = (reference - other).double().square().flatten(1).mean(dim=1).sqrt()
+        return difference <= tie_margin(reference)
+
+
+def read_records(
+    source: Iterator[Placed], columns: Columns, settings: TextToImageTask, limit: int | None, folder: Path | None
+) -> Iterator[Record]:
+    """Yield images with a caption."""
+    pixels = read_pixels(source, columns, folder)
+    return islice(({**record, "text": text_of(row, columns.text, "text", place), "place": place}
+                   for place, row, record in pixels), limit)  # fmt: skip
+
+
+def check_rows(rows: Rows, split: SplitName, settings: TextToImageTask, place: str) -> None:
+    """Take every split: there are no labels."""
+
+
+def build(settings: TextToImageTask, train_rows: Rows) -> TextToImage:
+    """Make the task."""
+    return TextToImage(settings.metric)
 
 
 def velocity_error(drawn: Tensor, picture: Tensor, time: Tensor) -> Tensor:

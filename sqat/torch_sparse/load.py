@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sqat.data.dataset import Processor
+from sqat.data.batch import Processor
 from sqat.errors import SqatError
 from sqat.export.packed_folder import TYPES, Packed, read_folder
 from sqat.models.attention import current_attention, use_attention, use_hooked_attention

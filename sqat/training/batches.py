@@ -13,7 +13,7 @@ from itertools import count
 import numpy as np
 import torch
 
-from sqat.data.dataset import Batch
+from sqat.data.batch import Batch
 from sqat.distributed import assigned_indices, process_state, uses_fsdp
 from sqat.errors import SqatError
 

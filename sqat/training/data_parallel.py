@@ -14,7 +14,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from sqat.compat import BatchNorm
-from sqat.data.dataset import Batch
+from sqat.data.batch import Batch
 from sqat.distributed import all_reduce_sum, uses_fsdp
 from sqat.models.layer_selection import encoder_blocks
 from sqat.training.fsdp import Shards, send_gradients_, sharded_

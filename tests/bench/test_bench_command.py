@@ -19,7 +19,7 @@ from sqat.bench.measuring import Grid, Report, measure, pinned
 from sqat.bench.parity import Parity
 from sqat.bench.rounds import Effort, Timed
 from sqat.checkpoint.store import Checkpoint, save_checkpoint
-from sqat.data.dataset import TextProcessor
+from sqat.data.tokens import TextProcessor
 from sqat.errors import SqatError
 from sqat.progress import SilentReporter
 from sqat.runtime import LIBRARY

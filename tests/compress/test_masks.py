@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sqat.compress.masks import MaskSchedule, add_decay, weight_owners
 from sqat.compress.statistics import collect_statistics, first_batches
-from sqat.data.dataset import Batch
+from sqat.data.batch import Batch
 from sqat.modules.parametrize import layer, original_weight
 from sqat.recipe.stages import PruneConfig
 from sqat.sparsity.masks import count_violations, nm_mask

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from sqat.compress.channels import ChannelGroup, find_channel_groups, relative_change, reorder_, run_model
 from sqat.compress.patterns import choose_patterns
 from sqat.compress.permute import fixed_by_relation_heads, permute_
-from sqat.data.dataset import Batch
+from sqat.data.batch import Batch
 from sqat.distillation import RelationLoss
 from sqat.distillation.minilm_v1 import MiniLMv1
 from sqat.distillation.minilm_v2 import MiniLMv2

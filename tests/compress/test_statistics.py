@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sqat.compress.statistics import collect_statistics, first_batches
-from sqat.data.dataset import Batch
+from sqat.data.batch import Batch
 from sqat.modules.parametrize import insert_weights_, original_weight
 from sqat.sparsity.criteria import Criterion
 from sqat.sparsity.criteria.magnitude import Magnitude

@@ -22,11 +22,16 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from sqat.data import dataset as data
 from sqat.data import text_files as readers
+from sqat.data.batch import ordered_batches, plan_batches
+from sqat.data.fields import grade_range
+from sqat.data.rows import CHUNK, Rows, SplitName, column
+from sqat.data.sources import split_digest
+from sqat.data.tokens import collate, tokenize
 from sqat.errors import SqatError
 from sqat.recipe.inputs import Columns, SplitConfig
 from sqat.recipe.tasks import ClassificationTask, RegressionTask, RelevanceTask, TaskSettings
+from sqat.tasks.splits import load_rows
 
 NESTED = Columns(candidates="candidates", group="qid")
 FLAT = Columns(passage="passage", group="qid")
@@ -38,8 +43,8 @@ def jsonl(*rows: object) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def read(path: Path, columns: Columns, task: TaskSettings, name: data.SplitName = "train", **more: Any) -> data.Rows:
-    return data.load_rows(SplitConfig(path=path.name, **more), name, columns, task, path.parent)
+def read(path: Path, columns: Columns, task: TaskSettings, name: SplitName = "train", **more: Any) -> Rows:
+    return load_rows(SplitConfig(path=path.name, **more), name, columns, task, path.parent)
 
 
 def query(qid: str, *labels: float) -> dict[str, Any]:
@@ -154,7 +159,7 @@ def test_limit_counts_queries_also_where_their_rows_are_apart(tmp_path: Path) ->
 
 def test_more_rows_than_a_chunk(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    count = 2 * data.CHUNK + 7
+    count = 2 * CHUNK + 7
     path.write_bytes(jsonl(*({"text": f"t{i}", "label": i % 2} for i in range(count))))
     rows = read(path, Columns(), CLASSES)
     assert rows["text"][:] == [f"t{i}" for i in range(count)]
@@ -359,11 +364,11 @@ def test_a_missing_file_names_the_nearest_one(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl.gz").touch()
     split = SplitConfig(path="trian.jsonl.gz")
     with pytest.raises(SqatError, match=r'trian.jsonl.gz: no such file; did you mean "train.jsonl.gz"\?'):
-        data.load_rows(split, "train", Columns(), CLASSES, tmp_path)
+        load_rows(split, "train", Columns(), CLASSES, tmp_path)
     with pytest.raises(SqatError, match="there is no folder"):
-        data.load_rows(SplitConfig(path="nowhere/a.csv"), "train", Columns(), CLASSES, tmp_path)
+        load_rows(SplitConfig(path="nowhere/a.csv"), "train", Columns(), CLASSES, tmp_path)
     with pytest.raises(SqatError, match=r"trian\.jsonl\.gz: cannot be read: No such file"):
-        data.digest(split, tmp_path)
+        split_digest(split, tmp_path)
 
 
 def test_dev_needs_a_query_on_both_sides_of_relevant_from(tmp_path: Path) -> None:
@@ -391,12 +396,12 @@ FEATURES = datasets.Features({"text": datasets.Value("string"), "label": dataset
 def test_hub_rows_have_class_names_and_places(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def load_dataset(*place: Any, **options: Any) -> data.Rows:
+    def load_dataset(*place: Any, **options: Any) -> Rows:
         asked.append((place, options))
         return datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, FEATURES)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows = data.load_rows(HUB, "dev", Columns(), CLASSES, Path())
+    rows = load_rows(HUB, "dev", Columns(), CLASSES, Path())
     assert asked == [(("someone/set", "en"), {"revision": "abc", "split": "dev"})]
     assert rows["label"][:] == ["good", "bad"]
     assert rows["place"][:] == ["someone/set[dev]:row 1", "someone/set[dev]:row 2"]
@@ -406,7 +411,7 @@ def test_hub_rows_without_a_label_are_a_mistake(monkeypatch: pytest.MonkeyPatch)
     hidden = datasets.Dataset.from_dict({"text": ["a"], "label": [-1]}, FEATURES)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: hidden)
     with pytest.raises(SqatError, match=r'someone/set\[test\]:row 1: "label" must be a class .* got null'):
-        data.load_rows(HUB, "test", Columns(), CLASSES, Path())
+        load_rows(HUB, "test", Columns(), CLASSES, Path())
 
 
 @pytest.mark.parametrize(
@@ -425,19 +430,19 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(datasets, "load_dataset_builder", fail)
     line = "cannot be loaded from the hub: no network; check name, config, split and network, or give a path"
     with pytest.raises(SqatError) as caught:
-        data.load_rows(HUB, "dev", Columns(), CLASSES, Path())
+        load_rows(HUB, "dev", Columns(), CLASSES, Path())
     assert str(caught.value) == f"someone/set[dev]: {line}"
     with pytest.raises(SqatError) as caught:
-        data.digest(HUB, Path())
+        split_digest(HUB, Path())
     assert str(caught.value) == f"someone/set: {line}"
 
 
 def test_the_digest_follows_bytes_and_limit_only(tmp_path: Path) -> None:
     for name, content in {"a.csv": b"x", "b.csv": b"x", "c.csv": b"y"}.items():
         (tmp_path / name).write_bytes(content)
-    digests = [data.digest(SplitConfig(path=f"{name}.csv"), tmp_path) for name in "abc"]
+    digests = [split_digest(SplitConfig(path=f"{name}.csv"), tmp_path) for name in "abc"]
     assert digests[0] == digests[1] != digests[2]
-    assert data.digest(SplitConfig(path="a.csv", limit=5), tmp_path) != digests[0]
+    assert split_digest(SplitConfig(path="a.csv", limit=5), tmp_path) != digests[0]
     assert all(len(digest) == 64 for digest in digests)
 
 
@@ -446,10 +451,10 @@ def test_the_digest_of_the_hub_follows_its_builder(monkeypatch: pytest.MonkeyPat
         hash = "one"
 
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: Builder)
-    first = data.digest(HUB, Path())
-    assert first == data.digest(HUB, Path()) != data.digest(SplitConfig(hub="x"), Path())
+    first = split_digest(HUB, Path())
+    assert first == split_digest(HUB, Path()) != split_digest(SplitConfig(hub="x"), Path())
     Builder.hash = "two"
-    assert data.digest(HUB, Path()) != first
+    assert split_digest(HUB, Path()) != first
 
 
 # Tokens.
@@ -470,7 +475,7 @@ def words(count: int) -> str:
     return " ".join(f"w{i}" for i in range(count))
 
 
-def pair_rows(*sizes: tuple[int, int]) -> data.Rows:
+def pair_rows(*sizes: tuple[int, int]) -> Rows:
     return datasets.Dataset.from_dict(
         {
             "text": [words(first) for first, _ in sizes],
@@ -483,7 +488,7 @@ def pair_rows(*sizes: tuple[int, int]) -> data.Rows:
 
 def test_tokens_are_those_of_the_tokenizer_unpadded() -> None:
     rows = pair_rows((2, 5), (1, 1), (3, 0))
-    found = data.tokenize(rows, small_tokenizer(), 32)
+    found = tokenize(rows, small_tokenizer(), 32)
     wanted = small_tokenizer()(rows["text"][:], rows["text_pair"][:])
     assert found["input_ids"][:] == wanted["input_ids"]
     assert found["token_type_ids"][:] == wanted["token_type_ids"]
@@ -492,14 +497,14 @@ def test_tokens_are_those_of_the_tokenizer_unpadded() -> None:
 
 
 def test_no_token_types_where_the_tokenizer_has_none() -> None:
-    found = data.tokenize(pair_rows((2, 5)).remove_columns("text_pair"), small_tokenizer(types=False), 32)
+    found = tokenize(pair_rows((2, 5)).remove_columns("text_pair"), small_tokenizer(types=False), 32)
     assert "token_type_ids" not in found.column_names
     assert found["length"][:] == [4]
 
 
 @pytest.mark.parametrize(("sizes", "kept"), [((3, 40), (3, 10)), ((40, 40), (6, 7)), ((40, 3), (10, 3))])
 def test_the_longer_text_is_cut_first(sizes: tuple[int, int], kept: tuple[int, int]) -> None:
-    found = data.tokenize(pair_rows(sizes), small_tokenizer(), 16)
+    found = tokenize(pair_rows(sizes), small_tokenizer(), 16)
     types = found["token_type_ids"][0]
     assert found["length"][0] == 16
     assert (types.count(0) - 2, types.count(1) - 1) == kept
@@ -509,13 +514,13 @@ def test_a_tokenizer_that_cannot_pad_is_a_mistake() -> None:
     tokenizer = small_tokenizer()
     tokenizer.pad_token = None
     with pytest.raises(SqatError, match="the tokenizer has no padding token"):
-        data.tokenize(pair_rows((1, 1)), tokenizer, 16)
+        tokenize(pair_rows((1, 1)), tokenizer, 16)
 
 
 def test_tokenizing_leaves_no_file_behind(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl(*TEXTS))
-    data.tokenize(read(path, Columns(), CLASSES), small_tokenizer(), 16)
+    tokenize(read(path, Columns(), CLASSES), small_tokenizer(), 16)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.jsonl"]
 
 
@@ -523,9 +528,9 @@ def test_tokenizing_leaves_no_file_behind(tmp_path: Path) -> None:
 @pytest.mark.parametrize("types", [True, False])
 def test_padding_is_that_of_the_tokenizer(side: str, types: bool) -> None:
     tokenizer = small_tokenizer(side, types)
-    rows = data.tokenize(pair_rows((2, 5), (9, 9), (1, 1), (3, 4)), tokenizer, 32)
+    rows = tokenize(pair_rows((2, 5), (9, 9), (1, 1), (3, 4)), tokenizer, 32)
     indices = [3, 0, 2]
-    batch = data.collate(rows, indices, tokenizer)
+    batch = collate(rows, indices, tokenizer)
     names = [name for name in ("input_ids", "token_type_ids") if name in rows.column_names]
     wanted = tokenizer.pad({name: [rows[i][name] for i in indices] for name in names}, return_tensors="pt")
     assert set(batch.inputs) == set(wanted)
@@ -540,14 +545,14 @@ def test_padding_is_that_of_the_tokenizer(side: str, types: bool) -> None:
 
 def test_classes_stay_whole_and_rows_without_queries_have_no_group() -> None:
     rows = pair_rows((1, 1), (2, 2)).remove_columns(["label", "group"]).add_column("label", [4, 2])
-    batch = data.collate(data.tokenize(rows, small_tokenizer(), 16), [0, 1], small_tokenizer())
+    batch = collate(tokenize(rows, small_tokenizer(), 16), [0, 1], small_tokenizer())
     assert batch.labels.dtype == torch.int64
     assert batch.groups.tolist() == [-1, -1]
 
 
 def test_a_batch_moves_as_a_whole() -> None:
-    rows = data.tokenize(pair_rows((1, 1)), small_tokenizer(), 16)
-    moved = data.collate(rows, [0], small_tokenizer()).to("meta")
+    rows = tokenize(pair_rows((1, 1)), small_tokenizer(), 16)
+    moved = collate(rows, [0], small_tokenizer()).to("meta")
     assert {value.device.type for value in (*moved.inputs.values(), moved.labels, moved.groups)} == {"meta"}
 
 
@@ -568,22 +573,22 @@ def test_a_plan_has_every_row_once_units_whole_and_batches_within_size(
     plan: tuple[list[int], list[list[int]], int], seed: int, epoch: int
 ) -> None:
     lengths, units, size = plan
-    batches = data.plan_batches(lengths, units, size, seed, epoch)
+    batches = plan_batches(lengths, units, size, seed, epoch)
     assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
     assert all(0 < len(batch) <= size for batch in batches)
     batch_of = {row: number for number, batch in enumerate(batches) for row in batch}
     assert all(len({batch_of[row] for row in unit}) == 1 for unit in units)
-    assert batches == data.plan_batches(lengths, units, size, seed, epoch)
+    assert batches == plan_batches(lengths, units, size, seed, epoch)
 
 
 def test_plans_differ_by_seed_and_epoch() -> None:
     lengths, units = [5] * 100, [[i] for i in range(100)]
-    found = {str(data.plan_batches(lengths, units, 8, seed, epoch)) for seed in range(3) for epoch in range(3)}
+    found = {str(plan_batches(lengths, units, 8, seed, epoch)) for seed in range(3) for epoch in range(3)}
     assert len(found) == 9
 
 
 def test_batches_of_single_rows_are_full_but_for_one() -> None:
-    batches = data.plan_batches(list(range(1001)), [[i] for i in range(1001)], 8, 0, 0)
+    batches = plan_batches(list(range(1001)), [[i] for i in range(1001)], 8, 0, 0)
     assert Counter(map(len, batches)) == {8: 125, 1: 1}
 
 
@@ -594,14 +599,14 @@ def test_bucketing_by_length_saves_padding() -> None:
         return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
 
     plain = [list(range(start, start + 32)) for start in range(0, 4000, 32)]
-    planned = data.plan_batches(lengths, [[i] for i in range(4000)], 32, 0, 0)
+    planned = plan_batches(lengths, [[i] for i in range(4000)], 32, 0, 0)
     assert padded(planned) < 1.05 * sum(lengths)
     assert padded(plain) > 1.7 * sum(lengths)
 
 
 def test_a_query_larger_than_a_batch_is_a_mistake() -> None:
     with pytest.raises(SqatError) as caught:
-        data.plan_batches([5] * 9, [[0, 1], list(range(2, 9))], 4, 0, 0)
+        plan_batches([5] * 9, [[0, 1], list(range(2, 9))], 4, 0, 0)
     assert str(caught.value) == (
         "a query has 7 passages, which must share a batch, but batch_size is 4; "
         "set task.candidates to 4 or less, or batch_size to 7 or more"
@@ -609,12 +614,12 @@ def test_a_query_larger_than_a_batch_is_a_mistake() -> None:
 
 
 def test_no_units_make_no_batches() -> None:
-    assert data.plan_batches([], [], 4, 0, 0) == []
+    assert plan_batches([], [], 4, 0, 0) == []
 
 
 @given(st.lists(st.integers(1, 99), max_size=50), st.integers(1, 9))
 def test_ordered_batches_have_every_row_once_by_length(lengths: list[int], size: int) -> None:
-    rows = [row for batch in data.ordered_batches(lengths, size) for row in batch]
+    rows = [row for batch in ordered_batches(lengths, size) for row in batch]
     assert sorted(rows) == list(range(len(lengths)))
     assert [lengths[row] for row in rows] == sorted(lengths)
     assert rows == sorted(rows, key=lambda row: (lengths[row], row))
@@ -642,10 +647,10 @@ def test_values_are_told_in_the_words_of_the_file(value: object, told: str) -> N
     ("name", "queries", "pairs", "mixed"),
     [("train", 2118, 20360, 857), ("dev", 296, 2733, 122), ("test", 633, 6165, 237)],
 )
-def test_real_relevance_data(name: data.SplitName, queries: int, pairs: int, mixed: int) -> None:
+def test_real_relevance_data(name: SplitName, queries: int, pairs: int, mixed: int) -> None:
     split = SplitConfig(path=f"wikiqa/{name}.jsonl.gz")
-    rows = data.load_rows(split, name, NESTED, GRADES, REAL)
+    rows = load_rows(split, name, NESTED, GRADES, REAL)
     assert len(rows) == pairs
     assert rows["group"][-1] == queries - 1
-    lowest, highest = data.grade_range(data.column(rows, "label"), data.column(rows, "group"))
+    lowest, highest = grade_range(column(rows, "label"), column(rows, "group"))
     assert int((lowest < highest).sum()) == mixed

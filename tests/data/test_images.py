@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from sqat.data.dataset import Rows, digest, load_rows
 from sqat.data.pixels import ImageProcessor, augmented
-from sqat.data.records import records_of
+from sqat.data.rows import Rows
+from sqat.data.sources import split_digest
 from sqat.errors import SqatError
 from sqat.recipe.inputs import Columns, SplitConfig
 from sqat.recipe.tasks import ClassificationTask
+from sqat.tasks.image_classification import read_records
+from sqat.tasks.splits import load_rows
 
 TASK = ClassificationTask(name="image-classification")
 COLUMNS = Columns(image="x", label="y")
@@ -144,10 +146,10 @@ def test_a_changed_image_file_changes_the_digest_of_its_split(tmp_path: Path) ->
     image = pytest.importorskip("PIL.Image")
     image_files(tmp_path, [image.fromarray(picture) for picture in pictures(2)])
     split = SplitConfig(path="train.jsonl")
-    before = digest(split, tmp_path, "file")
-    assert digest(split, tmp_path, "file") == before
+    before = split_digest(split, tmp_path, "file")
+    assert split_digest(split, tmp_path, "file") == before
     image.fromarray(pictures(1)[0]).save(tmp_path / "pictures/1.png")
-    assert digest(split, tmp_path, "file") != before
+    assert split_digest(split, tmp_path, "file") != before
 
 
 def test_mistakes_in_image_files_are_told(tmp_path: Path) -> None:
@@ -198,9 +200,9 @@ def test_the_digest_of_a_split_leaves_its_folder_no_more_than_its_rows(tmp_path:
     rows = [{"file": name} for name in ("../pictures/0.png", "link.png", str(tmp_path / "pictures/0.png"), "/dev/zero")]
     (tmp_path / "data/train.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     split = SplitConfig(path="data/train.jsonl")
-    before = digest(split, tmp_path, "file")  # for ever, were /dev/zero read
+    before = split_digest(split, tmp_path, "file")  # for ever, were /dev/zero read
     (tmp_path / "pictures/0.png").write_bytes(b"another")
-    assert digest(split, tmp_path, "file") == before
+    assert split_digest(split, tmp_path, "file") == before
 
 
 def test_what_no_file_is_called_is_told(tmp_path: Path) -> None:
@@ -229,7 +231,7 @@ def test_links_and_paths_within_the_folder_are_read(tmp_path: Path) -> None:
     (tmp_path / "data/train.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     read_in = read(tmp_path, "elsewhere/train.jsonl", FILES)["pixels"]
     assert list(read_in) == [images[number].tobytes() for number in (0, 1, 0)]
-    digest(SplitConfig(path="elsewhere/train.jsonl"), tmp_path, "file")
+    split_digest(SplitConfig(path="elsewhere/train.jsonl"), tmp_path, "file")
 
 
 def test_a_row_of_the_hub_names_no_file(tmp_path: Path) -> None:
@@ -239,7 +241,7 @@ def test_a_row_of_the_hub_names_no_file(tmp_path: Path) -> None:
     with pytest.raises(
         SqatError, match=r"hub:row 1: the image \S+ is the name of a file, and the row comes from the hub"
     ):
-        list(records_of(iter([("hub:row 1", row)]), FILES, TASK, None))
+        list(read_records(iter([("hub:row 1", row)]), FILES, TASK, None, None))
 
 
 PROCESSOR = ImageProcessor(6, 6, (0.5, 0.4, 0.3), (0.5, 0.25, 0.2))

@@ -16,14 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sqat.data import dataset as data
-from sqat.data.streaming import Stream, StreamedBatches, open_stream
+from sqat.data.sources import split_digest
+from sqat.data.streaming import Stream, StreamedBatches
 from sqat.data.text_files import read_rows
 from sqat.errors import SqatError
 from sqat.recipe.inputs import Columns, SplitConfig
 from sqat.recipe.loader import load_recipe
 from sqat.recipe.tasks import ClassificationTask, RegressionTask
 from sqat.tasks.classification import Classification
+from sqat.tasks.splits import load_rows, open_stream
 from sqat.training.batches import Batches
 
 TASK = ClassificationTask(labels=("bad", "good"))
@@ -209,7 +210,7 @@ def first(folder: Path) -> None:
 
 
 def whole(folder: Path) -> None:
-    data.load_rows(SplitConfig(path="part-0.parquet"), "train", Columns(), TASK, folder)
+    load_rows(SplitConfig(path="part-0.parquet"), "train", Columns(), TASK, folder)
 
 
 POOLS: list[Any] = []  # kept for good: what was allocated from one and is freed after it is gone ends the process
@@ -311,12 +312,12 @@ def test_the_files_of_a_glob_must_be_there(tmp_path: Path) -> None:
 def test_the_digest_follows_every_shard_and_the_buffer(tmp_path: Path) -> None:
     write_shards(tmp_path, "jsonl")
     split = SplitConfig(path="part-*.jsonl", streaming=True)
-    known = data.digest(split, tmp_path)
-    assert data.digest(split.model_copy(update={"buffer": 7}), tmp_path) != known
+    known = split_digest(split, tmp_path)
+    assert split_digest(split.model_copy(update={"buffer": 7}), tmp_path) != known
     write_shard(tmp_path / "part-1.jsonl", rows_from(1, 3))
-    assert data.digest(split, tmp_path) != known
+    assert split_digest(split, tmp_path) != known
     write_shards(tmp_path, "jsonl")
-    assert data.digest(split, tmp_path) == known
+    assert split_digest(split, tmp_path) == known
 
 
 # The hub: its own reader of a data set's layout, on a folder.

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from sqat.checkpoint.manifest import LayerRecord, Manifest, SiteRecord
 from sqat.checkpoint.store import Checkpoint, save_checkpoint
-from sqat.data.dataset import TextProcessor
+from sqat.data.tokens import TextProcessor
 from sqat.errors import SqatError
 from sqat.evaluation.inspection import inspect_checkpoint
 from sqat.lint.layer_row import LayerRow

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from sqat.checkpoint.store import Checkpoint
-from sqat.data.dataset import TextProcessor
+from sqat.data.tokens import TextProcessor
 from sqat.errors import GateError
 from sqat.export.cpu_graph import made as first_node
 from sqat.export.onnx_edit import Rewriting

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sqat.checkpoint.manifest import LAYOUT, WEIGHTS
 from sqat.checkpoint.store import Checkpoint, load_checkpoint, save_checkpoint
-from sqat.data.dataset import TextProcessor
+from sqat.data.tokens import TextProcessor
 from sqat.errors import SqatError
 from sqat.evaluation.inspection import inspect_checkpoint
 from sqat.export.quantized_model import quantize_model

@@ -21,7 +21,6 @@ diffusers = pytest.importorskip("diffusers")
 from sqat.checkpoint.manifest import Manifest  # noqa: E402
 from sqat.checkpoint.store import Checkpoint, load_checkpoint, save_checkpoint  # noqa: E402
 from sqat.cli import main  # noqa: E402
-from sqat.data.dataset import load_rows  # noqa: E402
 from sqat.errors import SqatError  # noqa: E402
 from sqat.export.float16 import to_float16  # noqa: E402
 from sqat.export.graph import export_float  # noqa: E402
@@ -36,6 +35,7 @@ from sqat.recipe.loader import load_recipe  # noqa: E402
 from sqat.recipe.stages import Layers  # noqa: E402
 from sqat.recipe.tasks import TextToImageTask  # noqa: E402
 from sqat.runtime.sessions import session  # noqa: E402
+from sqat.tasks.splits import load_rows  # noqa: E402
 from sqat.tasks.text_to_image import TextToImage  # noqa: E402
 
 WIDTH, SIDE, TOKENS = 16, 8, 5

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from torch import nn
 
-from sqat.data.dataset import digest
+from sqat.data.sources import split_digest
 from sqat.errors import SqatError
 from sqat.models.layer_selection import encoder_blocks, find_qkv, is_convolutional
 from sqat.recipe.inputs import Columns, SplitConfig
@@ -56,7 +56,7 @@ def test_the_bytes_of_image_files_count(tmp_path: Path) -> None:
     split, found = SplitConfig(path="some.jsonl"), []
     for content in (b"1", b"2", b"1"):
         (tmp_path / "a.png").write_bytes(content)
-        found.append(digest(split, tmp_path, "image"))
+        found.append(split_digest(split, tmp_path, "image"))
     assert found[0] == found[2] != found[1]
 
 
@@ -77,7 +77,7 @@ def test_both_tasks_of_images_have_them_in_their_keys(task: str, tmp_path: Path)
 
 
 def test_reranking_needs_something_to_rank(tmp_path: Path) -> None:
-    from sqat.data.dataset import load_rows
+    from sqat.tasks.splits import load_rows
 
     (tmp_path / "dev.jsonl").write_text('{"query": "q", "text": "p", "label": 1}\n')
     load_rows(SplitConfig(path="dev.jsonl"), "dev", Columns(), RetrievalTask(), tmp_path)

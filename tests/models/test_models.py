@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from sqat.checkpoint.manifest import Manifest
 from sqat.checkpoint.store import Checkpoint
-from sqat.data.dataset import TextProcessor
+from sqat.data.tokens import TextProcessor
 from sqat.errors import SqatError
 from sqat.models.attention import use_hooked_attention
 from sqat.models.layer_selection import choose_layers, encoder_blocks, find_qkv

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from sqat.checkpoint.manifest import Manifest
 from sqat.checkpoint.store import Checkpoint, load_checkpoint, save_checkpoint
-from sqat.data.dataset import Processor, Rows
+from sqat.data.batch import Processor
+from sqat.data.rows import Rows
 from sqat.errors import SqatError
 from sqat.export.float16 import to_float16
 from sqat.export.graph import export_float

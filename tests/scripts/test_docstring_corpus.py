@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from sqat.data.dataset import load_rows
 from sqat.recipe.inputs import Columns, SplitConfig
 from sqat.recipe.tasks import RelevanceTask
+from sqat.tasks.splits import load_rows
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "data" / "docstrings.py"
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from sqat.data.dataset import Rows, SplitName, load_rows
-from sqat.data.records import LOOSE, QUERY
+from sqat.data.rows import Rows, SplitName
 from sqat.errors import SqatError
 from sqat.recipe.inputs import Columns, SplitConfig
 from sqat.recipe.tasks import RetrievalTask
+from sqat.tasks.retrieval import LOOSE, QUERY
+from sqat.tasks.splits import load_rows
 
 NESTED = Columns(group="qid", candidates="candidates")
 FLAT = Columns(passage="passage")

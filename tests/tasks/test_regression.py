@@ -6,7 +6,8 @@ import datasets
 import pytest
 import torch
 
-from sqat.data.dataset import Batch, Rows
+from sqat.data.batch import Batch
+from sqat.data.rows import Rows
 from sqat.recipe.tasks import RegressionTask
 from sqat.tasks import build_task
 from sqat.tasks.regression import Regression

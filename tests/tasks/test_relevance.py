@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torchmetrics.functional.classification import binary_auroc
 
-from sqat.data.dataset import Batch, Rows, SplitName, load_rows
+from sqat.data.batch import Batch
+from sqat.data.rows import Rows, SplitName
 from sqat.errors import SqatError
 from sqat.pipeline.runner import run
 from sqat.recipe.inputs import Columns, SplitConfig
@@ -26,6 +27,7 @@ from sqat.recipe.loader import load_recipe
 from sqat.recipe.tasks import RelevanceTask
 from sqat.tasks import build_task, metrics
 from sqat.tasks.relevance import Relevance
+from sqat.tasks.splits import load_rows
 
 Queries = list[list[float]]
 

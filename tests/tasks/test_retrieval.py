@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sqat.data.dataset import Batch, Rows
+from sqat.data.batch import Batch
+from sqat.data.rows import Rows
 from sqat.recipe.tasks import RetrievalTask
 from sqat.tasks import build_task
 from sqat.tasks.retrieval import LOOSE, QUERY, Retrieval

@@ -9,12 +9,13 @@ import pytest
 import torch
 from datasets import Dataset
 
-from sqat.data.dataset import Batch, load_rows
+from sqat.data.batch import Batch
 from sqat.errors import SqatError
 from sqat.models.rectified_flow import LATEST, fixed_draws, on_path
 from sqat.recipe.inputs import Columns, SplitConfig
 from sqat.recipe.tasks import TextToImageTask
 from sqat.tasks import build_task
+from sqat.tasks.splits import load_rows
 from sqat.tasks.text_to_image import TextToImage
 
 COLUMNS = Columns(image="x", text="names")

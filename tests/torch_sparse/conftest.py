@@ -14,7 +14,7 @@ from torch import Tensor
 from sqat.checkpoint.manifest import LayerRecord, Manifest, SiteRecord
 from sqat.checkpoint.store import Checkpoint
 from sqat.compress.calibrate import share_amax
-from sqat.data.dataset import TextProcessor
+from sqat.data.tokens import TextProcessor
 from sqat.export.quantized_model import quantize_model
 from sqat.export.targets.semi_structured import write_packed
 from sqat.models.attention import use_hooked_attention

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from sqat.checkpoint.manifest import manifest_digest
 from sqat.checkpoint.store import Checkpoint
-from sqat.data.dataset import TextProcessor
+from sqat.data.tokens import TextProcessor
 from sqat.errors import SqatError
 from sqat.evaluation.evaluate import served_model
 from sqat.export.packed_folder import MANIFEST, TENSORS

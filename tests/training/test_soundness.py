@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sqat.checkpoint.manifest import Manifest, SiteRecord
-from sqat.data.dataset import Batch
+from sqat.data.batch import Batch
 from sqat.errors import SqatError
 from sqat.modules.activation_quantizers import QUANTIZERS, Quantizers
 from sqat.modules.parametrize import insert_weights_

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sqat.data.dataset import Batch
+from sqat.data.batch import Batch
 from sqat.distributed import any_rank
 from sqat.errors import StoppedError
 from sqat.progress import SilentReporter

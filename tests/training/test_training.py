@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sqat.data.dataset import Batch, collate, column, load_rows, plan_batches, tokenize
+from sqat.data.batch import Batch, plan_batches
+from sqat.data.rows import column
+from sqat.data.tokens import collate, tokenize
 from sqat.errors import SqatError
 from sqat.models.layer_selection import linear_layers
 from sqat.modules.parametrize import insert_weights_, remove_weights_
@@ -27,6 +29,7 @@ from sqat.recipe.tasks import ClassificationTask
 from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import parse_pattern
 from sqat.tasks import build_task
+from sqat.tasks.splits import load_rows
 from sqat.training import loop as training
 from sqat.training import resume_state as mid_stage
 from sqat.training.batches import Batches

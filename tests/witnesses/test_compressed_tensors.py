@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from sqat.checkpoint.manifest import LayerRecord, Manifest, SiteRecord
 from sqat.checkpoint.store import Checkpoint
-from sqat.data.dataset import TextProcessor
+from sqat.data.tokens import TextProcessor
 from sqat.evaluation.evaluate import served_model
 from sqat.export.quantized_model import quantize_model
 from sqat.export.targets.compressed_tensors import check_compressed, write_compressed

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from scripts.benchmarks.beside_modelopt.rows import METRICS, MODEL, Budget, Figures
-from sqat.data.dataset import Batch, Processor, SplitName, column, plan_batches
+from sqat.data.batch import Batch, Processor, plan_batches
+from sqat.data.rows import SplitName, column
 from sqat.errors import SqatError
 from sqat.evaluation.inference import logits_of, predict
 from sqat.models.loading import load_pretrained

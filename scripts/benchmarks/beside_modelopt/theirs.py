@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from scripts.benchmarks.beside_modelopt.chain import Made, Phases
 from scripts.benchmarks.beside_modelopt.sets import Trial
-from sqat.data.dataset import Batch
+from sqat.data.batch import Batch
 from sqat.models.layer_selection import choose_layers
 from sqat.recipe.stages import Layers
 

@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 from sklearn.metrics import ndcg_score
 from torchmetrics.functional.regression import kendall_rank_corrcoef, spearman_corrcoef
 
-from sqat.data.dataset import Batch, Rows, SplitName, load_rows
+from sqat.data.batch import Batch
+from sqat.data.rows import Rows, SplitName
 from sqat.errors import SqatError
 from sqat.recipe.inputs import Columns, SplitConfig
 from sqat.recipe.tasks import QueryPerformanceTask
 from sqat.tasks import build_task, metrics
-from sqat.tasks.performance import QueryPerformance
+from sqat.tasks.query_performance import QueryPerformance
+from sqat.tasks.splits import load_rows
 
 LABELS = st.lists(st.sampled_from([0.0, 0.25, 0.3, 1.0]), min_size=1, max_size=12)
 
