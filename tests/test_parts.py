@@ -77,15 +77,34 @@ class InputNorm(Criterion):
         return require(statistics).sqrt().expand_as(weight)
 '''
 
+# sqat/export/targets/onnx_folded.py
+TARGET = '''
+"""Target `onnx-folded`: the float graph, with the attention scale folded into the query."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sqat.export.card import ONNX_USAGE as USAGE
+from sqat.export.folding import fold_attention_scale
+from sqat.export.source import Source, TargetFile, write_graph
+
+
+def write(source: Source, path: Path) -> TargetFile:
+    """Write the ONNX file."""
+    return write_graph(source, path, fold_attention_scale(source.graph), source.float_checkpoint, "onnx-fp32")
+'''
+
 # The line that each table gets, then the command line of `sqat`.
 PROGRAM = """
 import sys
 
 import made_up.half_maximum, made_up.input_norm
-import sqat.quantization.calibrators, sqat.sparsity.criteria
+import sqat.quantization.calibrators, sqat.recipe.targets, sqat.sparsity.criteria
 
 sqat.quantization.calibrators.CALIBRATORS += (made_up.half_maximum.HalfMaximum,)
 sqat.sparsity.criteria.CRITERIA += (made_up.input_norm.InputNorm,)
+sqat.recipe.targets.TARGETS["onnx-folded"] = sqat.recipe.targets.Target("model.folded.onnx", "made_up.onnx_folded")
 
 from sqat.cli import main
 
@@ -98,13 +117,15 @@ def test_a_recipe_runs_with_parts_that_sqat_does_not_have(
 ) -> None:
     package = tmp_path / "made_up"
     package.mkdir()
-    for name, text in {"half_maximum": CALIBRATOR, "input_norm": CRITERION, "__init__": ""}.items():
+    files = {"half_maximum": CALIBRATOR, "input_norm": CRITERION, "onnx_folded": TARGET, "__init__": ""}
+    for name, text in files.items():
         (package / f"{name}.py").write_text(text)
     (tmp_path / "program.py").write_text(PROGRAM)
     one_shot = {"name": "per-group", "num_masks": 1}
     stages = {
         "prune": {"steps": 1, "batch_size": 8, "criterion": "input-norm", "schedule": one_shot},
         "calibrate": {"samples": 16, "batch_size": 8, "method": {"name": "half-max", "factor": 0.25}},
+        "export": {"targets": ["onnx-folded"]},
     }
     recipe = write_recipe(make_source(), stages)
 
@@ -117,7 +138,10 @@ def test_a_recipe_runs_with_parts_that_sqat_does_not_have(
     sqat("run", recipe)
     runs = sorted((tmp_path / "runs" / "tiny").glob("*/sqat.json"))
     manifests = [json.loads(path.read_text()) for path in runs]
-    assert [manifest["stage"] for manifest in manifests] == ["prune", "calibrate"]
+    assert [manifest["stage"] for manifest in manifests] == ["prune", "calibrate", "export"]
     for mask in load_checkpoint(runs[0].parent).masks.values():
         assert torch.equal(mask, mask[:1].expand_as(mask)), "all rows have the same inputs"
+    card = (runs[2].parent / "README.md").read_text()
+    assert "| onnx-folded | model.folded.onnx |" in card
+    assert 'InferenceSession("model.folded.onnx")' in card
     assert all(site["saturated"] > 0 for site in manifests[1]["sites"].values()), "a quarter of the maximum clips"
