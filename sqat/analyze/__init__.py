@@ -1,1 +1,1 @@
-"""`sqat analyze`: what pruning and int8 would do to a trained model, layer by layer, before anything is trained."""
+"""`sqat analyze`: how much pruning and int8 change a trained model, layer by layer, before anything is trained."""

@@ -1,19 +1,27 @@
-"""`sqat analyze`: where it starts, which rows it measures on, and all that it finds."""
+"""`sqat analyze`: choose the checkpoint and the rows, and measure all layers."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from sqat.analyze.budget import Step, keep_within, list_steps, most_tries, worst_first
-from sqat.analyze.findings import Choice, Findings, Harm, LayerFinding, Sizes, tell_choice
+from sqat.analyze.budget import Step, largest_first, list_steps, max_tries, skip_steps
+from sqat.analyze.findings import (
+    BudgetChoice,
+    Findings,
+    LayerFinding,
+    Sensitivity,
+    Shares,
+    format_layers,
+    share_of,
+)
 from sqat.analyze.options import Options, Sections, choose_sections
-from sqat.analyze.sensitivity import OUTPUT_LOSS, Damages, Probe, make_judge, run_model, total
-from sqat.analyze.treatments import Pruning, Rounding, find_pruning, find_rounding
+from sqat.analyze.sensitivity import OUTPUT_LOSS, Probe, choose_measure, run_model
+from sqat.analyze.treatments import Pruning, Quantization, find_pruning, find_quantization
 from sqat.checkpoint.atomic_write import replace_file
 from sqat.checkpoint.store import Checkpoint, load_checkpoint
 from sqat.data.rows import Rows, column
@@ -28,13 +36,13 @@ from sqat.training.resume_state import ResumeState
 
 
 def run_analysis(loaded: LoadedRecipe, options: Options, reporter: Reporter) -> Findings:
-    """Treat each layer alone, all of them, and with a budget the fewest that break it; write nothing.
+    """Treat each layer alone and all together, and choose layers within a budget where there is one; write nothing.
 
     Args:
-        options: that `check_options` has let pass.
+        options: checked by `check_options`.
 
     Raises:
-        SqatError: no checkpoint to start from, or one that is not plain.
+        SqatError: there is no dense checkpoint to start from.
     """
     begun, name = time.monotonic(), None if options.start is not None else start_stage(loaded, options.stage)
     sections = choose_sections(loaded.recipe, name, options)
@@ -68,106 +76,122 @@ def start_stage(loaded: LoadedRecipe, wanted: str | None) -> str:
 
 
 def plain_checkpoint(directory: Path) -> Checkpoint:
-    """A checkpoint that is neither pruned nor calibrated.
+    """Load a checkpoint that is neither pruned nor calibrated.
 
     Raises:
-        SqatError: it is, so that what its layers would suffer cannot be told any more.
+        SqatError: it is, so that the sensitivity of its dense layers cannot be measured.
     """
     checkpoint = load_checkpoint(directory)
     if checkpoint.masks or checkpoint.amax:
-        done = "calibrated" if checkpoint.amax else "pruned"
-        raise SqatError(f"the checkpoint is already {done}", "start from a train stage", str(directory))
+        state = "calibrated" if checkpoint.amax else "pruned"
+        raise SqatError(f"the checkpoint is already {state}", "start from a train stage", str(directory),
+                        code="stage-order")  # fmt: skip
     if not checkpoint.weights:
-        raise SqatError("is an export without torch weights", "start from a train stage", str(directory))
+        raise SqatError("it is an export without torch weights", "start from a train stage", str(directory),
+                        code="not-a-checkpoint")  # fmt: skip
     return checkpoint
 
 
 def make_context(loaded: LoadedRecipe, parent: Checkpoint, directory: Path, reporter: Reporter) -> StageContext:
-    """The surroundings that stages are given; nothing is saved, so the mid-stage state is never used."""
+    """Make the context that stages get; nothing is trained, so there is no resume state."""
     splits = Splits(loaded.recipe, loaded.path.parent)
     unused = ResumeState(directory / "unused", "")
     return StageContext(loaded.recipe, loaded.path.parent, "analyze", "", {}, splits, reporter, unused, lambda: parent)
 
 
 def analyze(context: StageContext, parent: Checkpoint, sections: Sections, options: Options) -> Findings:
-    """The findings, but for the place and the time."""
+    """Measure everything; the caller fills in the checkpoint and the seconds."""
     model, processor = context.load_model(parent)
     split: Literal["train", "dev"] = "train" if options.split == "train" else "dev"
     rows = choose_rows(context.splits.prepared(split, processor), options.samples, context.recipe.seed)
-    context.reporter.info(f"measuring the model as it is on {len(rows)} rows of {split}")
-    plain, damage = run_model(model, processor, rows), options.metric or OUTPUT_LOSS
-    judge = make_judge(context.task, damage, plain, rows)  # tells a metric that is none, before the longer work
-    rounding, pruning = Rounding(), Pruning()
+    context.reporter.info(f"measuring the untreated model on {len(rows)} rows of {split}")
+    plain, metric = run_model(model, processor, rows), options.metric or OUTPUT_LOSS
+    measure = choose_measure(context.task, metric, plain, rows)  # raises for an unknown metric, before the longer work
+    quantization, pruning = Quantization(), Pruning()
     if sections.calibrate is not None:
         context.reporter.info(f"calibrating as stage {sections.calibrate[0]} does")
-        rounding = find_rounding(model, sections.calibrate[1], context, processor)
+        quantization = find_quantization(model, sections.calibrate[1], context, processor)
     if sections.prune is not None:
         context.reporter.info(f"choosing masks as stage {sections.prune[0]} does")
         pruning = find_pruning(model, sections.prune[1], context, processor)
-    probe = Probe(model, processor, rows, pruning, rounding, judge, context.reporter)
-    tries = 0 if options.budget is None else most_tries(len(pruning.masks) + len(rounding.layers))
+    probe = Probe(model, processor, rows, pruning, quantization, measure, context.reporter)
+    tries = 0 if options.budget is None else max_tries(len(pruning.masks) + len(quantization.layers))
     context.reporter.start("analyze layers", 3 * len(probe.layers) + 3 + tries)
-    damages = {name: probe.damages([name]) for name in probe.layers}
-    together, sizes = probe.damages(probe.layers), Sizes.of(probe)
-    choice = None if options.budget is None else choose(options.budget, probe, damages, sections, sizes)
+    alone = {name: probe.sensitivity([name]) for name in probe.layers}
+    together, sizes = probe.sensitivity(probe.layers), probe.measure_sizes()
+    choice = None if options.budget is None else choose_within(options.budget, probe, alone, sections, sizes)
     context.reporter.finish()
-    facts = {"damage": damage, "split": split, "rows": len(rows), "plain": context.task.metrics(plain, rows)}
-    return tell_findings(probe, damages, together, sizes, choice, sections, facts)
-
-
-def choose(budget: float, probe: Probe, damages: Mapping[str, Damages], sections: Sections, sizes: Sizes) -> Choice:
-    """What to leave dense and float for a budget."""
-    kept = keep_within(budget, list_steps(damages), lambda steps: probe.damage(*split_steps(steps)))
-    both = {"pruned": sections.prune, "int8": sections.calibrate}
-    layers = {kind: (found[0], found[1].layers) for kind, found in both.items() if found is not None}
-    return tell_choice(budget, kept, treated_layers(probe), layers, sizes)
-
-
-def treated_layers(probe: Probe) -> dict[str, list[str]]:
-    """Treatment -> the layers that can get it."""
-    return {"pruned": [*probe.pruning.masks], "int8": probe.rounding.layers}
-
-
-def tell_findings(
-    probe: Probe,
-    damages: Mapping[str, Damages],
-    together: Damages,
-    sizes: Sizes,
-    choice: Choice | None,
-    sections: Sections,
-    facts: Mapping[str, Any],
-) -> Findings:
-    """All that was measured; the layers with the largest damage first."""
-    modules, patterns, treated = weighted_layers(probe.model), probe.pruning.patterns, treated_layers(probe)
-    layers = [LayerFinding(name=name, shape=[*modules[name].weight.shape], pattern=patterns.get(name, ""),
-                           weights=sizes.weights[name], multiply_adds=sizes.multiply_adds[name],
-                           damage=Harm.of(damages[name]))
-              for name in sorted(damages, key=lambda name: worst_first(damages[name].both))]  # fmt: skip
     return Findings(
         checkpoint="",
         prune=None if sections.prune is None else sections.prune[0],
         calibrate=None if sections.calibrate is None else sections.calibrate[0],
-        layers=layers,
-        together=Harm.of(together),
-        summed=Harm.of(total([*damages.values()])),
-        sparse=sizes.share_of(treated["pruned"]),
-        int8=sizes.share_of(treated["int8"]),
+        measure=metric,
+        split=split,
+        rows=len(rows),
+        plain=context.task.metrics(plain, rows),
+        layers=describe_layers(probe, alone, sizes),
+        together=together,
+        summed=Sensitivity.sum([*alone.values()]),
+        sparse=share_of(sizes, pruning.masks),
+        int8=share_of(sizes, quantization.layers),
         choice=choice,
         notes=sections.notes(),
         seconds=0.0,
-        **facts,
     )
 
 
-def split_steps(steps: Sequence[Step]) -> tuple[list[str], list[str]]:
-    """Layers that are pruned and layers that are int8 once the steps are done."""
-    kinds = ("pruned", "int8")
-    pruned, int8 = ([step.layer for step in steps if step.kind == kind] for kind in kinds)
-    return pruned, int8
+def describe_layers(probe: Probe, alone: Mapping[str, Sensitivity], sizes: Mapping[str, Shares]) -> list[LayerFinding]:
+    """A finding for each layer, the most sensitive first."""
+    modules = weighted_layers(probe.model)
+    return [
+        LayerFinding(
+            name=name,
+            shape=[*modules[name].weight.shape],
+            pattern=probe.pruning.patterns.get(name, ""),
+            weights=sizes[name].weights,
+            multiply_adds=sizes[name].multiply_adds,
+            sensitivity=alone[name],
+        )
+        for name in sorted(alone, key=lambda name: largest_first(alone[name].both))
+    ]
+
+
+def choose_within(
+    budget: float, probe: Probe, alone: Mapping[str, Sensitivity], sections: Sections, sizes: Mapping[str, Shares]
+) -> BudgetChoice:
+    """Choose which layers to leave dense and float, and write the sections of the recipe that say so."""
+    steps = list_steps(alone)
+    skipped, measured = skip_steps(budget, steps, lambda taken: probe.measure_treated(*layers_of(taken)))
+    dense, float_layers = layers_of(skipped)
+    pruned = [name for name in probe.pruning.masks if name not in dense]
+    int8 = [name for name in probe.quantization.layers if name not in float_layers]
+    recipe: dict[str, str | None] = {}
+    if sections.prune is not None:
+        stage, prune = sections.prune
+        recipe[stage] = format_layers(prune.layers, dense) if pruned else None
+    if sections.calibrate is not None:
+        stage, calibrate = sections.calibrate
+        recipe[stage] = format_layers(calibrate.layers, float_layers) if int8 else None
+    return BudgetChoice(
+        budget=budget,
+        dense=dense,
+        float_layers=float_layers,
+        predicted=sum(step.sensitivity for step in steps[len(skipped) :]),
+        measured=measured,
+        sparse=share_of(sizes, pruned),
+        int8=share_of(sizes, int8),
+        recipe=recipe,
+    )
+
+
+def layers_of(steps: Sequence[Step]) -> tuple[list[str], list[str]]:
+    """Layers that steps prune, and layers that they quantize."""
+    pruned = [step.layer for step in steps if step.kind == "pruned"]
+    return pruned, [step.layer for step in steps if step.kind == "int8"]
 
 
 def choose_rows(rows: Rows, samples: int, seed: int) -> Rows:
-    """At least ``samples`` rows (or all), drawn by the seed; a query's passages come with it, all of them."""
+    """Draw at least ``samples`` rows by the seed; all passages of a query come together."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     if "group" not in rows.column_names:
         return rows.select(sorted(order[:samples]))
@@ -184,11 +208,7 @@ def choose_rows(rows: Rows, samples: int, seed: int) -> Rows:
 
 
 def write_findings(findings: Findings, json_file: Path | None, plot: Path | None) -> None:
-    """Write the findings as JSON and as a plot, where files are named.
-
-    Raises:
-        SqatError: a file cannot be written, or the plot not be drawn here.
-    """
+    """Write the findings as JSON and as a plot, where files are named."""
     if json_file is not None:
         replace_file(json_file, f"{findings.model_dump_json(indent=1)}\n".encode())
     if plot is not None:

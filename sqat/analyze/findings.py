@@ -1,24 +1,19 @@
-"""What `sqat analyze` found, as JSON has it, and the fragment of a recipe that follows from it."""
+"""What `sqat analyze` found, as its JSON file has it, and the sections of a recipe that follow from it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from sqat.analyze.budget import Kept
-from sqat.analyze.sensitivity import Damages, Probe, count_multiply_adds
 from sqat.checkpoint.manifest import Figure
-from sqat.evaluation.inference import EVALUATION_BATCH
-from sqat.models.layer_selection import weighted_layers
 from sqat.recipe.stages import Layers
 
 STRICT = ConfigDict(extra="forbid")
 
 
-class Harm(BaseModel):
-    """Damage of each treatment; None where there is no such treatment."""
+class Sensitivity(BaseModel):
+    """How much each treatment changes the model; None where a layer does not get it."""
 
     model_config = STRICT
 
@@ -27,12 +22,20 @@ class Harm(BaseModel):
     both: Figure
 
     @classmethod
-    def of(cls, damages: Damages) -> Harm:
-        return cls(**damages._asdict())
+    def sum(cls, parts: Sequence[Sensitivity]) -> Sensitivity:
+        """Add up the sensitivities of single layers, treatment by treatment."""
+        both = sum(part.both for part in parts)
+        return cls(pruned=add([part.pruned for part in parts]), int8=add([part.int8 for part in parts]), both=both)
+
+
+def add(values: Iterable[float | None]) -> float | None:
+    """The sum of the values that are there; None where none is."""
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) if numbers else None
 
 
 class LayerFinding(BaseModel):
-    """One layer; ``multiply_adds`` as a share of those of all linears and convolutions, as ``weights`` is of theirs."""
+    """One layer; ``weights`` and ``multiply_adds`` are shares of those of all linears and convolutions."""
 
     model_config = STRICT
 
@@ -41,11 +44,11 @@ class LayerFinding(BaseModel):
     pattern: str
     weights: float
     multiply_adds: float
-    damage: Harm
+    sensitivity: Sensitivity
 
 
 class Shares(BaseModel):
-    """How much of all linears' and convolutions' weights and multiply-adds is in treated layers."""
+    """Share of the weights and multiply-adds of all linears and convolutions."""
 
     model_config = STRICT
 
@@ -53,13 +56,15 @@ class Shares(BaseModel):
     multiply_adds: float
 
 
-class Choice(BaseModel):
-    """What keeps within a budget: layers to leave dense and float, predicted (a sum) and measured damage.
+class BudgetChoice(BaseModel):
+    """Which layers to leave dense and float, so that the sensitivity of the model stays within a budget.
 
     Attributes:
+        predicted: sum of the sensitivities of the single layers that are treated.
+        measured: sensitivity with all of them treated.
         sparse: share of the layers that stay pruned.
         int8: share of those that stay int8.
-        recipe: stage -> the layers section that says so; None where nothing would be left to treat.
+        recipe: stage -> its layers section; None where no layer remains to treat.
     """
 
     model_config = STRICT
@@ -75,13 +80,13 @@ class Choice(BaseModel):
 
 
 class Findings(BaseModel):
-    """All of it; layers with the largest damage first.
+    """Everything that was measured; the most sensitive layers first.
 
     Attributes:
-        damage: what is measured: the output loss, or the metric that is lost.
-        plain: the task's metrics of the model as it is, on the same rows.
-        together: damage with all layers treated.
-        summed: sum of the damages of single layers.
+        measure: what sensitivity is: the output loss, or the metric whose decrease is measured.
+        plain: the task's metrics of the untreated model on the same rows.
+        together: sensitivity with all layers treated.
+        summed: sum of the sensitivities of single layers.
     """
 
     model_config = STRICT
@@ -89,75 +94,35 @@ class Findings(BaseModel):
     checkpoint: str
     prune: str | None
     calibrate: str | None
-    damage: str
+    measure: str
     split: str
     rows: int
     plain: dict[str, Figure]
     layers: list[LayerFinding]
-    together: Harm
-    summed: Harm
+    together: Sensitivity
+    summed: Sensitivity
     sparse: Shares
     int8: Shares
-    choice: Choice | None
+    choice: BudgetChoice | None
     notes: list[str]
     seconds: float
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Share of each linear and convolution in the weights and multiply-adds of all."""
-
-    weights: dict[str, float]
-    multiply_adds: dict[str, float]
-
-    @classmethod
-    def of(cls, probe: Probe) -> Sizes:
-        """Multiply-adds are counted on the first rows, with their padding."""
-        batch = probe.processor.collate(probe.rows, list(range(min(len(probe.rows), EVALUATION_BATCH))))
-        weights = {name: module.weight.numel() for name, module in weighted_layers(probe.model).items()}
-        return cls(shares(weights), shares(count_multiply_adds(probe.model, batch)))
-
-    def share_of(self, names: Sequence[str]) -> Shares:
-        """Share of the named layers together."""
-        added = (sum(counts[name] for name in names) for counts in (self.weights, self.multiply_adds))
-        return Shares(**dict(zip(("weights", "multiply_adds"), added, strict=True)))
+def share_of(sizes: Mapping[str, Shares], names: Iterable[str]) -> Shares:
+    """Share of the named layers together."""
+    chosen = [sizes[name] for name in names]
+    return Shares(
+        weights=sum(size.weights for size in chosen), multiply_adds=sum(size.multiply_adds for size in chosen)
+    )
 
 
-def shares(counts: Mapping[str, int]) -> dict[str, float]:
-    """Counts as shares of their sum."""
-    whole = sum(counts.values())
-    return {name: count / whole for name, count in counts.items()}
-
-
-def layers_section(layers: Layers, left_out: Sequence[str]) -> str:
+def format_layers(layers: Layers, skipped: Iterable[str]) -> str:
     """The recipe's ``layers`` with more of them excluded, as YAML that fits in a block and in braces."""
-    include = "" if layers.include is None else f"include: {listed(layers.include)}, "
-    return f"layers: {{{include}exclude: {listed([*dict.fromkeys((*layers.exclude, *left_out))])}}}"
+    include = "" if layers.include is None else f"include: {format_list(layers.include)}, "
+    return f"layers: {{{include}exclude: {format_list(dict.fromkeys((*layers.exclude, *skipped)))}}}"
 
 
-def listed(names: Sequence[str]) -> str:
+def format_list(names: Iterable[str]) -> str:
     """Texts as a YAML list, one a line."""
     lines = ",".join(f'\n  "{name}"' for name in names)
     return f"[{lines}]"
-
-
-def tell_choice(
-    budget: float,
-    kept: Kept,
-    treated: Mapping[str, Sequence[str]],
-    sections: Mapping[str, tuple[str, Layers]],
-    sizes: Sizes,
-) -> Choice:
-    """The choice in words of a recipe.
-
-    Args:
-        treated: pruned -> layers, int8 -> layers.
-        sections: pruned -> stage and its ``layers``, int8 -> the same.
-    """
-    left = {kind: [step.layer for step in kept.left_out if step.kind == kind] for kind in ("pruned", "int8")}
-    stay = {kind: [name for name in treated[kind] if name not in left[kind]] for kind in left}
-    recipe = {stage: layers_section(layers, left[kind]) if stay[kind] else None
-              for kind, (stage, layers) in sections.items()}  # fmt: skip
-    return Choice(budget=budget, dense=left["pruned"], float_layers=left["int8"], predicted=kept.predicted,
-                  measured=kept.measured, sparse=sizes.share_of(stay["pruned"]),
-                  int8=sizes.share_of(stay["int8"]), recipe=recipe)  # fmt: skip

@@ -1,4 +1,4 @@
-"""The words of `sqat analyze`: checked against the recipe before torch is imported."""
+"""Options of `sqat analyze`, checked against the recipe without torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPLITS = ("train", "dev")
 
 @dataclass(frozen=True)
 class Options:
-    """Flags of `sqat analyze` as they were typed."""
+    """Flags of `sqat analyze`."""
 
     stage: str | None = None
     start: Path | None = None
@@ -33,61 +33,58 @@ class Options:
 
 @dataclass(frozen=True)
 class Sections:
-    """The sections of the recipe that say how layers are treated, by the names of their stages."""
+    """The sections of the recipe that say how layers are pruned and quantized, with the names of their stages."""
 
     prune: tuple[str, PruneConfig] | None
     calibrate: tuple[str, CalibrateConfig] | None
 
     def notes(self) -> list[str]:
-        """What the analysis leaves out of them."""
-        notes = ["nothing is trained after pruning or rounding: a stage's training wins most of the damage back"]
-        if self.calibrate is not None and self.calibrate[1].placement != "linear":
-            notes.append(f"int8 is that of placement linear: sites that {self.calibrate[1].placement} adds stay float")
+        """What the analysis ignores of them."""
+        notes = ["nothing is trained after pruning or quantizing: a stage's training recovers most of the loss"]
+        if self.calibrate is not None and (placement := self.calibrate[1].placement) != "linear":
+            notes.append(f"int8 is that of placement linear: sites that {placement} adds stay float")
         return notes
 
 
 def check_options(options: Options, recipe: Recipe) -> None:
-    """Refuse numbers and names that cannot be.
-
-    Raises:
-        SqatError: one of them, or a folder to start from that is no checkpoint.
-    """
+    """Raise for impossible numbers, unknown names, and a folder to start from that is no checkpoint."""
     if options.samples < 1:
-        raise SqatError(f"must be at least 1, got {options.samples}", place="--samples")
+        raise SqatError(f"must be at least 1, got {options.samples}", place="--samples", code="usage")
     if options.budget is not None and not (options.budget >= 0 and math.isfinite(options.budget)):
-        raise SqatError(f"must be a number of at least 0, got {options.budget:g}", place="--budget")
+        raise SqatError(f"must be a number of at least 0, got {options.budget:g}", place="--budget", code="usage")
     if options.split not in SPLITS:
-        raise SqatError(f"no split {options.split!r}", suggest(options.split, SPLITS), "--split")
+        raise SqatError(f"no split {options.split!r}", suggest(options.split, SPLITS), "--split", code="unknown-name")
     if options.start is not None and options.stage is not None:
-        raise SqatError("--stage and --from both say where to start", "leave one of them out")
+        raise SqatError("--stage and --from both say where to start", "remove one of them", code="usage")
     if options.stage is not None and options.stage not in recipe.stages:
-        raise SqatError(f"no stage {options.stage!r}", suggest(options.stage, recipe.stages), "--stage")
+        raise SqatError(f"no stage {options.stage!r}", suggest(options.stage, recipe.stages), "--stage",
+                        code="unknown-name")  # fmt: skip
     if options.start is not None:
         load_manifest(options.start)
     choose_sections(recipe, options.stage, options)
 
 
 def choose_sections(recipe: Recipe, start: str | None, options: Options) -> Sections:
-    """The prune stage that grows from ``start`` and the calibrate stage after it, unless others are named.
+    """Choose the prune stage that follows ``start`` and the calibrate stage that follows it, unless they are named.
 
     Raises:
-        SqatError: a stage that is none of its kind, or neither kind in the recipe.
+        SqatError: a stage of another type, or a recipe with neither type.
     """
     prune = choose_stage(recipe, "prune", options.prune, [start])
     calibrate = choose_stage(recipe, "calibrate", options.calibrate, [prune, start])
     if prune is None and calibrate is None:
         raise SqatError("the recipe has neither a prune nor a calibrate stage: there is nothing to analyze",
-                        f"its stages: {', '.join(recipe.stages)}", recipe.name)  # fmt: skip
+                        f"its stages: {', '.join(recipe.stages)}", recipe.name, code="stage-order")  # fmt: skip
     return Sections(
         None if prune is None else (prune, cast("PruneConfig", recipe.stages[prune])),
         None if calibrate is None else (calibrate, cast("CalibrateConfig", recipe.stages[calibrate])),
     )
 
 
-def choose_stage(recipe: Recipe, kind: str, wanted: str | None, after: Sequence[str | None]) -> str | None:
-    """The stage called ``wanted``; else the first of its kind that grows from one of ``after``; else the first."""
-    names = [name for name, config in recipe.stages.items() if config.type == kind]
-    if wanted is not None and wanted not in names:
-        raise SqatError(f"no {kind} stage {wanted!r}", suggest(wanted, names), f"--{kind}")
-    grown = [name for before in after for name in names if before in recipe.ancestors_of(name)]
-    return wanted or next(iter([*grown, *names]), None)
+def choose_stage(recipe: Recipe, kind: str, name: str | None, after: Sequence[str | None]) -> str | None:
+    """Return the named stage, else the first of its type that follows one of ``after``, else the first of its type."""
+    names = [stage for stage, config in recipe.stages.items() if config.type == kind]
+    if name is not None and name not in names:
+        raise SqatError(f"no {kind} stage {name!r}", suggest(name, names), f"--{kind}", code="unknown-name")
+    following = [stage for before in after for stage in names if before in recipe.ancestors_of(stage)]
+    return name or next(iter([*following, *names]), None)

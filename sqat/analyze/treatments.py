@@ -1,14 +1,12 @@
-"""What pruning and int8 would do to each layer of a model, found once, and put on any of them for a while.
+"""Find once how each layer would be pruned and quantized, then treat any of them for a while.
 
-Masks, corrected weights and bounds are those of a stage that prunes at once and of one that calibrates right after
-the dense model: no weight is trained. Kept per layer are a mask (a byte a weight) and, where the criterion moves the
-weights that stay (sparsegpt), these. Left out: sites of other placements than linear, rounding of biases, bounds
-observed with the masks in place.
+Masks and amax are those of a stage that prunes at once, and of one that calibrates the dense model for placement
+``linear``; nothing is trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -30,7 +28,7 @@ from sqat.stages.prune import start_pruning
 
 @dataclass(frozen=True)
 class Pruning:
-    """Masks of the layers that are pruned, and their weights where the criterion moved them."""
+    """Masks of the layers that are pruned, and their weights where the criterion corrects them."""
 
     patterns: dict[str, str] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
@@ -38,49 +36,45 @@ class Pruning:
 
 
 @dataclass(frozen=True)
-class Rounding:
-    """Layers whose weights and inputs are int8, and how they were calibrated."""
+class Quantization:
+    """Layers whose weights and inputs are int8, and the amax of their sites."""
 
     layers: list[str] = field(default_factory=list)
     amax: dict[str, Tensor] = field(default_factory=dict)
     shared_with: dict[str, str] = field(default_factory=dict)
 
-    def of_layers(self, names: Collection[str]) -> Rounding:
-        """The same for the named layers alone."""
-        shared_with = {site: owner for site, owner in self.shared_with.items() if site.rpartition(":")[0] in names}
-        return Rounding([*names], {owner: self.amax[owner] for owner in shared_with.values()}, shared_with)
-
 
 @contextmanager
 def treated_(
-    model: nn.Module, pruning: Pruning, rounding: Rounding, pruned: Collection[str], quantized: Collection[str]
+    model: nn.Module, pruning: Pruning, quantization: Quantization, pruned: Collection[str], int8: Collection[str]
 ) -> Iterator[None]:
     """Prune and quantize the named layers; afterwards every weight has the bits it had before."""
-    saved = copy_weights(model, pruned)
+    before = copy_weights(model, pruned)
     masks = {name: pruning.masks[name] for name in pruned}
+    shared_with = {site: to for site, to in quantization.shared_with.items() if site.rpartition(":")[0] in int8}
+    amax = {site: quantization.amax[site] for site in shared_with.values()}
     try:
         set_weights_(model, {name: pruning.corrected[name] for name in pruned if name in pruning.corrected})
-        int8 = rounding.of_layers(quantized)
-        with quantized_model(model, masks, int8.layers, int8.amax, int8.shared_with, "linear"):
+        with quantized_model(model, masks, int8, amax, shared_with, "linear"):
             yield
     finally:
-        set_weights_(model, saved)
+        set_weights_(model, before)
 
 
-def copy_weights(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+def copy_weights(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Copies of the named layers' weights."""
     return {name: layer(model, name).weight.detach().clone() for name in names}
 
 
-def set_weights_(model: nn.Module, weights: dict[str, Tensor]) -> None:
+@torch.no_grad()
+def set_weights_(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Write weights into their layers, bit by bit."""
-    with torch.no_grad():
-        for name, weight in weights.items():
-            layer(model, name).weight.copy_(weight)
+    for name, weight in weights.items():
+        layer(model, name).weight.copy_(weight)
 
 
 def find_pruning(model: nn.Module, config: PruneConfig, context: StageContext, processor: Processor) -> Pruning:
-    """Choose the masks of a prune stage as if it had one step; the model is left as it was, permuted if asked for."""
+    """Choose the masks of a prune stage as if it had one step; weights stay as they are, in the stage's order."""
     at_once = config.model_copy(update={"schedule": PerGroup(num_masks=1)})
     patterns, _ = choose_patterns(model, config.layers, config.pattern, config.patterns)
     batches = context.training_batches(config, processor)
@@ -96,11 +90,10 @@ def find_pruning(model: nn.Module, config: PruneConfig, context: StageContext, p
     return Pruning({name: str(pattern) for name, pattern in patterns.items()}, chosen, corrected)
 
 
-def find_rounding(model: nn.Module, config: CalibrateConfig, context: StageContext, processor: Processor) -> Rounding:
-    """Calibrate the inputs of the linears (of convolutions outputs too) as a calibrate stage of placement linear does.
-
-    Batch norms are folded first, as that stage folds them, and stay so.
-    """
+def find_quantization(
+    model: nn.Module, config: CalibrateConfig, context: StageContext, processor: Processor
+) -> Quantization:
+    """Calibrate as a calibrate stage of placement ``linear`` does; batch norms are folded, and stay folded."""
     layers = choose_layers(model, config.layers, "quantize").chosen
     found = calibrate_on_rows(config, "linear", model, processor, layers, context)
-    return Rounding(layers, found.amax, found.shared_with)
+    return Quantization(layers, found.amax, found.shared_with)

@@ -1,4 +1,4 @@
-"""`sqat analyze` on a tiny project: its damages are those of plain torch, and the model stays as it was."""
+"""`sqat analyze` on a tiny project: its values are those of plain torch, and the model stays as it was."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from torch import Tensor, nn
 from sqat import cli
 from sqat.analyze.command import analyze, choose_rows, make_context, run_analysis
 from sqat.analyze.findings import Findings
-from sqat.analyze.options import Options, choose_sections
-from sqat.analyze.treatments import find_pruning, find_rounding, treated_
+from sqat.analyze.options import Options, check_options, choose_sections
+from sqat.analyze.treatments import find_pruning, find_quantization, treated_
 from sqat.checkpoint.store import load_checkpoint, save_checkpoint
-from sqat.errors import SqatError
+from sqat.errors import ErrorCode, SqatError
 from sqat.evaluation.inference import logits_of, predict
 from sqat.progress import SilentReporter
 from sqat.recipe.loader import load_recipe
 from sqat.recipe.schema import LoadedRecipe
 from sqat.recipe.stages import CalibrateConfig, PruneConfig
 from sqat.stages.context import StageContext
+from tests.errors import raises_code
 from tests.pipeline.conftest import Project
 
 pytestmark = pytest.mark.pipeline
@@ -112,20 +113,20 @@ def largest_input(model: nn.Module, module: nn.Module, inputs: dict[str, Tensor]
 
 
 @pytest.mark.parametrize("name", ["0.attention.self.value", "1.intermediate.dense", "1.attention.output.dense"])
-def test_damages_of_a_layer_are_those_of_plain_torch(project: Project, findings: Findings, name: str) -> None:
+def test_values_of_a_layer_are_those_of_plain_torch(project: Project, findings: Findings, name: str) -> None:
     model = transformers.AutoModelForSequenceClassification.from_pretrained(project.stage("train")).eval()
     name = f"bert.encoder.layer.{name}"
     inputs, module = encoded(project, "dev"), model.get_submodule(name)
     original, amax = module.weight.detach().clone(), largest_input(model, module, encoded(project, "train"))
 
-    def damage(weight: Tensor) -> float:
+    def sensitivity(weight: Tensor) -> float:
         with torch.no_grad():
             module.weight.copy_(original)
             plain = model(**inputs).logits
             module.weight.copy_(weight)
             return kl(model(**inputs).logits, plain)
 
-    def rounded_damage(weight: Tensor) -> float:
+    def rounded_sensitivity(weight: Tensor) -> float:
         with torch.no_grad():
             module.weight.copy_(original)
             plain = model(**inputs).logits
@@ -133,17 +134,17 @@ def test_damages_of_a_layer_are_those_of_plain_torch(project: Project, findings:
             with rounded_inputs(module, amax):
                 return kl(model(**inputs).logits, plain)
 
-    found = next(layer.damage for layer in findings.layers if layer.name == name)
+    found = next(layer.sensitivity for layer in findings.layers if layer.name == name)
     assert found.pruned is not None
     assert found.int8 is not None
     assert found.pruned > 1e-6
-    assert found.pruned == pytest.approx(damage(masked_by_hand(original)), rel=1e-2, abs=5e-8)
-    assert found.int8 == pytest.approx(rounded_damage(original), rel=5e-2, abs=1e-7)
-    assert found.both == pytest.approx(rounded_damage(masked_by_hand(original)), rel=2e-2, abs=1e-7)
+    assert found.pruned == pytest.approx(sensitivity(masked_by_hand(original)), rel=1e-2, abs=5e-8)
+    assert found.int8 == pytest.approx(rounded_sensitivity(original), rel=5e-2, abs=1e-7)
+    assert found.both == pytest.approx(rounded_sensitivity(masked_by_hand(original)), rel=2e-2, abs=1e-7)
 
 
-def test_every_encoder_linear_is_there_once_and_the_worst_first(findings: Findings) -> None:
-    both = [layer.damage.both for layer in findings.layers]
+def test_every_encoder_linear_is_there_once_and_the_largest_first(findings: Findings) -> None:
+    both = [layer.sensitivity.both for layer in findings.layers]
     assert both == sorted(both, reverse=True)
     assert len({layer.name for layer in findings.layers}) == len(findings.layers) == 12
     assert findings.summed.both == pytest.approx(sum(both))
@@ -159,14 +160,14 @@ def test_the_model_keeps_its_bits(project: Project, loaded: LoadedRecipe, criter
     model, processor = context.load_model(load_checkpoint(project.stage("train")))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     config = PruneConfig.model_validate({"criterion": {"name": criterion}, "steps": 2})
-    rounding = find_rounding(model, CalibrateConfig(samples=32), context, processor)
+    quantization = find_quantization(model, CalibrateConfig(samples=32), context, processor)
     pruning = find_pruning(model, config, context, processor)
     assert bool(pruning.corrected) == (criterion == "sparsegpt")
     batch = processor.collate(context.splits.prepared("dev", processor), [0, 1, 2])
     names = [*pruning.masks]
     with torch.no_grad():
         plain = logits_of(model.eval(), batch)
-        with treated_(model, pruning, rounding, names, names):
+        with treated_(model, pruning, quantization, names, names):
             assert not torch.equal(logits_of(model, batch), plain)
             weight = model.get_submodule(KEY).weight
             assert torch.equal(weight.reshape(-1, 4).count_nonzero(1).clamp(min=2), torch.full((256,), 2))
@@ -178,7 +179,7 @@ def test_the_model_keeps_its_bits(project: Project, loaded: LoadedRecipe, criter
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_sparsegpt_harms_its_layer_less_than_magnitude(loaded: LoadedRecipe, findings: Findings) -> None:
+def test_sparsegpt_changes_its_layers_less_than_magnitude(loaded: LoadedRecipe, findings: Findings) -> None:
     better = load_recipe(loaded.path, ["stages.prune.criterion=sparsegpt"])
     corrected = run_analysis(better, Options(samples=ALL), SilentReporter())
     assert corrected.summed.pruned is not None
@@ -196,10 +197,10 @@ def test_the_one_layer_that_is_not_sparse_already_comes_first(project: Project, 
     folder = project.folder / "constructed"
     save_checkpoint(replace(checkpoint, weights=weights), folder)
     found = run_analysis(loaded, Options(start=folder, samples=FEW), SilentReporter())
-    damages = {layer.name: layer.damage.pruned for layer in found.layers}
+    values = {layer.name: layer.sensitivity.pruned for layer in found.layers}
     assert found.layers[0].name == KEY
-    assert (damages.pop(KEY) or 0) > 1e-6
-    assert set(damages.values()) == {0.0}
+    assert (values.pop(KEY) or 0) > 1e-6
+    assert set(values.values()) == {0.0}
 
 
 def test_a_budget_is_kept_by_the_recipe_it_proposes(loaded: LoadedRecipe) -> None:
@@ -226,9 +227,11 @@ def test_a_metric_that_is_lost_and_one_prune_stage_alone(project: Project, loade
     context, sections = context_of(project, loaded), choose_sections(loaded.recipe, "train", Options())
     parent, options = load_checkpoint(project.stage("train")), Options(samples=ALL, metric="accuracy", budget=1.0)
     found = analyze(context, parent, replace(sections, calibrate=None), options)
-    assert found.damage == "accuracy"
-    assert all(layer.damage.int8 is None and layer.damage.both == layer.damage.pruned for layer in found.layers)
-    steps = {round(layer.damage.both * ALL, 6) for layer in found.layers}
+    assert found.measure == "accuracy"
+    assert all(
+        layer.sensitivity.int8 is None and layer.sensitivity.both == layer.sensitivity.pruned for layer in found.layers
+    )
+    steps = {round(layer.sensitivity.both * ALL, 6) for layer in found.layers}
     assert all(step == round(step) for step in steps)  # whole rows
     assert found.choice is not None
     assert list(found.choice.recipe) == ["prune"]
@@ -293,36 +296,45 @@ def test_a_budget_of_nothing_leaves_no_prune_stage(call: Callable[..., tuple[int
     one = ("--set", "stages.prune.layers.include=['*.1.intermediate.dense']")
     code, out, _ = call("--samples", "80", "--budget", "0", "--quiet", *one)
     assert code == 0
-    assert "# stages.prune: no layer is left for it, take the stage out" in out
-    assert "0: 1 layers left dense, " in out
-    assert "damage 0 measured" in " ".join(out.split())
+    assert "# stages.prune: no layer remains" in out
+    assert "0: 1 layers stay dense" in out
+    assert "sensitivity 0," in " ".join(out.split())
 
 
-BAD = [
-    (["--samples", "0"], "--samples: must be at least 1, got 0"),
-    (["--budget", "-1"], "--budget: must be a number of at least 0, got -1"),
-    (["--budget", "nan"], "--budget: must be a number of at least 0, got nan"),
-    (["--split", "test"], "--split: no split 'test'; allowed: train, dev"),
-    (["--metric", "acuracy"], "--metric: no metric 'acuracy'; did you mean 'accuracy'?"),
-    (["--stage", "trian"], "--stage: no stage 'trian'; did you mean 'train'?"),
-    (["--prune", "train"], "--prune: no prune stage 'train'; allowed: prune"),
-    (["--calibrate", "qat"], "--calibrate: no calibrate stage 'qat'; allowed: calibrate"),
-    (["--stage", "calibrate"], "stage calibrate has not run yet; run `sqat run --to calibrate`"),
-    (["--stage", "prune"], "02-prune: the checkpoint is already pruned; start from a train stage"),
-    (["--stage", "train", "--from", "x"], "--stage and --from both say where to start"),
-    (["--set", "stages.train.steps=3"], "this recipe would not make the checkpoint of stage train any more"),
-    (["--set", "output=elsewhere"], "no train stage has run yet; run `sqat run --to train`, or give --from CHECKPOINT"),
+BAD: list[tuple[Options, ErrorCode]] = [
+    (Options(samples=0), "usage"),
+    (Options(budget=-1), "usage"),
+    (Options(budget=float("nan")), "usage"),
+    (Options(split="test"), "unknown-name"),
+    (Options(metric="acuracy"), "unknown-name"),
+    (Options(stage="trian"), "unknown-name"),
+    (Options(prune="train"), "unknown-name"),
+    (Options(calibrate="qat"), "unknown-name"),
+    (Options(stage="prune"), "stage-order"),
+    (Options(stage="train", start=Path("x")), "usage"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
-)
-def test_bad_flags_are_one_line(call: Callable[..., tuple[int, str, str]], arguments: list[str], message: str) -> None:
-    code, out, err = call("--quiet", *arguments)
-    assert (code, out) == (2, "")
-    assert len(err.splitlines()) == 1
-    assert message in err
+@pytest.mark.parametrize(("options", "code"), BAD)
+def test_bad_options_are_refused(loaded: LoadedRecipe, options: Options, code: ErrorCode) -> None:
+    with raises_code(code):
+        check_options(options, loaded.recipe)
+        run_analysis(loaded, options, SilentReporter())
+
+
+STALE = [
+    (Options(stage="calibrate"), []),  # it has not run
+    (Options(), ["stages.train.steps=3"]),  # it ran with another configuration
+    (Options(), ["output=elsewhere"]),  # nothing has run there
+]
+
+
+@pytest.mark.parametrize(("options", "overrides"), STALE)
+def test_a_stage_that_has_not_run_as_it_is_now_is_refused(
+    loaded: LoadedRecipe, options: Options, overrides: list[str]
+) -> None:
+    with pytest.raises(SqatError):
+        run_analysis(load_recipe(loaded.path, overrides), options, SilentReporter())
 
 
 def test_a_recipe_without_either_stage_is_refused(project: Project) -> None:
@@ -330,7 +342,7 @@ def test_a_recipe_without_either_stage_is_refused(project: Project) -> None:
     text = project.recipe.read_text()
     other.write_text(text[: text.index("  prune:")])
     loaded = load_recipe(other)
-    with pytest.raises(SqatError, match="neither a prune nor a calibrate stage"):
+    with raises_code("stage-order"):
         run_analysis(loaded, Options(start=project.stage("train")), SilentReporter())
 
 

@@ -11,7 +11,7 @@ from sqat.cli.printing import relative_path, result_console
 from sqat.cli.tables.layout import common_prefix, format_percent, new_table, print_paragraph, shorten
 
 if TYPE_CHECKING:
-    from sqat.analyze.findings import Choice, Findings, Harm, Shares
+    from sqat.analyze.findings import BudgetChoice, Findings, Sensitivity, Shares
 
 
 def print_sensitivity(findings: Findings) -> None:
@@ -22,16 +22,16 @@ def print_sensitivity(findings: Findings) -> None:
     print_paragraph(console, "as in", ", ".join(stages))
     figures = ", ".join(f"{name} {value:.4g}" for name, value in findings.plain.items())
     print_paragraph(console, "plain", f"{figures} ({findings.rows} rows of {findings.split})")
-    print_paragraph(console, "damage", damage_text(findings.damage))
+    print_paragraph(console, "sensitivity", describe_measure(findings.measure))
     console.print()
     prefix = common_prefix([layer.name for layer in findings.layers])
     table = new_table("layer alone", "N:M", "weights", "pruned", "int8", "both")
     for layer in findings.layers:
-        cells = (layer.pattern or "-", format_percent(layer.weights), *harm_cells(layer.damage))
+        cells = (layer.pattern or "-", format_percent(layer.weights), *sensitivity_cells(layer.sensitivity))
         table.add_row(shorten(layer.name, prefix), *cells)
     table.add_section()
-    table.add_row("sum of the layers", "", "", *harm_cells(findings.summed))
-    table.add_row("all layers together", "", "", *harm_cells(findings.together))
+    table.add_row("sum of the layers", "", "", *sensitivity_cells(findings.summed))
+    table.add_row("all layers together", "", "", *sensitivity_cells(findings.together))
     console.print(table)
     if prefix:
         console.print(f"~ is {prefix}")
@@ -44,11 +44,11 @@ def print_sensitivity(findings: Findings) -> None:
         print_paragraph(console, "note", note)
 
 
-def print_choice(console: Console, choice: Choice) -> None:
+def print_choice(console: Console, choice: BudgetChoice) -> None:
     """Print which layers to skip, and the sections of the recipe that say so."""
-    predicted, measured = format_damage(choice.predicted), format_damage(choice.measured)
+    predicted, measured = format_value(choice.predicted), format_value(choice.measured)
     skipped = f"{len(choice.dense)} layers stay dense, {len(choice.float_layers)} float"
-    print_paragraph(console, "budget", f"{choice.budget:g}: {skipped}; damage {measured}, predicted {predicted}")
+    print_paragraph(console, "budget", f"{choice.budget:g}: {skipped}; sensitivity {measured}, predicted {predicted}")
     print_paragraph(console, "kept", treated_text(choice.sparse, choice.int8))
     for stage, section in choice.recipe.items():
         console.print(f"# stages.{stage}" + ("" if section else ": no layer remains, remove the stage"))
@@ -63,18 +63,18 @@ def treated_text(sparse: Shares, int8: Shares) -> str:
     return f"of the weights {weights}; of the multiply-adds {work}"
 
 
-def damage_text(damage: str) -> str:
+def describe_measure(measure: str) -> str:
     """Return what the numbers of an analysis mean."""
-    if damage != "output loss":
-        return f"{damage} of the plain model minus that of the treated one"
+    if measure != "output loss":
+        return f"{measure} of the plain model minus that of the treated one"
     return "output loss between treated and plain model: KL, squared difference or 1 - cosine, by task"
 
 
-def harm_cells(harm: Harm) -> tuple[str, str, str]:
+def sensitivity_cells(found: Sensitivity) -> tuple[str, str, str]:
     """Return the cells of the three treatments."""
-    return format_damage(harm.pruned), format_damage(harm.int8), format_damage(harm.both)
+    return format_value(found.pruned), format_value(found.int8), format_value(found.both)
 
 
-def format_damage(value: float | None) -> str:
+def format_value(value: float | None) -> str:
     """Format a value with three digits; ``-`` for a treatment that was not tried."""
     return "-" if value is None else f"{value:.3g}"
