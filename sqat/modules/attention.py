@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sqat.modules.hooks import ATTENTION_HOOK
 from sqat.modules.served_arithmetic import ATTENTION_STEP, LARGEST_BYTE, attend_as_kernels, is_masked
-from sqat.quantization.fake_quant import round_through
+from sqat.quantization.fake_quant import round_straight_through
 
 
 def hooked_attention(
@@ -91,7 +91,7 @@ def scaling_of(query: Tensor, scaling: float | None) -> float:
 def byte_weights(scores: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Return round(255 exp(s - max)) as floats with a straight-through gradient, 0 at masked keys."""
     largest = scores.detach().amax(-1, keepdim=True)  # moves numerator and denominator alike: no gradient
-    weights = round_through((scores - largest).float().exp() * LARGEST_BYTE)
+    weights = round_straight_through((scores - largest).float().exp() * LARGEST_BYTE)
     if attention_mask is None:
         return weights
     return weights.masked_fill(is_masked(attention_mask), 0.0)

@@ -1,14 +1,8 @@
-"""Fake quantization to int8: values on the integer grid, gradients straight through.
+"""Fake quantization to int8: values on the integer grid, with straight-through gradients.
 
-Q(x) = clamp(round_half_even(x / s), lo, hi) * s with s = amax / 127; activations per tensor in [-128, 127] (or
-narrow, from -127, for kernels that multiply magnitudes), weights per output channel in [-127, 127]. As in torch's
-ops, x is multiplied by 1 / s, and the straight-through gradient is 1 where the *rounded* value lies in the range, that
-is up to half a step beyond its ends (a value within a few ulp of that half step may fall on the other side than in
-torch). Two ways, the same bits: `sqat.runtime.kernels` where they fit, one pass forward and one backward, for which a
-byte a value is kept; else plain torch ops rather than torch's fused one, which branches on each element and stores a
-mask, at several times the cost on a CPU: four passes forward, three of them in place, one backward, and only x is
-kept for it. Everything is computed in float32 (float64 for float64) and returned in the type that came in. Left out:
-zero points (all ranges are symmetric) and other bit widths.
+Q(x) = clamp(round_half_even(x / s), lo, hi) * s with s = amax / 127: activations per tensor in [-128, 127] (or from
+-127, for kernels that multiply magnitudes), weights per output channel in [-127, 127]. Computed in float32 (float64
+for float64) and returned in the type of the input.
 """
 
 from __future__ import annotations
@@ -19,33 +13,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqat.runtime import kernels as passes
+from sqat.runtime import kernels
 
 ACTIVATION_LOW, HIGH = -128, 127  # weights use -HIGH..HIGH
 FP32_NOISE = 3e-7  # relative error of a sum in float32, which runtimes round each in its own way
 SMALLEST_AMAX = 2.0**-40  # of a fully pruned row or a learned amax driven to 0: 1 / scale stays finite
 
 
-def _computed(x: Tensor) -> Tensor:
+def _widen(x: Tensor) -> Tensor:
+    """Return a tensor in the type that is computed in."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _step_through(grad: Tensor, x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
-    """Pass ``grad`` where x / scale lies strictly within (low, high), else 0, in one pass where possible."""
-    grad, x = _computed(grad), _computed(x)
+    """Return ``grad`` where x / scale lies strictly within (low, high), else 0."""
+    grad, x = _widen(grad), _widen(x)
     if x.is_cpu and not torch.compiler.is_compiling():
         step = float(scale)
     else:  # to read the scale would wait for the device, or break a compiled graph
         x, step = x / scale, 1.0
-    passed: Tensor = torch.ops.aten.hardtanh_backward(grad, x, low * step, high * step)
-    return passed
+    inside: Tensor = torch.ops.aten.hardtanh_backward(grad, x, low * step, high * step)  # one pass
+    return inside
 
 
 class _FakeQuantize(torch.autograd.Function):
+    # The compiled kernel keeps a byte a value. Else a chain of plain operators rather than torch's fused one, which
+    # branches on each element on a CPU. The gradient passes where the rounded value lies in the range.
     @staticmethod
     def forward(ctx: Any, x: Tensor, amax: Tensor, low: int) -> Tensor:
-        if passes.fit(x) and amax.dtype == torch.float32:
-            y, inside = passes.fake_quantize(x, amax, low)
+        if kernels.is_supported(x) and amax.dtype == torch.float32:
+            y, inside = kernels.fake_quantize(x, amax, low)
             ctx.save_for_backward(inside)
             return y
         ctx.save_for_backward(x, amax)
@@ -56,14 +53,15 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         saved = ctx.saved_tensors  # once: checkpointing makes them anew at every look
         if len(saved) == 1:
-            return passes.select(grads[0], saved[0]), None, None
+            return kernels.zero_outside(grads[0], saved[0]), None, None
         x, amax = saved
         inside = _step_through(grads[0], x, amax / HIGH, ctx.low - 0.5, HIGH + 0.5)
         return inside.to(x.dtype), None, None
 
 
 def _to_grid(x: Tensor, scale: Tensor, low: int) -> Tensor:
-    y = _computed(x) * (1 / scale)
+    """Return the values on the grid; like torch, x is multiplied by 1 / scale."""
+    y = _widen(x) * (1 / scale)
     return y.round_().clamp_(low, HIGH).mul_(scale).to(x.dtype)
 
 
@@ -72,8 +70,7 @@ def fake_quantize(x: Tensor, amax: Tensor, low: int = ACTIVATION_LOW) -> Tensor:
 
     Args:
         x: floats of any shape.
-        amax: float32, 0-d, positive and finite, on the device of ``x``. Not checked here, which would wait for
-            the device at every call: use `check_amax` where a quantizer is made.
+        amax: float32, 0-d, on the device of ``x``. `check_amax` checks it once; here that would wait for the device.
         low: lowest integer, -128 or -127.
 
     Returns:
@@ -103,12 +100,12 @@ class _FakeQuantizeLearned(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, y, amax = ctx.saved_tensors
         scale = amax.clamp(min=SMALLEST_AMAX) / HIGH
-        grad = _computed(grads[0])
+        grad = _widen(grads[0])
         inside = _step_through(grad, x, scale, ctx.low, HIGH)
-        # sum of grad * (round(v) - v) inside and of grad * bound outside, where v = x / scale, times scale
-        moved = _dot(grad, _computed(y)) - _dot(inside, _computed(x))
+        # times scale: the sum of grad * (round(v) - v) inside and of grad * limit outside, where v = x / scale
+        total = _dot(grad, _widen(y)) - _dot(inside, _widen(x))
         share = 1 / math.sqrt(x[0].numel() * HIGH)
-        return inside.to(x.dtype), (moved / scale * (share / HIGH)).to(amax.dtype), None
+        return inside.to(x.dtype), (total / scale * (share / HIGH)).to(amax.dtype), None
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -118,20 +115,19 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 def fake_quantize_learned(x: Tensor, amax: Tensor, low: int = ACTIVATION_LOW) -> Tensor:
     """Round activations to the int8 grid of a learned scale (LSQ, arXiv:1902.08153).
 
-    The gradients are the paper's: with v = x / s, x gets the gradient where -128 < v < 127; s gets
-    round(v) - v there, -128 or 127 elsewhere, times 1 / sqrt(127 N) with N the values of one sample, so that
-    neither depends on the batch size; amax = 127 s.
+    With v = x / s, x gets the gradient where -128 < v < 127; s gets round(v) - v there, -128 or 127 elsewhere, times
+    1 / sqrt(127 N) with N the values of one sample. amax = 127 s.
 
     Args:
         x: floats [samples, ...].
         amax: float, 0-d, learned; below 2**-40 it acts as 2**-40.
-        low: lowest integer, -128 or -127 (which then stands for -128 above).
+        low: lowest integer, -128 or -127 (then also instead of -128 above).
     """
     y: Tensor = _FakeQuantizeLearned.apply(x, amax, low)  # type: ignore[no-untyped-call]
     return y
 
 
-class _RoundThrough(torch.autograd.Function):
+class _RoundStraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.round()
@@ -141,9 +137,9 @@ class _RoundThrough(torch.autograd.Function):
         return grads[0]
 
 
-def round_through(x: Tensor) -> Tensor:
-    """Round half to even; the gradient passes as if nothing had been rounded."""
-    y: Tensor = _RoundThrough.apply(x)  # type: ignore[no-untyped-call]
+def round_straight_through(x: Tensor) -> Tensor:
+    """Round half to even; the gradient passes unchanged."""
+    y: Tensor = _RoundStraightThrough.apply(x)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -158,12 +154,12 @@ class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mask: Tensor | None) -> Tensor:
         ctx.save_for_backward(mask)
-        if weight.dim() > 1 and passes.fit(weight, mask):
-            return passes.fake_quantize_rows(weight, mask)
-        y = _computed(weight)
+        if weight.dim() > 1 and kernels.is_supported(weight, mask):
+            return kernels.fake_quantize_rows(weight, mask)
+        y = _widen(weight)
         y = y.clone() if mask is None else mask.view(torch.uint8).to(y.dtype).mul_(y)
         scale = _row_scale(y)
-        # |w| / s is 127 within rounding, so nothing to clamp; + 0.0 turns -0.0 into +0.0
+        # |w| / s is at most 127 within rounding, so that nothing is clamped; + 0.0 turns -0.0 into +0.0
         return y.mul_(1 / scale).round_().mul_(scale).add_(0.0).to(weight.dtype)
 
     @staticmethod
@@ -171,14 +167,13 @@ class _FakeQuantizeWeight(torch.autograd.Function):
         (mask,) = ctx.saved_tensors
         if mask is None:
             return grads[0], None
-        return passes.times_mask(grads[0], mask), None
+        return kernels.mask_gradient(grads[0], mask), None
 
 
 def fake_quantize_weight(weight: Tensor, mask: Tensor | None) -> Tensor:
     """Mask a weight and round it to the int8 grid of each output channel; the gradient is ``grad * mask``.
 
-    The scale of a row is its largest |w| that the mask leaves, over 127, so nothing is ever clipped and no
-    gradient is cut.
+    The scale of a row is its largest unpruned |w| over 127, so that nothing is clipped.
 
     Args:
         weight: finite floats [out, ...].
@@ -196,7 +191,7 @@ def fake_quantize_weight(weight: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the integers and scales that `fake_quantize_weight` rounds a (masked) weight to.
+    """Return the integers and scales to which `fake_quantize_weight` rounds a (masked) weight.
 
     Args:
         weight: finite floats [out, ...].
@@ -204,7 +199,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         int8 tensor of the shape of ``weight`` in [-127, 127], and float scales [out], all positive.
     """
-    w = _computed(weight.detach())
+    w = _widen(weight.detach())
     scale = _row_scale(w)
     return w.mul(1 / scale).round_().to(torch.int8), scale.flatten()
 

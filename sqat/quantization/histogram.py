@@ -1,11 +1,7 @@
-"""A histogram of |x| that needs no first look at the data and adds up across batches and processes.
+"""A histogram of |x| that needs no first look at the data and adds up over batches and processes.
 
-Bins are `BINS` in number and 2**exponent wide, starting at 0. When a value lies beyond the last bin,
-neighbouring bins are merged and the width doubles; widths being powers of two, every value ends in the bin it
-would have had from the start, so the result depends neither on the order of batches nor on how they were
-spread over processes. Counts are int64, and positions that are padding are left out by ``keep``. A value's
-bin is known to one width, at most 1/4096 of the largest |x|. Left out: signed histograms (all scales here
-are symmetric) and per-channel ones.
+Bins start at 0 and are 2**exponent wide. Where a value lies beyond the last bin, neighbouring bins are merged and the
+width doubles. Widths are powers of two, so that the result depends neither on the order of batches nor on processes.
 """
 
 from __future__ import annotations
@@ -17,12 +13,12 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from sqat.runtime import kernels as passes
+from sqat.runtime import kernels
 
 BINS = 8192
-PART = 2**18  # values counted at once: large enough for torch, small enough that memory is reused, not mapped
-COARSEST = 128 - int(math.log2(BINS))  # exponent of the width when the last bin ends at the largest float32
-FINEST = -100  # exponent of the width before any value: 1/width and width * BINS stay normal in float32
+CHUNK = 2**18  # values counted at once: memory this small is reused
+MAX_EXPONENT = 128 - int(math.log2(BINS))  # exponent of the width when the last bin ends at the largest float32
+MIN_EXPONENT = -100  # exponent of the width before any value: 1/width and width * BINS stay normal in float32
 
 
 class Histogram:
@@ -31,22 +27,22 @@ class Histogram:
     Attributes:
         counts: int64 [BINS], on the CPU.
         exponent: the width is ``2.0**exponent``.
-        max_abs: largest |x| seen, exact in float32; 0 before any value.
+        max_abs: the largest |x|, exact in float32; 0 before any value.
     """
 
     def __init__(self) -> None:
         self.counts = torch.zeros(BINS, dtype=torch.int64)
-        self.exponent = FINEST
+        self.exponent = MIN_EXPONENT
         self.max_abs = 0.0
 
     @property
     def width(self) -> float:
-        """Width of a bin, a power of two."""
+        """Width of a bin."""
         return 2.0**self.exponent
 
     @property
     def total(self) -> int:
-        """Number of values seen."""
+        """Number of values observed."""
         return int(self.counts.sum())
 
     def observe(self, x: Tensor, keep: Tensor | None = None) -> None:
@@ -55,34 +51,35 @@ class Histogram:
         Args:
             x: floats of any shape, read as float32.
             keep: bool, broadcast over the leading dimensions of ``x`` ([B, T] for [B, T, H], [B, 1, T] for
-                [B, heads, T, T]); where False, values are left out.
+                [B, heads, T, T]); where False, values do not count.
 
         Raises:
             ValueError: a value is NaN or infinite.
         """
-        for part in _parts(x.detach(), keep):
+        for part in _chunks(x.detach(), keep):
             if not part.numel():
                 continue
             values = part.to(torch.float32)
-            fit = passes.fit(values)
-            largest = passes.largest(values) if fit else float(values.abs().max())  # NaN and infinity pass through
-            if not math.isfinite(largest):
-                count = sum(int((~part.float().isfinite()).sum()) for part in _parts(x.detach(), keep))
+            has_kernel = kernels.is_supported(values)
+            peak = kernels.abs_max(values) if has_kernel else float(values.abs().max())  # NaN and infinity pass through
+            if not math.isfinite(peak):
+                count = sum(int((~part.float().isfinite()).sum()) for part in _chunks(x.detach(), keep))
                 raise ValueError(f"{count} of {x.numel()} values are NaN or infinite")
-            self._cover(largest)
-            if fit:
-                passes.count_bins_(self.counts, values, self.width)
+            self._cover(peak)
+            if has_kernel:
+                kernels.count_bins_(self.counts, values, self.width)
             else:
                 bins = (values.abs() / self.width).to(torch.int32)  # exact: the width is a power of two
                 self.counts += torch.bincount(bins, minlength=BINS).cpu()
 
-    def _cover(self, largest: float) -> None:
-        """Widen the bins until ``largest`` lies in one of them."""
-        self.max_abs = max(self.max_abs, largest)
-        if largest:
-            self._widen(math.frexp(largest)[1] - int(math.log2(BINS)))
+    def _cover(self, peak: float) -> None:
+        """Widen the bins until ``peak`` lies in one of them."""
+        self.max_abs = max(self.max_abs, peak)
+        if peak:
+            self._widen(math.frexp(peak)[1] - int(math.log2(BINS)))
 
     def _widen(self, exponent: int) -> None:
+        """Merge neighbouring bins until they are 2**exponent wide."""
         shift = exponent - self.exponent
         if shift <= 0:
             return
@@ -91,7 +88,7 @@ class Histogram:
         self.exponent = exponent
 
     def merge(self, other: Histogram) -> None:
-        """Add the values ``other`` has seen, as if this histogram had seen them too."""
+        """Add the values that another histogram has observed."""
         self._widen(other.exponent)
         self.counts += _widened(other, self.exponent)
         self.max_abs = max(self.max_abs, other.max_abs)
@@ -103,33 +100,33 @@ class Histogram:
         at most one bin width.
 
         Raises:
-            ValueError: nothing was observed, or percentile is outside (0, 100].
+            ValueError: the histogram is empty, or percentile is outside (0, 100].
         """
         if not 0 < percentile <= 100:
             raise ValueError(f"percentile must lie in (0, 100], got {percentile}")
         if not self.total:
-            raise ValueError("the histogram has observed nothing")
+            raise ValueError("the histogram is empty")
         rank = math.ceil(Fraction(str(percentile)) / 100 * self.total)  # 7 % of 100 is 7, in floats a bit more
         crossing = int(torch.searchsorted(self.counts.cumsum(0), rank))
         return min((crossing + 1) * self.width, self.max_abs)
 
     def share_beyond(self, amax: float) -> float:
-        """Return the share of values with |x| > amax, taking those in the bin of amax as spread evenly.
+        """Return the share of values with |x| > amax; those in the bin of amax count as spread evenly.
 
         Raises:
-            ValueError: nothing was observed.
+            ValueError: the histogram is empty.
         """
         if not self.total:
-            raise ValueError("the histogram has observed nothing")
+            raise ValueError("the histogram is empty")
         if amax >= self.max_abs:
             return 0.0
-        place = max(amax, 0.0) / self.width
-        inside = int(place)
-        beyond = int(self.counts[inside + 1 :].sum()) + float(self.counts[inside]) * (inside + 1 - place)
+        position = max(amax, 0.0) / self.width
+        bin_ = int(position)
+        beyond = int(self.counts[bin_ + 1 :].sum()) + float(self.counts[bin_]) * (bin_ + 1 - position)
         return beyond / self.total
 
     def summary(self, bins: int = 64) -> tuple[float, list[int]]:
-        """Width and counts of ``bins`` wider bins (a power of two), without the empty ones at the end; for pictures."""
+        """Return width and counts of ``bins`` wider bins (a power of two), without empty ones at the end; for plots."""
         merge = BINS // bins
         counts: list[int] = self.counts.view(bins, merge).sum(1).tolist()
         while counts and not counts[-1]:
@@ -137,7 +134,7 @@ class Histogram:
         return self.width * merge, counts
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Return the state as 1-D tensors: to save, or to gather from all processes and `merge`."""
+        """Return the state as 1-D tensors, to save or to send."""
         return {
             "counts": self.counts.clone(),
             "exponent": torch.tensor([self.exponent]),
@@ -146,31 +143,32 @@ class Histogram:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Histogram:
-        """Undo `to_tensors`; ValueError if counts or exponent cannot be a histogram's."""
+        """Return the histogram of `to_tensors`; ValueError where counts or exponent cannot be a histogram's."""
         counts = tensors["counts"]
         if counts.shape != (BINS,) or counts.dtype != torch.int64 or bool((counts < 0).any()):
             raise ValueError(f"counts must be {BINS} int64 >= 0, got {counts.dtype} {tuple(counts.shape)}")
         histogram = cls()
         histogram.counts = counts.cpu().clone()
         histogram.exponent = int(tensors["exponent"])
-        if not FINEST <= histogram.exponent <= COARSEST:
-            raise ValueError(f"the exponent must lie in {FINEST}..{COARSEST}, got {histogram.exponent}")
+        if not MIN_EXPONENT <= histogram.exponent <= MAX_EXPONENT:
+            raise ValueError(f"the exponent must lie in {MIN_EXPONENT}..{MAX_EXPONENT}, got {histogram.exponent}")
         histogram.max_abs = float(tensors["max_abs"])
         return histogram
 
 
-def _parts(x: Tensor, keep: Tensor | None) -> Iterator[Tensor]:
-    """Yield the kept values of ``x`` as 1-D tensors of about `PART` values."""
+def _chunks(x: Tensor, keep: Tensor | None) -> Iterator[Tensor]:
+    """Yield the values of ``x`` that count as 1-D tensors of about `CHUNK` values."""
     if keep is None or bool(keep.all()):
-        yield from x.reshape(-1).split(PART)
+        yield from x.reshape(-1).split(CHUNK)
         return
     kept = keep.expand(x.shape[: keep.dim()]).flatten()
     rows = x.reshape(len(kept), x.shape[keep.dim() :].numel())
-    for part in kept.nonzero().squeeze(1).split(max(1, PART // max(1, rows.shape[1]))):
+    for part in kept.nonzero().squeeze(1).split(max(1, CHUNK // max(1, rows.shape[1]))):
         yield rows.index_select(0, part).flatten()  # whole rows at a time, unlike rows[part]
 
 
 def _widened(histogram: Histogram, exponent: int) -> Tensor:
+    """Return the counts in wider bins."""
     copy = Histogram()
     copy.counts, copy.exponent = histogram.counts, histogram.exponent
     copy._widen(exponent)

@@ -1,11 +1,8 @@
-"""Elementwise passes of training in one go on a CPU, by sqat's compiled library.
+"""The compiled kernels of training, called on tensors: masking, fake quantization, ranks and histograms on a CPU.
 
-A chain of torch's operators reads and writes a tensor once for every operator; here masking and fake quantization read
-it once, and keep a byte a value for the backward pass where torch's keep a float. The bits are those of the chain, a
-test compares them. So nothing but time depends on whether they are used: `fit` says when they can be, which is where a
-process computes with one thread (as it does with one process for each core), for the library's passes know no threads.
-
-Left out: GPUs, other types than float32, compiled graphs. There the callers' own chains are taken.
+A chain of torch's operators reads and writes a tensor once for each operator; a kernel does once, and keeps a byte a
+value for the backward pass. The bits are those of the chain. Where `is_supported` says no (a GPU, another type, a
+compiled graph, several threads), the callers run the chain.
 """
 
 from __future__ import annotations
@@ -33,96 +30,91 @@ ARGUMENTS = {
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The compiled library, or None where it is missing, broken or older than these passes."""
+def load_kernels() -> ctypes.CDLL | None:
+    """Return the compiled library, or None where it is missing, broken or older than these kernels."""
     try:
         runtime.instruction_set()
-        loaded = runtime.load()
+        library = runtime.load()
         for name, arguments in ARGUMENTS.items():
-            function = getattr(loaded, name)  # kept by the library
+            function = getattr(library, name)  # ctypes keeps it
             function.argtypes, function.restype = arguments, FLOAT if name == "SqatLargest" else None
     except (SqatError, AttributeError, OSError):
         return None
-    return loaded
+    return library
 
 
-def fit(x: Tensor, kept: Tensor | None = None) -> bool:
-    """Whether the passes can take a tensor and its mask: float32 and bool, on the CPU, without gaps, one thread."""
-    if torch.compiler.is_compiling() or torch.get_num_threads() != 1 or library() is None or is_tracing():
+def is_supported(x: Tensor, mask: Tensor | None = None) -> bool:
+    """Whether the kernels can take a float32 tensor and its bool mask: on the CPU, contiguous, one thread, eager."""
+    if torch.compiler.is_compiling() or torch.get_num_threads() != 1 or load_kernels() is None or is_tracing():
         return False
-    return lies_plain(x, torch.float32) and (kept is None or lies_plain(kept, torch.bool))
+    return is_contiguous_cpu(x, torch.float32) and (mask is None or is_contiguous_cpu(mask, torch.bool))
 
 
-def lies_plain(x: Tensor, dtype: torch.dtype) -> bool:
+def is_contiguous_cpu(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether the bytes at a tensor's address are its values, of this type, one after the other."""
     plain = type(x) is Tensor or type(x) is nn.Parameter
     plain = plain and x.dtype == dtype and x.is_cpu and x.is_contiguous() and not x.is_neg()
-    return plain and has_storage(x) and (x.data_ptr() != 0 or not x.numel())  # wrapped ones have no memory
+    return plain and has_storage(x) and (x.data_ptr() != 0 or not x.numel())  # wrapper subclasses have no memory
 
 
-def loaded() -> ctypes.CDLL:
-    """The library, after `fit` has said yes."""
-    known = library()
-    assert known is not None
-    return known
+def kernels() -> ctypes.CDLL:
+    """Return the library, after `is_supported` has said yes."""
+    library = load_kernels()
+    assert library is not None
+    return library
 
 
-def mask(x: Tensor, kept: Tensor) -> Tensor:
-    """``x * kept + 0.0``, so that no zero is negative; both of one shape."""
-    return times(x, kept, 0.0)
-
-
-def times(x: Tensor, kept: Tensor, added: float) -> Tensor:
-    """``x * kept + added``; adding -0.0 changes nothing."""
+def multiply_mask(x: Tensor, mask: Tensor, addend: float = 0.0) -> Tensor:
+    """Return ``x * mask + addend``: 0.0 makes negative zeros positive, -0.0 changes nothing."""
     y = torch.empty_like(x)
-    loaded().SqatMask(x.data_ptr(), kept.data_ptr(), x.numel(), added, y.data_ptr())
+    kernels().SqatMask(x.data_ptr(), mask.data_ptr(), x.numel(), addend, y.data_ptr())
     return y
 
 
-def times_mask(grad: Tensor, kept: Tensor) -> Tensor:
-    """``grad * kept``; by torch where the gradient of this gradient is asked for."""
-    if not torch.is_grad_enabled() and fit(grad, kept):
-        return times(grad, kept, -0.0)
-    return kept.view(torch.uint8).to(grad.dtype).mul_(grad)
+def mask_gradient(grad: Tensor, mask: Tensor) -> Tensor:
+    """Return ``grad * mask``; by torch where the gradient of this gradient is needed."""
+    if not torch.is_grad_enabled() and is_supported(grad, mask):
+        return multiply_mask(grad, mask, -0.0)
+    return mask.view(torch.uint8).to(grad.dtype).mul_(grad)
 
 
-def select(grad: Tensor, inside: Tensor) -> Tensor:
-    """``grad`` where ``inside``, else 0; by torch where the gradient of this gradient is asked for."""
-    if torch.is_grad_enabled() or not fit(grad, inside):
+def zero_outside(grad: Tensor, inside: Tensor) -> Tensor:
+    """Return ``grad`` where ``inside``, else 0; by torch where the gradient of this gradient is needed."""
+    if torch.is_grad_enabled() or not is_supported(grad, inside):
         return torch.where(inside, grad, 0.0)
     y = torch.empty_like(grad)
-    loaded().SqatSelect(grad.data_ptr(), inside.data_ptr(), grad.numel(), y.data_ptr())
+    kernels().SqatSelect(grad.data_ptr(), inside.data_ptr(), grad.numel(), y.data_ptr())
     return y
 
 
 def fake_quantize(x: Tensor, amax: Tensor, low: int) -> tuple[Tensor, Tensor]:
-    """``clamp(round(x * 1 / s), low, 127) * s`` with s = amax / 127, and where the gradient passes (bool)."""
+    """Return ``clamp(round(x * 1 / s), low, 127) * s`` with s = amax / 127, and where the gradient passes (bool)."""
     y, inside = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
-    loaded().SqatFakeQuantize(x.data_ptr(), x.numel(), float(amax), low, y.data_ptr(), inside.data_ptr())
+    kernels().SqatFakeQuantize(x.data_ptr(), x.numel(), float(amax), low, y.data_ptr(), inside.data_ptr())
     return y, inside
 
 
-def fake_quantize_rows(x: Tensor, kept: Tensor | None) -> Tensor:
-    """Rows of ``x`` [out, ...] masked and rounded, each by its own largest |x| / 127 (2**-40 / 127 at least)."""
+def fake_quantize_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return ``x`` [out, ...] masked and rounded, each row by its largest |x| / 127 (2**-40 / 127 at least)."""
     y = torch.empty_like(x)
     rows = x.shape[0]
-    mask = None if kept is None else kept.data_ptr()
-    loaded().SqatFakeQuantizeRows(x.data_ptr(), mask, rows, x.numel() // max(1, rows), y.data_ptr())
+    mask_address = None if mask is None else mask.data_ptr()
+    kernels().SqatFakeQuantizeRows(x.data_ptr(), mask_address, rows, x.numel() // max(1, rows), y.data_ptr())
     return y
 
 
 def rank_fours(x: Tensor) -> Tensor:
-    """Ranks (uint8) of a tensor's values in fours of neighbours: 0 for the largest, the first of equal ones."""
+    """Return the ranks (uint8) of values in groups of four neighbours: 0 for the largest, the first of equal ones."""
     ranks = torch.empty_like(x, dtype=torch.uint8)
-    loaded().SqatRankFours(x.data_ptr(), x.numel(), ranks.data_ptr())
+    kernels().SqatRankFours(x.data_ptr(), x.numel(), ranks.data_ptr())
     return ranks
 
 
-def largest(x: Tensor) -> float:
-    """Of |x|; NaN or infinity where there is one."""
-    return float(loaded().SqatLargest(x.data_ptr(), x.numel()))
+def abs_max(x: Tensor) -> float:
+    """Return the largest |x|; NaN or infinity where there is one."""
+    return float(kernels().SqatLargest(x.data_ptr(), x.numel()))
 
 
 def count_bins_(counts: Tensor, x: Tensor, width: float) -> None:
-    """Add to int64 ``counts`` how many |x| lie in each bin of this width, what lies beyond the last in that."""
-    loaded().SqatCountBins(x.data_ptr(), x.numel(), 1 / width, counts.numel(), counts.data_ptr())
+    """Add to int64 ``counts`` how many |x| lie in each bin of this width; values beyond the last bin count there."""
+    kernels().SqatCountBins(x.data_ptr(), x.numel(), 1 / width, counts.numel(), counts.data_ptr())

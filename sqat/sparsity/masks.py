@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sqat.runtime import kernels as passes
+from sqat.runtime import kernels
 from sqat.sparsity.pattern import Pattern
 
 FOUR = 4  # group size of the compiled `rank_fours`
@@ -58,8 +58,8 @@ def _rank_by_shifts(groups: Tensor, m: int) -> Tensor:
     since the counts end within 0..m-1. Bytes are little-endian.
     """
     flat = groups.reshape(-1)
-    if m == FOUR and passes.fit(flat):
-        return passes.rank_fours(flat).view(groups.shape)
+    if m == FOUR and kernels.is_supported(flat):
+        return kernels.rank_fours(flat).view(groups.shape)
     wins = torch.empty(flat.shape, dtype=torch.bool, device=flat.device)
     lanes = wins.view(LANES[m])
     ranks = torch.full_like(lanes, sum((m - 1 - i) << 8 * i for i in range(m)))
@@ -111,14 +111,14 @@ class _ApplyMask(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
         ctx.save_for_backward(mask)
-        if passes.fit(weight, mask):
-            return passes.mask(weight, mask)
+        if kernels.is_supported(weight, mask):
+            return kernels.multiply_mask(weight, mask)
         return mask.view(torch.uint8).to(weight.dtype).mul_(weight).add_(0.0)  # -0.0 + 0.0 is +0.0
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
-        return passes.times_mask(grads[0], mask), None
+        return kernels.mask_gradient(grads[0], mask), None
 
 
 class _ApplyMaskStraightThrough(_ApplyMask):

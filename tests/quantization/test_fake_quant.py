@@ -16,7 +16,7 @@ from sqat.quantization.fake_quant import (
     quantize_weight,
     sqnr_db,
 )
-from sqat.runtime import kernels as passes
+from sqat.runtime import kernels
 
 ZERO_POINT = torch.tensor(0, dtype=torch.int32)
 
@@ -96,7 +96,7 @@ def test_autocast_changes_nothing():
 
 
 def test_only_the_input_is_saved(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(passes, "library", lambda: None)  # which keeps less: see test_passes
+    monkeypatch.setattr(kernels, "load_kernels", lambda: None)  # a kernel keeps less: see test_kernels
     saved: list[Tensor] = []
     x = drawn(4, 8).requires_grad_()
     mask = drawn(4, 8) > 0

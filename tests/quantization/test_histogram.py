@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sqat.quantization.histogram import BINS, PART, Histogram
+from sqat.quantization.histogram import BINS, CHUNK, Histogram
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 SMALL = st.floats(-2, 2, width=32)
@@ -65,7 +65,7 @@ def test_counts_are_numpy_s(scale):
 
 
 def test_many_parts_count_every_value_once():
-    x = torch.randn(5, PART // 2 + 7, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(5, CHUNK // 2 + 7, generator=torch.Generator().manual_seed(1))
     keep = torch.tensor([True, True, False, True, True])
     histogram = Histogram()
     histogram.observe(x, keep)
@@ -136,9 +136,9 @@ def test_keep_may_name_single_values_or_none():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_values_that_are_not_finite_are_refused(bad):
-    x = torch.ones(4, PART)
+    x = torch.ones(4, CHUNK)
     x[1, 5] = x[3, 0] = bad
-    with pytest.raises(ValueError, match=f"2 of {4 * PART} values are NaN or infinite"):
+    with pytest.raises(ValueError, match=f"2 of {4 * CHUNK} values are NaN or infinite"):
         Histogram().observe(x)
     with pytest.raises(ValueError, match="1 of"):
         Histogram().observe(x, torch.tensor([True, True, True, False]))
@@ -178,9 +178,9 @@ def test_only_zeros_have_a_histogram_too():
 
 
 def test_an_empty_histogram_has_no_quantile():
-    with pytest.raises(ValueError, match="observed nothing"):
+    with pytest.raises(ValueError, match="histogram is empty"):
         Histogram().upper_edge(50)
-    with pytest.raises(ValueError, match="observed nothing"):
+    with pytest.raises(ValueError, match="histogram is empty"):
         Histogram().share_beyond(1.0)
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from sqat import runtime
+from tests.runtime.kernel_oracle import SIZES, check
 from tests.runtime.nodes import Node, available, needs_library, random_linear
-from tests.runtime.passes import SIZES, check
 from tests.runtime.test_runtime_attention import node as attention_node
 from tests.runtime.test_runtime_attention import random_text
 
@@ -111,7 +111,7 @@ def test_passes_and_fuzz_under_sanitizers(tmp_path: Path) -> None:
 
     for name in available():
         environment["SQAT_RUNTIME_ISA"] = name
-        assert said("tests.runtime.passes", str(library)) == f"{len(SIZES)} sizes\n"
+        assert said("tests.runtime.kernel_oracle", str(library)) == f"{len(SIZES)} sizes\n"
     del environment["SQAT_RUNTIME_ISA"]
     answer = said("tests.runtime.fuzz", str(library), "--rounds", "300")
     told = re.fullmatch(r"300 rounds: (\d+) answers, (\d+) refusals\n", answer)

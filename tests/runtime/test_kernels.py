@@ -1,4 +1,4 @@
-"""The compiled passes of training: the bits of every instruction set, and of torch's chains that they replace."""
+"""The compiled kernels of training: the bits of every instruction set, and of torch's chains that they replace."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from sqat import runtime
 from sqat.errors import SqatError
 from sqat.quantization.fake_quant import fake_quantize, fake_quantize_weight
 from sqat.quantization.histogram import Histogram
-from sqat.runtime import kernels as passes
+from sqat.runtime import kernels
 from sqat.sparsity.masks import apply_mask, nm_mask
 from sqat.sparsity.pattern import Pattern
+from tests.runtime.kernel_oracle import SIZES, check
 from tests.runtime.nodes import available, needs_library
-from tests.runtime.passes import SIZES, check
 
 AMAX = torch.tensor(1.5)
 Function = Callable[[Tensor], Tensor]
@@ -43,9 +43,9 @@ def values(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave torch's chains to do it all."""
-    monkeypatch.setattr(passes, "library", lambda: None)
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch's chains do it all."""
+    monkeypatch.setattr(kernels, "load_kernels", lambda: None)
 
 
 def bits(x: Tensor) -> Tensor:
@@ -78,10 +78,10 @@ def test_torch_gives_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -
     x[0] = 0.0
     x[1, ::2] = -0.0
     x[2] = torch.arange(40) * AMAX / 127 / 2  # halves
-    assert passes.fit(x)
+    assert kernels.is_supported(x)
     y, passed = with_gradient(CHAINS[name], x, grad)
-    by_hand(monkeypatch)
-    assert not passes.fit(x)
+    without_kernels(monkeypatch)
+    assert not kernels.is_supported(x)
     want, gradient = with_gradient(CHAINS[name], x, grad)
     assert torch.equal(bits(y), bits(want))
     assert torch.equal(bits(passed), bits(gradient))
@@ -90,7 +90,7 @@ def test_torch_gives_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -
 @needs_library
 def test_a_nan_is_not_lost() -> None:
     x = torch.tensor([1.0, float("nan"), float("inf")])
-    assert passes.fit(x)
+    assert kernels.is_supported(x)
     assert fake_quantize(x, AMAX).isnan().tolist() == [False, True, False]
 
 
@@ -101,7 +101,7 @@ def test_masks_are_the_same(shape: tuple[int, ...], dim: int, monkeypatch: pytes
     for n in (1, 2, 3):
         with monkeypatch.context() as patched:
             mask = nm_mask(scores, Pattern(n, 4), dim)
-            by_hand(patched)
+            without_kernels(patched)
             assert torch.equal(mask, nm_mask(scores, Pattern(n, 4), dim))
 
 
@@ -113,7 +113,7 @@ def test_histograms_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         ours, theirs = Histogram(), Histogram()
         for batch in batches:
             ours.observe(batch, keep)
-        by_hand(patched)
+        without_kernels(patched)
         for batch in batches:
             theirs.observe(batch, keep)
     assert ours.total == 4 * 13 * int(keep.sum())
@@ -137,7 +137,7 @@ def test_the_backward_pass_keeps_a_byte_a_value() -> None:
 @needs_library
 @pytest.mark.parametrize("name", ["activation", "mask", "masked weight"])
 def test_a_gradient_of_a_gradient_is_right(name: str) -> None:
-    """The passes record nothing: where a graph of the backward pass is wanted, they are not taken."""
+    """Kernels record nothing: where a graph of the backward pass is needed, torch runs."""
     x = values((48, 40)).requires_grad_()
     factor = torch.full((), 2.0, requires_grad=True)
     (gradient,) = torch.autograd.grad((CHAINS[name](x) * factor).sum(), x, create_graph=True)
@@ -151,7 +151,7 @@ def test_strides_of_a_gradient_do_not_matter(name: str, monkeypatch: pytest.Monk
     x, grad = values((48, 40)) * 2, values((40, 48), 2).t()
     grad[3, 5], grad[7] = float("inf"), float("nan")
     found = [with_gradient(CHAINS[name], x, each)[1] for each in (grad, grad.contiguous())]
-    by_hand(monkeypatch)
+    without_kernels(monkeypatch)
     want = with_gradient(CHAINS[name], x, grad)[1]
     for each in found:
         assert torch.equal(each.nan_to_num(9e9), want.nan_to_num(9e9))
@@ -161,9 +161,9 @@ def test_strides_of_a_gradient_do_not_matter(name: str, monkeypatch: pytest.Monk
 def test_parts_of_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = values((50, 40))
     part = whole[1:-1]
-    assert passes.fit(part)
+    assert kernels.is_supported(part)
     y = fake_quantize(part, AMAX)
-    by_hand(monkeypatch)
+    without_kernels(monkeypatch)
     assert torch.equal(bits(y), bits(fake_quantize(part, AMAX)))
 
 
@@ -215,7 +215,7 @@ def test_masks_under_functionalization() -> None:
 def test_a_wide_bound_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     x, amax = values((48, 40)), AMAX.double() / 3
     y = fake_quantize(x, amax)
-    by_hand(monkeypatch)
+    without_kernels(monkeypatch)
     assert torch.equal(y, fake_quantize(x, amax))
 
 
@@ -227,26 +227,26 @@ def test_histograms_of_powers_of_two(exponent: int, monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patched:
         ours, theirs = Histogram(), Histogram()
         ours.observe(x)
-        by_hand(patched)
+        without_kernels(patched)
         theirs.observe(x)
     assert torch.equal(ours.counts, theirs.counts)
     assert ours.exponent == theirs.exponent
 
 
 @needs_library
-def test_what_the_passes_leave_to_torch() -> None:
+def test_what_the_kernels_do_not_support() -> None:
     x = values((8, 8))
-    assert passes.fit(x, x > 0)
-    assert passes.fit(nn.Parameter(x))
-    assert not passes.fit(x.t())
-    assert not passes.fit(x.bfloat16())
-    assert not passes.fit(x > 0), "scores of bools are no floats"
-    assert not passes.fit(x, x)
-    assert not passes.fit(x.to("meta"))
-    assert not passes.fit(x.as_subclass(type("Other", (Tensor,), {})))
+    assert kernels.is_supported(x, x > 0)
+    assert kernels.is_supported(nn.Parameter(x))
+    assert not kernels.is_supported(x.t())
+    assert not kernels.is_supported(x.bfloat16())
+    assert not kernels.is_supported(x > 0), "scores of bools are no floats"
+    assert not kernels.is_supported(x, x)
+    assert not kernels.is_supported(x.to("meta"))
+    assert not kernels.is_supported(x.as_subclass(type("Other", (Tensor,), {})))
     torch.set_num_threads(2)
     try:
-        assert not passes.fit(x), "torch's own operators use all threads"
+        assert not kernels.is_supported(x), "torch's own operators use all threads"
     finally:
         torch.set_num_threads(1)
 
@@ -257,22 +257,22 @@ def no_library() -> Path:
 
 def test_an_installation_without_the_library_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "library", no_library)
-    passes.library.cache_clear()
+    kernels.load_kernels.cache_clear()
     try:
-        assert passes.library() is None
+        assert kernels.load_kernels() is None
         assert fake_quantize(torch.tensor([1.0]), torch.tensor(127.0)).tolist() == [1.0]
     finally:
-        passes.library.cache_clear()
+        kernels.load_kernels.cache_clear()
 
 
-def test_a_library_older_than_the_passes_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_without_a_kernel_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "instruction_set", lambda: "scalar")
     monkeypatch.setattr(runtime, "load", SimpleNamespace)
-    passes.library.cache_clear()
+    kernels.load_kernels.cache_clear()
     try:
-        assert passes.library() is None
+        assert kernels.load_kernels() is None
     finally:
-        passes.library.cache_clear()
+        kernels.load_kernels.cache_clear()
 
 
 @needs_library

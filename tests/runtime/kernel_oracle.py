@@ -1,8 +1,8 @@
-"""The passes of training of a library, against NumPy: every size around the width of a vector, every odd value.
+"""The training kernels of a library, against NumPy: every size around the width of a vector, every odd value.
 
-    python -m tests.runtime.passes LIBRARY
+    python -m tests.runtime.kernel_oracle LIBRARY
 
-Its own program for a library built with sanitizers; the tests call `check`. The oracle is written from what the passes
+Its own program for a library built with sanitizers; the tests call `check`. The oracle is written from what the kernels
 are for, value by value where a vector could go wrong (ranks, counts), in float32 where bits are compared.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sqat.runtime import kernels as passes
+from sqat.runtime import kernels
 
 Floats = NDArray[np.float32]
 SIZES = (*range(1, 36), 63, 64, 65, 1000)
@@ -27,9 +27,9 @@ BINS = 8192
 
 
 def opened(library: Path) -> ctypes.CDLL:
-    """The library with the types of its passes."""
+    """Return the library with the types of its kernels."""
     loaded = ctypes.CDLL(str(library))
-    for name, arguments in passes.ARGUMENTS.items():
+    for name, arguments in kernels.ARGUMENTS.items():
         function = getattr(loaded, name)  # kept by the library, unlike loaded[name]
         function.argtypes, function.restype = arguments, ctypes.c_float if name == "SqatLargest" else None
     return loaded
@@ -110,7 +110,7 @@ def check_largest(loaded: ctypes.CDLL, x: Floats) -> None:
 
 
 def check(library: Path) -> int:
-    """Try every pass at every size; returns how many were tried."""
+    """Try every kernel at every size, and return how many sizes were tried."""
     loaded, random = opened(library), np.random.default_rng(0)
     bounds = [*BOUNDS, *np.abs(random.normal(size=20)).astype(np.float32)]
     for size in SIZES:
