@@ -1,4 +1,4 @@
-"""Small graphs, small edits that break graphs, and what the linter says of them."""
+"""Small graphs, small edits of graphs, and what the linter finds in them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RESIDUAL = """agraph (float[batch, sequence, 64] x, float%s other) => (float[bat
 
 
 def tied(family: Family, *roles: str) -> QuantizedModel:
-    """A quantization in which q, k and v of each attention have one output scale, as rule T16 asks."""
+    """A quantization in which q, k and v of each attention have one output scale, as rule T16 requires."""
     quantization = family.quantization(*roles)
     amax = dict(quantization.amax)
     for layer in {site.rpartition(".")[0] for site in amax if site.endswith("query:output")}:
@@ -65,7 +65,7 @@ def change(model: ModelProto, name: str, edit: Callable[[np.ndarray], object]) -
 
 
 def between(model: ModelProto, name: str, operand: int, op: str, *others: str, **attributes: object) -> None:
-    """Put one more node before an operand of a node."""
+    """Insert a node before an operand of a node."""
     target = node(model, name)
     extra = helper.make_node(op, [target.input[operand], *others], [f"{op}_out"], name=f"/{op}_extra", **attributes)
     target.input[operand] = f"{op}_out"
@@ -73,7 +73,7 @@ def between(model: ModelProto, name: str, operand: int, op: str, *others: str, *
 
 
 def bypass(model: ModelProto, name: str) -> None:
-    """Let the readers of a Q/DQ pair, named without its operators, read what goes into it."""
+    """Remove a Q/DQ pair, named without its operators."""
     before = node(model, f"{name}/QuantizeLinear").input[0]
     after = node(model, f"{name}/DequantizeLinear").output[0]
     for entry in model.graph.node:
@@ -89,7 +89,7 @@ def bypass(model: ModelProto, name: str) -> None:
 
 
 def parsed(text: str, *, opset: int = 20, imports: str = "", **constants: np.ndarray) -> ModelProto:
-    """A graph from its text, initializers of any size beside it."""
+    """Parse a graph, with initializers of any size beside its text."""
     model = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : {opset}{imports}]>\n{text}')
     for name, value in constants.items():
         put(model, name, value)
@@ -106,6 +106,11 @@ def messages(model: ModelProto, target: str, rule: str) -> list[str]:
 
 def verdicts(model: ModelProto, target: str = "tensorrt") -> dict[str, tuple[str, str]]:
     return {layer.name: (layer.runs, layer.why) for layer in lint(model, parse_target(target)).layers}
+
+
+def quantized_weight(rows: int = 64, columns: int = 64) -> dict[str, np.ndarray]:
+    """A 2:4 weight ``w`` with scales ``ws`` and zero-points ``wz``."""
+    return {"w": sparse(rows, columns), "ws": np.ones(columns, np.float32), "wz": np.zeros(columns, np.int8)}
 
 
 def sparse(rows: int, columns: int, seed: int = 0) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Int8 convolutions in a file: what the rules ask of them, and that ONNX Runtime agrees on which of them are int8."""
+"""Int8 convolutions in a file: the rules about them, and ONNX Runtime agrees which of them are int8."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ FLOATING = "two = Relu(one)"
 def weights(groups: int = 1) -> dict[str, np.ndarray]:
     """Two 3x3 kernels of 32 channels, 2:4 along the input channels, with scales per output channel."""
     kernel = np.stack([sparse(32 // groups, 32, seed).T for seed in range(9)], axis=-1).reshape(32, -1, 3, 3)
-    made = {}
+    arrays = {}
     for name, number in (("first", ""), ("second", "2")):
-        made[name] = np.ascontiguousarray(kernel)
-        made[f"scales{number}"] = np.linspace(0.001, 0.002, 32, dtype=np.float32)
-        made[f"zeros{number}"] = np.zeros(32, np.int8)
-    return made
+        arrays[name] = np.ascontiguousarray(kernel)
+        arrays[f"scales{number}"] = np.linspace(0.001, 0.002, 32, dtype=np.float32)
+        arrays[f"zeros{number}"] = np.zeros(32, np.int8)
+    return arrays
 
 
 def chain(middle: str) -> ModelProto:
@@ -101,8 +101,8 @@ def test_the_writer_puts_scales_along_the_output_channels(form: str) -> None:
     x = torch.randn(4, 32, 8, 8, generator=torch.Generator().manual_seed(0))
     entering = torch.fake_quantize_per_tensor_affine(x, 2.5 / 127, 0, -128, 127)
     weight = torch.from_numpy(integers * scale.reshape(-1, 1, 1, 1))
-    wanted = torch.nn.functional.conv2d(entering, weight, torch.from_numpy(bias), stride=2, padding=1)
-    wanted = torch.fake_quantize_per_tensor_affine(wanted, 4 / 127, 0, -128, 127).relu()
-    got = torch.from_numpy(run_batches(session(written.SerializeToString(), threads=1), [{"x": x.numpy()}]))
-    assert (got - wanted).abs().max() <= 4 / 127 * 1.01  # one step at most, where a value lies at a tie
-    assert ((got - wanted).abs() > 1e-5).float().mean() < 5e-3
+    expected = torch.nn.functional.conv2d(entering, weight, torch.from_numpy(bias), stride=2, padding=1)
+    expected = torch.fake_quantize_per_tensor_affine(expected, 4 / 127, 0, -128, 127).relu()
+    result = torch.from_numpy(run_batches(session(written.SerializeToString(), threads=1), [{"x": x.numpy()}]))
+    assert (result - expected).abs().max() <= 4 / 127 * 1.01  # one step at most, where a value lies at a tie
+    assert ((result - expected).abs() > 1e-5).float().mean() < 5e-3

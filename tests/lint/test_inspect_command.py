@@ -1,4 +1,4 @@
-"""`sqat inspect` of graphs: what it prints, writes and ends with."""
+"""`sqat inspect` of graphs: what it prints and writes, and its exit code."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from graph_edits import ENCODER, SELF, bypass, change, node, tied
+from broken_graphs import set_negative_zeros, share_pair
+from graph_edits import ENCODER, SELF, bypass, node
 
 from sqat import cli
 from sqat.export.onnx_files import read_onnx
 from sqat.export.qdq import insert_qdq
-from tests.onnx_models import ATTENTION, Family
+from tests.onnx_models import Family
 
 Command = Callable[..., tuple[int, list[str], str]]
 
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run `sqat inspect` in an empty folder at 80 columns; exit code, lines of output, and what was said of errors."""
+    """Run `sqat inspect` in an empty folder at 80 columns; exit code, lines of output, errors."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     for name in ("SQAT_DEBUG", "FORCE_COLOR"):
@@ -38,20 +39,18 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 @pytest.fixture
-def good(bert: Family, tmp_path: Path) -> onnx.ModelProto:
+def good(written: bytes, tmp_path: Path) -> onnx.ModelProto:
     """A file in order, written to model.onnx."""
-    model = insert_qdq(bert.graph, tied(bert, "output", *ATTENTION, "add"))
-    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
-    return model
+    (tmp_path / "model.onnx").write_bytes(written)
+    return onnx.load_from_string(written)
 
 
 @pytest.fixture
-def broken(bert: Family, tmp_path: Path) -> onnx.ModelProto:
+def broken(written: bytes, tmp_path: Path) -> onnx.ModelProto:
     """A file with findings that can be repaired (B7, B10) and some that cannot (T16, T17), in broken.onnx."""
-    model = insert_qdq(bert.graph, tied(bert, "output", *ATTENTION, "add"))
-    for part in ("key", "value"):
-        node(model, f"{SELF}/{part}/MatMul").input[0] = node(model, f"{SELF}/query/MatMul").input[0]
-    change(model, "classifier.weight", lambda value: value.__setitem__((0, slice(3)), -0.0))
+    model = onnx.load_from_string(written)
+    share_pair(model)
+    set_negative_zeros(model)
     bypass(model, f"{ENCODER}/output/dense/output")
     (tmp_path / "broken.onnx").write_bytes(model.SerializeToString())
     return model
@@ -98,11 +97,11 @@ def test_findings_are_listed_with_nodes_and_what_to_do(command: Command, broken:
         "   fix  calibrate with placement tensorrt, so that outputs, residual adds and",
     ]
     assert "B7 error, 1 node, --fix repairs it: 3 weights are -0.0" in lines
-    grades = [line.split()[1].strip(",:") for line in lines if line.startswith(("B", "T"))]
-    assert grades == ["error", "error", "error", "warning"]
+    severities = [line.split()[1].strip(",:") for line in lines if line.startswith(("B", "T"))]
+    assert severities == ["error", "error", "error", "warning"]
 
 
-def test_many_nodes_are_told_once(command: Command, bert: Family, tmp_path: Path) -> None:
+def test_a_problem_of_many_nodes_is_printed_once(command: Command, bert: Family, tmp_path: Path) -> None:
     (tmp_path / "linear.onnx").write_bytes(insert_qdq(bert.graph, bert.quantization()).SerializeToString())
     code, lines, _ = command("linear.onnx", "--target", "tensorrt")
     assert code == 3
@@ -110,31 +109,36 @@ def test_many_nodes_are_told_once(command: Command, bert: Family, tmp_path: Path
     names = [f"{SELF}/{part}/MatMul" for part in ("query", "key", "value")]
     assert [line.split()[-1] for line in lines[start + 1 : start + 4]] == names
     assert lines[start + 4] == "        and 3 more (all with --json)"
-    told = json.loads("\n".join(command("linear.onnx", "--target", "tensorrt", "--json")[1]))
-    assert len([f for f in told["findings"] if f["problem"].endswith("MatMul")]) == 6
+    content = json.loads("\n".join(command("linear.onnx", "--target", "tensorrt", "--json")[1]))
+    assert len([f for f in content["findings"] if f["problem"].endswith("MatMul")]) == 6
 
 
 def test_json_holds_everything(command: Command, broken: onnx.ModelProto) -> None:
     code, lines, _ = command("broken.onnx", "--target", "tensorrt", "--json")
-    told = json.loads("\n".join(lines))
+    content = json.loads("\n".join(lines))
     assert code == 3
-    assert (told["path"], told["target"], told["changes"], told["written"]) == ("broken.onnx", "tensorrt", [], None)
-    assert told["summary"] == {
+    assert (content["path"], content["target"], content["changes"], content["written"]) == (
+        "broken.onnx",
+        "tensorrt",
+        [],
+        None,
+    )
+    assert content["summary"] == {
         "text": "8 of 14 layers will run sparse int8 on tensorrt",
         "layers": 14, "running": 8, "doubtful": 0, "errors": 5, "warnings": 1,
     }  # fmt: skip
-    (finding,) = [f for f in told["findings"] if f["rule"] == "B7"]
+    (finding,) = [f for f in content["findings"] if f["rule"] == "B7"]
     assert finding["node"] == "/classifier/Gemm"
     assert finding["fixable"]
-    assert all(f["requirement"] and f["advice"] for f in told["findings"])
-    assert {layer["runs"] for layer in told["layers"]} == {"sparse int8", "dense int8", "float"}
+    assert all(f["requirement"] and f["advice"] for f in content["findings"])
+    assert {layer["runs"] for layer in content["layers"]} == {"sparse int8", "dense int8", "float"}
     table = json.loads("\n".join(command("broken.onnx", "--json")[1]))
     assert {layer["name"]: layer["runs"] for layer in table["layers"]} == {
-        layer["name"]: layer["runs"] for layer in told["layers"]
+        layer["name"]: layer["runs"] for layer in content["layers"]
     }
 
 
-def test_fix_writes_a_file_beside_and_says_what(command: Command, broken: onnx.ModelProto, tmp_path: Path) -> None:
+def test_fix_writes_a_new_file_and_lists_its_changes(command: Command, broken: onnx.ModelProto, tmp_path: Path) -> None:
     before = (tmp_path / "broken.onnx").read_bytes()
     code, lines, error = command("broken.onnx", "--fix")
     assert code == 3
@@ -151,9 +155,9 @@ def test_fix_writes_a_file_beside_and_says_what(command: Command, broken: onnx.M
 
 
 def test_fix_as_json(command: Command, broken: onnx.ModelProto) -> None:
-    told = json.loads("\n".join(command("broken.onnx", "--fix", "--json")[1]))
-    assert told["written"] == "broken.fixed.onnx"
-    assert {"rule": "B7", "node": "classifier.weight", "text": "made 3 zeros +0.0"} in told["changes"]
+    content = json.loads("\n".join(command("broken.onnx", "--fix", "--json")[1]))
+    assert content["written"] == "broken.fixed.onnx"
+    assert {"rule": "B7", "node": "classifier.weight", "text": "made 3 zeros +0.0"} in content["changes"]
 
 
 def test_the_input_is_overwritten_only_by_name(command: Command, broken: onnx.ModelProto, tmp_path: Path) -> None:
@@ -166,7 +170,7 @@ def test_the_input_is_overwritten_only_by_name(command: Command, broken: onnx.Mo
 
 
 def test_external_data_stays_external(command: Command, broken: onnx.ModelProto, tmp_path: Path) -> None:
-    wanted = {tensor.name: tensor for tensor in broken.graph.initializer}
+    tensors = {tensor.name: tensor for tensor in broken.graph.initializer}
     onnx.save(broken, tmp_path / "big.onnx", save_as_external_data=True, location="weights.bin", size_threshold=64)
     before = (tmp_path / "weights.bin").read_bytes()
     assert command("big.onnx", "--fix")[0] == 3
@@ -177,7 +181,7 @@ def test_external_data_stays_external(command: Command, broken: onnx.ModelProto,
     weight = next(t for t in fixed.graph.initializer if t.name == "classifier.weight")
     values = onnx.numpy_helper.to_array(weight)
     assert not np.signbit(values[values == 0]).any()
-    np.testing.assert_array_equal(values, onnx.numpy_helper.to_array(wanted["classifier.weight"]))
+    np.testing.assert_array_equal(values, onnx.numpy_helper.to_array(tensors["classifier.weight"]))
     assert command("big.onnx", "--fix", "--output", "big.onnx")[0] == 3
     assert command("big.onnx", "--target", "onnx-int8")[0] == 0
     (tmp_path / "big.fixed.onnx.data").unlink()
@@ -189,18 +193,18 @@ def test_external_data_stays_external(command: Command, broken: onnx.ModelProto,
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["model.onnx", "--target", "cuda"], "--target: no target 'cuda' to lint for; allowed: onnx-int8, tensorrt, "),
+        (["model.onnx", "--target", "cuda"], "--target: no target 'cuda' to lint for"),
         (["folder", "--target", "tensorrt"], "folder: a checkpoint folder has no graph"),
         (["folder", "--fix"], "folder: a checkpoint folder has no graph"),
         (["model.onnx", "--output", "x.onnx"], "--output: needs --fix"),
         (["model.onnx", "--fix", "--output", "folder"], "folder: is a folder; name a file"),
         (["model.onnx", "--fix", "--output", "gone/x.onnx"], "gone: the folder does not exist"),
-        (["text.onnx", "--target", "tensorrt"], "text.onnx: not an ONNX file, or cut short; export it again"),
-        (["short.onnx", "--fix"], "short.onnx: not an ONNX file, or cut short; export it again"),
-        (["relu.onnx", "--target", "tensorrt"], "relu.onnx: holds no MatMul, Gemm or Conv with a constant weight, so"),
+        (["text.onnx", "--target", "tensorrt"], "text.onnx: "),
+        (["short.onnx", "--fix"], "short.onnx: "),
+        (["relu.onnx", "--target", "tensorrt"], "relu.onnx: holds no MatMul"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(
+def test_a_mistake_is_one_line(
     command: Command, good: onnx.ModelProto, tmp_path: Path, arguments: list[str], error: str
 ) -> None:
     (tmp_path / "folder").mkdir()
@@ -210,10 +214,10 @@ def test_a_mistake_is_told_in_one_line(
         '<ir_version: 9, opset_import: ["" : 20]> g (float[N] x) => (float[N] y) { y = Relu(x) }'
     )
     (tmp_path / "relu.onnx").write_bytes(relu.SerializeToString())
-    code, lines, said = command(*arguments)
+    code, lines, message = command(*arguments)
     assert (code, lines) == (2, [])
-    assert said.startswith(f"error: {error}")
-    assert "\n" not in said
+    assert message.startswith(f"error: {error}")
+    assert "\n" not in message
 
 
 def test_a_file_without_quantized_layers_says_so(command: Command, bert: Family, tmp_path: Path) -> None:

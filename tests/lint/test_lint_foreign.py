@@ -1,6 +1,6 @@
-"""The linter on files that others make: older exporters' forms, integer operators, foreign domains, subgraphs.
+"""The linter on other tools' files: older exporters' forms, integer operators, foreign domains, subgraphs.
 
-Each graph is written out, so that what is to be found can be read off it; one comes from ONNX Runtime's quantizer.
+Each graph is written out here; one comes from ONNX Runtime's quantizer.
 """
 
 from __future__ import annotations
@@ -10,10 +10,22 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from graph_edits import ALL, LAYER, RESIDUAL, findings_of, messages, parsed, put, sparse, tied, verdicts
+from broken_graphs import FOR_INT8, FOR_TENSORRT
+from graph_edits import (
+    ALL,
+    LAYER,
+    RESIDUAL,
+    findings_of,
+    messages,
+    parsed,
+    put,
+    quantized_weight,
+    sparse,
+    tied,
+    verdicts,
+)
 from onnx import ModelProto, helper
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
-from test_checks import BROKEN, FOR_TENSORRT
 from test_convolution_graphs import FLOATING, chain
 from test_lint_targets import TYPES
 
@@ -82,8 +94,8 @@ GATED = """agraph (float[batch, sequence, 64] x, float[batch, sequence, 128] oth
 def gated(other: str) -> ModelProto:
     more = {"gain": sparse(64, 128, 1), "gain_scale": np.ones(128, np.float32), "gain_zero": np.zeros(128, np.int8)}
     model = feed_forward(GATED % other, **more)
-    unread = {"down", "down_scale", "down_zero", "bias"} | ({"up_x"} if other != "up_x" else set())
-    kept = [entry for entry in model.graph.initializer if entry.name not in unread]
+    unused = {"down", "down_scale", "down_zero", "bias"}
+    kept = [entry for entry in model.graph.initializer if entry.name not in unused]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
     return model
@@ -97,7 +109,7 @@ def test_a_gate_is_part_of_an_activation() -> None:
     assert "T16 gate: its output stays float: it goes to Sigmoid" in messages(gated("other"), "tensorrt", "T16")
 
 
-def test_weights_of_other_forms_are_read(bert: Family) -> None:
+def test_weights_of_other_forms_have_their_pattern(bert: Family) -> None:
     """Constant nodes, a transposed weight, one in float16 behind a Cast, one with uint8 values around 128."""
     text = """agraph (float[batch, 32] x) => (float[batch, 32] y) <float s = {0.5}, int8 z = {0}, int8 z2 = {0},
         uint8 u = {128}> {
@@ -160,8 +172,7 @@ DYNAMIC = """agraph (float[batch, 64] x) => (float[batch, 64] y) <float s = {0.1
 
 
 def test_integer_operators_are_refused() -> None:
-    one = {"w": sparse(64, 64), "ws": np.ones(64, np.float32), "wz": np.zeros(64, np.int8)}
-    static = parsed(OPERATOR_FORM, **one)
+    static = parsed(OPERATOR_FORM, **quantized_weight())
     assert messages(static, "tensorrt", "B1") == ["B1 y: operator QLinearMatMul instead of Q/DQ around a float one"]
     dynamic = parsed(DYNAMIC, w=sparse(64, 64))
     assert len(messages(dynamic, "onnx-int8", "B1")) == 2
@@ -178,7 +189,7 @@ DOMAINS = """agraph (float[batch, 64] x) => (float[batch, 64] y) {
 
 
 @pytest.mark.parametrize(
-    ("op", "imports", "home", "severe"),
+    ("op", "imports", "place", "error_targets"),
     [
         ("com.microsoft.FastGelu", ', "com.microsoft": 1', "of domain com.microsoft", {"tensorrt", "tensorrt-8"}),
         ("trt.plugins.Fancy", ', "trt.plugins": 1', "of domain trt.plugins", set(TARGETS) - {"tensorrt", "tensorrt-8"}),
@@ -187,12 +198,12 @@ DOMAINS = """agraph (float[batch, 64] x) => (float[batch, 64] y) {
         ("Fancy", "", "at opset 20", set(TARGETS)),
     ],
 )
-def test_unknown_operators_are_named(op: str, imports: str, home: str, severe: set[str]) -> None:
+def test_unknown_operators_are_named(op: str, imports: str, place: str, error_targets: set[str]) -> None:
     model = parsed(DOMAINS % op, imports=imports, w=np.ones((64, 64), np.float32))
     for target in TARGETS:
         (finding,) = [f for f in findings_of(model, target) if f.rule == "operator"]
-        assert str(finding) == f"operator y: operator {op.rpartition('.')[2]} {home} is not known to ONNX"
-        assert finding.warning == (target not in severe)
+        assert str(finding) == f"operator y: operator {op.rpartition('.')[2]} {place} is not known to ONNX"
+        assert finding.warning == (target not in error_targets)
         assert not [f for f in findings_of(model, target) if f.rule in ("checker", "shapes")]
     runs = {layer.runs for layer in lint(model, "tensorrt").layers}
     assert runs == ({"float"} if op.startswith("trt") else {"refused"})
@@ -217,7 +228,7 @@ BRANCH = """agraph (float[batch, 64] x, bool flag) => (float[batch, 64] y) {
 }"""
 
 
-def test_subgraphs_are_not_looked_into_but_what_they_read_is_known() -> None:
+def test_tensors_that_a_subgraph_reads_are_used() -> None:
     model = parsed(BRANCH, w=np.ones((64, 64), np.float32), only_inside=np.ones(64, np.float32))
     assert [str(f) for f in findings_of(model, "onnx-fp32")] == ["subgraph y: rules do not read the subgraph of If"]
     assert messages(model, "onnx-int8", "B15") == []
@@ -227,7 +238,7 @@ PLAIN = "agraph (float[batch, 64] x) => (float[batch, 64] y) { y = MatMul(x, w) 
 
 
 @pytest.mark.parametrize("opset", [7, 12, 26, 99])
-def test_an_opset_nobody_reads_is_told_and_layers_are_shown(opset: int) -> None:
+def test_an_unreadable_opset_is_an_error_and_layers_are_shown(opset: int) -> None:
     model = parsed(PLAIN, opset=opset, w=np.ones((64, 64), np.float32))
     result = lint(model, "onnx-fp32")
     assert [str(f) for f in result.findings] == [f"B1: opset {opset}, must be 18 to 20"]
@@ -255,21 +266,20 @@ def test_an_unusual_opset_only_costs_speed_where_it_can_be_read() -> None:
         ("[64]", None),
     ],
 )
-def test_residual_adds_are_told_by_their_shapes(shape: str, problem: str | None) -> None:
-    one = {"w": sparse(64, 64), "ws": np.ones(64, np.float32), "wz": np.zeros(64, np.int8)}
-    model = parsed(RESIDUAL % shape, **one)
+def test_shapes_decide_what_is_a_residual_add(shape: str, problem: str | None) -> None:
+    model = parsed(RESIDUAL % shape, **quantized_weight())
     assert messages(model, "tensorrt", "T17") == ([f"T17 y: {problem}"] if problem else [])
 
 
-def test_a_residual_add_of_unknown_shape_is_not_guessed_at() -> None:
-    one = {"w": sparse(64, 64), "ws": np.ones(64, np.float32), "wz": np.zeros(64, np.int8)}
+def test_an_add_of_unknown_shape_is_a_warning() -> None:
     text = (RESIDUAL % "[batch, sequence, 64]").replace("y = Add(d2, other)", "u = my.Op(other) y = Add(d2, u)")
-    (finding,) = [f for f in findings_of(parsed(text, imports=', "my": 1', **one), "tensorrt") if f.rule == "T17"]
+    model = parsed(text, imports=', "my": 1', **quantized_weight())
+    (finding,) = [finding for finding in findings_of(model, "tensorrt") if finding.rule == "T17"]
     assert str(finding) == "T17 y: shapes of its inputs are unknown, so it may be a residual Add"
     assert finding.warning
 
 
-def test_shapes_that_the_file_leaves_out_are_inferred(bert: Family) -> None:
+def test_missing_shapes_are_inferred(bert: Family) -> None:
     model = insert_qdq(bert.graph, tied(bert, *ALL))
     del model.graph.value_info[:]
     assert findings_of(model, "tensorrt") == []
@@ -277,7 +287,7 @@ def test_shapes_that_the_file_leaves_out_are_inferred(bert: Family) -> None:
     assert [f.rule for f in findings_of(model, "tensorrt")] == ["B12"]
 
 
-def test_a_graph_whose_types_contradict_each_other_is_still_looked_into() -> None:
+def test_rules_apply_although_types_contradict_each_other() -> None:
     text = """agraph (float[batch, 64] x, float[batch, 3] other) => (float[batch, 64] y) {
         a = MatMul(x, w)
         b = Concat<axis = 0>(a, other)
@@ -288,7 +298,7 @@ def test_a_graph_whose_types_contradict_each_other_is_still_looked_into() -> Non
     assert rules == ["shapes", "B7"]
 
 
-def test_a_tensor_cut_short_is_the_checkers_finding(bert: Family) -> None:
+def test_a_tensor_cut_short_is_a_finding_of_the_checker(bert: Family) -> None:
     model = onnx.load_from_string(bert.graph.SerializeToString())
     table = next(t for t in model.graph.initializer if t.name == "bert.embeddings.position_embeddings.weight")
     table.raw_data = table.raw_data[:-4]
@@ -307,7 +317,7 @@ class Batches(CalibrationDataReader):
 
 
 @pytest.mark.parametrize("own_pairs", [False, True])
-def test_what_onnx_runtimes_quantizer_writes(bert: Family, tmp_path: Path, own_pairs: bool) -> None:
+def test_files_of_onnx_runtimes_quantizer(bert: Family, tmp_path: Path, own_pairs: bool) -> None:
     """Symmetric and per channel, as its TensorRT example has it; the pairs are its option DedicatedQDQPair."""
     options = {"ActivationSymmetric": True, "QuantizeBias": False, "DedicatedQDQPair": own_pairs,
                "AddQDQPairToWeight": True, "QDQOpTypePerChannelSupportToAxis": {"MatMul": 1}}  # fmt: skip
@@ -336,22 +346,22 @@ def test_what_onnx_runtimes_quantizer_writes(bert: Family, tmp_path: Path, own_p
 
 
 def test_every_row_of_the_table_has_a_failing_example(bert: Family) -> None:
-    """Here and in `test_checks`, collected anew, so that a row without an example is missed."""
-    one = {"w": sparse(64, 64), "ws": np.ones(64, np.float32), "wz": np.zeros(64, np.int8)}
-    written = insert_qdq(bert.graph, bert.quantization(*ALL)).SerializeToString()
+    weight, ones = sparse(64, 64).astype(np.float32), np.ones(64, np.float32)
+    untied = insert_qdq(bert.graph, bert.quantization(*ALL)).SerializeToString()
     linear = insert_qdq(bert.graph, bert.quantization(*ATTENTION))
     broken: list[tuple[ModelProto, str]] = [(linear, "tensorrt"), (linear, "tensorrt-8"), (linear, "onnx-fp32")]
-    for _, edit in [*BROKEN, *FOR_TENSORRT]:
-        model = onnx.load_from_string(written)
+    for edit in (*FOR_INT8, *FOR_TENSORRT):
+        model = onnx.load_from_string(untied)
         edit(model)
         broken.append((model, "tensorrt"))
     broken += [(model, "tensorrt") for model, _ in TYPES]
     broken += [(parsed(DOMAINS % op, w=np.ones((64, 64), np.float32)), "tensorrt")
                for op in ("com.microsoft.Fancy", "trt.Fancy", "Fancy")]  # fmt: skip
-    broken.append((parsed(BRANCH, w=one["w"].astype(np.float32), only_inside=one["ws"]), "tensorrt"))
-    broken.append((parsed(PLAIN, opset=12, w=one["w"].astype(np.float32)), "tensorrt"))
-    narrow = {"w": sparse(40, 36), "ws": np.ones(36, np.float32), "wz": np.zeros(36, np.int8)}
-    broken.append((parsed((RESIDUAL % "[36]").replace("64", "40", 1).replace("64", "36"), **narrow), "tensorrt"))
+    broken.append((parsed(BRANCH, w=weight, only_inside=ones), "tensorrt"))
+    broken.append((parsed(PLAIN, opset=12, w=weight), "tensorrt"))
+    broken.append(
+        (parsed((RESIDUAL % "[36]").replace("64", "40", 1).replace("64", "36"), **quantized_weight(40, 36)), "tensorrt")
+    )
     broken.append((chain(FLOATING), "onnx-int8"))
     seen = {(f.rule, f.requirement) for model, target in broken for f in findings_of(model, target)}
     assert {(rule.id, rule.requirement) for rule in RULES} - seen == {("B13", "int8 attention as TensorRT fuses it")}

@@ -1,4 +1,4 @@
-"""What `sqat inspect` reads from ONNX files, ours and others'."""
+"""The rows that `sqat inspect` makes of ONNX files, of sqat and of other tools."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tests.onnx_models import Family
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
 
-def saved(model: onnx.ModelProto, folder: Path) -> Path:
+def save(model: onnx.ModelProto, folder: Path) -> Path:
     path = folder / "model.onnx"
     path.write_bytes(model.SerializeToString())
     return path
 
 
 def test_rows_of_an_int8_file(bert: Family, tmp_path: Path) -> None:
-    rows = {row.name: row for row in inspect_onnx(saved(insert_qdq(bert.graph, bert.quantization()), tmp_path))}
+    rows = {row.name: row for row in inspect_onnx(save(insert_qdq(bert.graph, bert.quantization()), tmp_path))}
     assert set(rows) == {*bert.weights, "bert.pooler.dense", "classifier"}
     for layer, (integers, scale) in bert.weights.items():
         row = rows[layer]
@@ -43,7 +43,7 @@ def test_rows_of_an_int8_file(bert: Family, tmp_path: Path) -> None:
 
 
 def test_rows_of_a_float_file_keep_the_pattern(bert: Family, tmp_path: Path) -> None:
-    rows = {row.name: row for row in inspect_onnx(saved(bert.graph, tmp_path))}
+    rows = {row.name: row for row in inspect_onnx(save(bert.graph, tmp_path))}
     assert rows[QUERY].pattern == "2:4"
     assert rows[QUERY].zeros >= 0.5
     assert rows[QUERY].weight_scale is None
@@ -69,7 +69,7 @@ def test_a_file_of_another_exporter(tmp_path: Path) -> None:
     weight = np.arange(256, dtype=np.float32).reshape(16, 16) + 1
     model.graph.initializer.append(numpy_helper.from_array(kernel, "kernel"))
     model.graph.initializer.append(numpy_helper.from_array(weight, "weight"))
-    conv, linear = inspect_onnx(saved(model, tmp_path))
+    conv, linear = inspect_onnx(save(model, tmp_path))
     assert (conv.name, conv.shape, conv.pattern, conv.zeros) == ("kernel", (16, 8, 3, 3), "2:4", 0.5)
     assert (linear.name, linear.shape, linear.pattern) == ("weight", (16, 16), "dense")
     assert linear.weight_scale == (0.5, 0.5)
@@ -77,13 +77,12 @@ def test_a_file_of_another_exporter(tmp_path: Path) -> None:
 
 
 @given(st.sampled_from([(1, 4), (2, 4), (3, 4), (4, 8), (5, 16)]), st.integers(0, 1), st.integers(0, 2**32 - 1))
-def test_the_pattern_found_is_the_pattern_made(pattern: tuple[int, int], axis: int, seed: int) -> None:
+def test_a_pattern_is_recognized(pattern: tuple[int, int], axis: int, seed: int) -> None:
     kept, group = pattern
     random = np.random.default_rng(seed)
     ranks = random.random((64, 8, group)).argsort(-1).argsort(-1)
     values = ((ranks < kept) * random.integers(1, 9, ranks.shape)).reshape(64, -1).astype(np.int8)
-    found = find_pattern(values if axis == 1 else values.T, axis)
-    assert found == f"{kept}:{group}"
+    assert find_pattern(values if axis == 1 else values.T, axis) == f"{kept}:{group}"
 
 
 def test_patterns_at_the_edges() -> None:
@@ -98,34 +97,31 @@ def test_missing_external_data(bert: Family, tmp_path: Path) -> None:
     onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=64)
     assert {row.name for row in inspect_onnx(path)} >= set(bert.weights)
     (tmp_path / "weights.bin").unlink()
-    with pytest.raises(SqatError, match=r"its external data cannot be read: .*weights\.bin") as caught:
+    with pytest.raises(SqatError, match=r"weights\.bin") as error:
         inspect_onnx(path)
-    assert (caught.value.place, "\n" in str(caught.value)) == (str(path), False)
+    assert (error.value.place, "\n" in str(error.value)) == (str(path), False)
 
 
 def cut(content: bytes) -> bytes:
     return content[: len(content) // 2]
 
 
-@pytest.mark.parametrize(("spoil", "message"), [
-    (cut, "not an ONNX file, or cut short; export it again"),
-    (lambda content: b"# a model card\n", "not an ONNX file, or cut short; export it again"),
-    (lambda content: b"", "not an ONNX file: it holds no graph; export it again"),
-])  # fmt: skip
-def test_files_that_are_no_model(bert: Family, tmp_path: Path, spoil, message: str) -> None:
+@pytest.mark.parametrize("damage", [cut, lambda content: b"# a model card\n", lambda content: b""])
+def test_a_damaged_file_is_refused(bert: Family, tmp_path: Path, damage) -> None:
     path = tmp_path / "model.onnx"
-    path.write_bytes(spoil(bert.graph.SerializeToString()))
-    with pytest.raises(SqatError) as caught:
+    path.write_bytes(damage(bert.graph.SerializeToString()))
+    with pytest.raises(SqatError, match="not an ONNX file") as error:
         inspect_onnx(path)
-    assert str(caught.value) == f"{path}: {message}"
+    assert error.value.place == str(path)
 
 
 def test_a_model_without_layers_and_a_path_without_a_file(tmp_path: Path) -> None:
     model = onnx.parser.parse_model(
         '<ir_version: 9, opset_import: ["" : 20]> g (float[2] x) => (float[2] y) { y = Relu(x) }'
     )
-    with pytest.raises(SqatError, match="holds no MatMul, Gemm or Conv with a constant weight"):
-        inspect_onnx(saved(model, tmp_path))
+    with pytest.raises(SqatError) as error:
+        inspect_onnx(save(model, tmp_path))
+    assert error.value.code == "no-layer"
     with pytest.raises(SqatError, match=r"absent\.onnx: no such file"):
         inspect_onnx(tmp_path / "absent.onnx")
 
@@ -134,5 +130,5 @@ def test_a_half_quantized_layer_says_so(bert: Family, tmp_path: Path) -> None:
     model = insert_qdq(bert.graph, QuantizedModel({QUERY: bert.weights[QUERY]}, {f"{QUERY}:input": 1.0}))
     product = next(node for node in model.graph.node if node.name.endswith("layer.0/attention/self/query/MatMul"))
     product.input[0] = next(node for node in model.graph.node if node.output[0] == product.input[0]).input[0]
-    row = next(row for row in inspect_onnx(saved(model, tmp_path)) if row.name == QUERY)
+    row = next(row for row in inspect_onnx(save(model, tmp_path)) if row.name == QUERY)
     assert row.reason == "float: its input has no Q/DQ pair"

@@ -1,4 +1,4 @@
-"""What the linter reads of a weight, against ONNX's reference evaluator and ONNX Runtime's quantizer."""
+"""A weight as the linter reads it, against ONNX's reference evaluator and ONNX Runtime's quantizer."""
 
 from __future__ import annotations
 
