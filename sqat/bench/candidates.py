@@ -1,14 +1,10 @@
-"""What is measured: artifacts times the backends that can run them here, each as a function from inputs to an output.
+"""Candidates: each artifact in each backend that runs it here, as a function from inputs to an output.
 
-    torch         checkpoint folders (quantized layers fake-quantized, in float: a reference, not a speed), packed 2:4
-                  folders, compressed-tensors folders
-    onnxruntime   ONNX files on the CPU, with the options that make int8 exact
-    openvino      ONNX files on the CPU, in float32 where they are not int8
-    tensorrt      ONNX files through ONNX Runtime's TensorRT provider, sparse kernels allowed; needs an NVIDIA GPU and
-                  has not been tried on one
-    sqat          ONNX files of target cpu-sparse, with sqat's own kernels
-
-All of them live in one process; a backend's library is imported when the first of its artifacts is opened.
+torch         checkpoint, semi-structured and compressed-tensors folders; int8 layers in float
+onnxruntime   ONNX files on the CPU, with the options that make int8 exact
+openvino      ONNX files on the CPU, float layers in float32
+tensorrt      ONNX files through ONNX Runtime's TensorRT provider (not tested on a GPU)
+sqat          files of target cpu-sparse, with sqat's own kernels
 """
 
 from __future__ import annotations
@@ -33,11 +29,16 @@ Run = Callable[[Feeds], NDArray[Any]]
 
 
 class Artifact(NamedTuple):
-    """A folder or file to measure; ``kernels``: it needs sqat's own; no ``inputs``: its config does not tell them."""
+    """A folder or file to measure.
+
+    Attributes:
+        needs_kernels: whether it needs sqat's own kernels.
+        inputs: empty if unknown.
+    """
 
     label: str
     path: Path
-    kernels: bool
+    needs_kernels: bool
     inputs: tuple[Input, ...]
     config: dict[str, Any]
 
@@ -59,44 +60,44 @@ class Candidate:
 
 
 def read_artifacts(words: Sequence[str]) -> list[Artifact]:
-    """Artifacts named ``PATH`` or ``NAME=PATH``; those without a name are called by as much of the path as differs.
+    """Read artifacts given as ``PATH`` or ``NAME=PATH``; without a name, the last parts of the path are the name.
 
     Raises:
-        SqatError: no such file, neither folder nor ONNX, or two of one name.
+        SqatError: a path is no folder and no ONNX file, or two artifacts have one name.
     """
-    pairs = [split_word(word) for word in words]
-    shown = short_names([path for _, path in pairs])
-    labels = [label or short for (label, _), short in zip(pairs, shown, strict=True)]
+    pairs = [split_name(word) for word in words]
+    names = short_names([path for _, path in pairs])
+    labels = [label or name for (label, _), name in zip(pairs, names, strict=True)]
     for label in labels:
         if labels.count(label) > 1:
-            raise SqatError(f"two artifacts are called {label!r}", "name them, e.g. dense=PATH")
+            raise SqatError(f"two artifacts are called {label!r}", "name them, e.g. dense=PATH", code="usage")
     return [read_artifact(label, path) for label, (_, path) in zip(labels, pairs, strict=True)]
 
 
-def split_word(word: str) -> tuple[str, Path]:
-    """Name and path of ``NAME=PATH``; no name in a word that is itself a path."""
-    name, found, path = word.partition("=")
-    if not found or Path(word).exists():
+def split_name(word: str) -> tuple[str, Path]:
+    """Split ``NAME=PATH``; a word that is itself a path has no name."""
+    name, equals, path = word.partition("=")
+    if not equals or Path(word).exists():
         return "", Path(word)
     return name, Path(path)
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """As few last parts of each path as tell all of them apart, without ``model.`` and ``.onnx``."""
-    whole = [path.resolve() for path in paths]
+    """Return the last parts of each path, as few as keep the paths different, without ``model.`` and ``.onnx``."""
+    resolved = [path.resolve() for path in paths]
     names: list[str] = []
-    for depth in range(1, max(len(path.parts) for path in whole) + 1):
-        names = ["/".join(path.parts[-depth:]).removesuffix(".onnx") for path in whole]
-        if len(set(names)) == len(set(whole)):
+    for depth in range(1, max(len(path.parts) for path in resolved) + 1):
+        names = ["/".join(path.parts[-depth:]).removesuffix(".onnx") for path in resolved]
+        if len(set(names)) == len(set(resolved)):
             break
     return [name.removeprefix("model.") for name in names]
 
 
 def read_artifact(label: str, path: Path) -> Artifact:
-    """One artifact with its inputs; a file's are its own, a folder's by its config."""
+    """Read an artifact; the inputs of a file are in its graph, those of a folder follow from its config."""
     if path.suffix == ".onnx" and path.is_file():
-        kernels, inputs = read_graph(path)
-        return Artifact(label, path, kernels, inputs, read_json_object(path.with_name("config.json")))
+        needs_own_kernels, inputs = read_graph(path)
+        return Artifact(label, path, needs_own_kernels, inputs, read_json_object(path.with_name("config.json")))
     if path.is_dir():
         config = read_json_object(path / "config.json")
         try:
@@ -105,12 +106,12 @@ def read_artifact(label: str, path: Path) -> Artifact:
             inputs = ()
         return Artifact(label, path, False, inputs, config)
     if not path.exists():
-        raise SqatError("no such file or folder", place=str(path))
-    raise SqatError("is neither a checkpoint folder nor an .onnx file", place=str(path))
+        raise SqatError("no such file or folder", place=str(path), code="missing-file")
+    raise SqatError("is neither a checkpoint folder nor an .onnx file", place=str(path), code="unreadable-file")
 
 
 def read_graph(path: Path) -> tuple[bool, tuple[Input, ...]]:
-    """Whether an ONNX file needs sqat's kernels, and its inputs; its weights are not kept."""
+    """Return whether an ONNX file needs sqat's kernels, and its inputs; its weights are not kept."""
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
@@ -119,9 +120,9 @@ def read_graph(path: Path) -> tuple[bool, tuple[Input, ...]]:
     try:
         model = onnx.load(path, format="protobuf", load_external_data=False)
     except (OSError, DecodeError) as error:
-        raise SqatError("cannot be read as ONNX", place=str(path)) from error
+        raise SqatError("cannot be read as ONNX", place=str(path), code="unreadable-file") from error
     if not model.graph.node:
-        raise SqatError("holds no graph", "export it again", str(path))
+        raise SqatError("holds no graph", "export it again", str(path), code="invalid-onnx")
     stored = {tensor.name for tensor in model.graph.initializer}
     inputs = []
     for entry in model.graph.input:
@@ -132,44 +133,45 @@ def read_graph(path: Path) -> tuple[bool, tuple[Input, ...]]:
     return needs_kernels(model), tuple(inputs)
 
 
-def candidates_of(artifacts: Sequence[Artifact], wanted: Sequence[str]) -> tuple[list[Candidate], dict[str, str]]:
-    """Artifacts in the backends that are here, and what was left out with the reason.
+def find_candidates(artifacts: Sequence[Artifact], backends: Sequence[str]) -> tuple[list[Candidate], dict[str, str]]:
+    """Return the candidates of this machine, and name -> reason of the skipped ones.
 
     Args:
-        wanted: backends to look at, each of `OPENERS`; all of them where it is empty.
+        backends: those to measure, of `OPENERS`; all if empty.
 
     Raises:
-        SqatError: a backend that does not exist or is not here, or nothing is left to measure.
+        SqatError: a backend does not exist or cannot be used, or there is no candidate.
     """
-    for name in wanted:
+    for name in backends:
         if name not in OPENERS:
-            raise SqatError(f"no backend {name!r}", f"allowed: {', '.join(OPENERS)}", "--backend")
-        if reason := why_absent(name):
-            raise SqatError(f"backend {name} cannot be used: {reason}", place="--backend")
-    found, left_out = [], {}
+            raise SqatError(f"no backend {name!r}", f"allowed: {', '.join(OPENERS)}", "--backend", code="unknown-name")
+        if reason := why_unavailable(name):
+            raise SqatError(f"backend {name} cannot be used: {reason}", place="--backend", code="missing-hardware")
+    candidates, skipped = [], {}
     for artifact in artifacts:
-        for backend in backends_for(artifact):
-            candidate, reason = Candidate(artifact, backend), why_absent(backend)
-            if wanted and backend not in wanted:
+        for backend in backends_of(artifact):
+            candidate, reason = Candidate(artifact, backend), why_unavailable(backend)
+            if backends and backend not in backends:
                 continue
             if reason:
-                left_out[candidate.name] = reason
+                skipped[candidate.name] = reason
             else:
-                found.append(candidate)
-    if not found:
-        raise SqatError("nothing to measure: no backend here runs what was named", next(iter(left_out.values()), ""))
-    return found, left_out
+                candidates.append(candidate)
+    if not candidates:
+        reason = next(iter(skipped.values()), "")
+        raise SqatError("nothing to measure: no backend here runs these artifacts", reason, code="missing-hardware")
+    return candidates, skipped
 
 
-def backends_for(artifact: Artifact) -> tuple[str, ...]:
-    """Backends that can run an artifact at all."""
+def backends_of(artifact: Artifact) -> tuple[str, ...]:
+    """Return the backends that can run an artifact."""
     if not artifact.is_graph:
         return ("torch",)
-    return ("sqat",) if artifact.kernels else ("onnxruntime", "openvino", "tensorrt")
+    return ("sqat",) if artifact.needs_kernels else ("onnxruntime", "openvino", "tensorrt")
 
 
-def why_absent(backend: str) -> str:
-    """Why a backend cannot be used on this machine, empty where it can."""
+def why_unavailable(backend: str) -> str:
+    """Return why a backend cannot be used on this machine; empty if it can."""
     if backend == "tensorrt":
         return why_no_tensorrt()
     if backend == "openvino" and find_spec("openvino") is None:
@@ -180,15 +182,15 @@ def why_absent(backend: str) -> str:
 
 
 def why_no_tensorrt() -> str:
-    """Why ONNX Runtime's TensorRT provider cannot be used."""
+    """Return why ONNX Runtime's TensorRT provider cannot be used; empty if it can."""
     from sqat.hardware.machine import execution_providers, find_gpus
 
     try:
         gpus = find_gpus()
-    except Exception as error:  # a broken driver is told in the report, whatever it raises
+    except Exception as error:  # a broken driver is a reason in the report
         return f"the NVIDIA driver does not work ({' '.join(str(error).split())})"
     if not gpus:
-        return "it needs an NVIDIA GPU, and there is none here"
+        return "it needs an NVIDIA GPU"
     missing = "TensorrtExecutionProvider" not in execution_providers()
     return "ONNX Runtime here has no TensorRT provider (pip install onnxruntime-gpu)" if missing else ""
 
@@ -197,44 +199,44 @@ def open_candidate(candidate: Candidate, threads: int, stack: ExitStack) -> Run:
     """Open an artifact in its backend.
 
     Args:
-        stack: keeps what must stay open.
+        stack: closes what must stay open until the end.
 
     Raises:
-        SqatError: it cannot be opened.
+        SqatError: the backend cannot open it.
     """
     try:
         return OPENERS[candidate.backend](candidate.artifact.path, threads, stack)
     except SqatError:
         raise
-    except Exception as error:  # each library has classes of its own
-        raise SqatError(f"{candidate.backend} cannot open it: {first_line(error)}",
-                        place=str(candidate.artifact.path)) from error  # fmt: skip
+    except Exception as error:  # each library has its own classes
+        problem, place = f"{candidate.backend} cannot open it: {first_line(error)}", str(candidate.artifact.path)
+        raise SqatError(problem, place=place, code="unreadable-file") from error
 
 
 def open_all(
-    candidates: Sequence[Candidate], needed: Collection[str], threads: int, stack: ExitStack
+    candidates: Sequence[Candidate], required: Collection[str], threads: int, stack: ExitStack
 ) -> tuple[dict[str, Run], dict[str, str]]:
-    """Open candidates; returns those that opened, and name -> reason of those that did not.
+    """Open candidates; return the open ones, and name -> reason of those that failed.
 
     Args:
-        needed: backends and names of candidates that must open; those of `SOLE` must anyway.
+        required: backends and candidates that must open, beside `REQUIRED_BACKENDS`.
 
     Raises:
-        SqatError: one of those does not.
+        SqatError: a required one fails.
     """
     runs, failed = {}, {}
     for candidate in candidates:
         try:
             runs[candidate.name] = open_candidate(candidate, threads, stack)
         except SqatError as error:  # noqa: PERF203
-            if candidate.backend in SOLE or {candidate.backend, candidate.name} & set(needed):
+            if {candidate.backend, candidate.name} & {*REQUIRED_BACKENDS, *required}:
                 raise
             failed[candidate.name] = error.problem
     return runs, failed
 
 
 def open_torch(path: Path, threads: int, stack: ExitStack) -> Run:
-    """A checkpoint, or a folder of an export, on the device torch has."""
+    """Open a checkpoint or an exported folder on the device of torch."""
     import torch
 
     from sqat.checkpoint.store import load_checkpoint, require_weights
@@ -265,28 +267,30 @@ def open_torch(path: Path, threads: int, stack: ExitStack) -> Run:
 
 
 def open_onnxruntime(path: Path, threads: int, stack: ExitStack) -> Run:
+    """Open an ONNX file in ONNX Runtime on the CPU."""
     from sqat.runtime.sessions import session
 
-    return feeding(session(path, threads=threads))
+    return session_run(session(path, threads=threads))
 
 
 def open_sqat(path: Path, threads: int, stack: ExitStack) -> Run:
-    return feeding(runtime.session(path, threads=threads))
+    """Open a file of target cpu-sparse in ONNX Runtime with sqat's kernels."""
+    return session_run(runtime.session(path, threads=threads))
 
 
 def open_tensorrt(path: Path, threads: int, stack: ExitStack) -> Run:
-    """TensorRT through ONNX Runtime, which may not fall back to another provider unseen."""
+    """Open an ONNX file in ONNX Runtime's TensorRT provider; a fall back to another provider is an error."""
     import onnxruntime
 
     options = {"trt_fp16_enable": True, "trt_int8_enable": True, "trt_sparsity_enable": True}
     session = onnxruntime.InferenceSession(str(path), providers=[("TensorrtExecutionProvider", options)])
     if session.get_providers()[0] != "TensorrtExecutionProvider":
-        raise SqatError("ONNX Runtime could not start TensorRT", place=str(path))
-    return feeding(session)
+        raise SqatError("ONNX Runtime could not start TensorRT", place=str(path), code="missing-hardware")
+    return session_run(session)
 
 
-def feeding(session: Any) -> Run:
-    """An ONNX Runtime session's first output as a function of its own inputs among many."""
+def session_run(session: Any) -> Run:
+    """Return a function from inputs, of which the session takes its own, to its first output."""
     names = [each.name for each in session.get_inputs()]
     output = session.get_outputs()[0].name
     return lambda feeds: np.asarray(session.run([output], {name: feeds[name] for name in names})[0])
@@ -294,18 +298,16 @@ def feeding(session: Any) -> Run:
 
 @cache
 def openvino_core() -> Any:
-    """OpenVINO, one for the process and never closed.
-
-    Its CPU plugin gives the thread that loads it an alternate signal stack, on which Python's signal handlers run, and
-    frees that memory with the last object of it. Where the garbage collector does so in another thread, the next Ctrl-C
-    ends the process with a segmentation fault.
-    """
+    """Return the OpenVINO core of this process, which is never freed."""
+    # Its CPU plugin gives the loading thread an alternate signal stack for Python's signal handlers, and frees that
+    # memory with the last object. If another thread frees it, the next Ctrl-C is a segmentation fault.
     import openvino
 
     return openvino.Core()
 
 
 def open_openvino(path: Path, threads: int, stack: ExitStack) -> Run:
+    """Open an ONNX file in OpenVINO on the CPU."""
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     model = openvino_core().compile_model(str(path), "CPU", settings)
     names = {name for each in model.inputs for name in each.names}
@@ -320,4 +322,4 @@ OPENERS: dict[str, Callable[[Path, int, ExitStack], Run]] = {
     "tensorrt": open_tensorrt,
     "sqat": open_sqat,
 }
-SOLE = ("torch", "onnxruntime", "sqat")  # the backends that an artifact is for, or that every ONNX file should run in
+REQUIRED_BACKENDS = ("torch", "onnxruntime", "sqat")  # an artifact that fails in one of them is an error

@@ -1,4 +1,4 @@
-"""The words of the command line as a measurement: checked before anything is opened."""
+"""`sqat bench`: checks the options before anything is opened, measures, and writes the report."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqat.bench.candidates import Candidate, candidates_of, read_artifacts
-from sqat.bench.measuring import Grid, Report, measure
+from sqat.bench.candidates import Candidate, find_candidates, read_artifacts
+from sqat.bench.measure import Grid, measure
+from sqat.bench.report import Report
 from sqat.bench.rounds import Effort
 from sqat.checkpoint.atomic_write import replace_file
 from sqat.errors import SqatError
@@ -17,7 +18,7 @@ from sqat.progress import Reporter
 
 @dataclass(frozen=True)
 class Options:
-    """Flags of `sqat bench` as they were typed; ``within`` in percent."""
+    """Options of `sqat bench` as given; ``within`` in percent."""
 
     artifacts: Sequence[str]
     batch: str = "1,8"
@@ -32,23 +33,23 @@ class Options:
 
 
 def run_bench(options: Options, reporter: Reporter) -> Report:
-    """Measure what the options name.
+    """Measure the artifacts.
 
     Raises:
-        SqatError: a flag that cannot be, an artifact that cannot be read or run.
+        SqatError: an option is wrong, or an artifact cannot be read or run.
     """
     grid = Grid(numbers(options.batch, "--batch"), numbers(options.sequence, "--sequence") if options.sequence else ())
     effort = effort_of(options)
     if options.threads < 0:
-        raise SqatError(f"must be 0 or more, got {options.threads}", place="--threads")
-    found, left_out = candidates_of(read_artifacts(options.artifacts), options.backends)
-    baseline = find_baseline(found, options.baseline)
+        raise SqatError(f"must be 0 or more, got {options.threads}", place="--threads", code="usage")
+    candidates, skipped = find_candidates(read_artifacts(options.artifacts), options.backends)
+    baseline = find_baseline(candidates, options.baseline)
     threads = options.threads or describe_processor().cores
-    return measure(found, baseline, grid, effort, threads, reporter, left_out, needed=options.backends)
+    return measure(candidates, baseline, grid, effort, threads, reporter, skipped, required=options.backends)
 
 
 def effort_of(options: Options) -> Effort:
-    """How long to measure.
+    """Return how long to measure.
 
     Raises:
         SqatError: a number that is not above zero.
@@ -66,37 +67,38 @@ def effort_of(options: Options) -> Effort:
 
 
 def numbers(text: str, flag: str) -> list[int]:
-    """Whole numbers above zero, separated by commas, each once.
+    """Parse whole numbers above 0 separated by commas; each counts once.
 
     Raises:
-        SqatError: they are not.
+        SqatError: the text holds something else.
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise SqatError(f"must be whole numbers above 0 separated by commas, got {text!r}", place=flag)
+        problem = f"must be whole numbers above 0 separated by commas, got {text!r}"
+        raise SqatError(problem, place=flag, code="usage")
     return list(dict.fromkeys(int(part) for part in parts))
 
 
-def find_baseline(candidates: Sequence[Candidate], wanted: str | None) -> str:
-    """Name of the candidate that others are compared with: the first, or the one called ``label`` or ``label@backend``.
+def find_baseline(candidates: Sequence[Candidate], name: str | None) -> str:
+    """Return the candidate that others are compared with: the first, or the one named ``label`` or ``label@backend``.
 
     Raises:
-        SqatError: none is called so, or several.
+        SqatError: no candidate has the name, or several.
     """
-    if wanted is None:
+    if name is None:
         return candidates[0].name
-    names = [each.name for each in candidates if wanted in (each.name, each.artifact.label)]
-    if wanted in names or len(names) == 1:
-        return wanted if wanted in names else names[0]
-    shown = ", ".join(names or [each.name for each in candidates])
-    raise SqatError(f"{len(names) or 'no'} candidates are called {wanted!r}", f"choose one of {shown}", "--baseline")
+    names = [each.name for each in candidates if name in (each.name, each.artifact.label)]
+    if name in names or len(names) == 1:
+        return name if name in names else names[0]
+    hint = f"choose one of {', '.join(names or [each.name for each in candidates])}"
+    raise SqatError(f"{len(names) or 'no'} candidates are called {name!r}", hint, "--baseline", code="unknown-name")
 
 
 def write_report(report: Report, json_file: Path | None, plot: Path | None) -> None:
-    """Write the figures as JSON and as a plot, where files are named.
+    """Write the report as JSON and as a plot, to the files that are given.
 
     Raises:
-        SqatError: a file cannot be written, or the plot not be drawn here.
+        SqatError: a file cannot be written, or matplotlib is not installed.
     """
     if json_file is not None:
         replace_file(json_file, f"{report.model_dump_json(indent=1)}\n".encode())

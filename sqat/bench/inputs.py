@@ -1,7 +1,6 @@
-"""Inputs of a model, drawn at random: valid token ids, masks of full length, pictures and whatever else it names.
+"""Random inputs of a model: valid token ids, masks without padding, images, and other floats.
 
-What a float graph computes does not change how long it takes, but every artifact must see the same values for their
-outputs to be compared: each input is drawn from a generator of its own, seeded by its name. Left out: padding.
+Each input has its own generator, seeded by its name: every artifact gets the same values, so outputs can be compared.
 """
 
 from __future__ import annotations
@@ -16,16 +15,22 @@ from numpy.typing import NDArray
 from sqat.errors import SqatError
 
 Feeds = dict[str, NDArray[Any]]
-UNKNOWN_VOCABULARY = 100
-USUAL_TOKENS = 128
+DEFAULT_VOCABULARY = 100
+DEFAULT_TOKENS = 128
+POSITION_OFFSET = ("roberta", "xlm-roberta", "camembert", "mpnet")  # model types whose positions begin at 2
 
 
 class Input(NamedTuple):
-    """An input of a model; None in its shape is a free size: the first the batch, the others tokens."""
+    """An input of a model.
+
+    Attributes:
+        shape: None for a free size: the batch in the first place, tokens elsewhere.
+        dtype: NumPy's name.
+    """
 
     name: str
     shape: tuple[int | None, ...]
-    kind: str
+    dtype: str
 
     @property
     def has_tokens(self) -> bool:
@@ -33,43 +38,44 @@ class Input(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """One more than the largest token id, and the longest text; None where nothing says."""
+    """The vocabulary size, and the maximum number of tokens; None if unknown."""
 
-    vocabulary: int = UNKNOWN_VOCABULARY
+    vocabulary: int = DEFAULT_VOCABULARY
     tokens: int | None = None
 
 
 def draw_inputs(inputs: Iterable[Input], limits: Limits, batch: int, tokens: int | None) -> Feeds:
-    """Values of every input by name.
+    """Draw the values of every input, by name.
 
     Raises:
-        SqatError: a model has a fixed batch or length other than this one.
+        SqatError: an input has another fixed batch size.
     """
-    return {each.name: draw(each, limits, batch, tokens) for each in inputs}
+    return {each.name: draw_input(each, limits, batch, tokens) for each in inputs}
 
 
-def draw(each: Input, limits: Limits, batch: int, tokens: int | None) -> NDArray[Any]:
-    """One input."""
+def draw_input(each: Input, limits: Limits, batch: int, tokens: int | None) -> NDArray[Any]:
+    """Draw the values of one input."""
     if each.shape and each.shape[0] not in (None, batch):
-        raise SqatError(f"input {each.name} has a fixed batch of {each.shape[0]}, not {batch}", "set --batch")
+        problem = f"input {each.name} has a fixed batch of {each.shape[0]}, not {batch}"
+        raise SqatError(problem, "set --batch", code="usage")
     shape = [(tokens or 1) if size is None else size for size in each.shape]
     shape[:1] = [batch] * bool(shape)
     random = np.random.default_rng(zlib.crc32(each.name.encode()))
-    kind = np.dtype(each.kind)
+    dtype = np.dtype(each.dtype)
     if "mask" in each.name:
-        return np.ones(shape, kind)
-    if np.issubdtype(kind, np.floating):
-        return random.standard_normal(shape).astype(kind)
+        return np.ones(shape, dtype)
+    if np.issubdtype(dtype, np.floating):
+        return random.standard_normal(shape).astype(dtype)
     if "type" in each.name:
-        return np.zeros(shape, kind)
-    return random.integers(0, limits.vocabulary, shape).astype(kind)
+        return np.zeros(shape, dtype)
+    return random.integers(0, limits.vocabulary, shape).astype(dtype)
 
 
 def inputs_of_config(config: Mapping[str, Any], place: str) -> list[Input]:
-    """Inputs of a torch model by its config: of a text or of pictures.
+    """Return the inputs of a torch model by its config: text or image.
 
     Raises:
-        SqatError: it is neither.
+        SqatError: the config is of neither.
     """
     if "vocab_size" in config:
         return [Input(name, (None, None), "int64") for name in ("input_ids", "attention_mask")]
@@ -77,20 +83,18 @@ def inputs_of_config(config: Mapping[str, Any], place: str) -> list[Input]:
     if size is not None and channels is not None:
         height, width = size if isinstance(size, list) else (size, size)
         return [Input("pixel_values", (None, channels, height, width), "float32")]
-    raise SqatError("its config does not tell the inputs", "name an ONNX file of the same model too", place)
+    raise SqatError("its config does not say its inputs", "add an ONNX file of the same model", place,
+                    code="unsupported-model")  # fmt: skip
 
 
 def limits_of(configs: Sequence[Mapping[str, Any]]) -> Limits:
-    """The smallest vocabulary and the shortest longest text of several models."""
+    """Return the smallest vocabulary and the smallest maximum of tokens of several models."""
     sizes = [int(config["vocab_size"]) for config in configs if config.get("vocab_size")]
     lengths = [int(config["max_position_embeddings"]) for config in configs if config.get("max_position_embeddings")]
-    offset = 2 if any(config.get("model_type") in OFFSET for config in configs) else 0
-    return Limits(min(sizes, default=UNKNOWN_VOCABULARY), min(lengths) - offset if lengths else None)
+    offset = 2 if any(config.get("model_type") in POSITION_OFFSET for config in configs) else 0
+    return Limits(min(sizes, default=DEFAULT_VOCABULARY), min(lengths) - offset if lengths else None)
 
 
-def usual_tokens(limits: Limits) -> int:
-    """The length to measure where none was asked for."""
-    return min(USUAL_TOKENS, limits.tokens or USUAL_TOKENS)
-
-
-OFFSET = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their positions begin at 2
+def default_tokens(limits: Limits) -> int:
+    """Return the number of tokens to measure if none is given."""
+    return min(DEFAULT_TOKENS, limits.tokens or DEFAULT_TOKENS)

@@ -1,7 +1,6 @@
-"""A median and how sure it is: percentile bootstrap over rounds (Efron, 1979).
+"""Medians with confidence intervals: percentile bootstrap over rounds (Efron, 1979).
 
-Rounds are what is drawn again, not calls: calls of one turn share the machine's mood of that moment, so that they are
-no independent samples. Left out: parametric intervals; a machine's disturbances are anything but normal.
+Rounds are resampled, not calls: the calls of one turn depend on the same state of the machine.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ class Interval(BaseModel):
 
 
 def median_interval(values: Times, resamples: int = 2000) -> Interval:
-    """Median of values [R] with a 95 % percentile bootstrap interval; the same values give the same interval."""
-    chosen = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
-    low, high = np.quantile(np.median(values[chosen], axis=1), COVERAGE)
+    """Return the median of values [R] with its 95 % percentile bootstrap interval; the result is deterministic."""
+    samples = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    low, high = np.quantile(np.median(values[samples], axis=1), COVERAGE)
     return Interval(median=float(np.median(values)), low=float(low), high=float(high))
 
 
 def median_ratio(baseline: Times, times: Times, resamples: int = 2000) -> Interval:
-    """Median over the rounds [R] of baseline / times: how many times as fast, pair by pair, as `median_interval`."""
+    """Return the median speed-up over rounds [R], baseline / times, with its interval."""
     return median_interval(baseline / times, resamples)

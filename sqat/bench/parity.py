@@ -1,7 +1,7 @@
-"""Whether two artifacts compute the same: the largest difference of their outputs, and how many decisions differ.
+"""The difference of two artifacts' outputs: the largest difference, and how many decisions differ.
 
-A decision is the largest of a classifier's scores. Embeddings, single scores and pictures have none: of them the
-difference is told beside the size of the values. Left out: a verdict; how much int8 may move is the export's gate.
+A decision is the argmax of a classifier's scores. Other outputs have no decisions. Nothing is judged here: the parity
+gate of the export stage does that.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Array = NDArray[Any]
 
 
 class Parity(BaseModel):
-    """One artifact's output beside the baseline's on the same inputs.
+    """One artifact's output compared with the baseline's on the same inputs.
 
     Attributes:
-        largest: absolute difference; infinite where either holds what is no number.
+        largest: absolute difference; infinite if an output holds NaN.
         scale: largest absolute value of the baseline.
-        rows: that were compared.
-        differing: rows whose decision differs, None where the output is no choice among classes.
-        problem: why nothing could be compared, empty where it could.
+        rows: number of compared rows.
+        differing: rows whose decision differs; None if the model is no classifier.
+        problem: why the outputs cannot be compared; empty if they can.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -42,7 +42,7 @@ def compare(baseline: Array, output: Array, decides: bool) -> Parity:
     """Compare two outputs [B, ...].
 
     Args:
-        decides: whether the model chooses among classes.
+        decides: whether the model is a classifier.
     """
     if baseline.shape != output.shape:
         return Parity(problem=f"output {list(output.shape)} against {list(baseline.shape)}")
@@ -54,6 +54,6 @@ def compare(baseline: Array, output: Array, decides: bool) -> Parity:
 
 
 def is_classifier(config: Mapping[str, Any]) -> bool:
-    """Whether a model chooses among classes, by the name of its architecture and what its head is for."""
+    """Return whether a model is a classifier, by its architecture and problem type."""
     names = [str(name) for name in config.get("architectures") or ()]
     return any("Classification" in name for name in names) and config.get("problem_type") != "regression"

@@ -1,13 +1,7 @@
-"""Timing that compares: every candidate has a turn in each round, until the ratios are known well enough.
+"""Interleaved timing: every candidate has one turn per round, until all ratios have narrow intervals.
 
-Ratios are of turns of the same round, so that whatever slows the machine for longer than a round slows both. The order
-within a round is drawn anew. A turn begins with a rest, since idle threads of other runtimes spin for a while, and with
-one call that is not timed, so that each candidate finds its own weights in the cache, as a server would. The first
-round is thrown away.
-
-Rounds go on until the 95 % interval of every ratio is within a share of it, or a time limit; which of the two is
-reported. Looking at an interval in order to stop makes it a little too narrow: it is looked at every fifth round. There
-are six rounds in any case: the whole range of fewer holds the true median in less than 95 % of all measurements.
+Ratios compare turns of the same round, so a disturbance that lasts longer than a round slows both. The order within a
+round is random. Rounds end when every 95 % interval is narrow enough, or at a time limit.
 """
 
 from __future__ import annotations
@@ -21,9 +15,10 @@ import numpy as np
 from sqat.bench.intervals import Times, median_interval, median_ratio
 
 Call = Callable[[], object]
-REST = 0.02
-CALLS = 2  # of a turn, at least
-FEWEST, LOOK_EVERY = 6, 5
+REST = 0.02  # seconds before a turn: idle threads of other runtimes spin for a while
+MIN_CALLS = 2  # per turn
+MIN_ROUNDS = 6  # the range of fewer rounds holds the true median in less than 95 % of all measurements
+CHECK_EVERY = 5  # rounds: an interval that is checked more often is too narrow
 
 
 @dataclass(frozen=True)
@@ -31,10 +26,10 @@ class Effort:
     """How long to measure.
 
     Attributes:
-        rounds: at least, unless the limit comes first; `FEWEST` in any case.
-        seconds: of timed calls a turn, at least.
-        within: half-width of the 95 % interval of each ratio that is enough, as a share of the ratio.
-        limit: seconds of a setting.
+        rounds: at least, unless the limit comes first; at least `MIN_ROUNDS`.
+        seconds: of timed calls per turn, at least.
+        within: half-width of the 95 % interval of each ratio to reach, as a share of the ratio.
+        limit: seconds per setting.
     """
 
     rounds: int = 10
@@ -44,12 +39,12 @@ class Effort:
 
 
 @dataclass(frozen=True)
-class Timed:
-    """What a setting's rounds gave.
+class RoundTimes:
+    """The times of one setting.
 
     Attributes:
-        calls: candidate -> seconds of every timed call, turn by turn.
-        reached: whether every interval is as narrow as asked for.
+        calls: candidate -> turn -> seconds of every timed call.
+        reached: whether every interval is narrow enough.
     """
 
     calls: Mapping[str, list[list[float]]]
@@ -60,7 +55,7 @@ class Timed:
         return len(next(iter(self.calls.values())))
 
     def turns(self, name: str) -> Times:
-        """Median call [R] of every turn of a candidate."""
+        """Return the median call of every turn [R] of a candidate."""
         return np.array([np.median(turn) for turn in self.calls[name]])
 
 
@@ -71,44 +66,45 @@ def time_rounds(
     *,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
-) -> Timed:
-    """Time candidates against each other.
+) -> RoundTimes:
+    """Time candidates in interleaved rounds; the first turns are not counted.
 
     Args:
-        baseline: the candidate that ratios are against.
+        baseline: the candidate that ratios compare with.
+        clock, sleep: replaced by tests.
     """
     random, names = np.random.default_rng(0), list(calls)
     for call in calls.values():
         take_turn(call, 0, clock, sleep)
-    timed, fewest = Timed({name: [] for name in names}, False), max(effort.rounds, FEWEST)
-    begun = clock()
+    times, min_rounds = RoundTimes({name: [] for name in names}, False), max(effort.rounds, MIN_ROUNDS)
+    start = clock()
     while True:
         for name in random.permutation(names):
-            timed.calls[str(name)].append(take_turn(calls[str(name)], effort.seconds, clock, sleep))
-        late = clock() - begun >= effort.limit and timed.rounds >= FEWEST
-        enough = timed.rounds >= fewest and (timed.rounds - fewest) % LOOK_EVERY == 0
-        if late or enough:
-            reached = widest(timed, baseline) <= effort.within
-            if late or reached:
-                return Timed(timed.calls, reached)
+            times.calls[str(name)].append(take_turn(calls[str(name)], effort.seconds, clock, sleep))
+        is_late = clock() - start >= effort.limit and times.rounds >= MIN_ROUNDS
+        is_check = times.rounds >= min_rounds and (times.rounds - min_rounds) % CHECK_EVERY == 0
+        if is_late or is_check:
+            reached = widest_interval(times, baseline) <= effort.within
+            if is_late or reached:
+                return RoundTimes(times.calls, reached)
 
 
 def take_turn(call: Call, seconds: float, clock: Callable[[], float], sleep: Callable[[float], None]) -> list[float]:
-    """Seconds of the timed calls of one turn."""
+    """Run one turn and return the seconds of its timed calls."""
     sleep(REST)
-    call()
+    call()  # not timed: it brings the weights into the cache, as in a server
     times: list[float] = []
-    while len(times) < CALLS or sum(times) < seconds:
+    while len(times) < MIN_CALLS or sum(times) < seconds:
         start = clock()
         call()
         times.append(clock() - start)
     return times
 
 
-def widest(timed: Timed, baseline: str) -> float:
-    """Half-width of the widest interval: of the ratios, or of the baseline's own time where it is alone."""
-    against = timed.turns(baseline)
-    others = [name for name in timed.calls if name != baseline]
+def widest_interval(times: RoundTimes, baseline: str) -> float:
+    """Return the half-width of the widest interval of all ratios, or of the baseline's time if it is alone."""
+    reference = times.turns(baseline)
+    others = [name for name in times.calls if name != baseline]
     if not others:
-        return median_interval(against).half_width
-    return max(median_ratio(against, timed.turns(name)).half_width for name in others)
+        return median_interval(reference).half_width
+    return max(median_ratio(reference, times.turns(name)).half_width for name in others)

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sqat.bench.intervals import Interval
-from sqat.bench.measuring import Report, size_text
+from sqat.bench.report import Report, size_text
 
 LATENCY, BENCH = "latency.json", "bench.json"
 OTHER = "another file,"

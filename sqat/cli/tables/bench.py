@@ -11,8 +11,8 @@ from sqat.cli.printing import result_console
 from sqat.cli.tables.layout import format_digits, new_table, print_paragraph
 
 if TYPE_CHECKING:
-    from sqat.bench.measuring import Report, Setting, Timing
     from sqat.bench.parity import Parity
+    from sqat.bench.report import Report, Setting, Timing
 
 
 def print_bench(report: Report) -> None:
@@ -39,7 +39,7 @@ def print_bench(report: Report) -> None:
 
 def print_setting(console: Console, report: Report, setting: Setting) -> None:
     """Print one input size: a row per candidate."""
-    from sqat.bench.measuring import size_text
+    from sqat.bench.report import size_text
 
     size = size_text(setting.batch, setting.sequence)
     table = new_table(size, "p50 ms", "+-%", "p95 ms", "rows/s", "speed-up", "difference")

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from sqat.bench import candidates
-from sqat.bench.candidates import Candidate, candidates_of, open_all, read_artifact, read_artifacts
-from sqat.bench.inputs import Input, Limits, draw_inputs, inputs_of_config, limits_of, usual_tokens
-from sqat.bench.measuring import Grid, all_inputs, settings_of
+from sqat.bench.candidates import Candidate, find_candidates, open_all, read_artifact, read_artifacts
+from sqat.bench.inputs import Input, Limits, default_tokens, draw_inputs, inputs_of_config, limits_of
+from sqat.bench.measure import Grid, all_inputs, all_sizes
 from sqat.bench.parity import compare, is_classifier
 from sqat.checkpoint.store import Checkpoint, save_checkpoint
 from sqat.errors import SqatError
@@ -87,7 +87,7 @@ def test_limits_are_what_every_model_keeps() -> None:
     assert limits_of([bert]) == Limits(90, 64)
     assert limits_of([bert, roberta]) == Limits(70, 62)
     assert limits_of([{}]) == Limits()
-    assert (usual_tokens(Limits(9, 40)), usual_tokens(Limits()), usual_tokens(Limits(9, 512))) == (40, 128, 128)
+    assert (default_tokens(Limits(9, 40)), default_tokens(Limits()), default_tokens(Limits(9, 512))) == (40, 128, 128)
 
 
 def test_inputs_of_folders() -> None:
@@ -99,29 +99,29 @@ def test_inputs_of_folders() -> None:
 
 def test_settings_are_the_grid() -> None:
     tokens, pictures = [Input("input_ids", (None, None), "int64")], [Input("pixels", (None, 3), "float32")]
-    assert settings_of(tokens, Limits(9, 99), Grid([1, 8], [16, 32])) == [(1, 16), (1, 32), (8, 16), (8, 32)]
-    assert settings_of(tokens, Limits(9, 20), Grid([2])) == [(2, 20)]
-    assert settings_of(pictures, Limits(), Grid([1, 2])) == [(1, None), (2, None)]
+    assert all_sizes(tokens, Limits(9, 99), Grid([1, 8], [16, 32])) == [(1, 16), (1, 32), (8, 16), (8, 32)]
+    assert all_sizes(tokens, Limits(9, 20), Grid([2])) == [(2, 20)]
+    assert all_sizes(pictures, Limits(), Grid([1, 2])) == [(1, None), (2, None)]
     with pytest.raises(SqatError, match="positions for 20 tokens, not 21"):
-        settings_of(tokens, Limits(9, 20), Grid([1], [16, 21]))
+        all_sizes(tokens, Limits(9, 20), Grid([1], [16, 21]))
     with pytest.raises(SqatError, match="no input has tokens"):
-        settings_of(pictures, Limits(), Grid([1], [16]))
+        all_sizes(pictures, Limits(), Grid([1], [16]))
 
 
 def test_backends_of_each_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = read_artifact("g", write_classifier(tmp_path / "m.onnx"))
     folder = read_artifact("f", tmp_path)
-    monkeypatch.setattr(candidates, "why_absent", lambda name: "is not here" if name == "tensorrt" else "")
-    found, left_out = candidates_of([graph, folder, graph._replace(label="k", kernels=True)], [])
+    monkeypatch.setattr(candidates, "why_unavailable", lambda name: "is not here" if name == "tensorrt" else "")
+    found, skipped = find_candidates([graph, folder, graph._replace(label="k", needs_kernels=True)], [])
     assert [each.name for each in found] == ["g@onnxruntime", "g@openvino", "f@torch", "k@sqat"]
-    assert left_out == {"g@tensorrt": "is not here"}
-    assert [each.name for each in candidates_of([graph, folder], ["torch"])[0]] == ["f@torch"]
+    assert skipped == {"g@tensorrt": "is not here"}
+    assert [each.name for each in find_candidates([graph, folder], ["torch"])[0]] == ["f@torch"]
     with pytest.raises(SqatError, match="nothing to measure"):
-        candidates_of([graph], ["torch"])
+        find_candidates([graph], ["torch"])
     with pytest.raises(SqatError, match="no backend 'ort'; allowed: torch, onnxruntime"):
-        candidates_of([graph], ["ort"])
+        find_candidates([graph], ["ort"])
     with pytest.raises(SqatError, match="backend tensorrt cannot be used: is not here"):
-        candidates_of([graph], ["tensorrt"])
+        find_candidates([graph], ["tensorrt"])
 
 
 def test_what_does_not_open_is_left_out_where_it_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,17 +144,17 @@ def test_what_does_not_open_is_left_out_where_it_may_be(tmp_path: Path, monkeypa
 
 def test_missing_kernels_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(candidates.runtime, "LIBRARY", tmp_path / "none.so")
-    assert candidates.runtime.how_to_get_it() in candidates.why_absent("sqat")
+    assert candidates.runtime.how_to_get_it() in candidates.why_unavailable("sqat")
 
 
 def test_a_folder_takes_the_inputs_of_a_file_beside_it(
     tmp_path: Path, make_checkpoint: Callable[..., Checkpoint]
 ) -> None:
     save_checkpoint(make_checkpoint(), tmp_path / "c")
-    found, _ = candidates_of(read_artifacts([str(tmp_path / "c")]), [])
-    assert {each.name for each in all_inputs(found)[0]} == {"input_ids", "attention_mask"}
+    found, _ = find_candidates(read_artifacts([str(tmp_path / "c")]), [])
+    assert {each.name for each in all_inputs([each.artifact for each in found])[0]} == {"input_ids", "attention_mask"}
     graph = Candidate(read_artifact("g", write_pictures(tmp_path / "p" / "m.onnx")), "onnxruntime")
-    assert [each.name for each in all_inputs([*found, graph])[0]] == ["pixel_values"]
+    assert [each.name for each in all_inputs([each.artifact for each in (*found, graph)])[0]] == ["pixel_values"]
 
 
 def test_parity() -> None:

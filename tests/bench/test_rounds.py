@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from sqat.bench.rounds import CALLS, FEWEST, Effort, Timed, time_rounds
+from sqat.bench.rounds import MIN_CALLS, MIN_ROUNDS, Effort, RoundTimes, time_rounds
 
 
 class Clock:
@@ -30,7 +30,7 @@ class Clock:
         self.order.append(name)
 
 
-def timed(clock: Clock, effort: Effort, noise: float = 0.0, **seconds: float) -> Timed:
+def timed(clock: Clock, effort: Effort, noise: float = 0.0, **seconds: float) -> RoundTimes:
     calls = {name: lambda name=name, each=each: clock.call(name, each, noise) for name, each in seconds.items()}
     return time_rounds(calls, next(iter(seconds)), effort, clock=clock, sleep=clock.sleep)
 
@@ -42,7 +42,7 @@ def test_each_candidate_has_one_turn_a_round_after_a_rest_and_an_untimed_call() 
     turns = "-".join(clock.order).split("rest-")[1:]
     names = [turn.rstrip("-").split("-") for turn in turns]
     assert {len(set(turn)) for turn in names} == {1}
-    assert {len(turn) for turn in names} == {1 + CALLS}
+    assert {len(turn) for turn in names} == {1 + MIN_CALLS}
     order = [turn[0] for turn in names]
     rounds = [order[start : start + 3] for start in range(0, len(order), 3)]
     assert all(Counter(each) == Counter("abc") for each in rounds)
@@ -53,7 +53,7 @@ def test_each_candidate_has_one_turn_a_round_after_a_rest_and_an_untimed_call() 
 def test_turns_last_as_long_as_asked_for() -> None:
     found = timed(Clock(), Effort(rounds=3, seconds=1.0), quick=0.1, slow=5.0)
     assert {len(turn) for turn in found.calls["quick"]} <= {10, 11}
-    assert {len(turn) for turn in found.calls["slow"]} == {CALLS}
+    assert {len(turn) for turn in found.calls["slow"]} == {MIN_CALLS}
     np.testing.assert_allclose(found.turns("slow"), 5.0)
 
 
@@ -70,14 +70,16 @@ def test_the_limit_ends_it_and_is_told(alone: bool) -> None:
     others = {} if alone else {"b": 2.0}
     found = timed(Clock(), Effort(rounds=50, seconds=0.0, within=1e-6, limit=60.0), noise=0.3, a=1.0, **others)
     assert not found.reached
-    assert FEWEST <= found.rounds < 50
+    assert MIN_ROUNDS <= found.rounds < 50
 
 
 def test_a_limit_of_nothing_still_gives_a_spread() -> None:
-    assert timed(Clock(), Effort(rounds=50, seconds=0.0, within=1e-6, limit=1e-9), noise=0.3, a=1.0).rounds == FEWEST
+    assert (
+        timed(Clock(), Effort(rounds=50, seconds=0.0, within=1e-6, limit=1e-9), noise=0.3, a=1.0).rounds == MIN_ROUNDS
+    )
 
 
 def test_fewer_rounds_than_can_hold_the_median_are_not_enough() -> None:
     """The range of n draws holds the median with probability 1 - 2 ^ (1 - n): 93.75 % for 5, 96.9 % for 6."""
-    assert 1 - 2.0 ** (1 - FEWEST) > 0.95 > 1 - 2.0 ** (2 - FEWEST)
-    assert timed(Clock(), Effort(rounds=1, seconds=0.0, within=1.0, limit=1e9), a=1.0, b=2.0).rounds == FEWEST
+    assert 1 - 2.0 ** (1 - MIN_ROUNDS) > 0.95 > 1 - 2.0 ** (2 - MIN_ROUNDS)
+    assert timed(Clock(), Effort(rounds=1, seconds=0.0, within=1.0, limit=1e9), a=1.0, b=2.0).rounds == MIN_ROUNDS

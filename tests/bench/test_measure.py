@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from sqat import cli
-from sqat.bench import measuring
-from sqat.bench.candidates import candidates_of, read_artifacts
-from sqat.bench.measuring import Grid, Report, measure, pinned
+from sqat.bench.candidates import find_candidates, read_artifacts
+from sqat.bench.measure import Grid, measure, pinned
 from sqat.bench.parity import Parity
-from sqat.bench.rounds import Effort, Timed
+from sqat.bench.report import Report
+from sqat.bench.rounds import Effort, RoundTimes
 from sqat.checkpoint.store import Checkpoint, save_checkpoint
 from sqat.data.tokens import TextProcessor
 from sqat.errors import SqatError
@@ -37,7 +37,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     monkeypatch.setattr("sqat.bench.rounds.REST", 0.0)
-    monkeypatch.setitem(measuring.measure.__kwdefaults__, "memory", lambda *_: 5_000_000)
+    monkeypatch.setitem(measure.__kwdefaults__, "memory", lambda *_: 5_000_000)
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -46,18 +46,20 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
     return code, out, err
 
 
-def by_hand(**seconds: float) -> Callable[..., Timed]:
+def by_hand(**seconds: float) -> Callable[..., RoundTimes]:
     """A timer that measures nothing: every call of a candidate took as long as said."""
 
-    def timer(calls: Any, baseline: str, effort: Effort) -> Timed:
-        return Timed({name: [[seconds[name.partition("@")[0]]] * 2] * 4 for name in calls}, True)
+    def timer(calls: Any, baseline: str, effort: Effort) -> RoundTimes:
+        return RoundTimes({name: [[seconds[name.partition("@")[0]]] * 2] * 4 for name in calls}, True)
 
     return timer
 
 
-def report_of(timer: Callable[..., Timed], **paths: Path) -> Report:
-    found, left_out = candidates_of(read_artifacts([f"{name}={path}" for name, path in paths.items()]), ["onnxruntime"])
-    return measure(found, found[0].name, Grid([2], [8]), Effort(), 1, SilentReporter(), left_out, timer=timer)
+def report_of(timer: Callable[..., RoundTimes], **paths: Path) -> Report:
+    found, skipped = find_candidates(
+        read_artifacts([f"{name}={path}" for name, path in paths.items()]), ["onnxruntime"]
+    )
+    return measure(found, found[0].name, Grid([2], [8]), Effort(), 1, SilentReporter(), skipped, timer=timer)
 
 
 def test_figures_hang_together(tmp_path: Path) -> None:
@@ -222,7 +224,7 @@ def test_memory_is_that_of_the_model(tmp_path: Path) -> None:
     """A file with 20 MB of weights makes a process grow by as much; a tiny one hardly."""
     from onnx import TensorProto, helper, numpy_helper
 
-    from sqat.bench.footprint import peak_memory
+    from sqat.bench.memory import peak_memory
 
     from .graphs import CONFIG, save
 
@@ -233,7 +235,7 @@ def test_memory_is_that_of_the_model(tmp_path: Path) -> None:
         path = save(
             helper.make_graph([node], "g", entries[:1], entries[1:], [weight]), tmp_path / f"{width}.onnx", CONFIG
         )
-        (candidate,), _ = candidates_of(read_artifacts([str(path)]), ["onnxruntime"])
+        (candidate,), _ = find_candidates(read_artifacts([str(path)]), ["onnxruntime"])
         return peak_memory(candidate, {"pixels": np.ones((1, width), np.float32)}, 1)
 
     small, large = grown(16), grown(2240)
@@ -242,15 +244,15 @@ def test_memory_is_that_of_the_model(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc here")
 def test_a_process_that_gives_no_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sqat.bench import footprint
+    from sqat.bench import memory
 
     path = write_classifier(tmp_path / "m.onnx")
-    (candidate,), _ = candidates_of(read_artifacts([str(path)]), ["onnxruntime"])
+    (candidate,), _ = find_candidates(read_artifacts([str(path)]), ["onnxruntime"])
     with pytest.raises(SqatError, match="'input_ids'"):
-        footprint.peak_memory(candidate, {}, 1)
-    monkeypatch.setattr(footprint, "TIME_LIMIT", 0.01)
+        memory.peak_memory(candidate, {}, 1)
+    monkeypatch.setattr(memory, "TIME_LIMIT", 0.01)
     with pytest.raises(SqatError, match=r"no answer within 0\.01 s"):
-        footprint.peak_memory(candidate, {}, 1)
+        memory.peak_memory(candidate, {}, 1)
 
 
 def test_memory_that_was_not_measured_says_why(
@@ -259,7 +261,7 @@ def test_memory_that_was_not_measured_says_why(
     def refuse(*_: object) -> int:
         raise SqatError("its process ended with exit code -9")
 
-    monkeypatch.setitem(measuring.measure.__kwdefaults__, "memory", refuse)
+    monkeypatch.setitem(measure.__kwdefaults__, "memory", refuse)
     write_classifier(tmp_path / "m.onnx")
     code, out, _ = call(capsys, "m.onnx", "--backend", "onnxruntime", *QUICK)
     assert code == 0
