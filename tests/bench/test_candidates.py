@@ -18,7 +18,8 @@ from sqat.bench.inputs import Input, Limits, default_tokens, draw_inputs, inputs
 from sqat.bench.measure import Grid, all_inputs, all_sizes
 from sqat.bench.parity import compare, is_classifier
 from sqat.checkpoint.store import Checkpoint, save_checkpoint
-from sqat.errors import SqatError
+from sqat.errors import ErrorCode
+from tests.errors import raises_code
 
 from .graphs import VOCABULARY, write_classifier, write_pictures
 
@@ -38,19 +39,19 @@ def test_a_name_can_be_given(tmp_path: Path) -> None:
     path = write_classifier(tmp_path / "a=b" / "model.onnx")
     assert [each.label for each in read_artifacts([f"mine={path}", str(path)])] == ["mine", "model"]
     assert read_artifacts([str(path)])[0].path == path, "a path with = in it is a path"
-    with pytest.raises(SqatError, match="two artifacts are called 'x'; name them"):
+    with raises_code("usage"):
         read_artifacts([f"x={path}", f"x={path}"])
 
 
-@pytest.mark.parametrize(("name", "problem"), [
-    ("none.onnx", "no such file or folder"),
-    ("text.txt", "is neither a checkpoint folder nor an .onnx file"),
-    ("broken.onnx", "cannot be read as ONNX"),
+@pytest.mark.parametrize(("name", "code"), [
+    ("none.onnx", "missing-file"),
+    ("text.txt", "unreadable-file"),
+    ("broken.onnx", "unreadable-file"),
 ])  # fmt: skip
-def test_what_is_no_artifact_is_one_line(name: str, problem: str, tmp_path: Path) -> None:
+def test_what_is_no_artifact_is_an_error(name: str, code: ErrorCode, tmp_path: Path) -> None:
     for file in ("text.txt", "broken.onnx"):
         (tmp_path / file).write_bytes(b"\xff\xff no model")
-    with pytest.raises(SqatError, match=problem):
+    with raises_code(code):
         read_artifact("x", tmp_path / name)
 
 
@@ -77,7 +78,7 @@ def test_drawn_inputs_are_valid_and_the_same_for_all() -> None:
 def test_a_fixed_batch_is_kept() -> None:
     fixed = [Input("input_ids", (1, None), "int64")]
     assert draw_inputs(fixed, Limits(), 1, 3)["input_ids"].shape == (1, 3)
-    with pytest.raises(SqatError, match="input input_ids has a fixed batch of 1, not 8"):
+    with raises_code("usage"):
         draw_inputs(fixed, Limits(), 8, 3)
 
 
@@ -93,7 +94,7 @@ def test_limits_are_what_every_model_keeps() -> None:
 def test_inputs_of_folders() -> None:
     assert [each.name for each in inputs_of_config({"vocab_size": 9}, "x")] == ["input_ids", "attention_mask"]
     assert inputs_of_config({"image_size": 8, "num_channels": 1}, "x")[0].shape == (None, 1, 8, 8)
-    with pytest.raises(SqatError, match="x: its config does not tell the inputs; name an ONNX file"):
+    with raises_code("unsupported-model"):
         inputs_of_config({}, "x")
 
 
@@ -102,9 +103,9 @@ def test_settings_are_the_grid() -> None:
     assert all_sizes(tokens, Limits(9, 99), Grid([1, 8], [16, 32])) == [(1, 16), (1, 32), (8, 16), (8, 32)]
     assert all_sizes(tokens, Limits(9, 20), Grid([2])) == [(2, 20)]
     assert all_sizes(pictures, Limits(), Grid([1, 2])) == [(1, None), (2, None)]
-    with pytest.raises(SqatError, match="positions for 20 tokens, not 21"):
+    with raises_code("usage"):
         all_sizes(tokens, Limits(9, 20), Grid([1], [16, 21]))
-    with pytest.raises(SqatError, match="no input has tokens"):
+    with raises_code("usage"):
         all_sizes(pictures, Limits(), Grid([1], [16]))
 
 
@@ -116,11 +117,11 @@ def test_backends_of_each_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [each.name for each in found] == ["g@onnxruntime", "g@openvino", "f@torch", "k@sqat"]
     assert skipped == {"g@tensorrt": "is not here"}
     assert [each.name for each in find_candidates([graph, folder], ["torch"])[0]] == ["f@torch"]
-    with pytest.raises(SqatError, match="nothing to measure"):
+    with raises_code("missing-hardware"):
         find_candidates([graph], ["torch"])
-    with pytest.raises(SqatError, match="no backend 'ort'; allowed: torch, onnxruntime"):
+    with raises_code("unknown-name"):
         find_candidates([graph], ["ort"])
-    with pytest.raises(SqatError, match="backend tensorrt cannot be used: is not here"):
+    with raises_code("missing-hardware"):
         find_candidates([graph], ["tensorrt"])
 
 
@@ -135,10 +136,10 @@ def test_what_does_not_open_is_left_out_where_it_may_be(tmp_path: Path, monkeypa
         runs, failed = open_all(found, [], 1, stack)
         assert (list(runs), failed) == (["g@onnxruntime"], {"g@openvino": "openvino cannot open it: no such operator"})
         for needed in ("openvino", "g@openvino"):
-            with pytest.raises(SqatError, match="openvino cannot open it: no such operator"):
+            with raises_code("unreadable-file"):
                 open_all(found, [needed], 1, stack)
         monkeypatch.setitem(candidates.OPENERS, "onnxruntime", refuse)
-        with pytest.raises(SqatError, match="onnxruntime cannot open it"):
+        with raises_code("unreadable-file"):
             open_all(found, [], 1, stack)
 
 
