@@ -2,7 +2,7 @@
 
 A row counts if its stage was made by the recipe as it stands (sections of the stage and all before it, model, task,
 data), from the very checkpoints that lie there, and measured after that. What does not count is a line in ``missing``.
-Keys are not compared, which need the data and change with sqat's version: numbers stay readable where both are gone.
+Fingerprints are not compared, as they need the data: numbers stay readable where the data are gone.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from scripts.results.schema import Application, DataFile, Latency, Pictures, Row
 from sqat.checkpoint.atomic_write import read_json_object
 from sqat.checkpoint.manifest import RECIPE, WEIGHTS, Manifest
 from sqat.errors import SqatError
-from sqat.pipeline.fingerprint import UNKEYED, Keys, made_from
-from sqat.pipeline.result_files import FILE, artifact_size, result_artifacts
+from sqat.pipeline.fingerprint import NOT_FINGERPRINTED, input_digests
+from sqat.pipeline.graph import StageGraph, StageNode, resolve_graph
+from sqat.pipeline.result_files import RESULTS_FILE, artifact_size, result_artifacts
 from sqat.recipe.loader import load_recipe
 from sqat.recipe.schema import LoadedRecipe
 
@@ -58,22 +59,22 @@ def runs_of(recipe: Path, output: str | None) -> list[Run]:
 
 def collect_seed(loaded: LoadedRecipe) -> tuple[Seed, dict[str, str]]:
     """What a run holds, and label -> why a row is not in it."""
-    keys, folder = Keys(loaded), loaded.run_directory
-    measured, rows, lacking, digests = read_json_object(folder / FILE), {}, {}, set()
-    for label, (stage, artifact) in result_artifacts(keys).items():
-        manifest, entry = keys.manifest(stage), measured.get(label)
-        if reason := why_unsound(keys, stage):
+    graph, folder = resolve_graph(loaded), loaded.run_directory
+    measured, rows, lacking, digests = read_json_object(folder / RESULTS_FILE), {}, {}, set()
+    for label, (node, artifact) in result_artifacts(graph).items():
+        manifest, entry = node.manifest, measured.get(label)
+        if reason := why_unsound(graph, node):
             lacking[label] = reason
         elif manifest is None or entry is None or not str(entry.get("key")).startswith(f"{manifest.sha256}/"):
             lacking[label] = UNMEASURED
         else:
             digests.add(entry["data"])
-            made_by = loaded.recipe.results.get(label, stage)
+            made_by = loaded.recipe.results.get(label, node.name)
             rows[label] = Row(made_by=made_by, metrics=entry["metrics"], size_bytes=artifact_size(artifact),
-                              packed_bytes=packed_bytes(keys, stage, artifact))  # fmt: skip
+                              packed_bytes=packed_bytes(node, artifact))  # fmt: skip
     if len(digests) > 1:
-        raise SqatError("rows were measured on different data", "run it once more", str(folder / FILE))
-    found = {name: manifest for name in loaded.recipe.stages if (manifest := keys.manifest(name)) is not None}
+        raise SqatError("rows were measured on different data", "run it once more", str(folder / RESULTS_FILE))
+    found = {name: node.manifest for name, node in graph.nodes.items() if node.manifest is not None}
     stages = {name: Stage(kind=each.type, steps=each.steps, seconds=each.seconds) for name, each in found.items()}
     record = read(RunRecord, folder / RECORD)
     versions = dict(sorted(item for each in found.values() for item in each.versions.items()))
@@ -88,20 +89,19 @@ def collect_seed(loaded: LoadedRecipe) -> tuple[Seed, dict[str, str]]:
     ), lacking
 
 
-def why_unsound(keys: Keys, name: str) -> str:
+def why_unsound(graph: StageGraph, node: StageNode) -> str:
     """Why a stage's checkpoint is not what the recipe would make now; "" where it is."""
-    manifest, recipe = keys.manifest(name), keys.loaded.recipe
+    name, manifest = node.name, node.manifest
     if manifest is None:
-        there = keys.directory(name).is_dir()
+        there = node.directory.is_dir()
         return f"the checkpoint of stage {name} cannot be read" if there else f"stage {name} has not run"
-    parent, teacher = recipe.parent_of(name), recipe.teacher_of(name)
-    if manifest.input_digests != made_from(keys.manifest(parent), keys.manifest(teacher)):
+    if manifest.input_digests != input_digests(node.parent_manifest, node.teacher_manifest):
         return f"stage {name} was made from checkpoints that are no longer there"
-    current = keys.is_current(name)  # whatever the words of its recipe, such as another path to the same data
-    if not current and sections(keys.loaded, name) != sections(made_with(keys.directory(name), manifest), name):
+    # whatever the words of its recipe, such as another path to the same data
+    if not node.is_current and sections(graph.loaded, name) != sections(made_with(node.directory, manifest), name):
         return f"the recipe of stage {name} has changed since"
-    before = [stage for stage in (parent, teacher) if stage is not None]
-    return next((reason for stage in before if (reason := why_unsound(keys, stage))), "")
+    before = [stage for stage in (node.parent, node.teacher) if stage is not None]
+    return next((reason for stage in before if (reason := why_unsound(graph, stage))), "")
 
 
 def made_with(directory: Path, manifest: Manifest) -> LoadedRecipe | None:
@@ -118,20 +118,20 @@ def sections(loaded: LoadedRecipe | None, name: str) -> dict[str, Any]:
         return {}
     recipe = loaded.recipe
     whole = recipe.model_dump(include={"model", "task", "seed"}) | recipe.data.model_dump(exclude={"test"})
-    return {**whole, "stage": recipe.stages[name].model_dump(exclude=UNKEYED)}
+    return {**whole, "stage": recipe.stages[name].model_dump(exclude=NOT_FINGERPRINTED)}
 
 
-def packed_bytes(keys: Keys, stage: str, artifact: Path) -> int | None:
+def packed_bytes(node: StageNode, artifact: Path) -> int | None:
     """Bytes of an int8 or fp16 file if its 2:4 weights were packed as sparse tensor cores read them.
 
     None where nothing is packed: float32 has no such form, and a file of target cpu-sparse is packed as it is.
     """
-    manifest, parent = keys.manifest(stage), keys.loaded.recipe.parent_of(stage)
+    manifest, parent = node.manifest, node.parent
     if manifest is None or parent is None or artifact.suffix != ".onnx":
         return None
     half = ".fp16." in artifact.name
     saved = 0
-    with safe_open(keys.directory(parent) / WEIGHTS, "np") as weights:
+    with safe_open(parent.directory / WEIGHTS, "np") as weights:
         for name, layer in manifest.layers.items():
             if layer.pattern == "2:4" and (half or (".int8." in artifact.name and layer.quantized)):
                 saved += packing_saves(math.prod(weights.get_slice(f"{name}.weight").get_shape()), 2 if half else 1)
@@ -162,7 +162,7 @@ def collect(runs: list[Run]) -> Application:
             missing.append(f"seed {run.seed}: no row ({[*reasons, UNMEASURED][0]})")
     if len({seed.data_digest for seed in seeds.values()}) > 1:
         raise SqatError("seeds were measured on different data", "run them once more", runs[0].recipe.name)
-    labels = result_artifacts(Keys(first))
+    labels = result_artifacts(resolve_graph(first))
     missing += [f"the recipe has no row {label!r}" for label in display.rows if label not in labels]
     known = {metric for seed in seeds.values() for row in seed.rows.values() for metric in row.metrics}
     missing += [f"no run has measured {metric}" for metric in display.metrics if known and metric not in known]
@@ -193,9 +193,8 @@ def latency_of(loaded: LoadedRecipe) -> Latency | None:
 
 def digests(loaded: LoadedRecipe, labels: Iterable[str]) -> dict[str, str]:
     """Row -> digest of the manifest of its stage, for the rows that are there."""
-    keys = Keys(loaded)
-    stages = {label: stage for label, (stage, _) in result_artifacts(keys).items()}
-    manifests = {label: keys.manifest(stages[label]) for label in labels if label in stages}
+    nodes = {label: node for label, (node, _) in result_artifacts(resolve_graph(loaded)).items()}
+    manifests = {label: nodes[label].manifest for label in labels if label in nodes}
     return {label: manifest.sha256 for label, manifest in manifests.items() if manifest is not None}
 
 

@@ -39,7 +39,7 @@ from sqat.evaluation.inference import logits_of
 from sqat.models.diffusion import floats
 from sqat.models.loading import build, load_processor
 from sqat.models.rectified_flow import Forward, captioned, pixels, seeded_noise, signals, walk
-from sqat.pipeline.fingerprint import Keys
+from sqat.pipeline.graph import resolve_graph
 from sqat.pipeline.result_files import result_artifacts
 from sqat.recipe.loader import load_recipe
 from sqat.tasks.splits import Splits
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE")
     given = parser.parse_args()
     loaded = load_recipe(given.recipe, given.set)
-    found = {label: path for label, (_, path) in result_artifacts(Keys(loaded)).items()}
+    found = {label: path for label, (_, path) in result_artifacts(resolve_graph(loaded)).items()}
     artifacts = {label: found[label] for label in given.rows or found if found[label].exists()}
     splits = Splits(loaded.recipe, loaded.path.parent)
     processor = load_processor(config_of(next(iter(artifacts.values()))).parent)

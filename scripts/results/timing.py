@@ -30,7 +30,7 @@ from sqat.errors import SqatError
 from sqat.evaluation.artifacts import open_onnx
 from sqat.export.cpu_graph import file_needs_kernels
 from sqat.hardware.machine import describe_processor
-from sqat.pipeline.fingerprint import Keys
+from sqat.pipeline.graph import resolve_graph
 from sqat.pipeline.result_files import result_artifacts
 from sqat.recipe.schema import LoadedRecipe
 
@@ -65,7 +65,7 @@ def measure(run: Run, rounds: int) -> str:
 def files_of(loaded: LoadedRecipe) -> tuple[dict[str, Path], dict[str, str]]:
     """The ONNX files of a run's rows, and row -> why it is not timed."""
     files, left_out = {}, dict(collect_seed(loaded)[1])
-    for label, (_, artifact) in result_artifacts(Keys(loaded)).items():
+    for label, (_, artifact) in result_artifacts(resolve_graph(loaded)).items():
         if artifact.suffix != ".onnx":
             left_out[label] = "no ONNX file"
         elif label not in left_out:

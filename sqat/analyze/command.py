@@ -27,7 +27,7 @@ from sqat.checkpoint.store import Checkpoint, load_checkpoint
 from sqat.data.rows import Rows, column
 from sqat.errors import SqatError
 from sqat.models.layer_selection import weighted_layers
-from sqat.pipeline.fingerprint import Keys
+from sqat.pipeline.graph import resolve_graph, stage_directory
 from sqat.progress import Reporter
 from sqat.recipe.schema import LoadedRecipe
 from sqat.stages.context import StageContext
@@ -46,7 +46,7 @@ def run_analysis(loaded: LoadedRecipe, options: Options, reporter: Reporter) -> 
     """
     begun, name = time.monotonic(), None if options.start is not None else start_stage(loaded, options.stage)
     sections = choose_sections(loaded.recipe, name, options)
-    directory = options.start if name is None else Keys(loaded).directory(name)
+    directory = options.start if name is None else stage_directory(loaded, name)
     assert directory is not None
     parent = plain_checkpoint(directory)
     context = make_context(loaded, parent, directory, reporter)
@@ -55,24 +55,25 @@ def run_analysis(loaded: LoadedRecipe, options: Options, reporter: Reporter) -> 
 
 
 def start_stage(loaded: LoadedRecipe, wanted: str | None) -> str:
-    """The stage whose checkpoint is analyzed: the one named, or the last train stage that has run.
+    """Choose the stage whose checkpoint is analyzed: the one named, or the last train stage that has run.
 
     Raises:
-        SqatError: it has not run, or the recipe would not make its checkpoint any more.
+        SqatError: it has not run, or the recipe would make another checkpoint.
     """
-    keys, stages = Keys(loaded), loaded.recipe.stages
-    trained = [name for name, config in stages.items() if config.type == "train"]
-    name = wanted or next((name for name in reversed(trained) if keys.manifest(name) is not None), None)
-    if name is None:
-        todo = f"run `sqat run --to {trained[0]}`, or give" if trained else "give"
-        raise SqatError("no train stage has run yet", f"{todo} --from CHECKPOINT", loaded.recipe.name)
-    directory, manifest = keys.directory(name), keys.manifest(name)
-    if manifest is None:
-        raise SqatError(f"stage {name} has not run yet", f"run `sqat run --to {name}`", str(directory))
-    if manifest.key != keys.planned[name]:
-        raise SqatError(f"this recipe would not make the checkpoint of stage {name} any more",
-                        f"run `sqat run --to {name}`, or give --from CHECKPOINT", str(directory))  # fmt: skip
-    return name
+    graph = resolve_graph(loaded)
+    trained = [node for node in graph.nodes.values() if node.config.type == "train"]
+    node = graph.nodes[wanted] if wanted else next((node for node in reversed(trained) if node.manifest), None)
+    if node is None:
+        todo = f"run `sqat run --to {trained[0].name}`, or give" if trained else "give"
+        hint = f"{todo} --from CHECKPOINT"
+        raise SqatError("no train stage has run yet", hint, loaded.recipe.name, code="stage-order")
+    todo, place = f"run `sqat run --to {node.name}`", str(node.directory)
+    if node.manifest is None:
+        raise SqatError(f"stage {node.name} has not run yet", todo, place, code="stage-order")
+    if node.manifest.key != node.fingerprint:
+        problem = f"the checkpoint of stage {node.name} is of another configuration"
+        raise SqatError(problem, f"{todo}, or give --from CHECKPOINT", place, code="stale-checkpoint")
+    return node.name
 
 
 def plain_checkpoint(directory: Path) -> Checkpoint:

@@ -351,7 +351,7 @@ stages:
 """
 
 RESULTS = """\
-results:  # rows of the closing table
+results:  # rows of the results table
   dense fp32: train
   {sparse}: export/{target}
 """

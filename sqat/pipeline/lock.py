@@ -1,9 +1,7 @@
-"""One run at a time in a folder: an flock on a file in it, which also tells a second run who holds it.
+"""One run at a time in a folder: an flock on a file in it, which names its holder to a second run.
 
-The kernel frees the lock when its holder ends, however it ends; what the file says is for people only. A file that
-is there without a lock was left by a run that was killed. Of a distributed run the first process holds the lock.
-Left out: systems without flock (Windows), where runs are not kept apart, and file systems that do not share it
-between hosts.
+The kernel frees the lock when its holder ends, however it ends. Rank 0 of a distributed run holds the lock. Windows
+has no flock: runs are not kept apart there.
 """
 
 from __future__ import annotations
@@ -25,41 +23,42 @@ from sqat.progress import Reporter
 if sys.platform != "win32":
     import fcntl
 
-FILE = ".lock"
-LONGEST_COMMAND = 200
+LOCK_FILE = ".lock"
+MAX_COMMAND = 200  # characters of the holder's command line
 
 
 @contextmanager
-def run_lock(directory: Path, reporter: Reporter, file: str = FILE) -> Iterator[None]:
-    """Hold a folder's lock while the block runs; every process of a distributed run learns what the first finds.
+def run_lock(directory: Path, reporter: Reporter, file: str = LOCK_FILE) -> Iterator[None]:
+    """Hold a folder's lock inside the block; all ranks raise what rank 0 raises.
 
     Raises:
         SqatError: another run holds it, or the folder cannot be written.
     """
-    held: list[int] = []
+    path, handles = directory / file, list[int]()
 
-    def take() -> None:
+    def acquire() -> None:
         if sys.platform != "win32":
-            handle, told = take_lock(directory / file)
-            held.append(handle)
-            if told:
-                reporter.info(told)
+            handle, killed = acquire_lock(path)
+            handles.append(handle)
+            if killed:
+                reporter.info(f"took over the lock of a run that was killed: {killed}")
 
     try:
-        run_on_rank0(take)
+        run_on_rank0(acquire)
         yield
     finally:
-        for handle in held:
-            release_lock(handle, directory / file)
+        for handle in handles:
+            release_lock(handle, path)
 
 
-def take_lock(path: Path) -> tuple[int, str]:
-    """A locked handle of the file, and what there is to say of a holder that was killed.
+def acquire_lock(path: Path) -> tuple[int, str]:
+    """Lock a file; return its handle and a description of a killed holder, empty without one.
 
     Raises:
         SqatError: another run holds it, or the folder cannot be written.
     """
     assert sys.platform != "win32"
+    folder = str(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -67,26 +66,26 @@ def take_lock(path: Path) -> tuple[int, str]:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                held = read_holder(handle) or "it began this very moment"
+                holder = read_holder(handle) or "it has just started"
                 os.close(handle)
-                raise SqatError(f"another run holds this folder: {held}", "wait for it or stop it",
-                                str(path.parent)) from None  # fmt: skip
+                problem = f"another run holds this folder: {holder}"
+                raise SqatError(problem, "wait for it or stop it", folder, code="locked") from None
             if is_same_file(handle, path):
                 break
-            os.close(handle)  # its holder has just ended and taken the file away
-        before = read_holder(handle)
+            os.close(handle)  # its holder has just ended and removed the file
+        killed = read_holder(handle)
         os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(describe_holder()).encode(), 0)
+        os.pwrite(handle, json.dumps(describe_process()).encode(), 0)
     except OSError as error:
-        raise SqatError(f"cannot be written: {error.strerror}", "free space or choose another output",
-                        str(path.parent)) from error  # fmt: skip
-    return handle, f"taken over from a run that ended without a word: {before}" if before else ""
+        hint = "free space or choose another output"
+        raise SqatError(f"cannot be written: {error.strerror}", hint, folder, code="unwritable-file") from error
+    return handle, killed
 
 
 def release_lock(handle: int, path: Path) -> None:
-    """Take the file away, if it is still the one that is locked, and let go of it.
+    """Remove the file, if it is still the locked one, and unlock it.
 
-    A file that cannot be taken away stays, for the next run to follow; how the work itself ended is not hidden.
+    A file that cannot be removed stays for the next run, and hides no error of the work itself.
     """
     with suppress(OSError):
         if is_same_file(handle, path):
@@ -95,25 +94,25 @@ def release_lock(handle: int, path: Path) -> None:
 
 
 def is_same_file(handle: int, path: Path) -> bool:
-    """Whether the path still names the open file."""
+    """Tell whether the path still names the open file."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
         return False
 
 
-def describe_holder() -> dict[str, str | int]:
-    """This process, for whoever comes second."""
-    command = shlex.join(sys.argv)[:LONGEST_COMMAND]
+def describe_process() -> dict[str, str | int]:
+    """Describe this process for a second run."""
+    command = shlex.join(sys.argv)[:MAX_COMMAND]
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     return {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "command": command}
 
 
 def read_holder(handle: int) -> str:
-    """The holder in words; empty where the file is, for a holder may not have written it yet."""
+    """Describe the holder that the file names; empty where the file is empty, as a holder may not have written yet."""
     content = os.pread(handle, 4096, 0)
     try:
-        known = json.loads(content)
-        return f"pid {known['pid']} on {known['host']} since {known['since']} ({known['command']})"
+        holder = json.loads(content)
+        return f"pid {holder['pid']} on {holder['host']} since {holder['since']} ({holder['command']})"
     except (ValueError, KeyError, TypeError):
-        return "a run that has not said who it is" if content else ""
+        return "an unknown run" if content else ""

@@ -1,69 +1,85 @@
-"""The plan: which stages there are, how much work each is, which must run; nothing is run here."""
+"""The plan of a run: which stages must run, and how much work each is."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sqat.pipeline.fingerprint import Keys
-from sqat.pipeline.quality_gates import foreseen, show_limits
-from sqat.recipe.cross_checks import stage_range
-from sqat.recipe.schema import LoadedRecipe, Recipe
-from sqat.recipe.stages import StageConfig, TrainConfig
+from sqat.pipeline.graph import StageGraph, StageNode, resolve_graph
+from sqat.pipeline.quality_gates import describe_gates, predicted_failure
+from sqat.recipe.schema import LoadedRecipe
+from sqat.recipe.stages import CalibrateConfig, StageConfig, TrainConfig
 from sqat.tasks.splits import Splits
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One stage as the plan shows it; seconds are those an earlier run of the stage took."""
+    """One stage as the plan shows it.
+
+    Attributes:
+        unchanged: whether it is skipped.
+        seconds: of its last run; None where it has not run.
+        failed_gate: gate that its unchanged result misses, in words.
+    """
 
     number: int
     name: str
     type: str
     parent: str | None
-    key: str
+    fingerprint: str
     directory: Path
     unchanged: bool
     steps: int | None
     samples: int | None
     seconds: float | None
     gates: list[str] = field(default_factory=list)
-    missed: str = ""
+    failed_gate: str = ""
 
 
 def make_plan(
     loaded: LoadedRecipe, *, first: str | None = None, last: str | None = None, force: bool = False
 ) -> list[PlannedStage]:
-    """What `run` would do: stages between ``first`` and ``last``, how much work each is, which are unchanged."""
-    keys, splits = Keys(loaded), Splits(loaded.recipe, loaded.path.parent)
-    due = set(due_stages(keys, first, last, force))
+    """Plan the stages from ``first`` to ``last`` without running any."""
+    graph, splits = resolve_graph(loaded), Splits(loaded.recipe, loaded.path.parent)
+    pending, numbers = pending_stages(graph, first, last, force), list(graph.nodes)
     plan = []
-    for number, (name, config) in enumerate(loaded.recipe.stages.items(), start=1):
-        if name in stage_range(loaded.recipe, first, last):
-            steps, samples = amount(config, loaded.recipe, splits)
-            manifest = keys.manifest(name)
-            seconds = manifest.seconds if manifest is not None else None
-            plan.append(PlannedStage(number, name, config.type, loaded.recipe.parent_of(name), keys.planned[name],
-                                     keys.directory(name), name not in due, steps, samples, seconds,
-                                     show_limits(keys, name), "" if name in due else foreseen(keys, name)))  # fmt: skip
+    for node in graph.select(first, last):
+        steps, samples = count_work(node.config, splits)
+        unchanged = node not in pending
+        plan.append(
+            PlannedStage(
+                number=numbers.index(node.name) + 1,
+                name=node.name,
+                type=node.config.type,
+                parent=node.parent.name if node.parent else None,
+                fingerprint=node.fingerprint,
+                directory=node.directory,
+                unchanged=unchanged,
+                steps=steps,
+                samples=samples,
+                seconds=node.manifest.seconds if node.manifest else None,
+                gates=describe_gates(node),
+                failed_gate=predicted_failure(graph, node) if unchanged else "",
+            )
+        )
     return plan
 
 
-def due_stages(keys: Keys, first: str | None, last: str | None, force: bool) -> list[str]:
-    """Stages of the range that must run: forced, not current, or after one that runs."""
-    recipe, due = keys.loaded.recipe, list[str]()
-    for name in stage_range(recipe, first, last):
-        before = {recipe.parent_of(name), recipe.teacher_of(name)}
-        if force or before & set(due) or not keys.is_current(name):
-            due.append(name)
-    return due
+def pending_stages(graph: StageGraph, first: str | None, last: str | None, force: bool) -> list[StageNode]:
+    """Return the stages that must run: forced, not current, or after one that runs."""
+    pending: list[StageNode] = []
+    for node in graph.select(first, last):
+        if force or node.parent in pending or node.teacher in pending or not node.is_current:
+            pending.append(node)
+    return pending
 
 
-def amount(config: StageConfig, recipe: Recipe, splits: Splits) -> tuple[int | None, int | None]:
-    """Optimizer steps and samples of a stage; a batch is taken as full, which queries of many sizes may not fill."""
+def count_work(config: StageConfig, splits: Splits) -> tuple[int | None, int | None]:
+    """Return the optimizer steps and samples of a stage, as if all batches were full."""
     if isinstance(config, TrainConfig):
-        steps = config.total_steps(-(-splits.epoch_rows() // config.batch_size), config.gradient_accumulation)
+        batches = -(-splits.epoch_rows() // config.batch_size)
+        steps = config.total_steps(batches, config.gradient_accumulation)
         return steps, steps * config.batch_size * config.gradient_accumulation
-    if config.type == "calibrate":
+    if isinstance(config, CalibrateConfig):
         return None, min(config.samples, len(splits.rows(config.split)))
     return None, min(config.parity_samples, len(splits.rows("dev")))

@@ -1,4 +1,4 @@
-"""The closing table: every result of a recipe measured once on the test split, and remembered."""
+"""The results table: every result of a recipe, measured once on the test split and remembered."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sqat.data.rows import SplitName
 from sqat.data.sources import split_digest
 from sqat.distributed import broadcast_from_rank0, run_on_rank0
 from sqat.evaluation.evaluate import evaluate_artifact
-from sqat.pipeline.fingerprint import Keys
-from sqat.pipeline.result_files import FILE, artifact_size, result_artifacts
+from sqat.pipeline.graph import StageGraph
+from sqat.pipeline.result_files import RESULTS_FILE, artifact_size, result_artifacts
 from sqat.progress import Reporter
 from sqat.tasks.splits import Splits
 
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One line of the closing table."""
+    """One row of the results table."""
 
     label: str
     stage: str
@@ -32,7 +32,7 @@ class ResultRow:
 
 @dataclass(frozen=True)
 class Results:
-    """The closing table: what was measured, on which split of which data."""
+    """The results table with its split and data."""
 
     rows: list[ResultRow]
     split: str
@@ -40,30 +40,39 @@ class Results:
     directory: Path
 
 
-def closing_table(keys: Keys, splits: Splits, reporter: Reporter) -> Results:
-    """Measure what this recipe has made on the test split (dev where there is none), each file once."""
-    loaded = keys.loaded
-    recipe, directory = loaded.recipe, loaded.run_directory
-    split: SplitName = "test" if recipe.data.test is not None else "dev"
-    content = split_digest(getattr(recipe.data, split), loaded.path.parent)
-    remembered = json.loads(broadcast_from_rank0(json.dumps(read_json_object(directory / FILE))))
+def measure_results(graph: StageGraph, splits: Splits, reporter: Reporter) -> Results:
+    """Measure every result that is current on the test split (without one on dev), and remember the figures."""
+    loaded = graph.loaded
+    data, directory = loaded.recipe.data, loaded.run_directory
+    split: SplitName = "test" if data.test is not None else "dev"
+    data_digest = split_digest(getattr(data, split), loaded.path.parent)
+    remembered = json.loads(broadcast_from_rank0(json.dumps(read_json_object(directory / RESULTS_FILE))))
     rows, record = [], {}
-    for label, (stage, artifact) in result_artifacts(keys).items():
-        manifest = keys.manifest(stage)
-        if manifest is None or not keys.is_current(stage):
-            reporter.info(f"{label}: left out of the table, since {stage} has not run with this recipe")
+    for label, (node, artifact) in result_artifacts(graph).items():
+        if node.manifest is None or not node.is_current:
+            reporter.info(f"{label}: skipped: stage {node.name} has not run with this recipe")
             continue
-        key = f"{manifest.sha256}/{artifact.name}/{content}"
-        known = remembered.get(label, {})
-        if known.get("key") != key:
+        key = f"{node.manifest.sha256}/{artifact.name}/{data_digest}"
+        entry = remembered.get(label, {})
+        if entry.get("key") != key:
             reporter.info(f"{label}: measuring on {split}")
-            known = {"metrics": evaluate_artifact(artifact, splits, split)}
-        metrics = {name: float(value) for name, value in known["metrics"].items()}
-        row = ResultRow(label, stage, metrics, artifact_size(artifact), artifact)
+            entry = {"metrics": evaluate_artifact(artifact, splits, split)}
+        row = ResultRow(label, node.name, read_figures(entry["metrics"]), artifact_size(artifact), artifact)
         rows.append(row)
-        figures = {name: value if isfinite(value) else str(value) for name, value in metrics.items()}
-        record[label] = {"key": key, "split": split, "data": content, "size_bytes": row.size_bytes,
-                         "path": str(artifact), "metrics": figures}  # fmt: skip
+        record[label] = {
+            "key": key,
+            "split": split,
+            "data": data_digest,
+            "size_bytes": row.size_bytes,
+            "path": str(artifact),
+            "metrics": {name: value if isfinite(value) else str(value) for name, value in row.metrics.items()},
+        }
     if record:
-        run_on_rank0(partial(replace_file, directory / FILE, (json.dumps(record, indent=2) + "\n").encode()))
-    return Results(rows, split, content, directory)
+        content = json.dumps(record, indent=2) + "\n"
+        run_on_rank0(partial(replace_file, directory / RESULTS_FILE, content.encode()))
+    return Results(rows, split, data_digest, directory)
+
+
+def read_figures(metrics: dict[str, float | str]) -> dict[str, float]:
+    """Read metrics as the file holds them: JSON has no infinity, so it stands there as a text."""
+    return {name: float(value) for name, value in metrics.items()}

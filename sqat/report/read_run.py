@@ -21,9 +21,9 @@ from sqat.lint.layer_report import LintReport
 from sqat.lint.layer_row import LayerRow
 from sqat.lint.repair_file import lint_file
 from sqat.lint.rules.table import TARGETS as LINT_TARGETS
-from sqat.pipeline.fingerprint import Keys
-from sqat.pipeline.quality_gates import limits_of, missed, show_limits
-from sqat.pipeline.result_files import FILE, artifact_size, result_artifacts
+from sqat.pipeline.graph import StageGraph, resolve_graph
+from sqat.pipeline.quality_gates import describe_gates, first_failed_gate, gate_limits
+from sqat.pipeline.result_files import RESULTS_FILE, artifact_size, result_artifacts
 from sqat.progress import Reporter
 from sqat.recipe.loader import load_recipe
 from sqat.recipe.schema import LoadedRecipe
@@ -136,11 +136,11 @@ def read_run(directory: Path, reporter: Reporter) -> Run:
         SqatError: it holds no stage, or a damaged one.
     """
     loaded = read_recipe(directory)
-    keys, missing = Keys(loaded), list[str]()
-    stages = read_stages(keys, directory, missing)
-    results, split, digest = read_results(keys, missing)
+    graph, missing = resolve_graph(loaded), list[str]()
+    stages = read_stages(graph, directory, missing)
+    results, split, digest = read_results(graph, missing)
     latencies = read_latencies(directory, {row.label: row.path for row in results}, missing)
-    layers_of, layers = read_layers(keys, stages, reporter)
+    layers_of, layers = read_layers(graph, stages, reporter)
     metric = str(loaded.recipe.task.metric)
     measured = list(dict.fromkeys(name for row in results for name in row.metrics))
     return Run(
@@ -154,9 +154,9 @@ def read_run(directory: Path, reporter: Reporter) -> Run:
         latencies=latencies,
         layers=layers,
         layers_of=layers_of,
-        activations=read_activations(keys, stages),
+        activations=read_activations(graph, stages),
         gates=[
-            f"{stage.name} ({'; '.join(show_limits(keys, stage.name))}): {check_gates(keys, stage)}"
+            f"{stage.name} ({'; '.join(describe_gates(graph.nodes[stage.name]))}): {check_gates(graph, stage)}"
             for stage in stages
             if stage.config.gates
         ],
@@ -179,38 +179,40 @@ def read_recipe(directory: Path) -> LoadedRecipe:
     return loaded.model_copy(update={"recipe": recipe})
 
 
-def read_stages(keys: Keys, directory: Path, missing: list[str]) -> list[Stage]:
+def read_stages(graph: StageGraph, directory: Path, missing: list[str]) -> list[Stage]:
     """Read every stage of the recipe with its curves."""
     log = directory / LOG
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     if not lines:
         missing.append(f"loss curves: the folder has no {LOG}, so only the last step is shown")
     stages = []
-    for name, config in keys.loaded.recipe.stages.items():
-        manifest = keys.manifest(name)
+    for node in graph.nodes.values():
+        manifest = node.manifest
         if manifest is None:
-            missing.append(f"stage {name}: has not run")
-        curves = curves_of(manifest, config, lines) if manifest is not None and manifest.steps > 0 else None
-        stages.append(Stage(name, config, manifest, curves))
+            missing.append(f"stage {node.name}: has not run")
+        curves = curves_of(manifest, node.config, lines) if manifest is not None and manifest.steps > 0 else None
+        stages.append(Stage(node.name, node.config, manifest, curves))
     return stages
 
 
-def read_results(keys: Keys, missing: list[str]) -> tuple[list[Result], str, str]:
+def read_results(graph: StageGraph, missing: list[str]) -> tuple[list[Result], str, str]:
     """Read the results table, its split and its data digest."""
-    entries = read_json_object(keys.loaded.run_directory / FILE)
+    entries = read_json_object(graph.loaded.run_directory / RESULTS_FILE)
     entries = {label: entry for label, entry in entries.items() if isinstance(entry, dict)}
     rows = []
-    for label, (stage, path) in result_artifacts(keys).items():
-        entry, manifest = entries.get(label, {}), keys.manifest(stage)
+    for label, (node, path) in result_artifacts(graph).items():
+        entry, manifest = entries.get(label, {}), node.manifest
         metrics = read_metrics(entry)
         stale = bool(entry) and (manifest is None or not str(entry.get("key", "")).startswith(manifest.sha256))
         if not entry:
             missing.append(f"result {label}: not measured (sqat run measures it)")
         elif not metrics:
-            missing.append(f"result {label}: {FILE} holds no readable metrics; delete it and run sqat run again")
+            missing.append(
+                f"result {label}: {RESULTS_FILE} holds no readable metrics; delete it and run sqat run again"
+            )
         if stale:
             missing.append(f"result {label}: measured on an earlier file than the one in the folder")
-        rows.append(Result(label, stage, path, metrics, artifact_size(path) or None, stale))
+        rows.append(Result(label, node.name, path, metrics, artifact_size(path) or None, stale))
     first: dict[str, Any] = next(iter(entries.values()), {})
     return rows, str(first.get("split", "")), str(first.get("data", ""))
 
@@ -223,7 +225,7 @@ def read_metrics(entry: Mapping[str, Any]) -> dict[str, float]:
         return {}
 
 
-def read_layers(keys: Keys, stages: list[Stage], reporter: Reporter) -> tuple[str, list[LayerRow]]:
+def read_layers(graph: StageGraph, stages: list[Stage], reporter: Reporter) -> tuple[str, list[LayerRow]]:
     """Read the layers of the last pruned or quantized stage, or else of the last stage with weights."""
     trained = [stage for stage in stages if stage.manifest is not None and stage.config.type != "export"]
     compressed = [stage for stage in trained if stage.manifest is not None and stage.manifest.layers]
@@ -231,16 +233,16 @@ def read_layers(keys: Keys, stages: list[Stage], reporter: Reporter) -> tuple[st
         return "", []
     name = (compressed or trained)[-1].name
     reporter.info(f"reading the layers of {name}")
-    return name, inspect_checkpoint(keys.directory(name))
+    return name, inspect_checkpoint(graph.nodes[name].directory)
 
 
-def read_activations(keys: Keys, stages: list[Stage]) -> list[Activation]:
+def read_activations(graph: StageGraph, stages: list[Stage]) -> list[Activation]:
     """Read the histograms of the last calibrate stage, site by site."""
     manifests = [stage.manifest for stage in stages if stage.manifest is not None and stage.config.type == "calibrate"]
     if not manifests or HISTOGRAMS not in manifests[-1].files:
         return []
     manifest = manifests[-1]
-    checkpoint = load_checkpoint(keys.directory(manifest.stage))
+    checkpoint = load_checkpoint(graph.nodes[manifest.stage].directory)
     histograms: dict[str, Any] = json.loads(checkpoint.files[HISTOGRAMS])
     return [
         Activation(site, float(checkpoint.amax[manifest.sites[site].shared_with]), float(each["width"]),
@@ -249,16 +251,17 @@ def read_activations(keys: Keys, stages: list[Stage]) -> list[Activation]:
     ]  # fmt: skip
 
 
-def check_gates(keys: Keys, stage: Stage) -> str:
+def check_gates(graph: StageGraph, stage: Stage) -> str:
     """Say whether a stage passes its gates, or why that is unknown."""
     if stage.manifest is None:
         return "unknown, the stage has not run"
     try:
-        limits = limits_of(keys, stage.name, keys.manifest(keys.loaded.recipe.parent_of(stage.name)))
+        node = graph.nodes[stage.name]
+        limits = gate_limits(graph, node, node.parent_manifest)
     except SqatError as error:
         return f"unknown: {error.problem}"
-    miss = missed(limits, stage.manifest.metrics)
-    return f"missed: {miss}" if miss else "passed"
+    failure = first_failed_gate(limits, stage.manifest.metrics)
+    return f"missed: {failure}" if failure else "passed"
 
 
 def read_lints(results: list[Result], reporter: Reporter) -> list[LintedFile]:

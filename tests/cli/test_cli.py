@@ -22,7 +22,7 @@ from sqat.checkpoint.store import Checkpoint, save_checkpoint
 from sqat.errors import GateError, SqatError
 from sqat.pipeline import runner as pipeline
 from sqat.pipeline.plan import PlannedStage
-from sqat.pipeline.runner import ResultRow, Results
+from sqat.pipeline.results import ResultRow, Results
 from sqat.progress import Reporter
 from sqat.recipe.schema import LoadedRecipe
 

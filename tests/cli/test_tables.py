@@ -18,7 +18,7 @@ from sqat.cli.tables import results as result_tables
 from sqat.errors import SqatError
 from sqat.lint.layer_row import LayerRow
 from sqat.pipeline.plan import PlannedStage
-from sqat.pipeline.runner import ResultRow, Results
+from sqat.pipeline.results import ResultRow, Results
 
 LONG = "a-stage-with-a-very-long-name-indeed"
 

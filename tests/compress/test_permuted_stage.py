@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from sqat.checkpoint.store import Checkpoint, load_checkpoint
 from sqat.models.loading import build
-from sqat.pipeline.fingerprint import Keys
+from sqat.pipeline.graph import resolve_graph
 from sqat.pipeline.runner import run
 from sqat.progress import SilentReporter
 from sqat.recipe.loader import load_recipe
@@ -123,6 +123,6 @@ def test_not_to_permute_is_no_key(write_recipe: Write, source: Path) -> None:
     assert "permute" not in PruneConfig().model_dump(mode="json")
 
     def key(**prune: Any) -> str:
-        return Keys(load_recipe(write_recipe(source, {"prune": prune}))).planned["prune"]
+        return resolve_graph(load_recipe(write_recipe(source, {"prune": prune}))).nodes["prune"].fingerprint
 
     assert key() == key(permute=False) != key(permute=True)

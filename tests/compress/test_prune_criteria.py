@@ -15,7 +15,7 @@ from torch import Tensor
 from sqat.checkpoint.store import Checkpoint, load_checkpoint
 from sqat.compress.patterns import choose_patterns
 from sqat.errors import SqatError
-from sqat.pipeline.fingerprint import Keys
+from sqat.pipeline.graph import resolve_graph
 from sqat.pipeline.runner import run
 from sqat.progress import SilentReporter
 from sqat.recipe.loader import load_recipe
@@ -262,7 +262,7 @@ def test_no_patterns_are_no_key(write_recipe: Write, source: Path) -> None:
     assert "parent" not in section
 
     def key(**prune: Any) -> str:
-        return Keys(load_recipe(write_recipe(source, {"prune": prune}))).planned["prune"]
+        return resolve_graph(load_recipe(write_recipe(source, {"prune": prune}))).nodes["prune"].fingerprint
 
     assert key() == key(patterns={})
     assert len({key(), key(patterns={"*.query": "1:4"}), key(patterns={"*.query": "2:8"})}) == 3

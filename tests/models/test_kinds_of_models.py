@@ -62,7 +62,7 @@ def test_the_bytes_of_image_files_count(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("task", ["image-classification", "text-to-image"])
 def test_both_tasks_of_images_have_them_in_their_keys(task: str, tmp_path: Path) -> None:
-    from sqat.pipeline.fingerprint import Keys
+    from sqat.pipeline.graph import resolve_graph
 
     model = {"config": {"model_type": "resnet"}} | ({"text_encoder": "."} if task == "text-to-image" else {})
     recipe = {"model": model, "task": task, "data": DATA, "stages": {"train": {}}}
@@ -72,7 +72,7 @@ def test_both_tasks_of_images_have_them_in_their_keys(task: str, tmp_path: Path)
         (tmp_path / "a.png").write_bytes(content)
         for name in DATA.values():
             (tmp_path / name).write_text('{"image": "a.png", "text": "a", "label": 0}\n')
-        keys.append(Keys(load_recipe(tmp_path / "r.yaml")).planned["train"])
+        keys.append(resolve_graph(load_recipe(tmp_path / "r.yaml")).nodes["train"].fingerprint)
     assert keys[0] != keys[1]
 
 

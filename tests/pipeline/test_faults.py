@@ -32,7 +32,7 @@ def test_a_damaged_checkpoint_is_not_unchanged(copy: Project, file: str) -> None
 def test_a_damaged_manifest_is_said_and_its_stage_runs_again(copy: Project) -> None:
     (copy.stage("prune") / "sqat.json").write_text("{")
     pipeline.run(load_recipe(copy.recipe), reporter := Lines(), last="prune")
-    assert reporter.lines[1] == f"prune: what is in {copy.stage('prune')} is no sound checkpoint: it is made again"
+    assert reporter.lines[1] == f"prune: {copy.stage('prune')} holds no valid checkpoint; running the stage again"
 
 
 class Signalled(Lines):

@@ -13,8 +13,9 @@ from sqat.checkpoint.store import load_checkpoint, save_checkpoint
 from sqat.cli import main
 from sqat.errors import GateError, SqatError
 from sqat.pipeline import runner as pipeline
-from sqat.pipeline.fingerprint import Keys
-from sqat.pipeline.quality_gates import limit
+from sqat.pipeline.graph import resolve_graph
+from sqat.pipeline.quality_gates import gate_limit
+from sqat.pipeline.stage_run import STAGES
 from sqat.recipe.loader import load_recipe
 from sqat.recipe.stages import Gate
 
@@ -56,8 +57,8 @@ def test_a_worse_result_does_not_replace_a_better_one(copy: Project) -> None:
     assert got < 0.9
     assert str(caught.value) == (
         f"stage prune misses a gate: dev accuracy {got:.4f}, allowed from 0.9900 (train 1.0000 - 0.01); kept in "
-        f"{rejected(copy)}, the older one stays in place; train it better, or change stages.prune.gates: then it is "
-        "judged again, not trained"
+        f"{rejected(copy)}, the older result stays in place; improve the stage, or change stages.prune.gates: "
+        "that only checks the result again"
     )
     assert content(copy.stage("prune")) == before, "the better one is as it was"
     assert not list(copy.stage("prune").parent.glob(".*"))
@@ -69,13 +70,13 @@ def test_what_was_set_aside_is_neither_trained_again_nor_a_parent(
     with pytest.raises(GateError):
         run(copy, WRECK, DROP)
     worse = content(rejected(copy))
-    with pytest.raises(SqatError, match="starts from prune, whose checkpoint this recipe would not make any more"):
+    with pytest.raises(SqatError, match="starts from stage prune, whose checkpoint is of another configuration"):
         run(copy, WRECK, DROP, first="calibrate", last="calibrate")
-    monkeypatch.setitem(pipeline.STAGES, "prune", lambda *_: pytest.fail("trained"))
+    monkeypatch.setitem(STAGES, "prune", lambda *_: pytest.fail("trained"))
     with pytest.raises(GateError):
         run(copy, WRECK, DROP)
     lines = run(copy, WRECK, "stages.prune.gates={accuracy: {max_drop: 1}}")
-    assert lines[1] == f"prune: what was set aside passes the gates now -> {copy.stage('prune')}"
+    assert lines[1] == f"prune: the result that was set aside passes the gates now -> {copy.stage('prune')}"
     assert content(copy.stage("prune")) == worse
     assert not rejected(copy).exists()
 
@@ -162,13 +163,15 @@ def test_the_plan_and_the_exit_code(copy: Project, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("known", [{"max_drop": 0.1}, {"min": 0.5, "max_drop": 0.1}])
 def test_a_figure_that_is_no_number_is_nothing_to_compare_with(copy: Project, known: dict[str, float]) -> None:
     parent = load_manifest(copy.stage("train")).model_copy(update={"metrics": {"dev": {"accuracy": float("nan")}}})
-    line = "the gate of stage prune compares accuracy with train, whose accuracy on dev is no number"
-    with pytest.raises(SqatError, match=line):
-        limit(Keys(load_recipe(copy.recipe)), "prune", "accuracy", Gate(**known), parent)  # type: ignore[arg-type]
+    graph = resolve_graph(load_recipe(copy.recipe))
+    with pytest.raises(
+        SqatError, match="gate accuracy of stage prune compares with stage train, whose dev accuracy is NaN"
+    ):
+        gate_limit(graph, graph.nodes["prune"], "accuracy", Gate(**known), parent)  # type: ignore[arg-type]
 
 
 def test_what_a_gate_compares_with_must_have_run(copy: Project) -> None:
     gate = "stages.calibrate.gates={accuracy: {max_drop: 0.1, against: prune}}"
     changed = ("stages.calibrate.samples=32", "stages.calibrate.from=train", "stages.prune.epochs=1", gate)
-    with pytest.raises(SqatError, match="compares with prune, which has not run with this recipe; run it first"):
+    with pytest.raises(SqatError, match="compares with stage prune, which has not run with this recipe; run it first"):
         run(copy, *changed, first="calibrate", last="calibrate")

@@ -68,7 +68,7 @@ def test_the_query_performance_recipe_runs(tmp_path: Path, capsys: pytest.Captur
 
 
 def students(recipe: Recipe) -> list[list[TrainConfig]]:
-    """The trained stages after the dense model of every sparse row of the closing table."""
+    """The trained stages after the dense model of every sparse row of the results table."""
     chains = []
     for label, row in recipe.results.items():
         name, chain = recipe.parent_of(row.partition("/")[0]), []

@@ -95,7 +95,7 @@ def test_other_pretrained_weights_run_everything_again(copy: Project) -> None:
 
 
 def test_a_stage_never_starts_from_a_checkpoint_of_another_recipe(copy: Project) -> None:
-    message = "stage qat starts from calibrate, whose checkpoint this recipe would not make any more"
+    message = "stage qat starts from stage calibrate, whose checkpoint is of another configuration"
     with pytest.raises(SqatError, match=message):
         run(copy, "stages.calibrate.samples=32", first="qat")
     with pytest.raises(SqatError, match=message):
@@ -158,13 +158,13 @@ def test_a_stage_runs_from_a_given_checkpoint_to_a_given_folder(copy: Project) -
 
 def test_a_parent_that_has_not_run_is_named(tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
-    with pytest.raises(SqatError, match="stage prune starts from train, which has not run yet"):
+    with pytest.raises(SqatError, match="stage prune starts from stage train, which has not run"):
         pipeline.run_stage(load_recipe(project.recipe), "prune", Lines())
 
 
 def test_the_table_leaves_out_results_of_an_older_recipe(copy: Project) -> None:
     lines = run(copy, "stages.train.epochs=0.1", last="train")
-    assert "export: left out of the table, since export has not run with this recipe" in lines
+    assert "export: skipped: stage export has not run with this recipe" in lines
 
 
 @pytest.mark.parametrize("stage", ["prune", "calibrate", "qat"])

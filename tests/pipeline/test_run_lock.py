@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from sqat.errors import SqatError
-from sqat.pipeline.lock import FILE, run_lock
-from sqat.pipeline.runner import lock_of
+from sqat.pipeline.lock import LOCK_FILE, run_lock
+from sqat.pipeline.runner import lock_location
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -47,18 +47,18 @@ def test_a_second_run_is_told_who_holds_it_and_a_killed_one_is_followed(
     tmp_path: Path, holder: Any, recorder: Any
 ) -> None:
     runs = tmp_path / "runs"
-    before = (runs / FILE).read_bytes()
+    before = (runs / LOCK_FILE).read_bytes()
     with pytest.raises(SqatError) as caught, run_lock(runs, recorder):
         pytest.fail("both hold it")
     who = rf"pid {holder.pid} on \S+ since [0-9-]+ [0-9:]+ \(-c {re.escape(str(runs))}\)"
     assert re.fullmatch(rf"{runs}: another run holds this folder: {who}; wait for it or stop it", str(caught.value))
     assert caught.value.exit_code == 2
-    assert (runs / FILE).read_bytes() == before
+    assert (runs / LOCK_FILE).read_bytes() == before
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     with run_lock(runs, recorder):
-        assert re.fullmatch(f"taken over from a run that ended without a word: {who}", recorder.lines[0])
-        assert json.loads((runs / FILE).read_bytes())["pid"] == os.getpid()
+        assert re.fullmatch(f"took over the lock of a run that was killed: {who}", recorder.lines[0])
+        assert json.loads((runs / LOCK_FILE).read_bytes())["pid"] == os.getpid()
     assert not list(runs.iterdir())
 
 
@@ -74,16 +74,16 @@ def test_it_is_released_however_the_run_ends(tmp_path: Path, end: BaseException,
         hold_twice()
     assert not list(tmp_path.iterdir())
     with run_lock(tmp_path, recorder):
-        assert [path.name for path in tmp_path.iterdir()] == [FILE]
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
     assert recorder.lines == []
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"pid": 1}', b"\xff\xfe"])
 def test_any_content_of_a_file_left_behind_is_followed(tmp_path: Path, content: bytes, recorder: Any) -> None:
-    (tmp_path / FILE).write_bytes(content)
+    (tmp_path / LOCK_FILE).write_bytes(content)
     with run_lock(tmp_path, recorder):
-        assert json.loads((tmp_path / FILE).read_bytes())["pid"] == os.getpid()
-    said = "taken over from a run that ended without a word: a run that has not said who it is"
+        assert json.loads((tmp_path / LOCK_FILE).read_bytes())["pid"] == os.getpid()
+    said = "took over the lock of a run that was killed: an unknown run"
     assert recorder.lines == ([said] if content else [])
 
 
@@ -95,9 +95,9 @@ def test_a_folder_that_cannot_be_is_told(tmp_path: Path, recorder: Any) -> None:
 
 def test_a_file_that_is_no_longer_the_locked_one_stays(tmp_path: Path, recorder: Any) -> None:
     with run_lock(tmp_path, recorder):
-        (tmp_path / FILE).unlink()
-        (tmp_path / FILE).write_text("another's")
-    assert (tmp_path / FILE).read_text() == "another's"
+        (tmp_path / LOCK_FILE).unlink()
+        (tmp_path / LOCK_FILE).write_text("another's")
+    assert (tmp_path / LOCK_FILE).read_text() == "another's"
 
 
 def test_a_lock_that_cannot_be_taken_away_hides_nothing(
@@ -110,22 +110,22 @@ def test_a_lock_that_cannot_be_taken_away_hides_nothing(
     with pytest.raises(KeyError, match="of the work itself"), run_lock(tmp_path, recorder):
         raise KeyError("of the work itself")
     with run_lock(tmp_path, recorder):
-        assert recorder.lines[0].startswith("taken over from a run that ended without a word: pid ")
+        assert recorder.lines[0].startswith("took over the lock of a run that was killed: pid ")
 
 
 @pytest.mark.parametrize(
     ("output", "folder", "file"),
     [
-        ("runs/one/02-prune", "runs/one", FILE),
-        ("runs/other/02-prune", "runs/other", FILE),
-        ("runs/no-distill", "runs", f".no-distill{FILE}"),
-        ("elsewhere/10-qat", "elsewhere", FILE),
+        ("runs/one/02-prune", "runs/one", LOCK_FILE),
+        ("runs/other/02-prune", "runs/other", LOCK_FILE),
+        ("runs/no-distill", "runs", f".no-distill{LOCK_FILE}"),
+        ("elsewhere/10-qat", "elsewhere", LOCK_FILE),
     ],
 )
 def test_a_stages_folder_is_locked_with_the_run_it_stands_in(
     tmp_path: Path, output: str, folder: str, file: str
 ) -> None:
-    assert lock_of(tmp_path / "runs" / "one", tmp_path / output) == (tmp_path / folder, file)
+    assert lock_location(tmp_path / "runs" / "one", tmp_path / output) == (tmp_path / folder, file)
 
 
 def test_processes_other_than_the_first_learn_of_it(

@@ -183,9 +183,9 @@ def test_tensorboard_has_the_losses_and_the_metrics(pipeline: Project) -> None:
 
 def untracked_key(project: Project) -> str:
     """The key of the train stage without trackers."""
-    from sqat.pipeline.fingerprint import Keys
+    from sqat.pipeline.graph import resolve_graph
 
-    return Keys(load_recipe(project.recipe)).planned["train"]
+    return resolve_graph(load_recipe(project.recipe)).nodes["train"].fingerprint
 
 
 def test_values_are_flat_and_short() -> None:

@@ -309,7 +309,7 @@ def test_a_recipe_without_gates_is_said_to_have_none(run: Path) -> None:
     ("gone", "line"),
     [
         ("02-prune", "unknown, the stage has not run."),
-        ("01-train", "unknown: the gate accuracy of stage prune has no parent to compare with."),
+        ("01-train", "unknown: gate accuracy of stage prune has no parent to compare with."),
     ],
 )  # fmt: skip
 def test_a_gate_that_cannot_be_judged_is_neither_kept_nor_missing(gone: str, line: str, run: Path) -> None:

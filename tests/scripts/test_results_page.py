@@ -24,7 +24,7 @@ from onnx import TensorProto, helper
 from sqat.bench.intervals import Interval
 from sqat.checkpoint.store import load_checkpoint, save_checkpoint
 from sqat.errors import SqatError
-from sqat.pipeline.fingerprint import Keys
+from sqat.pipeline.graph import resolve_graph
 from sqat.pipeline.runner import run as run_pipeline
 from sqat.runtime.sessions import session
 from sqat.sparsity.semi_structured import pack
@@ -206,16 +206,16 @@ def test_a_current_row_counts_whatever_the_words_of_its_recipe(copied: Path) -> 
     (copied / "same.jsonl").write_bytes((copied / "train.jsonl").read_bytes())
     recipe = copied / "relevance-pnr.yaml"
     recipe.write_text(RECIPE.replace("train: train.jsonl", "train: same.jsonl"))
-    keys = Keys(run_of(copied, 0).load())
-    assert [why_unsound(keys, name) for name in ("train", "one-shot", "calibrate")] == ["", "", ""]
+    graph = resolve_graph(run_of(copied, 0).load())
+    assert [why_unsound(graph, graph.nodes[name]) for name in ("train", "one-shot", "calibrate")] == ["", "", ""]
 
-    there = keys.directory("calibrate")
+    there = graph.nodes["calibrate"].directory
     save_checkpoint(replace(load_checkpoint(there), recipe="of: another age"), there)
-    keys = Keys(run_of(copied, 0).load())
-    assert why_unsound(keys, "calibrate") == ""
+    graph = resolve_graph(run_of(copied, 0).load())
+    assert why_unsound(graph, graph.nodes["calibrate"]) == ""
     recipe.write_text(RECIPE.replace("samples: 16", "samples: 8"))
-    changed = Keys(run_of(copied, 0).load())
-    assert why_unsound(changed, "calibrate") == "the recipe of stage calibrate has changed since"
+    changed = resolve_graph(run_of(copied, 0).load())
+    assert why_unsound(changed, changed.nodes["calibrate"]) == "the recipe of stage calibrate has changed since"
 
 
 @pytest.mark.pipeline

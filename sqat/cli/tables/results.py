@@ -99,8 +99,8 @@ def print_plan(plan: Sequence[PlannedStage], *, as_json: bool = False) -> None:
     for stage in plan:
         for gate in stage.gates:
             console.print(f"gate of {stage.name}: {gate}", soft_wrap=True)
-        if stage.missed:
-            console.print(f"{stage.name} misses a gate: {stage.missed}", soft_wrap=True)
+        if stage.failed_gate:
+            console.print(f"{stage.name} misses a gate: {stage.failed_gate}", soft_wrap=True)
     pending = [stage for stage in plan if not stage.unchanged]
     if not pending:
         console.print("nothing to do: every stage is unchanged")
@@ -123,5 +123,5 @@ def plan_table(plan: Sequence[PlannedStage]) -> Table:
         name = stage.name if stage.name == stage.type else f"{stage.name} ({stage.type})"
         amounts = (format_count(stage.steps), format_count(stage.samples), format_time(stage.seconds))
         state = "unchanged" if stage.unchanged else "will run"
-        table.add_row(str(stage.number), name, stage.parent or "-", stage.key[:7], *amounts, state)
+        table.add_row(str(stage.number), name, stage.parent or "-", stage.fingerprint[:7], *amounts, state)
     return table

@@ -1,0 +1,215 @@
+"""One stage's run: its attempts, their gates, and what is saved where.
+
+Stages return checkpoints and save nothing. A result that passes its gates goes to the stage's folder, one that misses
+a gate beside it. The state to resume from lies beside the folder until the result is saved. All ranks run the
+stage; rank 0 writes, and its verdicts hold for all.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sqat.checkpoint.manifest import Manifest
+from sqat.checkpoint.store import Checkpoint, load_checkpoint, save_checkpoint
+from sqat.distributed import broadcast_from_rank0, process_state, run_on_rank0
+from sqat.errors import SqatError
+from sqat.pipeline.fingerprint import input_digests, is_possible_attempt
+from sqat.pipeline.graph import StageGraph, StageNode, try_load_manifest
+from sqat.pipeline.quality_gates import Limit, first_failed_gate, gate_error, gate_limits, rejected_folder
+from sqat.recipe.schema import LoadedRecipe
+from sqat.recipe.stages import TrainConfig
+from sqat.stages import calibrate, export, prune, qat, train
+from sqat.stages.context import StageContext
+from sqat.tasks.splits import Splits
+from sqat.training.health import saturation
+from sqat.training.resume_state import ResumeState
+from sqat.training.tracking import Tracked
+
+STAGES: dict[str, Callable[[Any, Checkpoint | None, StageContext], Checkpoint]] = {
+    "train": train.run,
+    "prune": prune.run,
+    "calibrate": calibrate.run,
+    "qat": qat.run,
+    "export": export.run,
+}
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage about to run.
+
+    Attributes:
+        directory: where its result goes.
+        parent: checkpoint that it starts from; None for the pretrained model.
+        fingerprint: of the result.
+        input_digests: of the manifests of its parent and teacher.
+        limits: what the result must reach.
+    """
+
+    loaded: LoadedRecipe
+    node: StageNode
+    directory: Path
+    parent: Checkpoint | None
+    fingerprint: str
+    input_digests: dict[str, str]
+    limits: list[Limit]
+    splits: Splits
+    reporter: Tracked
+
+    @property
+    def state(self) -> Path:
+        """Folder of the state to resume from."""
+        return self.directory.with_name(f".{self.directory.name}.state")
+
+    def info(self, text: str) -> None:
+        """Report something about the stage."""
+        self.reporter.info(f"{self.node.name}: {text}")
+
+    def run(self, force: bool) -> None:
+        """Run the stage until a result passes its gates, and put that in place.
+
+        Args:
+            force: start anew, without the state and the results of earlier attempts.
+
+        Raises:
+            GateError: the result of the last attempt misses a gate.
+        """
+        process = process_state()
+        if force and process.is_main_process:
+            shutil.rmtree(self.state, ignore_errors=True)
+        process.wait_for_everyone()
+        earlier = None if force else self.find_earlier_result()
+        process.wait_for_everyone()  # every rank has looked before rank 0 changes anything
+        attempt = 1 if earlier is None else self.next_attempt(*earlier)
+        if attempt is not None:
+            self.run_attempts(attempt)
+
+    def find_earlier_result(self) -> tuple[Path, Manifest] | None:
+        """Find the last attempt of this very stage: set aside for missing a gate, or in its place."""
+        folders = (rejected_folder(self.directory), self.directory)
+        results = [(folder, manifest) for folder in folders if (manifest := try_load_manifest(folder)) is not None]
+        return max(
+            (result for result in results if self.could_make(result[1])),
+            key=lambda result: result[1].attempt,
+            default=None,
+        )
+
+    def could_make(self, manifest: Manifest) -> bool:
+        """Tell whether an attempt of this very stage makes a checkpoint."""
+        is_same = (manifest.key, manifest.input_digests) == (self.fingerprint, self.input_digests)
+        return is_same and is_possible_attempt(manifest, self.node.config)
+
+    def next_attempt(self, folder: Path, earlier: Manifest) -> int | None:
+        """Choose the attempt after an earlier one; None where that passes the gates as they are now.
+
+        Raises:
+            GateError: it misses one, and was the last attempt.
+        """
+        failure = broadcast_from_rank0(first_failed_gate(self.limits, earlier.metrics))
+        if failure and earlier.attempt >= self.node.config.max_attempts:
+            keeps_older = self.directory.exists() and folder != self.directory
+            raise gate_error(self.node.name, failure, folder, keeps_older=keeps_older)
+        if failure:
+            return earlier.attempt + 1
+        if folder == self.directory:
+            return 1
+        run_on_rank0(partial(self.accept, folder))
+        self.info(f"the result that was set aside passes the gates now -> {self.directory}")
+        return None
+
+    def accept(self, folder: Path) -> None:
+        """Put a result that was set aside in place."""
+        save_checkpoint(load_checkpoint(folder), self.directory)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def run_attempts(self, first: int) -> None:
+        """Run attempts from ``first`` on until a result passes the gates."""
+        last = self.node.config.max_attempts
+        for attempt in range(first, last + 1):
+            if attempt > 1:
+                self.info(f"attempt {attempt} of {last}, with more steps")
+            checkpoint = self.run_attempt(attempt)
+            failure = broadcast_from_rank0(first_failed_gate(self.limits, checkpoint.manifest.metrics))
+            folder = rejected_folder(self.directory) if failure else self.directory
+            run_on_rank0(partial(self.save, checkpoint, folder))
+            self.report(checkpoint.manifest, folder)
+            if not failure:
+                return
+            self.info(f"misses a gate: {failure}")
+        raise gate_error(self.node.name, failure, folder, keeps_older=self.directory.exists())
+
+    def run_attempt(self, attempt: int) -> Checkpoint:
+        """Run one attempt and complete its manifest."""
+        loaded, config, start = self.loaded, self.node.config, time.monotonic()
+        factor = config.retry_multiplier(attempt)
+        settings = config.for_attempt(attempt) if isinstance(config, TrainConfig) else config
+        context = StageContext(
+            recipe=loaded.recipe,
+            folder=loaded.path.parent,
+            name=self.node.name,
+            key=self.fingerprint,
+            made_from=self.input_digests,
+            splits=self.splits,
+            reporter=self.reporter,
+            state=ResumeState(self.state, f"{self.fingerprint} {self.input_digests} steps x{factor:g}"),
+            teacher=partial(load_teacher, self.node),
+        )
+        checkpoint = STAGES[config.type](settings, self.parent, context)
+        facts = {
+            # the manifest of a resumed stage counts the seconds before the interruption too
+            "seconds": round(max(checkpoint.manifest.seconds, time.monotonic() - start), 3),
+            "overrides": [*loaded.overrides],
+            "attempt": attempt,
+            "retry_multiplier": factor,
+        }
+        return replace(checkpoint, manifest=checkpoint.manifest.model_copy(update=facts), recipe=loaded.text)
+
+    def save(self, checkpoint: Checkpoint, folder: Path) -> None:
+        """Save a result; only then remove the state to resume from."""
+        save_checkpoint(checkpoint, folder)
+        shutil.rmtree(self.state, ignore_errors=True)
+
+    def report(self, manifest: Manifest, folder: Path) -> None:
+        """Report a result's dev metrics and clipped activations."""
+        for line in saturation(manifest) if manifest.type == "calibrate" else ():
+            self.info(line)
+        figures = manifest.metrics.get("dev", {})
+        self.reporter.log({f"{self.node.name}/dev/{metric}": value for metric, value in figures.items()})
+        shown = ", ".join(f"{metric} {value:.4f}" for metric, value in figures.items())
+        self.info(f"{f'dev {shown}' if shown else 'done'} -> {folder}")
+
+
+def prepare_run(
+    graph: StageGraph, node: StageNode, directory: Path, parent: Checkpoint | None, splits: Splits, reporter: Tracked
+) -> StageRun:
+    """Prepare the run of a stage from a checkpoint into a folder.
+
+    Raises:
+        SqatError: a figure that one of its gates compares with is missing.
+    """
+    start, teacher = None if parent is None else parent.manifest, node.teacher_manifest
+    return StageRun(
+        loaded=graph.loaded,
+        node=node,
+        directory=directory,
+        parent=parent,
+        fingerprint=node.fingerprint_after(start.key if start else "", teacher.key if teacher else ""),
+        input_digests=input_digests(start, teacher),
+        limits=gate_limits(graph, node, start),
+        splits=splits,
+        reporter=reporter,
+    )
+
+
+def load_teacher(node: StageNode) -> Checkpoint:
+    """Load the dense ancestor that teaches a stage."""
+    if node.teacher is None:
+        problem = f"stage {node.name} distils but has no dense ancestor"
+        raise SqatError(problem, "add a train stage, or set distill.teacher", code="stage-order")
+    return load_checkpoint(node.teacher.directory)
