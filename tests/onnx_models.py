@@ -166,10 +166,10 @@ class Family:
         return inputs | ({"token_type_ids": (ids % 2) * mask} if self.name in TYPED else {})
 
     def quantization(self, *roles: str) -> QuantizedModel:
-        """Int8 weights and linear inputs, and the sites of the roles given (``add`` stands for all residuals)."""
-        wanted = ("input", *roles)
+        """Int8 weights and linear inputs, and sites of some roles (``add`` stands for all residual adds)."""
+        kinds = ("input", *roles)
         return QuantizedModel(
-            self.weights, {site: a for site, a in self.amax.items() if site.rpartition(":")[2].startswith(wanted)}
+            self.weights, {site: a for site, a in self.amax.items() if site.rpartition(":")[2].startswith(kinds)}
         )
 
     def roles(self, *roles: str) -> tuple[str, ...]:
@@ -279,7 +279,7 @@ def vit() -> ImageFamily:
 
 
 class RtxLog:
-    """Makes a logger of TensorRT-RTX that keeps what it is told; the package is imported where it is used only."""
+    """Makes a logger of TensorRT-RTX that keeps its lines; only tests that use the package import it."""
 
     def __init__(self, rtx: ModuleType) -> None:
         self.lines: list[str] = []
@@ -309,5 +309,5 @@ def rtx_weight_bytes(model: ModelProto) -> int:
     config.add_optimization_profile(profile)
     assert builder.build_serialized_network(network, config) is not None, log.lines[-3:]
     assert not [line for line in log.lines if line.startswith(("ERROR", "INTERNAL_ERROR"))]
-    found = [re.search(r"Total Weights Memory: (\d+) bytes", line) for line in log.lines]
-    return max(int(match[1]) for match in found if match)
+    matches = [re.search(r"Total Weights Memory: (\d+) bytes", line) for line in log.lines]
+    return max(int(match[1]) for match in matches if match)

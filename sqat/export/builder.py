@@ -89,7 +89,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def import_library(backend: str) -> ModuleType:
-    """Import the backend that is asked for; ``auto`` is TensorRT if it is installed, else TensorRT-RTX."""
+    """Import a backend; ``auto`` is TensorRT if it is installed, else TensorRT-RTX."""
     names = list(MODULES) if backend == "auto" else [backend]
     module = next((MODULES[name] for name in names if importlib.util.find_spec(MODULES[name])), None)
     if module is None:

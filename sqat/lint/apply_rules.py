@@ -58,10 +58,12 @@ def verify(
     return findings
 
 
-def find(model: ModelProto, pruned: Mapping[str, str] | None = None, target: str = "onnx-int8") -> list[Finding]:
-    """All findings about a model, the ONNX checker's first; arguments as for `verify`.
+def list_findings(
+    model: ModelProto, pruned: Mapping[str, str] | None = None, target: str = "onnx-int8"
+) -> list[Finding]:
+    """List all findings about a model, the ONNX checker's first; arguments as for `verify`.
 
-    Each says whether `fix` repairs it, because `fix` was tried.
+    It runs `fix` to say which of them that repairs.
     """
     rules = parse_target(target)
     findings = apply_rules(GraphView(model), pruned, rules)
@@ -80,7 +82,7 @@ def find(model: ModelProto, pruned: Mapping[str, str] | None = None, target: str
 
 
 def apply_rules(view: GraphView, pruned: Mapping[str, str] | None, target: Target) -> list[Finding]:
-    """All findings about a graph; rules read no graph that ONNX's checker refuses."""
+    """List all findings about a graph; rules read no graph that ONNX's checker refuses."""
     if fault := structure_error(view.model):
         return [checker_finding(fault)]
     findings = []
@@ -96,7 +98,7 @@ def apply_rules(view: GraphView, pruned: Mapping[str, str] | None, target: Targe
 
 
 def checker_finding(fault: str) -> Finding:
-    """A fault that ONNX's checker found."""
+    """A fault from ONNX's checker, as a finding."""
     advice = "export again: no engine can read this file"
     return Finding("checker", "", fault, requirement="valid ONNX", advice=advice)
 

@@ -14,7 +14,7 @@ from onnx import ModelProto
 from sqat.errors import SqatError
 from sqat.export.names import module_of, needs_kernels
 from sqat.export.onnx_files import read_onnx
-from sqat.lint.apply_rules import apply_rules, find
+from sqat.lint.apply_rules import apply_rules, list_findings
 from sqat.lint.findings import Finding
 from sqat.lint.graph_view import DEQUANTIZE, GraphView, label
 from sqat.lint.layer_row import LayerRow
@@ -82,7 +82,7 @@ def lint(model: ModelProto, target: Target, place: str = "") -> LintReport:
     Raises:
         SqatError: no layer in it.
     """
-    findings = find(model, None, target)
+    findings = list_findings(model, None, target)
     view = GraphView(model)
     layers = layer_rows(view, findings, target, place)
     return LintReport(target, layers, [*findings, *missing_layers(view, layers, target)])

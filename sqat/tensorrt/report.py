@@ -37,7 +37,7 @@ class EngineReport:
         engine_bytes: of the weights in the engine, None where the build does not say.
         file_bytes: of the weights in the file, quantized ones as int8.
         slack: bytes by which the engine's weights may be more.
-        untraced: chosen engine layers that are not found in the file.
+        untraced: chosen engine layers that are not in the file.
         notes: further lines for the user.
         seconds: of the build, None for another machine's log.
     """

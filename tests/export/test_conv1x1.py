@@ -15,7 +15,7 @@ from sqat.export.conv1x1 import to_conv1x1
 from sqat.export.names import module_of
 from sqat.export.qdq import insert_qdq
 from sqat.export.quantized_model import QuantizedModel
-from sqat.lint.apply_rules import find
+from sqat.lint.apply_rules import list_findings
 from sqat.runtime.sessions import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
 from tests.onnx_models import ATTENTION, Family, ImageFamily, build_family, rtx_weight_bytes
 
@@ -66,7 +66,9 @@ def test_the_numbers_of_the_file_stay(family: Family, roles: tuple[str, ...], we
     assert difference(family, plain(before), plain(after)) < 1e-6
     count = Counter(node.op_type for node in after.graph.node)
     assert count["Conv"] == len(family.weights)
-    assert [finding.rule for finding in find(after, dict.fromkeys(family.weights, "2:4")) if not finding.warning] == []
+    assert [
+        finding.rule for finding in list_findings(after, dict.fromkeys(family.weights, "2:4")) if not finding.warning
+    ] == []
 
 
 def test_images(vit: ImageFamily) -> None:

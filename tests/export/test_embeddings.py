@@ -15,7 +15,7 @@ from sqat.errors import SqatError
 from sqat.export.embeddings import TableForm, Widened, quantize_rows, store_embeddings, stored_tables
 from sqat.export.float16 import to_float16
 from sqat.export.qdq import insert_qdq
-from sqat.lint.apply_rules import find
+from sqat.lint.apply_rules import list_findings
 from sqat.runtime.sessions import operator_counts, parity, run_batches, session
 from tests.onnx_models import ATTENTION, Family, ImageFamily, build_family, rtx_weight_bytes
 
@@ -74,7 +74,7 @@ def test_with_pairs_before_or_after_and_with_float16(bert: Family, form: TableFo
         assert max(parity(*pair) for pair in zip(logits(bert, after), logits(bert, model), strict=True)) < 0.3
         target = "tensorrt" if widened == "table" else "onnx-int8"
         assert [
-            str(finding) for finding in find(model, target=target) if finding.rule in ("B2", "B3", "B4", "B10")
+            str(finding) for finding in list_findings(model, target=target) if finding.rule in ("B2", "B3", "B4", "B10")
         ] == []
 
 

@@ -23,7 +23,7 @@ from sqat.export.float16 import to_float16
 from sqat.export.folding import fold_attention_scale
 from sqat.export.qdq import insert_qdq
 from sqat.export.quantized_model import QuantizedModel
-from sqat.lint.apply_rules import find
+from sqat.lint.apply_rules import list_findings
 from sqat.runtime.sessions import parity, run_batches, session
 from tests.onnx_models import ATTENTION, Family, ImageFamily, build_family, rtx_weight_bytes
 
@@ -112,7 +112,7 @@ def check_types(before: ModelProto, after: ModelProto) -> None:
 @pytest.mark.parametrize("form", ["float", "dq"])
 def test_the_rules_hold(family: Family, form: str) -> None:
     target = "onnx-fp16" if form == "float" else "tensorrt"
-    found = find(to_float16(FORMS[form](family)), dict.fromkeys(family.weights, "2:4"), target)
+    found = list_findings(to_float16(FORMS[form](family)), dict.fromkeys(family.weights, "2:4"), target)
     assert [str(finding) for finding in found if not finding.warning] == []
 
 
@@ -334,7 +334,7 @@ def test_a_product_with_a_small_scale_stays_in_float(bert: Family) -> None:
     assert nodes[f"{place}/MatMul"].input[0] == nodes[f"{place}/input/DequantizeLinear"].output[0]
     assert nodes[f"{place}/Add"].input[0] == nodes[f"{place}/MatMul"].output[0]
     assert of(nodes[f"{place.replace('query', 'key')}/MatMul"]) == {HALF}
-    assert [str(f) for f in find(model, target="tensorrt") if f.rule == "T18"] == []
+    assert [str(f) for f in list_findings(model, target="tensorrt") if f.rule == "T18"] == []
     inputs = bert.inputs(3, 9, seed=2)
     expected = bert.reference(quantization, inputs).numpy()
     assert parity(expected, run_batches(session(model.SerializeToString(), threads=1), [arrays(inputs)])) < 0.3

@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from sqat.bench.candidates import openvino_core
 from sqat.export.folding import fold_attention_scale
 from sqat.export.qdq import insert_qdq
-from sqat.lint.apply_rules import find
+from sqat.lint.apply_rules import list_findings
 from sqat.runtime.sessions import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
 from tests.onnx_models import ATTENTION, Family, ImageFamily, build_family, rtx_weight_bytes
 
@@ -57,7 +57,7 @@ def test_numbers_and_int8_products_stay(family: Family, placement: str) -> None:
     counts = [operator_counts(graph) for graph in graphs]
     assert [counts[1][name] for name in INT8] == [counts[0][name] for name in INT8]
     assert left_in_float(graphs[1]) == []
-    broken = {finding.rule for finding in find(after, target="tensorrt") if not finding.warning}
+    broken = {finding.rule for finding in list_findings(after, target="tensorrt") if not finding.warning}
     assert broken <= {"T16", "T17"}  # which a placement without outputs or adds breaks
 
 

@@ -17,7 +17,7 @@ from sqat.export.graph import export_float
 from sqat.export.names import module_of
 from sqat.export.qdq import insert_qdq
 from sqat.export.quantized_model import QuantizedModel
-from sqat.lint.apply_rules import find, verify
+from sqat.lint.apply_rules import list_findings, verify
 from sqat.runtime.sessions import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
 from tests.onnx_models import ATTENTION, Family, ImageFamily
 
@@ -57,7 +57,9 @@ def test_onnx_runtime_computes_what_the_fake_quantized_model_does(family: Family
 def test_images_too(vit: ImageFamily, placement: str) -> None:
     quantization = vit.quantization(*PLACEMENTS[placement])
     model = insert_qdq(vit.graph, quantization)
-    broken = [finding.rule for finding in find(model, dict.fromkeys(vit.weights, "2:4")) if not finding.warning]
+    broken = [
+        finding.rule for finding in list_findings(model, dict.fromkeys(vit.weights, "2:4")) if not finding.warning
+    ]
     assert set(broken) <= {"B12", "B14"}  # an image's size is fixed; outputs alone leave a Transpose behind a DQ
     pairs = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
     wanted = sum(node.op_type == "MatMul" and set(node.input) <= pairs for node in model.graph.node)

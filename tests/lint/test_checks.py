@@ -26,7 +26,7 @@ from onnx import ModelProto, numpy_helper
 from sqat.errors import GateError, SqatError
 from sqat.export.qdq import insert_qdq
 from sqat.export.quantized_model import QuantizedModel
-from sqat.lint.apply_rules import find, verify
+from sqat.lint.apply_rules import list_findings, verify
 from tests.onnx_models import ATTENTION, Family
 
 
@@ -86,7 +86,7 @@ def test_q_k_and_v_share_an_output_scale(written: bytes) -> None:
     largest = float(numpy_helper.to_array(tensor(model, f"{QUERY}:output_scale")))
     line = f"T16 {SELF}/key/MatMul: output scale 0.001, of those that read the same tensor {largest:.4g}"
     assert lines(model, "tensorrt", warning=True) == [line]
-    assert find(model) == []
+    assert list_findings(model) == []
 
 
 @pytest.mark.parametrize(("operand", "site"), [(1, "add0/right"), (0, "dense/output")])
@@ -96,7 +96,7 @@ def test_a_residual_add_takes_both_inputs_from_dequantizers(written: bytes, oper
     assert lines(model, "tensorrt", warning=True) == [
         f"T17 {ENCODER}/output/Add: residual Add of which input {operand} is float"
     ]
-    assert find(model) == []
+    assert list_findings(model) == []
 
 
 def test_embedding_sums_are_no_residual_adds(written: bytes) -> None:
@@ -108,7 +108,7 @@ def test_int8_fused_attention_requires_a_quantizer_behind_it(bert: Family) -> No
     quantization = bert.quantization(*ATTENTION)
     weights = {layer: weight for layer, weight in quantization.weights.items() if layer != dense}
     amax = {site: bound for site, bound in quantization.amax.items() if not site.startswith(dense)}
-    (finding,) = find(insert_qdq(bert.graph, QuantizedModel(weights, amax)))
+    (finding,) = list_findings(insert_qdq(bert.graph, QuantizedModel(weights, amax)))
     assert str(finding) == f"B13 {SELF}/MatMul_1: no QuantizeLinear behind the second product"
     assert finding.warning
 
@@ -128,7 +128,7 @@ agraph (float[batch, heads, sequence, %s] q, float[batch, heads, %s, sequence] k
 def test_int8_fused_attention_requires_a_head_size(size: str, problems: list[str]) -> None:
     model = onnx.parser.parse_model(HEADS % (size, size))
     expected = [f"{text}, int8 fused attention takes 16, 32 and 64" for text in problems]
-    assert [finding.problem for finding in find(model) if finding.rule == "B13"] == expected
+    assert [finding.problem for finding in list_findings(model) if finding.rule == "B13"] == expected
 
 
 NARROW = """<ir_version: 9, opset_import: ["" : 20]>
@@ -186,7 +186,7 @@ def test_pruned_layers_must_be_there_and_fit_the_pattern(written: bytes) -> None
 def test_an_invalid_model_is_the_checkers_finding(written: bytes) -> None:
     model = onnx.load_from_string(written)
     node(model, f"{SELF}/query/MatMul").input[0] = "nowhere"
-    (finding,) = find(model)
+    (finding,) = list_findings(model)
     assert finding.rule == "checker"
     assert "\n" not in finding.problem
     with pytest.raises(GateError, match=r"breaks rule checker: .*nowhere"):
@@ -211,12 +211,12 @@ def test_the_integers_of_a_float_weight_are_those_its_quantizer_makes(written_qd
         value[:4, 5] = 0.4 * scale[5]  # rounds to 0: not a weight as far as the product sees
 
     change(model, name, nudge)
-    assert find(model, None, "tensorrt") == []
+    assert list_findings(model, None, "tensorrt") == []
     change(model, name, lambda value: value.__setitem__((slice(0, 4), 5), 0.6 * scale[5]))
-    (finding,) = find(model, {QUERY: "2:4"}, "tensorrt")
+    (finding,) = list_findings(model, {QUERY: "2:4"}, "tensorrt")
     assert str(finding) == f"B6 {SELF}/query/MatMul: 1 groups hold more than 2 of 4 weights"
     change(model, name, lambda value: value.__setitem__((slice(0, 4), 5), [-128 * scale[5], 0, 0, 0]))
-    (finding,) = find(model, None, "tensorrt")
+    (finding,) = list_findings(model, None, "tensorrt")
     assert str(finding) == f"B7 {SELF}/query/MatMul: int8 weight of -128"
 
 

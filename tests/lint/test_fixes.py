@@ -35,7 +35,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from sqat.export.qdq import insert_qdq
 from sqat.lint import apply_rules
-from sqat.lint.apply_rules import REPAIRABLE, find, fix, parse_target
+from sqat.lint.apply_rules import REPAIRABLE, fix, list_findings, parse_target
 from sqat.lint.findings import Change
 from sqat.lint.graph_view import GraphView
 from tests.onnx_models import Family
@@ -65,7 +65,7 @@ def repair(model: ModelProto, rule: str, target: str = "tensorrt") -> tuple[Mode
         return [entry for entry in findings if entry.rule == rule and not entry.problem.startswith("opset")]
 
     before = model.SerializeToString()
-    errors = broken(find(model, None, target))
+    errors = broken(list_findings(model, None, target))
     assert errors, "nothing to repair"
     assert all(finding.fixable for finding in errors)
     result, changes = fix(model, parse_target(target))
@@ -211,7 +211,7 @@ def test_what_would_change_the_numbers_is_not_repaired(written: bytes) -> None:
     between(model, f"{SELF}/MatMul", 0, "Mul", "factor")
     for value in [v for v in model.graph.value_info if v.name.startswith(f"{SELF}/query/input/Quant")]:
         value.type.tensor_type.elem_type = TensorProto.UINT8
-    findings = find(model, None, "tensorrt")
+    findings = list_findings(model, None, "tensorrt")
     assert {finding.rule for finding in findings} == {"B2", "B3", "B12"}
     assert not any(finding.fixable for finding in findings)
     assert fix(model, "tensorrt")[1] == []
@@ -255,9 +255,9 @@ def test_all_repairs_together(written: bytes, bert: Family) -> None:
         edit(model)
     put(model, "factor", np.float32(0.5))
     between(model, f"{SELF}/MatMul", 1, "Mul", "factor")
-    assert {f.rule for f in find(model, None, "tensorrt")} == {"B3", "B5", "B7", "B10", "B12", "B15"}
+    assert {f.rule for f in list_findings(model, None, "tensorrt")} == {"B3", "B5", "B7", "B10", "B12", "B15"}
     result, changes = fix(model, "tensorrt")
-    assert find(result, None, "tensorrt") == []
+    assert list_findings(result, None, "tensorrt") == []
     assert {entry.rule for entry in changes} == {"B3", "B5", "B7", "B10", "B12", "B15"}
     assert fix(result, "tensorrt")[1] == []
     assert_same_outputs(model, result, batch(bert, 2, 7))
@@ -279,7 +279,7 @@ def test_a_failed_repair_hides_no_finding(written: bytes, monkeypatch: pytest.Mo
         raise ValueError("the repaired graph is not valid: so and so")
 
     monkeypatch.setattr(apply_rules, "fix", fail)
-    assert [str(f) for f in find(model)] == [
+    assert [str(f) for f in list_findings(model)] == [
         "B7 /classifier/Gemm: 3 weights are -0.0",
         "fix: the repaired graph is not valid: so and so",
     ]
@@ -292,4 +292,4 @@ def test_an_invalid_graph_is_not_touched(written: bytes) -> None:
     result, changes = fix(model, "tensorrt")
     assert result is model
     assert changes == []
-    assert not any(f.fixable for f in find(model, None, "tensorrt"))
+    assert not any(f.fixable for f in list_findings(model, None, "tensorrt"))

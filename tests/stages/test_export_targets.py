@@ -16,7 +16,7 @@ from sqat.cli import main
 from sqat.errors import GateError, SqatError
 from sqat.export import source
 from sqat.export.quantized_model import QuantizedModel, quantize_model
-from sqat.lint.apply_rules import find
+from sqat.lint.apply_rules import list_findings
 from sqat.pipeline.runner import evaluate, run, run_stage
 from sqat.recipe.loader import load_recipe
 from sqat.recipe.targets import TARGETS
@@ -98,7 +98,7 @@ def test_every_flavour_of_the_engine_file(project: Project, tmp_path: Path, opti
     assert model.opset_import[0].version == (17 if version_8 else 20)
     assert not (version_8 and kinds & {"Gelu"})
     target = "tensorrt-8" if version_8 else "tensorrt"
-    assert not [finding for finding in find(model, target=target) if not finding.warning]
+    assert not [finding for finding in list_findings(model, target=target) if not finding.warning]
     script = (made / "build_engine.sh").read_text()
     assert "--sparsity=enable" in script
 

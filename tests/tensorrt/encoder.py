@@ -1,6 +1,6 @@
-"""A graph with the layers, names and Q/DQ of a quantized two-layer encoder, made in milliseconds without torch.
+"""Build a graph with the layers, names and Q/DQ of a quantized two-layer encoder, in milliseconds and without torch.
 
-Attention is a sum of q, k and v: what TensorRT is asked to do with the linears does not depend on it.
+Attention is a sum of q, k and v: what TensorRT does with the linears does not depend on it.
 """
 
 from __future__ import annotations
@@ -84,5 +84,5 @@ def encoder(*, int8_out: bool = True, layers: int = 2) -> ModelProto:
         x = graph.node("Gemm", f"/{name}/Gemm", x, graph.constant(f"{name}.weight", weight), bias, transB=1)
     hidden = helper.make_tensor_value_info("hidden", TensorProto.FLOAT, ["batch", "sequence", HIDDEN])
     logits = helper.make_tensor_value_info(x, TensorProto.FLOAT, ["batch", 3])
-    made = helper.make_graph(graph.nodes, "encoder", [hidden], [logits], graph.tensors)
-    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    graph_proto = helper.make_graph(graph.nodes, "encoder", [hidden], [logits], graph.tensors)
+    return helper.make_model(graph_proto, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)

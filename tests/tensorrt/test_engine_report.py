@@ -76,7 +76,7 @@ def test_counts_without_names_are_shown(bert: ModelProto) -> None:
     log = BuildLog(Choice(8, 5, (), ()))
     report = report_of(bert, log)
     assert report.summary() == "5 of 8 eligible engine layers chose a sparse kernel"
-    assert {found.chosen for found in report.rows} == {None}
+    assert {entry.chosen for entry in report.rows} == {None}
     assert row(report, f"{BERT}.0.output.dense").reason == "the build does not say"
     report.require()
 
@@ -211,7 +211,7 @@ def report_without_kernels(model: ModelProto, kind: str, size: int | None) -> En
 def test_kernels_chosen_on_the_gpu_are_no_failure(bert: ModelProto) -> None:
     report = report_without_kernels(bert, "int8", 25_400)
     assert report.chosen_later
-    assert {found.chosen for found in report.rows} == {None}
+    assert {entry.chosen for entry in report.rows} == {None}
     assert report.summary().startswith("12 of 12 sparse layers are eligible for a sparse kernel; TensorRT-RTX chooses")
     assert report.weights() == (
         f"weights: 25.4 kB in the engine, {report.file_bytes / 1e3:.1f} kB in the file; "
@@ -237,7 +237,7 @@ def test_bytes_show_expanded_weights_that_no_layer_shows(bert: ModelProto) -> No
     stub = EngineLayer("/classifier/Gemm_myl0_9", "gemm", "__myelin_CASK_STUB", ("/classifier/Gemm",), ())
     report = report_of(bert, BuildLog(layers=(stub,), weight_bytes=26_000))
     report.require()
-    int8 = sum(found.shape[0] * found.shape[1] for found in report.rows if found.int8)
+    int8 = sum(entry.shape[0] * entry.shape[1] for entry in report.rows if entry.int8)
     with pytest.raises(GateError) as error:
         replace(report, engine_bytes=report.file_bytes + int8).require()
     assert error.value.code == "broken-rule"

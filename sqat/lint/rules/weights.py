@@ -1,6 +1,6 @@
 """B5, B6, B7 and B15: a weight's axes, its N:M pattern, its values, and its initializer.
 
-B7 has its reason in a compressor that made garbage of -0.0.
+B7 forbids -0.0, since a compressor turned it into wrong values.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sqat.sparsity.pattern import Pattern, parse_pattern
 
 MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
 TWO_OF_FOUR = Pattern(2, 4)
-ALMOST = 0.4  # share of zeros from which somebody meant to prune
+ALMOST = 0.4  # share of zeros from which a layer counts as meant to be sparse
 
 
 def check_axes(view: GraphView) -> Iterator[Problem]:
