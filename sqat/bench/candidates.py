@@ -177,7 +177,7 @@ def why_unavailable(backend: str) -> str:
     if backend == "openvino" and find_spec("openvino") is None:
         return "OpenVINO is not installed (pip install openvino)"
     if backend == "sqat" and not runtime.LIBRARY.is_file():
-        return f"this installation of sqat has no compiled runtime ({runtime.how_to_get_it()})"
+        return f"this installation of sqat has no compiled runtime ({runtime.install_hint()})"
     return ""
 
 

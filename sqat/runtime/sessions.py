@@ -1,14 +1,4 @@
-"""ONNX Runtime on the CPU: the sessions that check and serve an exported file; its only import here.
-
-What: a session with the options that make int8 both exact and fast, batches through it, and the operators of
-the graph ONNX Runtime actually runs.
-
-Why the options: on x86 it turns int8 activations into uint8 and multiplies them with int8 weights; without
-VNNI that product (vpmaddubsw) adds pairs in 16 bits and saturates, so ``session.x64quantprecision`` makes the
-weights uint8 too, which is exact. It is set only there, since with VNNI it would choose the slower kernel for
-nothing. ``session.qdqisint8allowed`` stays unset: its kernel is slower than float.
-Left out: other execution providers.
-"""
+"""ONNX Runtime on the CPU: sessions that check an exported file, and the operators of the graph that they run."""
 
 from __future__ import annotations
 
@@ -27,7 +17,7 @@ from onnx import GraphProto
 from sqat.errors import SqatError, first_line
 
 Array = NDArray[np.generic]
-OUTSIDE = "session.optimized_model_external_initializers_file_name"
+EXTERNAL_DATA = "session.optimized_model_external_initializers_file_name"
 FLOAT_PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv")
 
 
@@ -39,7 +29,7 @@ def session(
     Args:
         model: file (with its external data beside it), or the bytes of a serialized ModelProto.
         threads: of one operator; 0 = one per core.
-        optimized: where to write the graph as ONNX Runtime rewrites it; large weights go beside it.
+        optimized: file for the graph as ONNX Runtime rewrites it; large weights go beside it.
 
     Raises:
         SqatError: ONNX Runtime cannot load it.
@@ -48,27 +38,31 @@ def session(
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     if int8_saturates():
+        # The product of uint8 activations and int8 weights would saturate in 16 bits: make the weights uint8 too.
+        # With VNNI this would choose the slower kernel.
         options.add_session_config_entry("session.x64quantprecision", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
-        options.add_session_config_entry(OUTSIDE, f"{optimized.name}.data")
+        options.add_session_config_entry(EXTERNAL_DATA, f"{optimized.name}.data")
     source = model if isinstance(model, bytes) else str(model)
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own classes are private and differ between versions
         place = "" if isinstance(model, bytes) else str(model)
-        raise SqatError(f"ONNX Runtime cannot load the model: {first_line(error)}", place=place) from error
+        raise SqatError(
+            f"ONNX Runtime cannot load the model: {first_line(error)}", place=place, code="invalid-onnx"
+        ) from error
 
 
 def run_batches(session: onnxruntime.InferenceSession, batches: Iterable[Mapping[str, Array]]) -> NDArray[np.float32]:
-    """Logits [N, labels] of all batches, in their order; inputs the model does not take are left out."""
+    """Return the logits [N, labels] of all batches in order; inputs that the model does not have are ignored."""
     names = [entry.name for entry in session.get_inputs()]
     outputs = [session.run(None, {name: batch[name] for name in names})[0] for batch in batches]
     return np.concatenate(outputs).astype(np.float32, copy=False)
 
 
 def parity(reference_logits: Array, onnx_logits: Array) -> float:
-    """Largest absolute difference of two sets of logits; not a number in either counts as infinite."""
+    """Return the largest absolute difference of two arrays of logits; infinite where one holds NaN."""
     if reference_logits.shape != onnx_logits.shape:
         raise ValueError(f"logits of shape {reference_logits.shape} against {onnx_logits.shape}")
     difference = np.abs(reference_logits.astype(np.float64) - onnx_logits.astype(np.float64))
@@ -76,7 +70,7 @@ def parity(reference_logits: Array, onnx_logits: Array) -> float:
 
 
 def int8_saturates() -> bool:
-    """Whether this CPU multiplies uint8 by int8 in 16 bits: x86 without VNNI, or with flags it does not tell."""
+    """Whether this CPU multiplies uint8 by int8 in 16 bits: x86 without VNNI, or with unknown flags."""
     if platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686"):
         return False
     cpuinfo = Path("/proc/cpuinfo")
@@ -85,25 +79,25 @@ def int8_saturates() -> bool:
 
 
 def optimized_graph(model: Path | str | bytes) -> GraphProto:
-    """The graph as ONNX Runtime rewrites it on this CPU, fused operators and all, large weights not loaded."""
+    """Return the graph as ONNX Runtime rewrites it on this CPU, without large weights."""
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         session(model, optimized=optimized)
         return onnx.load(optimized, load_external_data=False).graph
 
 
-def operator_counts(graph: GraphProto) -> Counter[str]:
-    """How often each operator stands in a graph."""
+def count_operators(graph: GraphProto) -> Counter[str]:
+    """Return how many nodes of each operator a graph has."""
     return Counter(node.op_type for node in graph.node)
 
 
-def left_in_float(optimized: GraphProto) -> list[str]:
-    """Names of products that ONNX Runtime computes in float although their operands are quantized (O21).
+def find_float_products(optimized: GraphProto) -> list[str]:
+    """Return the names of products that ONNX Runtime computes in float, of quantized operands (O21).
 
     A convolution counts only if its output is quantized too: ONNX Runtime has no int8 one with a float output.
 
     Args:
-        optimized: from `optimized_graph`; every quantized product should have become an int8 operator in it.
+        optimized: from `optimized_graph`; every quantized product should be an int8 operator in it.
     """
     dequantized = {name for node in optimized.node if node.op_type == "DequantizeLinear" for name in node.output}
     quantized = {node.input[0] for node in optimized.node if node.op_type == "QuantizeLinear"}

@@ -24,7 +24,7 @@ from sqat.models.attention import use_eager
 from sqat.modules.batch_norm import absorb_folded_norms_, fold_batch_norms_
 from sqat.recipe.stages import ExportConfig
 from sqat.recipe.targets import TARGETS
-from sqat.runtime.sessions import left_in_float, optimized_graph
+from sqat.runtime.sessions import find_float_products, optimized_graph
 from sqat.stages.context import StageContext
 from sqat.training.loop import Metrics
 
@@ -96,7 +96,7 @@ def check_graph(path: Path, file: TargetFile, parent: Checkpoint) -> None:
         return
     patterns = {name: record.pattern for name, record in parent.manifest.layers.items() if record.pattern}
     verify(file.graph, patterns, file.rules, path)
-    if file.runs_in_int8 and (float_products := left_in_float(optimized_graph(path))):
+    if file.runs_in_int8 and (float_products := find_float_products(optimized_graph(path))):
         raise GateError(f"ONNX Runtime would run {float_products[0]} of {path.name} in float",
                         "this is a fault of the exporter: please report it with the recipe",
                         code="broken-rule")  # fmt: skip

@@ -76,7 +76,7 @@ def test_images(vit: ImageFamily) -> None:
     after = to_conv1x1(before)
     check(after)
     assert difference(vit, plain(before), plain(after)) < 1e-6
-    assert operator_counts(optimized_graph(after.SerializeToString()))["QLinearConv"] == len(vit.weights)
+    assert count_operators(optimized_graph(after.SerializeToString()))["QLinearConv"] == len(vit.weights)
 
 
 def test_onnx_runtime_runs_int8_convolutions_and_rounds_the_bias(family: Family) -> None:
@@ -84,8 +84,8 @@ def test_onnx_runtime_runs_int8_convolutions_and_rounds_the_bias(family: Family)
     before = quantized(family, *TENSORRT)
     after = to_conv1x1(before)
     optimized = optimized_graph(after.SerializeToString())
-    assert operator_counts(optimized)["QLinearConv"] == len(family.weights)
-    assert left_in_float(optimized) == []
+    assert count_operators(optimized)["QLinearConv"] == len(family.weights)
+    assert find_float_products(optimized) == []
     expected = session(with_rounded_biases(before, after).SerializeToString(), threads=1)
     assert difference(family, expected, session(after.SerializeToString(), threads=1)) < ROUNDING
 
@@ -97,9 +97,9 @@ def test_a_convolution_with_a_float_output_is_no_fault_in_onnx_runtime(bert: Fam
     optimized = optimized_graph(
         to_conv1x1(insert_qdq(bert.graph, QuantizedModel(complete.weights, amax))).SerializeToString()
     )
-    counts = operator_counts(optimized)
+    counts = count_operators(optimized)
     assert (counts["QLinearConv"], counts["Conv"] + counts["FusedConv"]) == (len(bert.weights) - 2, 2)
-    assert left_in_float(optimized) == []
+    assert find_float_products(optimized) == []
 
 
 def with_rounded_biases(before: ModelProto, after: ModelProto) -> ModelProto:
@@ -233,7 +233,7 @@ def test_a_dead_channel_keeps_its_bias() -> None:
     model = synthetic("2, 5, 32", tail, dead=3)
     model.graph.node[3].output[0] = "p"
     after = to_conv1x1(model)
-    assert operator_counts(optimized_graph(after.SerializeToString()))["QLinearConv"] == 1
+    assert count_operators(optimized_graph(after.SerializeToString()))["QLinearConv"] == 1
     x = np.random.default_rng(1).normal(size=(2, 5, 32)).astype(np.float32)
     got = run_batches(session(after.SerializeToString(), threads=1), [{"x": x}])
     assert np.unique(got[..., 3]) == pytest.approx([np.rint(constants(model)["b"][3] / 0.03) * 0.03], abs=1e-5)

@@ -21,7 +21,7 @@ from sqat.export.onnx_edit import Rewriting
 from sqat.export.onnx_files import check_file
 from sqat.models.sentence import Pooling, SentenceProcessor, pooled
 from sqat.recipe.stages import Layers
-from sqat.runtime.sessions import operator_counts
+from sqat.runtime.sessions import count_operators
 from tests.conftest import BASE
 from tests.export.cpu_models import (
     ENGINES,
@@ -114,7 +114,7 @@ def test_the_graph_is_valid_and_holds_the_ops(family: str, made: Making) -> None
     layers = 2 if family == "bert" else 1
     assert ours.count("Attention") == layers
     assert sorted(ours) == sorted(["Embed", *LAYER * layers, *["Linear"] * outside])
-    assert operator_counts(onnx.load(file).graph)["Softmax"] == 0
+    assert count_operators(onnx.load(file).graph)["Softmax"] == 0
     initializers = [tensor.name for tensor in onnx.load(file).graph.initializer]
     assert len(initializers) == len(set(initializers))
 
@@ -158,7 +158,7 @@ def test_int8_words(family: str, engine: str, made: Making) -> None:
     wanted = by_torch(rounded, inputs)
     assert close(wanted, ENGINES[engine](small, inputs)[0])
     assert not close(by_torch(checkpoint, inputs), wanted), "rounding the words does something"
-    assert operator_counts(onnx.load(small).graph)["EmbedInt8"] == 1
+    assert count_operators(onnx.load(small).graph)["EmbedInt8"] == 1
     assert small.stat().st_size < file.stat().st_size
 
 

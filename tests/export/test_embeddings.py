@@ -95,9 +95,9 @@ def test_lookups_stay_lookups(bert: Family) -> None:
     tables = {name for name, array in constants(model).items() if array.ndim == 2 and "embeddings" in name}
     readers = {node.op_type for node in model.graph.node if tables & set(node.input)}
     assert readers == {"Gather"} | ({"Slice"} if "bert.embeddings.position_ids" in tables else set())
-    counts = operator_counts(model.graph)
+    counts = count_operators(model.graph)
     assert counts["DequantizeLinear"] == 0
-    assert counts["Gather"] - operator_counts(bert.graph.graph)["Gather"] == 3
+    assert counts["Gather"] - count_operators(bert.graph.graph)["Gather"] == 3
 
 
 FLOATS = st.floats(-100, 100, width=32, allow_subnormal=False)

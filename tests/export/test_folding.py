@@ -54,7 +54,7 @@ def test_numbers_and_int8_products_stay(family: Family, placement: str) -> None:
     assert not factors_behind_products(after) or (family.name, placement) in LEFT
     assert compare(family, before, after) < ROUNDING  # 1/sqrt(16) is a power of two
     graphs = [optimized_graph(model.SerializeToString()) for model in (before, after)]
-    counts = [operator_counts(graph) for graph in graphs]
+    counts = [count_operators(graph) for graph in graphs]
     assert [counts[1][name] for name in INT8] == [counts[0][name] for name in INT8]
     assert left_in_float(graphs[1]) == []
     broken = {finding.rule for finding in list_findings(after, target="tensorrt") if not finding.warning}

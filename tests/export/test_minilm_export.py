@@ -23,7 +23,7 @@ from sqat.export.float16 import to_float16
 from sqat.export.folding import fold_attention_scale
 from sqat.export.qdq import insert_qdq
 from sqat.lint.apply_rules import verify
-from sqat.runtime.sessions import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
+from sqat.runtime.sessions import count_operators, find_float_products, optimized_graph, parity, run_batches, session
 from tests.onnx_models import ATTENTION, Family, prepare, rtx_weight_bytes
 from tests.traces import traced
 
@@ -49,8 +49,8 @@ def test_the_file_is_the_fake_quantized_model(minilm: Family, roles: tuple[str, 
     assert verify(model, dict.fromkeys(minilm.weights, "2:4")) == []
     content = model.SerializeToString()
     optimized = optimized_graph(content)
-    counts = operator_counts(optimized)
-    assert left_in_float(optimized) == []
+    counts = count_operators(optimized)
+    assert find_float_products(optimized) == []
     assert counts["MatMulIntegerToFloat"] + counts["QLinearMatMul"] == products
     runtime = session(content, threads=1)
     found, explained = 0.0, 1e-6

@@ -13,7 +13,7 @@ from sqat.errors import SqatError
 from sqat.export import onnx_files as files
 from sqat.export.onnx_files import check_file, is_large, on_disk, read_onnx, write_onnx
 from sqat.export.qdq import insert_qdq
-from sqat.runtime.sessions import operator_counts, optimized_graph, run_batches, session
+from sqat.runtime.sessions import count_operators, optimized_graph, run_batches, session
 from tests.onnx_models import Family
 
 
@@ -70,7 +70,7 @@ def test_onnx_runtime_runs_and_rewrites_it_by_path(bert: Family, tmp_path: Path)
     batch = {name: tensor.numpy() for name, tensor in bert.inputs(3, 7).items()}
     whole, parted = (run_batches(session(source, threads=1), [batch]) for source in (model.SerializeToString(), path))
     assert np.array_equal(whole, parted)
-    assert operator_counts(optimized_graph(path)) == operator_counts(optimized_graph(model.SerializeToString()))
+    assert count_operators(optimized_graph(path)) == count_operators(optimized_graph(model.SerializeToString()))
 
 
 @pytest.mark.usefixtures("large")

@@ -64,10 +64,10 @@ def test_images_too(vit: ImageFamily, placement: str) -> None:
     pairs = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
     wanted = sum(node.op_type == "MatMul" and set(node.input) <= pairs for node in model.graph.node)
     optimized = optimized_graph(model.SerializeToString())
-    counts = operator_counts(optimized)
+    counts = count_operators(optimized)
     assert wanted == len(vit.weights) + (4 if "query" in PLACEMENTS[placement] else 0)
     assert counts["MatMulIntegerToFloat"] + counts["QLinearMatMul"] >= wanted
-    assert left_in_float(optimized) == []
+    assert find_float_products(optimized) == []
     assert counts["Conv"] == 1  # the patches' embedding stays float
     runtime = session(model.SerializeToString(), threads=1)
     for batch in (1, 2, 3, 5, 8):
@@ -93,10 +93,10 @@ def test_every_quantized_product_runs_in_int8(family: Family, placement: str) ->
     optimized = optimized_graph(model.SerializeToString())
     pairs = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
     wanted = sum(node.op_type == "MatMul" and set(node.input) <= pairs for node in model.graph.node)
-    counts = operator_counts(optimized)
+    counts = count_operators(optimized)
     assert wanted >= len(family.weights)
     assert counts["MatMulIntegerToFloat"] + counts["QLinearMatMul"] >= wanted  # more where it moves a DQ down
-    assert left_in_float(optimized) == []
+    assert find_float_products(optimized) == []
 
 
 def test_equal_pairs_with_a_common_zero_point_would_stay_in_float(bert: Family) -> None:
@@ -109,7 +109,7 @@ def test_equal_pairs_with_a_common_zero_point_would_stay_in_float(bert: Family) 
             and "weight" not in node.name
         ):
             node.input[2] = f"{QUERY}:input_zero_point"
-    named = {module_of(node) for name in left_in_float(optimized_graph(model.SerializeToString()))
+    named = {module_of(node) for name in find_float_products(optimized_graph(model.SerializeToString()))
              for node in model.graph.node if node.name == name}  # fmt: skip
     assert {f"bert.encoder.layer.0.attention.self.{role}" for role in ("query", "key", "value")} <= named
 
@@ -137,8 +137,8 @@ def test_float_weights_behind_a_q_compute_the_same(family: Family, placement: st
         inputs = family.inputs(batch, sequence, side, seed=7)
         assert parity(run(int8, inputs), run(floats, inputs)) == 0
     graphs = [optimized_graph(model.SerializeToString()) for model in (int8, floats)]
-    assert operator_counts(graphs[0]) == operator_counts(graphs[1])
-    assert left_in_float(graphs[1]) == []
+    assert count_operators(graphs[0]) == count_operators(graphs[1])
+    assert find_float_products(graphs[1]) == []
 
 
 LINEAR = """<ir_version: 9, opset_import: ["" : 20]>
@@ -240,7 +240,7 @@ def test_a_layer_that_runs_twice_is_quantized_twice() -> None:
     graph = export_float(model, {"input_ids": torch.ones(2, 6, dtype=torch.long)})
     written = insert_qdq(graph, QuantizedModel({"layer": (integers, scale)}, {"layer:input": 3.0, "layer:output": 3.0}))
     assert verify(written) == []
-    assert operator_counts(optimized_graph(written.SerializeToString()))["MatMulIntegerToFloat"] == 2
+    assert count_operators(optimized_graph(written.SerializeToString()))["MatMulIntegerToFloat"] == 2
 
 
 @pytest.mark.parametrize("site", [

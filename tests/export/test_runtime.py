@@ -12,9 +12,9 @@ import pytest
 
 from sqat.errors import SqatError
 from sqat.runtime.sessions import (
+    count_operators,
+    find_float_products,
     int8_saturates,
-    left_in_float,
-    operator_counts,
     optimized_graph,
     parity,
     run_batches,
@@ -92,7 +92,7 @@ def test_the_rewritten_graph_is_read_without_its_weights(tmp_path: Path) -> None
     onnx.save(model, path, save_as_external_data=True, location="weights", size_threshold=0)
     assert (tmp_path / "weights").is_file()
     for graph in (plain, optimized_graph(path)):
-        assert operator_counts(graph)["MatMulIntegerToFloat"] == 1
+        assert count_operators(graph)["MatMulIntegerToFloat"] == 1
         weight = max(graph.initializer, key=lambda entry: int(np.prod(entry.dims)))
         assert list(weight.dims) == [64, 32]
         assert not weight.raw_data
@@ -109,9 +109,9 @@ def test_which_float_products_are_a_fault(op: str, behind: str, fault: bool) -> 
     make = onnx.helper.make_node
     pairs = [make("DequantizeLinear", [name, "s", "z"], [f"{name}d"]) for name in "xw"]
     nodes = [*pairs, make(op, ["xd", "wd"], ["y"], name="product"), make(behind, ["y"], ["out"])]
-    assert left_in_float(onnx.helper.make_graph(nodes, "g", [], [])) == (["product"] if fault else [])
+    assert find_float_products(onnx.helper.make_graph(nodes, "g", [], [])) == (["product"] if fault else [])
     nodes[2].input[1] = "other"
-    assert left_in_float(onnx.helper.make_graph(nodes, "g", [], [])) == []
+    assert find_float_products(onnx.helper.make_graph(nodes, "g", [], [])) == []
 
 
 def test_parity_is_the_largest_difference_and_nan_is_no_agreement() -> None:

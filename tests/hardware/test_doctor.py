@@ -85,9 +85,9 @@ def test_its_requirements_are_those_of_the_project() -> None:
 def test_a_missing_library_comes_with_how_to_build_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(runtime, "LIBRARY", tmp_path / "none.so")
     kernels = find_kernels()
-    assert (kernels.instruction_set, kernels.remedy) == ("", runtime.how_to_get_it())
+    assert (kernels.instruction_set, kernels.remedy) == ("", runtime.install_hint())
     verdict = check("cpu-sparse", TARGETS["cpu-sparse"], replace(SERVER, kernels=kernels))
-    assert (verdict.state, verdict.install) == ("no", runtime.how_to_get_it())
+    assert (verdict.state, verdict.install) == ("no", runtime.install_hint())
 
 
 def test_an_instruction_set_that_is_none_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from onnx import ModelProto, numpy_helper
 
 from sqat.export.qdq import insert_qdq
 from sqat.export.quantized_model import QuantizedModel
-from sqat.runtime.sessions import left_in_float, operator_counts, optimized_graph, run_batches, session
+from sqat.runtime.sessions import count_operators, find_float_products, optimized_graph, run_batches, session
 
 CHAIN = """agraph (float[batch, 32, 8, 8] x) => (float[batch, 32, 8, 8] y)
 <float s = {0.01}, int8 z1 = {0}, int8 z2 = {0}, int8 z3 = {0}, int8 z4 = {0}> {
@@ -53,15 +53,15 @@ def test_an_int8_output_makes_an_int8_convolution() -> None:
     assert [finding for finding in findings_of(model, "onnx-int8") if not finding.warning] == []
     assert verdicts(model, "onnx-int8") == {"first": ("sparse int8", ""), "second": ("sparse int8", "")}
     graph = optimized_graph(model.SerializeToString())
-    assert operator_counts(graph)["QLinearConv"] == 2
-    assert left_in_float(graph) == []
+    assert count_operators(graph)["QLinearConv"] == 2
+    assert find_float_products(graph) == []
 
 
 def test_a_float_output_leaves_the_convolution_in_float() -> None:
     model = chain(FLOATING)
     assert verdicts(model, "onnx-int8")["first"] == ("float", "breaks O21 (int8 out right behind a convolution)")
     assert verdicts(model, "onnx-int8")["second"] == ("sparse int8", "")
-    assert operator_counts(optimized_graph(model.SerializeToString()))["QLinearConv"] == 1  # the runtime agrees
+    assert count_operators(optimized_graph(model.SerializeToString()))["QLinearConv"] == 1  # the runtime agrees
     assert [finding.node for finding in findings_of(model, "onnx-int8") if finding.rule == "O21"] == ["one"]
     assert "O21" not in {finding.rule for finding in findings_of(model, "tensorrt")}
 
@@ -97,7 +97,7 @@ def test_the_writer_puts_scales_along_the_output_channels(form: str) -> None:
     stored = {entry.name: numpy_helper.to_array(entry) for entry in written.graph.initializer}
     if form == "dq":
         assert np.array_equal(stored["net.conv.weight_int8"], integers)
-        assert operator_counts(optimized_graph(written.SerializeToString()))["QLinearConv"] == 1
+        assert count_operators(optimized_graph(written.SerializeToString()))["QLinearConv"] == 1
     x = torch.randn(4, 32, 8, 8, generator=torch.Generator().manual_seed(0))
     entering = torch.fake_quantize_per_tensor_affine(x, 2.5 / 127, 0, -128, 127)
     weight = torch.from_numpy(integers * scale.reshape(-1, 1, 1, 1))

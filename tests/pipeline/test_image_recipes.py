@@ -18,7 +18,7 @@ from sqat.cli import main
 from sqat.models.loading import build
 from sqat.pipeline.runner import run
 from sqat.recipe.loader import load_recipe
-from sqat.runtime.sessions import left_in_float, operator_counts, optimized_graph
+from sqat.runtime.sessions import count_operators, find_float_products, optimized_graph
 from sqat.sparsity.masks import count_violations
 from sqat.sparsity.pattern import parse_pattern
 
@@ -99,11 +99,11 @@ def test_every_quantized_convolution_is_int8_in_onnx_runtime(made: Made) -> None
     graph = optimized_graph(made.int8)
     layers = made.checkpoint("export").manifest.layers
     quantized = [name for name, record in layers.items() if record.quantized]
-    assert left_in_float(graph) == []
+    assert find_float_products(graph) == []
     if made.name == "vit":
         assert len(quantized) == 12
     else:
-        assert operator_counts(graph)["QLinearConv"] == len(quantized) > 3
+        assert count_operators(graph)["QLinearConv"] == len(quantized) > 3
 
 
 def test_int8_weights_are_sparse_along_the_input_channels(made: Made) -> None:

@@ -23,7 +23,7 @@ from tests.runtime.test_runtime_attention import node as attention_node
 from tests.runtime.test_runtime_attention import random_text
 
 
-def test_a_missing_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_library_has_an_install_hint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(runtime, "LIBRARY", tmp_path / "none.so")
     for system, machine, hint in (
         ("Linux", "x86_64", r"install g\+\+ and `CC=gcc CXX=g\+\+ pip install --force-reinstall --no-deps sqat`"),
@@ -43,15 +43,15 @@ def test_where_there_is_a_compiler_there_is_the_library() -> None:
     assert runtime.instruction_set() in ("avx512_vnni", "avx2", "scalar")
 
 
-def test_a_library_that_does_not_load_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_library_that_does_not_load_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "libsqat_runtime.so"
     monkeypatch.setattr(runtime, "LIBRARY", broken)
     for content in (b"", b"\x7fELF", b"no library at all" * 400):
         broken.write_bytes(content)
-        with pytest.raises(SqatError, match=r"^\S+libsqat_runtime.so: the compiled runtime cannot be loaded: ") as told:
+        with pytest.raises(SqatError) as error:
             runtime.session(tmp_path / "any.onnx")
-        assert "\n" not in str(told.value)
-        assert str(told.value).count(str(broken)) == 1
+        assert (error.value.code, error.value.place) == ("missing-package", str(broken))
+        assert str(error.value).count(str(broken)) == 1
         assert available() == []
     broken.unlink()
     other = ctypes.util.find_library("m")
@@ -64,13 +64,14 @@ def test_a_library_that_does_not_load_is_one_line(monkeypatch: pytest.MonkeyPatc
 
 @needs_library
 @pytest.mark.parametrize("part", [0.01, 0.3, 0.5, 0.99])
-def test_a_library_cut_short_is_one_line(part: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Where the loader reads behind the end of the file, the process would end with a bus error."""
+def test_a_truncated_library_is_an_error(part: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A loader that reads behind the end of the file would end the process."""
     content = runtime.library().read_bytes()
     (tmp_path / "cut.so").write_bytes(content[: int(len(content) * part)])
     monkeypatch.setattr(runtime, "LIBRARY", tmp_path / "cut.so")
-    with pytest.raises(SqatError, match=r"cut\.so: the compiled runtime cannot be loaded: it is cut short; "):
+    with pytest.raises(SqatError, match="truncated") as error:
         runtime.instruction_set()
+    assert error.value.code == "missing-package"
 
 
 @needs_library
@@ -81,10 +82,11 @@ def test_an_instruction_set_can_be_forced(name: str, monkeypatch: pytest.MonkeyP
 
 
 @needs_library
-def test_instruction_sets_it_cannot_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unknown_and_missing_instruction_sets_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SQAT_RUNTIME_ISA", "sse9")
-    with pytest.raises(SqatError, match=r"SQAT_RUNTIME_ISA=sse9: expected one of .*scalar"):
+    with pytest.raises(SqatError, match="SQAT_RUNTIME_ISA=sse9") as error:
         runtime.session(tmp_path / "any.onnx")
+    assert error.value.code == "missing-hardware"
     if "avx512_vnni" not in available():
         monkeypatch.setenv("SQAT_RUNTIME_ISA", "avx512_vnni")
         with pytest.raises(SqatError, match="SQAT_RUNTIME_ISA=avx512_vnni: this processor lacks it"):
@@ -113,7 +115,7 @@ def test_options_serve_several_sessions(tmp_path: Path) -> None:
 
 
 @needs_library
-def test_options_with_which_the_user_registered_the_ops(tmp_path: Path) -> None:
+def test_options_may_have_the_ops_already(tmp_path: Path) -> None:
     import onnxruntime
 
     linear = random_linear(1, (4, 32), 16)
@@ -125,8 +127,9 @@ def test_options_with_which_the_user_registered_the_ops(tmp_path: Path) -> None:
     for session in sessions:
         np.testing.assert_array_equal(session.run(None, {"X": linear.x})[0], linear.y)
     options.register_custom_ops_library(str(runtime.library()))
-    with pytest.raises(SqatError, match="registered twice with these options; make new SessionOptions"):
+    with pytest.raises(SqatError) as error:
         runtime.session(tmp_path / "one.onnx", options)
+    assert error.value.code == "usage"
 
 
 @needs_library

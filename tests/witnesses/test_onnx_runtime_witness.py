@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
-from sqat.runtime.sessions import left_in_float, operator_counts, optimized_graph, run_batches, session
+from sqat.runtime.sessions import count_operators, find_float_products, optimized_graph, run_batches, session
 from tests.witnesses.flavours import (
     FAMILIES,
     FLAVOURS,
@@ -38,12 +38,12 @@ def test_the_checker_and_strict_inference_accept_it(flavour: str, name: str) -> 
 @pytest.mark.parametrize(("flavour", "name"), IN_INT8)
 def test_every_quantized_product_is_an_int8_operator(flavour: str, name: str) -> None:
     graph = optimized_graph(exported(flavour, name).SerializeToString())
-    counts = operator_counts(graph)
+    counts = count_operators(graph)
     wanted = products_of(quantization_of(build(name), FLAVOURS[flavour].sites))
     if name == "mpnet" and flavour != "linear":  # q and k are int8 as outputs of their linears; it uses that
         wanted += 1
     assert sum(counts[operator] for operator in INT8) == wanted
-    assert left_in_float(graph) == []
+    assert find_float_products(graph) == []
 
 
 @pytest.mark.parametrize(("flavour", "name"), [case for case in CASES if FLAVOURS[case[0]].same])
