@@ -145,7 +145,7 @@ def test_what_does_not_open_is_left_out_where_it_may_be(tmp_path: Path, monkeypa
 
 def test_missing_kernels_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(candidates.runtime, "LIBRARY", tmp_path / "none.so")
-    assert candidates.runtime.how_to_get_it() in candidates.why_unavailable("sqat")
+    assert candidates.runtime.install_hint() in candidates.why_unavailable("sqat")
 
 
 def test_a_folder_takes_the_inputs_of_a_file_beside_it(

@@ -16,7 +16,7 @@ from sqat.export.names import module_of
 from sqat.export.qdq import insert_qdq
 from sqat.export.quantized_model import QuantizedModel
 from sqat.lint.apply_rules import list_findings
-from sqat.runtime.sessions import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
+from sqat.runtime.sessions import count_operators, find_float_products, optimized_graph, parity, run_batches, session
 from tests.onnx_models import ATTENTION, Family, ImageFamily, build_family, rtx_weight_bytes
 
 BATCHES = [(1, 2, "right"), (3, 9, "right"), (4, 20, "left"), (2, 33, "right"), (8, 16, "left")]

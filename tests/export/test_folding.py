@@ -14,7 +14,7 @@ from sqat.bench.candidates import openvino_core
 from sqat.export.folding import fold_attention_scale
 from sqat.export.qdq import insert_qdq
 from sqat.lint.apply_rules import list_findings
-from sqat.runtime.sessions import left_in_float, operator_counts, optimized_graph, parity, run_batches, session
+from sqat.runtime.sessions import count_operators, find_float_products, optimized_graph, parity, run_batches, session
 from tests.onnx_models import ATTENTION, Family, ImageFamily, build_family, rtx_weight_bytes
 
 BATCHES = [(1, 2, "right"), (3, 9, "right"), (4, 20, "left"), (2, 33, "right"), (8, 16, "left")]
@@ -56,7 +56,7 @@ def test_numbers_and_int8_products_stay(family: Family, placement: str) -> None:
     graphs = [optimized_graph(model.SerializeToString()) for model in (before, after)]
     counts = [count_operators(graph) for graph in graphs]
     assert [counts[1][name] for name in INT8] == [counts[0][name] for name in INT8]
-    assert left_in_float(graphs[1]) == []
+    assert find_float_products(graphs[1]) == []
     broken = {finding.rule for finding in list_findings(after, target="tensorrt") if not finding.warning}
     assert broken <= {"T16", "T17"}  # which a placement without outputs or adds breaks
 
