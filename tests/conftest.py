@@ -174,7 +174,7 @@ def make_checkpoint(make_model: MakeModel, tokenizer: Any) -> Callable[..., Chec
         layers |= {name: LayerRecord(dense_because=why, float_because=why) for name, why in choice.left.items()}
         sites = {f"{name}:input": SiteRecord(shared_with=f"{name}:input", saturated=0.25) for name in rest}
         amax = {site: torch.tensor(1.5 + i) for i, site in enumerate(sites)}
-        entries = {"stage": "calibrate", "type": "calibrate", "key": "k" * 16, "base_model": "tiny", "seed": 3}
+        entries = {"stage": "calibrate", "type": "calibrate", "fingerprint": "k" * 16, "base_model": "tiny", "seed": 3}
         known = Manifest(**{**entries, "layers": layers, "sites": sites, "placement": "linear", **manifest})
         return Checkpoint(known, files, weights, masks, amax, "# a recipe\nname: ä\n")
 

@@ -125,8 +125,9 @@ def fuzzed_manifest(draw: random.Random, sound: dict[str, Any]) -> bytes:
 
 def sound_manifest() -> dict[str, Any]:
     """What a manifest holds, with something of every kind."""
-    found = Manifest(stage="p", type="prune", key="k", base_model="b", seed=0, versions={"torch": "2"}, notes=["n"],
-                     metrics={"dev": {"f1": 0.5, "pnr": float("inf")}}, history=[{"step": 1.0}], losses={"task": 1.0},
+    found = Manifest(stage="p", type="prune", fingerprint="k", base_model="b", seed=0, versions={"torch": "2"},
+                     notes=["n"], metrics={"dev": {"f1": 0.5, "pnr": float("inf")}}, history=[{"step": 1.0}],
+                     losses={"task": 1.0},
                      layers={"a.b": LayerRecord(pattern="2:4")},
                      sites={"s": SiteRecord(shared_with="s", saturated=0.1)},
                      files={"config.json": sha256(b"{}").hexdigest()})  # fmt: skip

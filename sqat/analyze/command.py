@@ -70,7 +70,7 @@ def start_stage(loaded: LoadedRecipe, wanted: str | None) -> str:
     todo, place = f"run `sqat run --to {node.name}`", str(node.directory)
     if node.manifest is None:
         raise SqatError(f"stage {node.name} has not run yet", todo, place, code="stage-order")
-    if node.manifest.key != node.fingerprint:
+    if node.manifest.fingerprint != node.fingerprint:
         problem = f"the checkpoint of stage {node.name} is of another configuration"
         raise SqatError(problem, f"{todo}, or give --from CHECKPOINT", place, code="stale-checkpoint")
     return node.name

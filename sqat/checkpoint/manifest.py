@@ -62,7 +62,7 @@ class Manifest(BaseModel):
     format: int = FORMAT
     stage: str
     type: Literal["train", "prune", "calibrate", "qat", "export"]
-    key: str
+    fingerprint: str
     input_digests: dict[str, str] = {}
     base_model: str
     seed: int

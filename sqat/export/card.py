@@ -53,7 +53,7 @@ def model_card(manifest: Manifest, sizes: Mapping[str, int], kind: str, output: 
     quantized = [name for name, record in manifest.layers.items() if record.quantized]
     lines = ["---", f"base_model: {manifest.base_model}", "library_name: onnx", "---", "", "# Model card", ""]
     lines += [f"Made by sqat {manifest.versions.get('sqat', '')} from `{manifest.base_model}`, seed {manifest.seed}, "
-              f"stage key `{manifest.key}`.", ""]  # fmt: skip
+              f"fingerprint `{manifest.fingerprint}`.", ""]  # fmt: skip
     lines += ["| target | file | MB | dev metrics |", "|---|---|---|---|"]
     for target, size in sizes.items():
         metrics = ", ".join(f"{metric} {value:.4f}" for metric, value in manifest.metrics[f"dev {target}"].items())

@@ -59,7 +59,11 @@ class StageNode:
     def is_current(self) -> bool:
         """Whether the checkpoint is what this recipe makes from the parent and teacher that lie there now."""
         manifest = self.manifest
-        if manifest is None or manifest.key != self.fingerprint or not is_possible_attempt(manifest, self.config):
+        if (
+            manifest is None
+            or manifest.fingerprint != self.fingerprint
+            or not is_possible_attempt(manifest, self.config)
+        ):
             return False
         return manifest.input_digests == input_digests(self.parent_manifest, self.teacher_manifest)
 

@@ -69,7 +69,7 @@ def gate_limit(graph: StageGraph, node: StageNode, metric: str, gate: Gate, pare
 
 def reference_manifest(node: StageNode, other: StageNode) -> Manifest:
     """Return the manifest of the stage that a gate of ``node`` compares with."""
-    if other.manifest is None or other.manifest.key != other.fingerprint:
+    if other.manifest is None or other.manifest.fingerprint != other.fingerprint:
         raise SqatError(
             f"a gate of stage {node.name} compares with stage {other.name}, which has not run with this recipe",
             f"run it first: sqat run --to {other.name}",

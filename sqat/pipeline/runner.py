@@ -133,7 +133,7 @@ def load_parent(node: StageNode) -> Checkpoint | None:
         hint = f"run `sqat run --to {node.name}`, or give --from CHECKPOINT"
         raise SqatError(problem, hint, place, code="stage-order")
     checkpoint = load_checkpoint(parent.directory)
-    if checkpoint.manifest.key != parent.fingerprint:
+    if checkpoint.manifest.fingerprint != parent.fingerprint:
         problem = f"stage {node.name} starts from stage {parent.name}, whose checkpoint is of another configuration"
         hint = f"run from an earlier stage: sqat run --from {parent.name}, or give --from CHECKPOINT"
         raise SqatError(problem, hint, place, code="stale-checkpoint")

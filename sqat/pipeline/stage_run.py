@@ -102,7 +102,7 @@ class StageRun:
 
     def could_make(self, manifest: Manifest) -> bool:
         """Tell whether an attempt of this very stage makes a checkpoint."""
-        is_same = (manifest.key, manifest.input_digests) == (self.fingerprint, self.input_digests)
+        is_same = (manifest.fingerprint, manifest.input_digests) == (self.fingerprint, self.input_digests)
         return is_same and is_possible_attempt(manifest, self.node.config)
 
     def next_attempt(self, folder: Path, earlier: Manifest) -> int | None:
@@ -153,8 +153,8 @@ class StageRun:
             recipe=loaded.recipe,
             folder=loaded.path.parent,
             name=self.node.name,
-            key=self.fingerprint,
-            made_from=self.input_digests,
+            fingerprint=self.fingerprint,
+            input_digests=self.input_digests,
             splits=self.splits,
             reporter=self.reporter,
             state=ResumeState(self.state, f"{self.fingerprint} {self.input_digests} steps x{factor:g}"),
@@ -199,7 +199,7 @@ def prepare_run(
         node=node,
         directory=directory,
         parent=parent,
-        fingerprint=node.fingerprint_after(start.key if start else "", teacher.key if teacher else ""),
+        fingerprint=node.fingerprint_after(start.fingerprint if start else "", teacher.fingerprint if teacher else ""),
         input_digests=input_digests(start, teacher),
         limits=gate_limits(graph, node, start),
         splits=splits,

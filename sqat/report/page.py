@@ -179,5 +179,8 @@ def digests(run: Run) -> list[tuple[str, str]]:
         rows.append((f"data, split {run.split}", run.data_digest))
     splits = {"train": data.train, "dev": data.dev, "test": data.test}
     rows += [(f"data.{name}", split.path or split.hub or "") for name, split in splits.items() if split is not None]
-    rows += [(f"stage {name}: key, manifest", f"{each.key} {each.sha256}") for name, each in run.manifests.items()]
+    rows += [
+        (f"stage {name}: fingerprint, manifest", f"{each.fingerprint} {each.sha256}")
+        for name, each in run.manifests.items()
+    ]
     return rows

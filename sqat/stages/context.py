@@ -42,7 +42,7 @@ class StageContext:
 
     Attributes:
         folder: of the recipe, which relative paths start from.
-        made_from: digests of the parent's and the teacher's manifests.
+        input_digests: digests of the parent's and the teacher's manifests.
         state: of an unfinished training, to resume from.
         teacher: loads the dense ancestor that teaches this stage.
     """
@@ -50,8 +50,8 @@ class StageContext:
     recipe: Recipe
     folder: Path
     name: str
-    key: str
-    made_from: dict[str, str]
+    fingerprint: str
+    input_digests: dict[str, str]
     splits: Splits
     reporter: Reporter
     state: ResumeState
@@ -155,7 +155,11 @@ class StageContext:
         if result is not None:
             known |= vars(result)
         return Manifest(
-            stage=self.name, type=config.type, key=self.key, input_digests=self.made_from, **{**known, **entries}
+            stage=self.name,
+            type=config.type,
+            fingerprint=self.fingerprint,
+            input_digests=self.input_digests,
+            **{**known, **entries},
         )
 
 

@@ -106,7 +106,7 @@ def test_saving_is_repeatable_to_the_byte(checkpoint: Checkpoint, saved: Path, t
 
 
 def test_a_dense_checkpoint_has_no_state_file(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    manifest = Manifest(stage="train", type="train", key="k", base_model="tiny", seed=0)
+    manifest = Manifest(stage="train", type="train", fingerprint="k", base_model="tiny", seed=0)
     save_checkpoint(Checkpoint(manifest, checkpoint.files, checkpoint.weights), tmp_path / "dense")
     assert not (tmp_path / "dense" / "sqat.safetensors").exists()
     loaded = load_checkpoint(tmp_path / "dense")
@@ -118,7 +118,7 @@ def test_a_dense_checkpoint_has_no_state_file(checkpoint: Checkpoint, tmp_path: 
 def test_masks_of_any_size_come_back(shape: tuple[int, int], tmp_path: Path) -> None:
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.4
     weights = {"a.weight": torch.ones(shape) * mask}
-    manifest = Manifest(stage="p", type="prune", key="k", base_model="b", seed=0)
+    manifest = Manifest(stage="p", type="prune", fingerprint="k", base_model="b", seed=0)
     save_checkpoint(Checkpoint(manifest, weights=weights, masks={"a": mask}), tmp_path / "c")
     assert_same(load_checkpoint(tmp_path / "c").masks, {"a": mask})
 
@@ -445,7 +445,14 @@ def test_an_export_has_no_weights_and_keeps_its_claims(checkpoint: Checkpoint, t
     layers = {"a": LayerRecord(pattern="2:4", quantized=True)}
     sites = {"a:input": SiteRecord(shared_with="a:input", saturated=0.0)}
     manifest = Manifest(
-        stage="e", type="export", key="k", base_model="b", seed=0, layers=layers, sites=sites, placement="linear"
+        stage="e",
+        type="export",
+        fingerprint="k",
+        base_model="b",
+        seed=0,
+        layers=layers,
+        sites=sites,
+        placement="linear",
     )
     (tmp_path / "new.onnx").write_bytes(b"bytes")
     artifacts = {"model.int8.onnx": tmp_path / "new.onnx", "packed/config.json": tmp_path / "new.onnx"}

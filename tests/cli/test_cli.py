@@ -274,7 +274,7 @@ def test_stage_commands_run_their_stage(
 
     monkeypatch.setattr(pipeline, "run_stage", fake)
     assert call(capsys, kind, "r.yaml") == (0, f"runs/r/{kind}\n", "")
-    manifest = Manifest(stage="train", type="train", key="a" * 16, base_model="tiny", seed=0)
+    manifest = Manifest(stage="train", type="train", fingerprint="a" * 16, base_model="tiny", seed=0)
     save_checkpoint(Checkpoint(manifest), folder / "start")
     call(capsys, kind, "r.yaml", "--from", "start", "--output", "out", "--force")
     assert seen == [

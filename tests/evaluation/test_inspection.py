@@ -50,7 +50,7 @@ def test_layer_ten_comes_after_layer_two(
     make_model: Callable[..., PreTrainedModel], tokenizer: Any, tmp_path: Path
 ) -> None:
     files, weights = serialize_model(make_model("bert", num_hidden_layers=11), TextProcessor(tokenizer))
-    manifest = Manifest(stage="t", type="train", key="k", base_model="b", seed=0)
+    manifest = Manifest(stage="t", type="train", fingerprint="k", base_model="b", seed=0)
     names = list(inspected(Checkpoint(manifest, files, weights), tmp_path))
     assert [int(name.split(".")[3]) for name in names if "output.dense" in name] == [i for i in range(11) for _ in "ab"]
 
@@ -98,7 +98,7 @@ def test_a_dense_checkpoint_says_that_no_stage_pruned_it(
     make_model: Callable[..., PreTrainedModel], tokenizer: Any, tmp_path: Path
 ) -> None:
     files, weights = serialize_model(make_model("bert"), TextProcessor(tokenizer))
-    manifest = Manifest(stage="t", type="train", key="k", base_model="b", seed=0)
+    manifest = Manifest(stage="t", type="train", fingerprint="k", base_model="b", seed=0)
     row = inspected(Checkpoint(manifest, files, weights), tmp_path)[FIRST]
     assert row == LayerRow(FIRST, (32, 32), "dense", 0.0, None, None, None, None, "dense: no prune stage yet")
 
@@ -129,7 +129,7 @@ def test_the_pattern_is_the_weights_own(
     mask = nm_mask(weights[f"{FIRST}.weight"].abs(), parse_pattern(pattern))
     weights[f"{FIRST}.weight"] = apply_mask(weights[f"{FIRST}.weight"], mask)
     layers = {FIRST: LayerRecord(pattern=claimed)}
-    manifest = Manifest(stage="p", type="prune", key="k", base_model="b", seed=0, layers=layers)
+    manifest = Manifest(stage="p", type="prune", fingerprint="k", base_model="b", seed=0, layers=layers)
     row = inspected(Checkpoint(manifest, files, weights, {FIRST: mask}), tmp_path)[FIRST]
     assert row.pattern == found
     assert row.zeros == 1 - int(pattern.split(":")[0]) / int(pattern.split(":")[1])
@@ -140,7 +140,9 @@ def test_a_pruned_row_has_a_scale(make_model: Callable[..., PreTrainedModel], to
     weights[f"{FIRST}.weight"][3] = 0.0
     layers = {FIRST: LayerRecord(quantized=True)}
     sites = {f"{FIRST}:input": SiteRecord(shared_with="shared", saturated=0.0)}
-    manifest = Manifest(stage="c", type="calibrate", key="k", base_model="b", seed=0, layers=layers, sites=sites)
+    manifest = Manifest(
+        stage="c", type="calibrate", fingerprint="k", base_model="b", seed=0, layers=layers, sites=sites
+    )
     checkpoint = Checkpoint(manifest, files, weights, {}, {"shared": torch.tensor(3.5)})
     row = inspected(checkpoint, tmp_path)[FIRST]
     assert row.weight_scale is not None
@@ -150,7 +152,7 @@ def test_a_pruned_row_has_a_scale(make_model: Callable[..., PreTrainedModel], to
 
 
 def test_an_export_is_not_a_model(tmp_path: Path) -> None:
-    manifest = Manifest(stage="e", type="export", key="k", base_model="b", seed=0)
+    manifest = Manifest(stage="e", type="export", fingerprint="k", base_model="b", seed=0)
     files = {"model.int8.onnx": b"", "model.fp32.onnx": b"", "a.json": b""}
     save_checkpoint(Checkpoint(manifest, files), tmp_path / "e")
     with pytest.raises(SqatError, match=r"model\.fp32\.onnx, model\.int8\.onnx$") as error:

@@ -78,7 +78,7 @@ def calibrated(
     known = {name: LayerRecord(pattern="2:4" if name in masks else "", quantized=True) for name in chosen.chosen}
     known |= {name: LayerRecord(dense_because=why, float_because=why) for name, why in chosen.left.items()}
     records = {site: SiteRecord(shared_with=leader, saturated=0.0) for site, leader in sites.shared_with.items()}
-    manifest = Manifest(stage="qat", type="qat", key="k" * 16, base_model="tiny", seed=0, placement="cpu",
+    manifest = Manifest(stage="qat", type="qat", fingerprint="k" * 16, base_model="tiny", seed=0, placement="cpu",
                         layers=known, sites=records)  # fmt: skip
     return Checkpoint(manifest, files, weights, masks, amax)
 

@@ -153,6 +153,8 @@ def test_a_pattern_is_sparse_for_tensor_cores_if_every_mask_of_it_is_2_of_4(patt
 
 def test_facts_of_a_manifest() -> None:
     layers = {"a": LayerRecord(pattern="2:4", quantized=True), "b": LayerRecord(dense_because="excluded")}
-    manifest = Manifest(stage="qat", type="qat", key="k", base_model="m", seed=0, layers=layers, placement="linear")
+    manifest = Manifest(
+        stage="qat", type="qat", fingerprint="k", base_model="m", seed=0, layers=layers, placement="linear"
+    )
     assert facts_of(manifest) == LINEAR8
     assert facts_of(manifest.model_copy(update={"layers": {"b": LayerRecord()}, "placement": ""})) == DENSE

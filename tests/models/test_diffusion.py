@@ -119,7 +119,7 @@ def test_it_is_diffusers_unet_on_patches_with_the_mean_state_as_class() -> None:
 def test_a_checkpoint_is_read_back_and_by_diffusers(encoder: Path, tmp_path: Path) -> None:
     model, processor = started(encoder)
     files, weights = serialize_model(model, processor)
-    manifest = Manifest(stage="train", type="train", key="0" * 64, base_model="unet", seed=0, versions={})
+    manifest = Manifest(stage="train", type="train", fingerprint="0" * 64, base_model="unet", seed=0, versions={})
     save_checkpoint(Checkpoint(manifest, files, weights), tmp_path / "checkpoint")
     again, reader = build(load_checkpoint(tmp_path / "checkpoint"))
     assert reader == processor

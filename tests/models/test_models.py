@@ -54,7 +54,7 @@ QKV = {
     "llama": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "deberta-v2": ("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
 }
-MANIFEST = Manifest(stage="t", type="train", key="k", base_model="b", seed=0)
+MANIFEST = Manifest(stage="t", type="train", fingerprint="k", base_model="b", seed=0)
 
 
 def problem(call: Callable[..., Any], *arguments: Any) -> str:

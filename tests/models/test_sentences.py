@@ -83,7 +83,7 @@ def embed(encoder: Encoder, texts: list[str]) -> Tensor:
 
 def saved(encoder: Encoder, folder: Path) -> Path:
     files, weights = serialize_model(*encoder)
-    manifest = Manifest(stage="train", type="train", key="k", base_model="tiny", seed=0)
+    manifest = Manifest(stage="train", type="train", fingerprint="k", base_model="tiny", seed=0)
     save_checkpoint(Checkpoint(manifest, files, weights), folder)
     return folder
 

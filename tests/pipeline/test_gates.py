@@ -84,10 +84,10 @@ def test_what_was_set_aside_is_neither_trained_again_nor_a_parent(
 def test_a_later_rejection_replaces_the_first(copy: Project) -> None:
     with pytest.raises(GateError):
         run(copy, WRECK, DROP)
-    first = load_manifest(rejected(copy)).key
+    first = load_manifest(rejected(copy)).fingerprint
     with pytest.raises(GateError):
         run(copy, "stages.prune.learning_rate=2", DROP)
-    assert load_manifest(rejected(copy)).key != first
+    assert load_manifest(rejected(copy)).fingerprint != first
 
 
 RETRY = "stages.prune.retry={times: 1, steps_multiplier: 2}"

@@ -178,7 +178,7 @@ def test_tensorboard_has_the_losses_and_the_metrics(pipeline: Project) -> None:
     assert losses[-1].value == pytest.approx(manifest.losses["task"])
     (metric,) = found.Scalars("train/dev/accuracy")
     assert metric.value == pytest.approx(manifest.metrics["dev"]["accuracy"])
-    assert manifest.key == untracked_key(pipeline), "who watches does not change what is made"
+    assert manifest.fingerprint == untracked_key(pipeline), "who watches does not change what is made"
 
 
 def untracked_key(project: Project) -> str:

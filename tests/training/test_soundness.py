@@ -145,7 +145,7 @@ def test_a_layer_is_named_before_the_scales_behind_it() -> None:
 def test_saturated_sites_are_listed() -> None:
     shares = {"a": 0.5, "b": 0.01, "c": None, "d": 0.11, "e": 0.2, "f": 0.3}
     sites = {name: SiteRecord(shared_with=name, saturated=share) for name, share in shares.items()}
-    known = {"stage": "c", "type": "calibrate", "key": "k", "base_model": "m", "seed": 0}
+    known = {"stage": "c", "type": "calibrate", "fingerprint": "k", "base_model": "m", "seed": 0}
     assert saturation(Manifest(**known, sites=sites)) == [  # type: ignore[arg-type]
         "4 saturated sites, which clip what they see: a (50%), d (11%), e (20%) and others"
     ]

@@ -105,7 +105,14 @@ def test_the_real_model(tmp_path: Path) -> None:
     layers = {name: LayerRecord(quantized=name in family.weights) for name, module in family.model.named_modules()
               if isinstance(module, torch.nn.Linear)}  # fmt: skip
     sites = {site: SiteRecord(shared_with=site, saturated=None) for site in inputs}
-    known = {"stage": "qat", "type": "qat", "key": "k", "base_model": "minilm", "seed": 0, "placement": "linear"}
+    known = {
+        "stage": "qat",
+        "type": "qat",
+        "fingerprint": "k",
+        "base_model": "minilm",
+        "seed": 0,
+        "placement": "linear",
+    }
     amax = {site: torch.tensor(bound) for site, bound in inputs.items()}
     checkpoint = Checkpoint(Manifest(**known, layers=layers, sites=sites), files, weights, {}, amax)
     model = AutoModelForSequenceClassification.from_pretrained(write(checkpoint, tmp_path))

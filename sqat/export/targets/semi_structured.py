@@ -69,8 +69,8 @@ def write_packed(checkpoint: Checkpoint, quantized: QuantizedModel, folder: Path
     layers = {name: describe(weight, facts.layers[name].pattern) for name, weight in packed.items()}
     sites = unpacked_sites(checkpoint, layers)
     tensors |= {f"{site}.amax": checkpoint.amax[site].detach().cpu().float() for site in sites.values()}
-    manifest = SparseManifest(key=facts.key, base_model=facts.base_model, versions=facts.versions, layers=layers,
-                              dense=dense, sites=sites, bytes=sizes(packed))  # fmt: skip
+    manifest = SparseManifest(key=facts.fingerprint, base_model=facts.base_model, versions=facts.versions,
+                              layers=layers, dense=dense, sites=sites, bytes=sizes(packed))  # fmt: skip
     files = {name: content for name, content in checkpoint.files.items()
              if Path(name).suffix in SIDE_FILES and name != LAYOUT}  # fmt: skip
     write_folder(folder, manifest, tensors, files)
