@@ -61,7 +61,7 @@ ENDS["gpt2"] = [("attn.c_proj", "attn.c_attn", (2, 3, 1)), ("mlp.c_proj", "mlp.c
 @pytest.fixture(autouse=True)
 def quick_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """One start is enough here."""
-    monkeypatch.setattr("sqat.sparsity.permutation.STARTS", 1)
+    monkeypatch.setattr("sqat.sparsity.permutation.COLUMNS_TRIED", 1)
 
 
 def given(family: str, batch: Inputs) -> Inputs:
