@@ -19,7 +19,7 @@ from sqat.lint.findings import Finding
 from sqat.lint.graph_view import DEQUANTIZE, GraphView, label
 from sqat.lint.layer_row import LayerRow
 from sqat.lint.rules.table import Target
-from sqat.lint.verdicts import DOUBT, GOALS, Verdict, judge_layers, reasons_float
+from sqat.lint.verdicts import DOUBT, GOALS, Verdict, judge_layers
 from sqat.lint.weight import FLOATS, HALF, Weight, count_nonzeros
 from sqat.sparsity.pattern import Pattern
 
@@ -59,8 +59,8 @@ class LintReport:
     @property
     def reasons(self) -> list[tuple[int, str, str]]:
         """How many layers run in another way, how, and why; most frequent first."""
-        others = Counter((layer.runs, layer.why) for layer in self.layers if layer.why)
-        return [(count, runs, why) for (runs, why), count in others.most_common()]
+        others = Counter((layer.runs, layer.reason) for layer in self.layers if layer.reason)
+        return [(count, runs, reason) for (runs, reason), count in others.most_common()]
 
 
 def inspect_onnx(path: Path) -> list[LayerRow]:
@@ -128,25 +128,18 @@ def missing_layers(view: GraphView, layers: Sequence[LayerRow], target: Target) 
 
 def make_row(view: GraphView, weight: Weight, verdict: Verdict) -> LayerRow:
     """Make one row."""
-    pattern = find_pattern(weight.values, weight.reduction)
     scale = view.constant_value(weight.dequantizer.input[1]) if weight.dequantizer is not None else None
-    amax = input_amax(view, weight)
-    reasons = [f"float: {text}" for text in reasons_float(weight, amax is not None)]
-    if pattern == "dense":
-        size_problem = f"{weight.size[0]} inputs are not a multiple of 4" if weight.size[0] % 4 else ""
-        reasons.append(f"dense: {size_problem or 'no N:M pattern in its weight'}")
     return LayerRow(
         name=module_of(weight.node) or weight.node.name or weight.name or label(weight.node),
         shape=(weight.size[1], weight.size[0], *kernel_shape(weight)),
-        pattern=pattern,
+        pattern=find_pattern(weight.values, weight.reduction),
         zeros=float(np.equal(weight.values, 0).mean()),
         weight_scale=None if scale is None else (float(scale.min()), float(scale.max())),
-        input_amax=amax,
+        input_amax=input_amax(view, weight),
         sqnr_db=None,
         saturated=None,
-        reason="; ".join(reasons),
         runs=verdict.runs,
-        why=verdict.why,
+        reason=verdict.reason,
     )
 
 

@@ -17,10 +17,10 @@ class LayerRow:
         input_amax: largest absolute input that int8 represents.
         sqnr_db: signal to quantization noise of the weight, dB.
         saturated: share of calibration inputs beyond ``input_amax``.
-        reason: why the layer is dense or float; empty where it is neither.
+        reason: of a checkpoint, why the layer is dense or float; of a graph, what keeps it from running as the target
+            could; empty where nothing does.
         runs: how an engine would compute it (``sparse int8``, ``dense int8``, ``sparse fp16``, ``float``,
             ``refused``), with ``?`` where that is in doubt; empty for a checkpoint.
-        why: what keeps it from running as the target could; empty where nothing does.
     """
 
     name: str
@@ -33,4 +33,3 @@ class LayerRow:
     saturated: float | None
     reason: str
     runs: str = ""
-    why: str = ""

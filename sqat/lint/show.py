@@ -87,8 +87,8 @@ def report_lines(report: LintReport, repair: RepairResult | None, width: int) ->
         yield "where that is faster than dense, which the engine's builder finds out by timing"
     if report.reasons:
         yield ""
-    for count, runs, why in report.reasons:
-        yield from hanging(f"{count:>6}  {runs:<13}", why, width)
+    for count, runs, reason in report.reasons:
+        yield from hanging(f"{count:>6}  {runs:<13}", reason, width)
     for group in group_findings(report.findings):
         yield ""
         yield from text_and_nodes(finding_title(group), group.first.problem, group.nodes, group.same_text, width)

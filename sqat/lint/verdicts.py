@@ -36,7 +36,7 @@ class Verdict(NamedTuple):
     """How a layer would run, and what keeps it from running better."""
 
     runs: str
-    why: str = ""
+    reason: str = ""
 
 
 def judge_layers(view: GraphView, findings: Iterable[Finding], target: Target) -> list[Verdict]:

@@ -146,11 +146,11 @@ def kernel_name(layers: list[EngineLayer]) -> str:
 def reason_not_sparse(row: LayerRow, eligible: bool, chosen: bool | None, log: BuildLog) -> str:
     """Why a layer does not run sparse; empty where it may, once the GPU chooses."""
     if not row.runs.startswith("sparse"):
-        return row.why
+        return row.reason
     if log.chosen_later:
-        return f"in doubt: {row.why}" if row.runs.endswith(DOUBT) else ""
+        return f"in doubt: {row.reason}" if row.runs.endswith(DOUBT) else ""
     if chosen is None:
         return "the build does not say"
     if not eligible:
         return "TensorRT does not list it, though the file is in order"
-    return "a dense kernel was faster" + (f", perhaps because {row.why}" if row.why else "")
+    return "a dense kernel was faster" + (f", perhaps because {row.reason}" if row.reason else "")

@@ -105,7 +105,7 @@ def messages(model: ModelProto, target: str, rule: str) -> list[str]:
 
 
 def verdicts(model: ModelProto, target: str = "tensorrt") -> dict[str, tuple[str, str]]:
-    return {layer.name: (layer.runs, layer.why) for layer in lint(model, parse_target(target)).layers}
+    return {layer.name: (layer.runs, layer.reason) for layer in lint(model, parse_target(target)).layers}
 
 
 def quantized_weight(rows: int = 64, columns: int = 64) -> dict[str, np.ndarray]:

@@ -139,8 +139,8 @@ def test_weights_of_other_forms_have_their_pattern(bert: Family) -> None:
         (name, "2:4", 0.5, (32, 32)) for name in ("w_oi", "w_half", "w_uint8", "w_gemm")
     ]
     assert [layer.runs for layer in layers] == ["float", "sparse fp16", "float", "float"]
-    assert "breaks B2" in layers[2].why
-    assert "breaks B4" in layers[2].why
+    assert "breaks B2" in layers[2].reason
+    assert "breaks B4" in layers[2].reason
 
 
 def test_reshaped_weights_keep_their_axes() -> None:
@@ -179,7 +179,7 @@ def test_integer_operators_are_refused() -> None:
     for model, op in ((static, "QLinearMatMul"), (dynamic, "DynamicQuantizeLinear")):
         (layer,) = lint(model, "tensorrt").layers
         assert (layer.pattern, layer.runs) == ("2:4", "refused")
-        assert layer.why == f"the file holds {op}, which the engine cannot read"
+        assert layer.reason == f"the file holds {op}, which the engine cannot read"
 
 
 DOMAINS = """agraph (float[batch, 64] x) => (float[batch, 64] y) {

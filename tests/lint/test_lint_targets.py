@@ -163,7 +163,7 @@ def test_float16_graphs_pass(halved: bytes, bert: Family) -> None:
     assert (result.findings, result.running) == ([], len(bert.weights))
     dense = "not 2:4 along its inputs"
     reasons = {"", f"3 channels are fewer than 16; {dense}", f"its weight has no DequantizeLinear; {dense}"}
-    assert {layer.why for layer in result.layers} == reasons
+    assert {layer.reason for layer in result.layers} == reasons
 
 
 HALF = """agraph (float16[batch, 64] x) => (float16[batch, 64] y)

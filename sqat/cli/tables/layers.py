@@ -33,7 +33,7 @@ def print_layers(layers: Sequence[LayerRow], path: Path, *, as_json: bool = Fals
     table = new_table("layer", "shape", "N:M", "zero%", "scale", "amax", *(() if is_graph else ("SQNR", "sat.%")))
     if is_graph:
         table.add_column("runs as", no_wrap=True)
-    footnotes = Footnotes(layer.why if layer.runs else layer.reason for layer in layers)
+    footnotes = Footnotes(layer.reason for layer in layers)
     for layer in layers:
         table.add_row(shorten(layer.name, prefix), *layer_cells(layer, footnotes))
     console.print(table)
@@ -46,7 +46,7 @@ def print_layers(layers: Sequence[LayerRow], path: Path, *, as_json: bool = Fals
 
 def layer_values(layer: LayerRow) -> dict[str, object]:
     """Return a layer for JSON; how it runs is known for graphs only."""
-    return {name: value for name, value in vars(layer).items() if layer.runs or name not in ("runs", "why")}
+    return {name: value for name, value in vars(layer).items() if layer.runs or name != "runs"}
 
 
 def layer_cells(layer: LayerRow, footnotes: Footnotes) -> list[str]:
@@ -60,7 +60,7 @@ def layer_cells(layer: LayerRow, footnotes: Footnotes) -> list[str]:
         "-" if layer.input_amax is None else f"{layer.input_amax:.3g}",
     ]
     if layer.runs:
-        return [*cells, footnotes.mark(layer.runs, layer.why)]
+        return [*cells, footnotes.mark(layer.runs, layer.reason)]
     sqnr = "-" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}"
     return [*cells, sqnr, "-" if layer.saturated is None else format_saturation(layer.saturated)]
 
