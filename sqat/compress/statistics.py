@@ -20,8 +20,8 @@ from sqat.errors import SqatError
 from sqat.modules.hooks import hook_linears
 from sqat.modules.parametrize import layer
 from sqat.modules.sites import Site, observed_rows
+from sqat.sparsity.columns import input_windows
 from sqat.sparsity.criteria import Criterion
-from sqat.sparsity.features import input_windows
 from sqat.training.batches import Batches, seed_torch
 from sqat.training.data_parallel import Loss
 

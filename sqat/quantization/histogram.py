@@ -7,7 +7,7 @@ width doubles. Widths are powers of two, so that the result depends neither on t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from fractions import Fraction
 
 import torch
@@ -17,7 +17,6 @@ from sqat.runtime import kernels
 
 BINS = 8192
 CHUNK = 2**18  # values counted at once: memory this small is reused
-MAX_EXPONENT = 128 - int(math.log2(BINS))  # exponent of the width when the last bin ends at the largest float32
 MIN_EXPONENT = -100  # exponent of the width before any value: 1/width and width * BINS stay normal in float32
 
 
@@ -132,28 +131,6 @@ class Histogram:
         while counts and not counts[-1]:
             counts.pop()
         return self.width * merge, counts
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """Return the state as 1-D tensors, to save or to send."""
-        return {
-            "counts": self.counts.clone(),
-            "exponent": torch.tensor([self.exponent]),
-            "max_abs": torch.tensor([self.max_abs], dtype=torch.float32),
-        }
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Histogram:
-        """Return the histogram of `to_tensors`; ValueError where counts or exponent cannot be a histogram's."""
-        counts = tensors["counts"]
-        if counts.shape != (BINS,) or counts.dtype != torch.int64 or bool((counts < 0).any()):
-            raise ValueError(f"counts must be {BINS} int64 >= 0, got {counts.dtype} {tuple(counts.shape)}")
-        histogram = cls()
-        histogram.counts = counts.cpu().clone()
-        histogram.exponent = int(tensors["exponent"])
-        if not MIN_EXPONENT <= histogram.exponent <= MAX_EXPONENT:
-            raise ValueError(f"the exponent must lie in {MIN_EXPONENT}..{MAX_EXPONENT}, got {histogram.exponent}")
-        histogram.max_abs = float(tensors["max_abs"])
-        return histogram
 
 
 def _chunks(x: Tensor, keep: Tensor | None) -> Iterator[Tensor]:

@@ -1,7 +1,7 @@
-"""Sizes from which on a layer gains (rule B8); numbers only, so that any module may read them.
+"""Sizes from which a layer gains (rule B8), for recipes and linters without torch.
 
-Quantizing costs two more operators a layer, which narrow ones do not earn back; sparse kernels take inputs in 16s and
-outputs in 8s. From 32 on both sides no kernel has to pad.
+Quantization adds two operators a layer, which cost more than a narrow layer gains. Sparse kernels take inputs in 16s
+and outputs in 8s. From 32 on both sides no kernel pads.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""N:M, a pattern of sparsity: keep N of each group of M. Torch is not imported, for recipes and linters ask too."""
+"""N:M, a pattern of sparsity: keep N of each group of M. Recipes and linters use it without torch."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Pattern:
 
     @property
     def sparsity(self) -> float:
-        """Share of weights that are pruned."""
+        """Fraction of the weights that are pruned."""
         return (self.m - self.n) / self.m
 
 
 def parse_pattern(text: str) -> Pattern:
-    """Read ``"N:M"``; ValueError says what is allowed."""
+    """Return the pattern of ``"N:M"``; ValueError says what is allowed."""
     n, colon, m = text.partition(":")
     if not (colon and n.isascii() and n.isdigit() and m.isascii() and m.isdigit()):
         raise ValueError(f"pattern {text!r} is not of the form N:M, for instance 2:4")

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sqat.sparsity.columns import from_columns, input_windows, to_columns
 from sqat.sparsity.criteria.magnitude import Magnitude
 from sqat.sparsity.criteria.taylor import Taylor
 from sqat.sparsity.criteria.wanda import Wanda
-from sqat.sparsity.features import from_columns, input_windows, to_columns
 from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import Pattern
 

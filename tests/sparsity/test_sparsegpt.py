@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from sqat.sparsity.columns import from_columns, to_columns
 from sqat.sparsity.criteria.magnitude import Magnitude
 from sqat.sparsity.criteria.sparsegpt import SparseGPT, inverse_factor, sweep
 from sqat.sparsity.criteria.wanda import Wanda
-from sqat.sparsity.features import from_columns, to_columns
 from sqat.sparsity.masks import count_violations, nm_mask
 from sqat.sparsity.pattern import Pattern
 from sqat.sparsity.schedules import Schedule

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sqat.sparsity.pattern import Pattern
 
 # What a criterion may know of a layer: sums over batches, computed with the current masks in place.
-# C counts the columns of `sqat.sparsity.features`.
+# C counts the columns of `sqat.sparsity.columns`.
 Statistic = Literal[
     "none",
     "input_squares",  # diagonal of X'X, [C], where X are the layer's inputs

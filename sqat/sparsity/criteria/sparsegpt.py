@@ -3,7 +3,7 @@
 A layer computes x W'. With H = X'X over its inputs, removing weight w_j of a row and moving the weights behind it as
 well as possible costs w_j^2 / [H^-1]_jj (Optimal Brain Surgeon).
 
-Shapes: O outputs, C columns (see `sqat.sparsity.features`), B columns of one block.
+Shapes: O outputs, C columns (see `sqat.sparsity.columns`), B columns of one block.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class SparseGPT(Criterion):
         """Choose the mask during the sweep; how many weights a group keeps is what ``choose`` says before it."""
         import torch
 
-        from sqat.sparsity.features import from_columns, to_columns
+        from sqat.sparsity.columns import from_columns, to_columns
         from sqat.sparsity.masks import split_groups
 
         weight = weight.detach() * mask

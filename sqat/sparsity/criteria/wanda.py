@@ -28,7 +28,7 @@ class Wanda(Criterion):
 
     def score(self, weight: Tensor, statistics: Tensor | None = None) -> Tensor:
         """Return |w| times the norms of the columns' inputs."""
-        from sqat.sparsity.features import from_columns, to_columns
+        from sqat.sparsity.columns import from_columns, to_columns
 
         norms = require(statistics).sqrt().to(weight.dtype)
         return from_columns(to_columns(weight.detach().abs()) * norms, weight.shape)

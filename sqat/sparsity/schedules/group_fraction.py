@@ -26,7 +26,6 @@ class GroupFraction(Progressive):
 
     name: Literal["group-fraction"] = "group-fraction"
     num_masks: int | tuple[float, ...] = 4
-    regrow: bool = False
 
     def grow_mask(self, scores: Tensor, pattern: Pattern, sparsity: float, dim: int) -> Tensor:
         """Return the mask in which ``sparsity / pattern.sparsity`` of the groups are N:M."""

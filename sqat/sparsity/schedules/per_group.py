@@ -23,8 +23,6 @@ class PerGroup(Progressive):
     """
 
     name: Literal["per-group"] = "per-group"
-    num_masks: int | tuple[float, ...] = 2
-    regrow: bool = False
 
     def grow_mask(self, scores: Tensor, pattern: Pattern, sparsity: float, dim: int) -> Tensor:
         """Return the mask of ``round(sparsity * scores.numel())`` zeros, as many in every group as possible."""

@@ -14,7 +14,7 @@ class Progressive(Schedule):
     """Masks of growing sparsity, evenly spaced over the steps before the recovery; one mask prunes at once."""
 
     name: str = ""
-    num_masks: int | tuple[float, ...] = 1
+    num_masks: int | tuple[float, ...] = 2
     regrow: bool = False
 
     def __post_init__(self) -> None:

@@ -1,8 +1,8 @@
-"""A weight as a matrix [O,C], and what its inputs are in the same order of columns.
+"""A weight as a matrix [O,C], and the inputs of its layer in the same order of columns.
 
-O counts outputs, C what one output sums over: the inputs of a linear, and of a convolution [out,in,h,w] the unfolded
-window in the order (h, w, in), so that a group of M neighbours along the input channels is M neighbouring columns.
-Left out: convolutions in groups, whose outputs do not all see the same inputs; no mask is put on them.
+O outputs, C columns: the inputs of a linear, and of a convolution [out,in,h,w] the unfolded window in the order
+(h, w, in), so that a group of M neighbours along the input channels is M neighbouring columns. Grouped convolutions
+have no masks: their outputs do not all see the same inputs.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from sqat.compat import padding_widths
 
 
 def to_columns(weight: Tensor) -> Tensor:
-    """Bring a tensor of a weight's shape, [out,in] or [out,in,h,w], to [O,C]."""
+    """Return a tensor in the shape of a weight, [out,in] or [out,in,h,w], as [O,C]."""
     return weight if weight.dim() == 2 else weight.permute(0, 2, 3, 1).flatten(1)
 
 
 def from_columns(columns: Tensor, shape: torch.Size) -> Tensor:
-    """Undo `to_columns`: a tensor of the weight's shape from one [O,C]."""
+    """Return a matrix [O,C] in the shape of the weight."""
     if len(shape) == 2:
         return columns
     outputs, inputs, height, width = shape
@@ -28,7 +28,7 @@ def from_columns(columns: Tensor, shape: torch.Size) -> Tensor:
 
 
 def input_windows(module: nn.Conv2d, x: Tensor) -> Tensor:
-    """What a convolution multiplies with its weight: one row [C] for each place it is applied at, [N,C].
+    """Return what a convolution multiplies with its weight: a row [C] for each position of the output, [N,C].
 
     Args:
         module: without groups.
