@@ -1,4 +1,4 @@
-"""Pictures of figures: matplotlib, where it is installed, without its global state."""
+"""matplotlib figures without its global state."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from sqat.errors import SqatError
 
 
 def check_plot(path: Path | None) -> None:
-    """Tell before the work begins what would keep its picture from being written.
+    """Check before the work starts that a plot can be written.
 
     Raises:
-        SqatError: matplotlib is not installed, or does not know the kind.
+        SqatError: matplotlib is not installed, or does not write the format.
     """
     if path is None:
         return
-    known = sorted(blank_figure(1, 1).canvas.get_supported_filetypes())
-    if path.suffix.removeprefix(".").lower() not in known:
-        raise SqatError(f"matplotlib writes no {path.suffix or 'file without an ending'}", "name a .png, .svg or .pdf",
-                        str(path))  # fmt: skip
+    formats = sorted(blank_figure(1, 1).canvas.get_supported_filetypes())
+    if path.suffix.removeprefix(".").lower() not in formats:
+        problem = f"matplotlib writes no {path.suffix or 'file without an ending'}"
+        raise SqatError(problem, "name a .png, .svg or .pdf", str(path), code="usage")
 
 
 def blank_figure(width: float, height: float) -> Any:
-    """A figure of a size in inches.
+    """Create a figure of a size in inches.
 
     Raises:
         SqatError: matplotlib is not installed.
@@ -33,15 +33,16 @@ def blank_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise SqatError("matplotlib is not installed", "pip install 'sqat[report]'", "--plot") from error
+        hint = "pip install 'sqat[report]'"
+        raise SqatError("matplotlib is not installed", hint, "--plot", code="missing-package") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure to a file of the kind that its ending names (PNG, SVG, PDF), whole or not at all.
+    """Write a figure to a PNG, SVG or PDF file, atomically.
 
     Raises:
-        SqatError: matplotlib does not know the kind, or the file cannot be written.
+        SqatError: matplotlib does not write the format, or the file cannot be written.
     """
     check_plot(path)
     content = BytesIO()

@@ -141,7 +141,7 @@ BAD_CALLS = [
     (["init", "train.jsonl", "--task", "ranking"],
      "error: --task: no task 'ranking'; allowed: classification, regression, relevance"),
     (["init", "train.jsonl", "-o", "r.yaml"],
-     "error: r.yaml: is there already; give --force to overwrite it, or another --output"),
+     "error: r.yaml: exists already; give --force to overwrite it, or another --output"),
 ]  # fmt: skip
 
 

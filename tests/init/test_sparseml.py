@@ -9,8 +9,9 @@ import pytest
 
 from sqat.cli import main
 from sqat.errors import SqatError
-from sqat.init.from_sparseml import globs, make_stages, read_modifiers, translate
+from sqat.init.from_sparseml import make_stages, read_modifiers, to_globs, translate
 from sqat.recipe.loader import load_recipe
+from tests.errors import raises_code
 
 GRADUAL = """\
 <!-- a licence -->
@@ -114,7 +115,7 @@ def test_nothing_is_dropped_unseen(gradual: Path) -> None:
         f"line {line_of('GMPruning')}: mask [1, 4] at 0.9 becomes 2:4",
         "(0|1)",
         f"line {line_of('TrainableParams')}: TrainableParamsModifier has no counterpart",
-        "goes by cyclic_linear falls linearly",
+        "schedule cyclic_linear becomes linear",
     ]
     assert [text for text in wanted if not any(text in note for note in notes)] == []
 
@@ -159,15 +160,15 @@ def test_the_recipe_loads(
 
 
 @pytest.mark.parametrize(("text", "line"), [
-    ("a: 1\n", "holds no list or mapping called ...modifiers"),
+    ("a: 1\n", "holds no list or mapping named ...modifiers"),
     ("modifiers:\n  - !EpochRangeModifier {end_epoch: 3}\n", "neither prunes nor quantizes"),
     ("modifiers:\n  - !GMPruningModifier {end_epoch: soon}\n",
      ", line 2: GMPruningModifier.end_epoch needs a number, got 'soon'"),
-    ("modifiers:\n  - !GMPruningModifier {end_epoch: eval(later)}\n", "'eval(later)' is no sum of numbers"),
-    ("modifiers:\n  - !GMPruningModifier {end_epoch: \"eval(__import__('os').getpid())\"}\n", "is no sum of numbers"),
-    ("modifiers:\n  - !GMPruningModifier {end_epoch: eval(9 ** 9 ** 9)}\n", "is no sum of numbers"),
-    ("modifiers:\n  - !GMPruningModifier {end_epoch: eval(1 / 0)}\n", "is no sum of numbers"),
-    ("a: eval(b)\nb: eval(a)\nmodifiers:\n  - !GMPruningModifier {end_epoch: eval(a)}\n", "is no sum of numbers"),
+    ("modifiers:\n  - !GMPruningModifier {end_epoch: eval(later)}\n", "'eval(later)' is no expression of numbers"),
+    ("modifiers:\n  - !GMPruningModifier {end_epoch: \"eval(__import__('os').getpid())\"}\n", "is no expression of numbers"),
+    ("modifiers:\n  - !GMPruningModifier {end_epoch: eval(9 ** 9 ** 9)}\n", "is no expression of numbers"),
+    ("modifiers:\n  - !GMPruningModifier {end_epoch: eval(1 / 0)}\n", "is no expression of numbers"),
+    ("a: eval(b)\nb: eval(a)\nmodifiers:\n  - !GMPruningModifier {end_epoch: eval(a)}\n", "is no expression of numbers"),
     ("a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\nb: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a]\n"
      "c: &c [*b, *b, *b, *b, *b, *b, *b, *b, *b]\nd: &d [*c, *c, *c, *c, *c, *c, *c, *c, *c]\n"
      "e: [*d, *d, *d, *d, *d, *d, *d, *d, *d]\n", "once its aliases are followed"),
@@ -183,9 +184,9 @@ def test_what_cannot_be_read_is_one_line(text: str, line: str, tmp_path: Path) -
 
 def test_a_page_without_front_matter(tmp_path: Path) -> None:
     (tmp_path / "r.md").write_text("# no recipe\n")
-    with pytest.raises(SqatError, match="has no front matter"):
+    with raises_code("unreadable-file"):
         translate(tmp_path / "r.md")
-    with pytest.raises(SqatError, match="cannot be read as text"):
+    with raises_code("unreadable-file"):
         translate(tmp_path / "missing.yaml")
 
 
@@ -200,9 +201,9 @@ def test_names_become_globs(name: str, glob: str) -> None:
     from fnmatch import fnmatchcase
 
     notes: list[str] = []
-    assert globs([name], notes) == [glob]
+    assert to_globs([name], notes) == [glob]
     assert notes == []
-    assert globs([name, "re:.*weight"], notes) == [], "all layers"
+    assert to_globs([name, "re:.*weight"], notes) == [], "all layers"
     examples = ("bert.encoder.layer.0.output.dense", "bert.encoder.layer.11.output.dense",
                 "a.layer.3.attention.self.key", "sections.0.0.conv1", "lm_head")  # fmt: skip
     assert any(fnmatchcase(example, glob) for example in examples)
