@@ -27,7 +27,7 @@ from sqat.checkpoint.store import Checkpoint, load_checkpoint
 from sqat.data.rows import Rows, column
 from sqat.errors import SqatError
 from sqat.models.layer_selection import weighted_layers
-from sqat.pipeline.graph import resolve_graph, stage_directory
+from sqat.pipeline.graph import StageNode, resolve_graph
 from sqat.progress import Reporter
 from sqat.recipe.schema import LoadedRecipe
 from sqat.stages.context import StageContext
@@ -44,9 +44,10 @@ def run_analysis(loaded: LoadedRecipe, options: Options, reporter: Reporter) -> 
     Raises:
         SqatError: there is no dense checkpoint to start from.
     """
-    begun, name = time.monotonic(), None if options.start is not None else start_stage(loaded, options.stage)
-    sections = choose_sections(loaded.recipe, name, options)
-    directory = options.start if name is None else stage_directory(loaded, name)
+    begun = time.monotonic()
+    node = None if options.start is not None else start_node(loaded, options.stage)
+    sections = choose_sections(loaded.recipe, None if node is None else node.name, options)
+    directory = options.start if node is None else node.directory
     assert directory is not None
     parent = plain_checkpoint(directory)
     context = make_context(loaded, parent, directory, reporter)
@@ -54,15 +55,15 @@ def run_analysis(loaded: LoadedRecipe, options: Options, reporter: Reporter) -> 
     return findings.model_copy(update={"checkpoint": str(directory), "seconds": round(time.monotonic() - begun, 3)})
 
 
-def start_stage(loaded: LoadedRecipe, wanted: str | None) -> str:
-    """Choose the stage whose checkpoint is analyzed: the one named, or the last train stage that has run.
+def start_node(loaded: LoadedRecipe, name: str | None) -> StageNode:
+    """Choose the stage whose checkpoint is analyzed: the named one, or the last train stage that has run.
 
     Raises:
         SqatError: it has not run, or the recipe would make another checkpoint.
     """
     graph = resolve_graph(loaded)
     trained = [node for node in graph.nodes.values() if node.config.type == "train"]
-    node = graph.nodes[wanted] if wanted else next((node for node in reversed(trained) if node.manifest), None)
+    node = graph.nodes[name] if name else next((node for node in reversed(trained) if node.manifest), None)
     if node is None:
         todo = f"run `sqat run --to {trained[0].name}`, or give" if trained else "give"
         hint = f"{todo} --from CHECKPOINT"
@@ -73,7 +74,7 @@ def start_stage(loaded: LoadedRecipe, wanted: str | None) -> str:
     if node.manifest.fingerprint != node.fingerprint:
         problem = f"the checkpoint of stage {node.name} is of another configuration"
         raise SqatError(problem, f"{todo}, or give --from CHECKPOINT", place, code="stale-checkpoint")
-    return node.name
+    return node
 
 
 def plain_checkpoint(directory: Path) -> Checkpoint:
@@ -97,7 +98,7 @@ def make_context(loaded: LoadedRecipe, parent: Checkpoint, directory: Path, repo
     """Make the context that stages get; nothing is trained, so there is no resume state."""
     splits = Splits(loaded.recipe, loaded.path.parent)
     unused = ResumeState(directory / "unused", "")
-    return StageContext(loaded.recipe, loaded.path.parent, "analyze", "", {}, splits, reporter, unused, lambda: parent)
+    return StageContext("analyze", "", {}, splits, reporter, unused, lambda: parent)
 
 
 def analyze(context: StageContext, parent: Checkpoint, sections: Sections, options: Options) -> Findings:

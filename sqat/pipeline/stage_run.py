@@ -150,8 +150,6 @@ class StageRun:
         factor = config.retry_multiplier(attempt)
         settings = config.for_attempt(attempt) if isinstance(config, TrainConfig) else config
         context = StageContext(
-            recipe=loaded.recipe,
-            folder=loaded.path.parent,
             name=self.node.name,
             fingerprint=self.fingerprint,
             input_digests=self.input_digests,

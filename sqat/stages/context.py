@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -41,14 +40,11 @@ class StageContext:
     """What one stage asks for: a model, batches, training, metrics and a manifest.
 
     Attributes:
-        folder: of the recipe, which relative paths start from.
         input_digests: digests of the parent's and the teacher's manifests.
         state: of an unfinished training, to resume from.
         teacher: loads the dense ancestor that teaches this stage.
     """
 
-    recipe: Recipe
-    folder: Path
     name: str
     fingerprint: str
     input_digests: dict[str, str]
@@ -56,6 +52,11 @@ class StageContext:
     reporter: Reporter
     state: ResumeState
     teacher: Callable[[], Checkpoint]
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that the stage belongs to."""
+        return self.splits.recipe
 
     @property
     def task(self) -> Task:
@@ -77,7 +78,9 @@ class StageContext:
             check_head(parent.files["config.json"], task.outputs, task.config_fields, place)
             return on_device(*build(parent, place))
         head = {"num_labels": task.outputs, **task.config_fields}
-        model, processor = load_pretrained(task.architecture, self.recipe.model, self.folder, head, self.recipe.seed)
+        model, processor = load_pretrained(
+            task.architecture, self.recipe.model, self.splits.folder, head, self.recipe.seed
+        )
         if isinstance(processor, TextProcessor):
             tokenizer = processor.tokenizer
             if tokenizer.eos_token and tokenizer.eos_token == tokenizer.pad_token:

@@ -21,7 +21,7 @@ from sqat.analyze.findings import Findings
 from sqat.analyze.options import Options, check_options, choose_sections
 from sqat.analyze.treatments import find_pruning, find_quantization, treated_
 from sqat.checkpoint.store import load_checkpoint, save_checkpoint
-from sqat.errors import ErrorCode, SqatError
+from sqat.errors import ErrorCode
 from sqat.evaluation.inference import logits_of, predict
 from sqat.progress import SilentReporter
 from sqat.recipe.loader import load_recipe
@@ -322,18 +322,18 @@ def test_bad_options_are_refused(loaded: LoadedRecipe, options: Options, code: E
         run_analysis(loaded, options, SilentReporter())
 
 
-STALE = [
-    (Options(stage="calibrate"), []),  # it has not run
-    (Options(), ["stages.train.steps=3"]),  # it ran with another configuration
-    (Options(), ["output=elsewhere"]),  # nothing has run there
+STALE: list[tuple[Options, list[str], ErrorCode]] = [
+    (Options(stage="calibrate"), [], "stage-order"),
+    (Options(), ["stages.train.steps=3"], "stale-checkpoint"),
+    (Options(), ["output=elsewhere"], "stage-order"),
 ]
 
 
-@pytest.mark.parametrize(("options", "overrides"), STALE)
+@pytest.mark.parametrize(("options", "overrides", "code"), STALE)
 def test_a_stage_that_has_not_run_as_it_is_now_is_refused(
-    loaded: LoadedRecipe, options: Options, overrides: list[str]
+    loaded: LoadedRecipe, options: Options, overrides: list[str], code: ErrorCode
 ) -> None:
-    with pytest.raises(SqatError):
+    with raises_code(code):
         run_analysis(load_recipe(loaded.path, overrides), options, SilentReporter())
 
 
