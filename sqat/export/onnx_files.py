@@ -27,8 +27,8 @@ from sqat.errors import SqatError
 LARGEST = 2_000_000_000  # bytes of weights in one protobuf, which ends at 2^31 with all the rest
 
 
-def write_onnx(model: ModelProto, path: Path) -> None:
-    """Write a model, its weights in ``<name>.data`` beside it where one protobuf does not hold them.
+def write_onnx(model: ModelProto, path: Path, *, external: bool = False) -> None:
+    """Write a model, its weights in ``<name>.data`` beside it if ``external``, or if one protobuf does not hold them.
 
     Both are written beside the files they replace and renamed when they are complete.
 
@@ -38,7 +38,7 @@ def write_onnx(model: ModelProto, path: Path) -> None:
     data = data_path(path)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         new, new_data = Path(folder) / path.name, Path(folder) / data.name
-        if is_large(model):
+        if external or is_large(model):
             ir.save(ir.from_proto(model), new, external_data=data.name)
             flush(new_data)
         else:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-import onnx_ir as ir
-from onnx import ModelProto, TensorProto
+from onnx import TensorProto
 
 from sqat.errors import GateError, SqatError
-from sqat.export.onnx_files import data_path, read_onnx, write_onnx
+from sqat.export.onnx_files import read_onnx, write_onnx
 from sqat.lint.apply_rules import fix
 from sqat.lint.findings import Change, plural
 from sqat.lint.layer_report import LintReport, lint
@@ -54,7 +52,7 @@ def repair_file(path: Path, target: Target, output: Path | None = None) -> tuple
     report = lint(model, target, str(path))
     if not changes and output is None:
         return report, RepairResult([], None)
-    write_repaired(model, place, external=has_external_data(path))
+    write_onnx(model, place, external=has_external_data(path))
     return report, RepairResult(changes, place)
 
 
@@ -93,15 +91,3 @@ def has_external_data(path: Path) -> bool:
     """Whether a file stores some of its tensors outside."""
     graph = onnx.load(path, load_external_data=False).graph
     return any(tensor.data_location == TensorProto.EXTERNAL for tensor in graph.initializer)
-
-
-def write_repaired(model: ModelProto, path: Path, *, external: bool) -> None:
-    """Write a model; its tensors go into ``<name>.data`` if they came from outside or one file cannot hold them."""
-    if not external:
-        write_onnx(model, path)
-        return
-    data = data_path(path)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        ir.save(ir.from_proto(model), Path(folder) / path.name, external_data=data.name)
-        (Path(folder) / data.name).replace(data)  # before the graph that needs it
-        (Path(folder) / path.name).replace(path)
