@@ -16,10 +16,10 @@ from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
-from sqat.api.quantizing import Scales, calibrate
 from torch import Tensor, nn
 
 from scripts.benchmarks.training import MODEL_OPTIMIZER, Group
+from sqat.api.quantize import Scales, calibrate
 from sqat.compress.calibrate import observe
 from sqat.compress.distil import distilled_loss, task_loss
 from sqat.data.batch import Batch

@@ -29,7 +29,7 @@ from sqat.recipe.schema import LoadedRecipe
 from sqat.recipe.stages import CalibrateConfig, PruneConfig
 from sqat.stages.context import StageContext
 from tests.errors import raises_code
-from tests.pipeline.conftest import Project
+from tests.tiny import Project, write_project
 
 pytestmark = pytest.mark.pipeline
 STAGES = """stages:
@@ -45,7 +45,7 @@ KEY = "bert.encoder.layer.0.attention.self.key"
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A trained model and one that is pruned; read it, do not change it."""
-    project = Project(tmp_path_factory.mktemp("analyzed"))
+    project = write_project(tmp_path_factory.mktemp("analyzed"))
     text = project.recipe.read_text()
     project.recipe.write_text(text[: text.index("stages:")] + STAGES)
     model = transformers.AutoModel.from_pretrained(project.folder / "model")

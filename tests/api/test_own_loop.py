@@ -30,8 +30,8 @@ from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import parse_pattern
 from sqat.sparsity.schedules.per_group import PerGroup
 from sqat.sparsity.schedules.sr_ste import SrSte
-from tests.conftest import VOCABULARY, MakeModel
 from tests.errors import raises_code
+from tests.tiny import VOCABULARY, MakeModel
 
 Batches = list[dict[str, Tensor]]
 

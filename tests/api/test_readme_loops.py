@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
-from tests.conftest import VOCABULARY, MakeModel
+from tests.tiny import VOCABULARY, MakeModel
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 SECTION = README.partition("\n## In your own loop\n")[2].partition("\n## ")[0]

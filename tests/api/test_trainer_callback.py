@@ -12,8 +12,8 @@ from transformers import AutoModelForSequenceClassification, EarlyStoppingCallba
 from transformers import TrainingArguments as Arguments
 
 import sqat
-from tests.conftest import VOCABULARY, MakeModel
 from tests.errors import raises_code
+from tests.tiny import VOCABULARY, MakeModel
 
 STEPS = 8
 

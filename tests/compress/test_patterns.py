@@ -8,8 +8,8 @@ import pytest
 
 from sqat.compress.patterns import choose_patterns
 from sqat.recipe.stages import Layers
-from tests.conftest import MakeModel
 from tests.errors import raises_code
+from tests.tiny import MakeModel
 
 
 def test_a_shared_weight_has_one_pattern(make_model: MakeModel) -> None:

@@ -29,8 +29,8 @@ from sqat.sparsity.pattern import Pattern
 from sqat.sparsity.permutation import kept_score
 from sqat.stages.prune import example_inputs
 from sqat.training.batches import Batches
-from tests.conftest import CONFIGS, MakeModel
 from tests.errors import raises_code
+from tests.tiny import CONFIGS, MakeModel
 
 TWO_OF_FOUR = Pattern(2, 4)
 Inputs = dict[str, Tensor]

@@ -22,7 +22,6 @@ from sqat.export.onnx_files import check_file
 from sqat.models.sentence import Pooling, SentenceProcessor, pooled
 from sqat.recipe.stages import Layers
 from sqat.runtime.sessions import count_operators
-from tests.conftest import BASE
 from tests.export.cpu_models import (
     ENGINES,
     Inputs,
@@ -37,6 +36,7 @@ from tests.export.cpu_models import (
 )
 from tests.export.cpu_oracle import unpack
 from tests.tensorrt.encoder import encoder
+from tests.tiny import BASE
 
 pytestmark = pytest.mark.pipeline
 LENGTHS = (12, 9, 5, 12, 7, 3, 2, 11)

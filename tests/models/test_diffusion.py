@@ -37,6 +37,7 @@ from sqat.recipe.tasks import TextToImageTask  # noqa: E402
 from sqat.runtime.sessions import session  # noqa: E402
 from sqat.tasks.splits import load_rows  # noqa: E402
 from sqat.tasks.text_to_image import TextToImage  # noqa: E402
+from tests.tiny import write_model  # noqa: E402
 
 WIDTH, SIDE, TOKENS = 16, 8, 5
 UNET: dict[str, Any] = {
@@ -59,12 +60,8 @@ UNET: dict[str, Any] = {
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny text encoder of random weights, and its words."""
     folder = tmp_path_factory.mktemp("encoder")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "blue", "square", "large"]
-    transformers.BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
-    torch.manual_seed(0)
-    shape = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    settings = transformers.BertConfig(vocab_size=len(words), max_position_embeddings=12, **shape)
-    transformers.BertModel(settings).save_pretrained(folder)
+    shape = {"hidden_size": WIDTH, "num_hidden_layers": 1, "intermediate_size": 16, "max_position_embeddings": 12}
+    write_model(folder, words=["red", "blue", "square", "large"], **shape)
     return folder
 
 

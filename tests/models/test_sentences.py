@@ -22,6 +22,7 @@ from sqat.export.graph import export_float
 from sqat.models.loading import build, load_pretrained, serialize_model
 from sqat.recipe.inputs import ModelConfig
 from sqat.runtime.sessions import session
+from tests.tiny import WORDS, write_model
 
 TEXTS = ["red w1 w2", "blue", "w3 w4 w5 w6 w7 w8 w9 w10 w11 w12 w13 w14", "w20 red w30 blue"]
 MODULES = ("Transformer", "Pooling", "Normalize")
@@ -29,16 +30,10 @@ Encoder = tuple[Any, Processor]
 
 
 @pytest.fixture(scope="module")
-def plain(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny AutoModel and its tokenizer, and nothing of sentence-transformers."""
     folder = tmp_path_factory.mktemp("plain")
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(tokenizer), num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=40, initializer_range=0.2,
-    )  # fmt: skip
-    transformers.AutoModel.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write_model(folder, words=WORDS, max_position_embeddings=40, initializer_range=0.2)
     return folder
 
 

@@ -22,7 +22,7 @@ import torch
 from sqat import cli, pipeline  # noqa: F401  (imported once, for all forks)
 from sqat.stages import train  # noqa: F401
 from tests import forks
-from tests.pipeline.conftest import Project
+from tests.tiny import write_project
 
 STAGES = """stages:
   train: {steps: 24, learning_rate: 3.0e-3, batch_size: 16, gradient_accumulation: TOGETHER}
@@ -77,7 +77,7 @@ def kill_in_prune(children: list[int], project: Path) -> None:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    Project(folder / "alone")
+    write_project(folder / "alone")
     for name, together in {"alone": 2, "replicas": 1, "shares": 1, "full": 1}.items():
         if name != "alone":
             shutil.copytree(folder / "alone", folder / name)

@@ -20,7 +20,7 @@ from sqat.recipe.inputs import ModelConfig
 from sqat.recipe.loader import load_recipe
 from sqat.sparsity.masks import count_violations
 from sqat.sparsity.pattern import parse_pattern
-from tests.conftest import VOCABULARY, Recorder
+from tests.tiny import VOCABULARY, Recorder
 
 pytestmark = pytest.mark.pipeline
 

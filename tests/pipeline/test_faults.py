@@ -11,8 +11,7 @@ import pytest
 from sqat.errors import SqatError, StoppedError
 from sqat.pipeline import runner as pipeline
 from sqat.recipe.loader import load_recipe
-
-from .conftest import Lines, Project
+from tests.tiny import Project, Recorder
 
 pytestmark = pytest.mark.pipeline
 
@@ -26,16 +25,16 @@ def test_a_damaged_checkpoint_is_not_unchanged(copy: Project, file: str) -> None
     content[len(content) // 2] ^= 1
     damaged.write_bytes(bytes(content))
     with pytest.raises(SqatError, match=f"{damaged.name}: the content is not what the manifest's sha256 says"):
-        pipeline.run(load_recipe(copy.recipe), Lines())
+        pipeline.run(load_recipe(copy.recipe), Recorder())
 
 
 def test_a_damaged_manifest_is_said_and_its_stage_runs_again(copy: Project) -> None:
     (copy.stage("prune") / "sqat.json").write_text("{")
-    pipeline.run(load_recipe(copy.recipe), reporter := Lines(), last="prune")
+    pipeline.run(load_recipe(copy.recipe), reporter := Recorder(), last="prune")
     assert reporter.lines[1] == f"prune: {copy.stage('prune')} holds no valid checkpoint; running the stage again"
 
 
-class Signalled(Lines):
+class Signalled(Recorder):
     """Gets a signal at the third step."""
 
     def advance(self, step: int, values: Any, rate: float) -> None:
@@ -53,5 +52,5 @@ def test_a_state_of_another_recipe_is_not_taken(copy: Project, rate: str, said: 
         pytest.skip("signals reach the main thread only")
     with pytest.raises(StoppedError):
         pipeline.run(load_recipe(copy.recipe, ["stages.prune.learning_rate=3.0e-4"]), Signalled(), last="prune")
-    pipeline.run(load_recipe(copy.recipe, [f"stages.prune.learning_rate={rate}"]), reporter := Lines(), last="prune")
+    pipeline.run(load_recipe(copy.recipe, [f"stages.prune.learning_rate={rate}"]), reporter := Recorder(), last="prune")
     assert said in reporter.lines

@@ -18,8 +18,7 @@ from sqat.pipeline.quality_gates import gate_limit
 from sqat.pipeline.stage_run import STAGES
 from sqat.recipe.loader import load_recipe
 from sqat.recipe.stages import Gate
-
-from .conftest import Lines, Project
+from tests.tiny import Project, Recorder
 
 pytestmark = pytest.mark.pipeline
 WRECK = "stages.prune.learning_rate=1"  # no model survives it
@@ -27,7 +26,7 @@ DROP = "stages.prune.gates={accuracy: {max_drop: 0.01}}"
 
 
 def run(project: Project, *overrides: str, last: str = "prune", **options: Any) -> list[str]:
-    reporter = Lines()
+    reporter = Recorder()
     pipeline.run(load_recipe(project.recipe, overrides), reporter, last=last, **options)
     return reporter.lines
 
@@ -96,7 +95,7 @@ FEW = ("stages.prune.epochs=null", SHORT, "stages.prune.gates={accuracy: {min: 1
 
 
 def test_a_retry_takes_more_steps_and_is_recorded(copy: Project) -> None:
-    reporter = Lines()
+    reporter = Recorder()
     with pytest.raises(GateError):
         pipeline.run(load_recipe(copy.recipe, FEW), reporter, last="prune")
     assert "prune: misses a gate: dev accuracy 1.0000, allowed from 1.1000 (min)" in reporter.lines
@@ -104,7 +103,7 @@ def test_a_retry_takes_more_steps_and_is_recorded(copy: Project) -> None:
     manifest = load_manifest(rejected(copy))
     assert (manifest.attempt, manifest.steps) == (2, 6)
     with pytest.raises(GateError):
-        pipeline.run(load_recipe(copy.recipe, FEW), again := Lines(), last="prune")
+        pipeline.run(load_recipe(copy.recipe, FEW), again := Recorder(), last="prune")
     assert again.lines == ["train: unchanged"], "both attempts are remembered"
 
 

@@ -21,8 +21,7 @@ from sqat.recipe.loader import load_recipe
 from sqat.runtime.sessions import count_operators, find_float_products, optimized_graph
 from sqat.sparsity.masks import count_violations
 from sqat.sparsity.pattern import parse_pattern
-
-from .conftest import Lines
+from tests.tiny import Recorder
 
 pytestmark = pytest.mark.pipeline
 ROOT = Path(__file__).parents[2]
@@ -70,7 +69,7 @@ class Made:
         config = json.dumps({"model_type": name, "image_size": SIDE, "num_channels": 3, **NETS[name]})
         recipe = folder / "tiny.yaml"
         recipe.write_text(RECIPE.replace("CONFIG", config).replace("DISTILL", DISTILL[name]))
-        self.rows = run(load_recipe(recipe, [f"output={folder / 'runs'}"]), Lines())
+        self.rows = run(load_recipe(recipe, [f"output={folder / 'runs'}"]), Recorder())
         self.stages = {path.name[3:]: path for path in (folder / "runs/tiny").glob("??-*")}
 
     def checkpoint(self, stage: str) -> Checkpoint:

@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 
 from sqat.pipeline import runner as pipeline
 from sqat.recipe.loader import load_recipe
-
-from .conftest import Lines, Project
+from tests.tiny import Project, Recorder
 
 pytestmark = pytest.mark.pipeline
 KILLED_AT, LONGEST = 3, 120.0  # steps; seconds until then
@@ -69,11 +68,11 @@ def test_a_killed_process_ends_the_run_which_goes_on_in_another_number(copy: Pro
     assert ".02-prune.state" in hidden
     assert hidden <= {".02-prune.state", ".lock"}  # nothing half-written
 
-    pipeline.run(load_recipe(copy.recipe, OVERRIDES), reporter := Lines(), last="prune")
+    pipeline.run(load_recipe(copy.recipe, OVERRIDES), reporter := Recorder(), last="prune")
     assert any(line.startswith("prune: resumed at step") for line in reporter.lines)
     resumed = load_file(copy.stage("prune") / "model.safetensors")
     alone = [*OVERRIDES, "stages.prune.gradient_accumulation=2"]
-    pipeline.run(load_recipe(copy.recipe, alone), Lines(), last="prune")
+    pipeline.run(load_recipe(copy.recipe, alone), Recorder(), last="prune")
     whole = load_file(copy.stage("prune") / "model.safetensors")
     for name, tensor in whole.items():
         torch.testing.assert_close(resumed[name], tensor, rtol=1e-3, atol=2e-5)

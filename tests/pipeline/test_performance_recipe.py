@@ -16,8 +16,7 @@ from sqat.recipe.loader import load_recipe
 from sqat.recipe.schema import Recipe
 from sqat.recipe.stages import PruneConfig, QatConfig, TrainConfig
 from sqat.sparsity.pattern import parse_pattern
-
-from .conftest import BAD, FILLER, GOOD, write_model, write_rows
+from tests.tiny import BAD, FILLER, GOOD, write_model, write_rows
 
 pytestmark = pytest.mark.pipeline
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -36,7 +35,7 @@ def predicted(count: int, seed: int) -> list[dict[str, Any]]:
 
 def test_the_query_performance_recipe_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.set_num_threads(1)
-    write_model(tmp_path / "model", "bert", layers=1)
+    write_model(tmp_path / "model", num_hidden_layers=1)
     overrides = [
         f"output={tmp_path / 'runs'}",
         f"model.source={tmp_path / 'model'}",

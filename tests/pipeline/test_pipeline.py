@@ -21,8 +21,7 @@ from sqat.errors import SqatError
 from sqat.pipeline import runner as pipeline
 from sqat.pipeline.plan import make_plan
 from sqat.recipe.loader import load_recipe
-
-from .conftest import FAMILIES, Lines, Project
+from tests.tiny import FAMILIES, Project, Recorder, write_project
 
 pytestmark = pytest.mark.pipeline
 GOLDEN_LOSSES = {
@@ -34,7 +33,7 @@ Finished = tuple[Project, pipeline.Results]
 
 
 def run(project: Project, *overrides: str, **options: Any) -> list[str]:
-    reporter = Lines()
+    reporter = Recorder()
     pipeline.run(load_recipe(project.recipe, overrides), reporter, **options)
     return reporter.lines
 
@@ -99,11 +98,11 @@ def test_a_stage_never_starts_from_a_checkpoint_of_another_recipe(copy: Project)
     with pytest.raises(SqatError, match=message):
         run(copy, "stages.calibrate.samples=32", first="qat")
     with pytest.raises(SqatError, match=message):
-        pipeline.run_stage(load_recipe(copy.recipe, ["stages.calibrate.samples=32"]), "qat", Lines())
+        pipeline.run_stage(load_recipe(copy.recipe, ["stages.calibrate.samples=32"]), "qat", Recorder())
 
 
 def stage(project: Project, name: str, *overrides: str, **options: Any) -> Path:
-    return pipeline.run_stage(load_recipe(project.recipe, overrides), name, Lines(), **options)
+    return pipeline.run_stage(load_recipe(project.recipe, overrides), name, Recorder(), **options)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +136,7 @@ def test_evaluate_refuses_labels_in_another_order(copy: Project) -> None:
     loaded = load_recipe(copy.recipe, ["task.labels=[positive, negative]"])
     for artifact in (copy.stage("train"), copy.stage("export") / "model.int8.onnx"):
         with pytest.raises(SqatError, match="the model's outputs are negative, positive"):
-            pipeline.evaluate(loaded, artifact, "dev", Lines())
+            pipeline.evaluate(loaded, artifact, "dev", Recorder())
 
 
 def test_an_output_of_another_stage_is_not_replaced(copy: Project) -> None:
@@ -157,9 +156,9 @@ def test_a_stage_runs_from_a_given_checkpoint_to_a_given_folder(copy: Project) -
 
 
 def test_a_parent_that_has_not_run_is_named(tmp_path: Path) -> None:
-    project = Project(tmp_path / "project")
+    project = write_project(tmp_path / "project")
     with pytest.raises(SqatError, match="stage prune starts from stage train, which has not run"):
-        pipeline.run_stage(load_recipe(project.recipe), "prune", Lines())
+        pipeline.run_stage(load_recipe(project.recipe), "prune", Recorder())
 
 
 def test_the_table_leaves_out_results_of_an_older_recipe(copy: Project) -> None:
@@ -238,7 +237,7 @@ def test_a_killed_run_resumes_to_the_same_weights(copy: Project) -> None:
 def test_every_family_goes_through_the_chain(tmp_path: Path, family: str, placement: str) -> None:
     """Export itself proves the parity; here that it was reached, with every encoder linear sparse and int8."""
     torch.set_num_threads(1)
-    project = Project(tmp_path / "project", family, placement)
+    project = write_project(tmp_path / "project", family, placement)
     short = [f"stages.{stage}.epochs=0.3" for stage in ("train", "prune", "qat")]
     run(project, *short)
     manifest = load_checkpoint(project.stage("export")).manifest
@@ -249,7 +248,7 @@ def test_every_family_goes_through_the_chain(tmp_path: Path, family: str, placem
 
 def test_two_processes_share_the_batches_and_one_writes(tmp_path: Path) -> None:
     """torchrun with two gloo processes: half the steps, whole checkpoints, masks that hold."""
-    project = Project(tmp_path / "project")
+    project = write_project(tmp_path / "project")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "sqat", "run", str(project.recipe), "--to", "prune", "--set", "stages.prune.epochs=1"]
     command += ["--set", "stages.prune.criterion=sparsegpt"]

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from sqat.cli import main
-
-from .conftest import Project, classification_rows, relevance_rows, write_model, write_rows
+from tests.tiny import classification_rows, relevance_rows, write_model, write_project, write_rows
 
 pytestmark = pytest.mark.pipeline
 ROOT = Path(__file__).parents[2]
@@ -43,7 +42,7 @@ def test_every_relevance_recipe_runs(recipe: Path, tmp_path: Path, capsys: pytes
     from sqat.recipe.loader import load_recipe
 
     torch.set_num_threads(1)
-    write_model(tmp_path / "model", "bert", layers=1)
+    write_model(tmp_path / "model", num_hidden_layers=1)
     overrides = [f"output={tmp_path / 'runs'}", f"model.source={tmp_path / 'model'}", "model.sha256=null"]
     overrides.append("model.max_length=32")
     for seed, split in enumerate(("train", "dev", "test")):
@@ -68,7 +67,7 @@ def readme_commands() -> list[list[str]]:
 
 def test_every_readme_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
-    project = Project(tmp_path / "model-files")
+    project = write_project(tmp_path / "model-files")
     monkeypatch.chdir(tmp_path)
     for seed, split in enumerate(("train", "dev", "test")):
         rows = classification_rows(40, seed)

@@ -19,8 +19,7 @@ from sqat.pipeline.runner import run
 from sqat.recipe.loader import load_recipe
 from sqat.runtime.sessions import session
 from sqat.tasks.splits import Splits
-
-from .conftest import Lines, relevance_rows, write_model, write_rows
+from tests.tiny import Recorder, relevance_rows, write_model, write_rows
 
 ROOT = Path(__file__).parents[2]
 STEPS, BATCH = 5, 8
@@ -48,7 +47,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(folder / "train.jsonl", [*rows, *loose])
     write_rows(folder / "dev.jsonl", dev)
     (folder / "search.yaml").write_text(RECIPE + f"output: {folder / 'runs'}\n")
-    run(load_recipe(folder / "search.yaml"), Lines())
+    run(load_recipe(folder / "search.yaml"), Recorder())
     return folder
 
 
@@ -102,7 +101,7 @@ def test_the_shipped_recipe_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     """The recipe as shipped but for the model, the data files and the length of its fits."""
     path = ROOT / "recipes" / "retrieval.yaml"
     recipe = load_recipe(path).recipe
-    write_model(tmp_path / "model", "bert", layers=1)
+    write_model(tmp_path / "model", num_hidden_layers=1)
     overrides = [f"output={tmp_path / 'runs'}", f"model.source={tmp_path / 'model'}", "model.sha256=null"]
     overrides.append("model.max_length=16")
     for seed, split in enumerate(("train", "dev", "test")):

@@ -12,8 +12,7 @@ import torch
 from sqat.checkpoint.store import Checkpoint, load_checkpoint
 from sqat.pipeline import runner as pipeline
 from sqat.recipe.loader import load_recipe
-
-from .conftest import Lines, Project, classification_rows, write_rows
+from tests.tiny import Recorder, classification_rows, write_project, write_rows
 
 pytestmark = pytest.mark.pipeline
 ROWS, BUFFER, BATCH = 132, 40, 8  # 17 batches an epoch, of 5 and at last 2 to a window
@@ -31,7 +30,7 @@ class KilledError(Exception):
     """As if the process had gone."""
 
 
-class Stopping(Lines):
+class Stopping(Recorder):
     """Ends the process, as it were, at one step of a stage."""
 
     def __init__(self, stage: str) -> None:
@@ -48,7 +47,7 @@ class Stopping(Lines):
 
 def streamed(folder: Path) -> Path:
     """A project whose train split lies in three shards; returns its recipe."""
-    project = Project(folder)
+    project = write_project(folder)
     rows = classification_rows(ROWS, 0)
     for number, (start, end) in enumerate(((0, 50), (50, 53), (53, ROWS))):
         write_rows(folder / f"part-{number}.jsonl", rows[start:end])
@@ -65,7 +64,7 @@ def checkpoints(folder: Path) -> dict[str, Checkpoint]:
 
 def test_a_run_that_was_stopped_within_an_epoch_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     recipe = streamed(tmp_path)
-    pipeline.run(load_recipe(recipe), Lines())
+    pipeline.run(load_recipe(recipe), Recorder())
     whole = checkpoints(tmp_path)
     shutil.rmtree(tmp_path / "runs")
 
@@ -74,7 +73,7 @@ def test_a_run_that_was_stopped_within_an_epoch_goes_on_to_the_same_bits(tmp_pat
             pipeline.run(load_recipe(recipe), Stopping(stage))
         state = next((tmp_path / "runs/tiny").glob(f".??-{stage}.state/state.json"))
         assert json.loads(state.read_bytes())["progress"]["step"] == step - 1
-    pipeline.run(load_recipe(recipe), reporter := Lines())
+    pipeline.run(load_recipe(recipe), reporter := Recorder())
     assert "qat: resumed at step 19 of 26" in reporter.lines
     again = checkpoints(tmp_path)
     assert list(again) == list(whole) == ["01-train", "02-prune", "03-calibrate", "04-qat"]
@@ -91,6 +90,6 @@ def test_a_run_that_was_stopped_within_an_epoch_goes_on_to_the_same_bits(tmp_pat
 
 def test_epochs_are_counted_in_the_rows_of_all_shards(tmp_path: Path) -> None:
     recipe = streamed(tmp_path)
-    pipeline.run(load_recipe(recipe, ["stages.train.steps=null", "stages.train.epochs=1"]), Lines(), last="train")
+    pipeline.run(load_recipe(recipe, ["stages.train.steps=null", "stages.train.epochs=1"]), Recorder(), last="train")
     manifest = checkpoints(tmp_path)["01-train"].manifest
     assert (manifest.steps, manifest.samples) == (17, ROWS)

@@ -17,8 +17,7 @@ from sqat.recipe.loader import load_recipe
 from sqat.recipe.schema import Recipe
 from sqat.training import tracking
 from sqat.training.tracking import Tracked, flat, tracked
-
-from .conftest import Lines, Project
+from tests.tiny import Project, Recorder, write_project
 
 
 class Kept:
@@ -61,7 +60,7 @@ def test_steps_count_on_from_stage_to_stage() -> None:
 
 
 def test_a_tracker_that_fails_is_given_up_and_told() -> None:
-    lines, failing, kept = Lines(), Kept(fails_at=2), Kept()
+    lines, failing, kept = Recorder(), Kept(fails_at=2), Kept()
     fit_twice(Tracked(lines, [failing, kept]))
     assert lines.lines == ["kept is given up, the run goes on: no route"]
     assert [step for step, _ in failing.seen] == [1]
@@ -148,7 +147,7 @@ def test_a_folder_that_wandb_left_is_no_package(tmp_path: Path, monkeypatch: pyt
 
 @pytest.fixture
 def pipeline(tmp_path: Path) -> Project:
-    return Project(tmp_path)
+    return write_project(tmp_path)
 
 
 def test_what_is_not_installed_is_told_before_anything_runs(

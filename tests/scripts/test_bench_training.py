@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from sqat.quantization.fake_quant import fake_quantize, fake_quantize_weight
 from sqat.sparsity.masks import nm_mask
+from tests.tiny import write_model
 
 ROOT = Path(__file__).parents[2]
 ROWS = ROOT / "recipes" / "training.json"
@@ -24,11 +24,7 @@ from scripts.benchmarks.training import MISSING, Group, Report, Row, main, memor
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A small encoder as a recipe's model.source would name it."""
     folder = tmp_path_factory.mktemp("model")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(40))]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
-    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=64, **sizes)).save_pretrained(folder)
+    write_model(folder, words=[f"w{i}" for i in range(40)], num_hidden_layers=1)
     return str(folder)
 
 

@@ -15,7 +15,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-import transformers
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,8 +25,10 @@ from sqat.checkpoint.store import load_checkpoint, save_checkpoint
 from sqat.errors import SqatError
 from sqat.pipeline.graph import resolve_graph
 from sqat.pipeline.runner import run as run_pipeline
+from sqat.progress import SilentReporter
 from sqat.runtime.sessions import session
 from sqat.sparsity.semi_structured import pack
+from tests.tiny import write_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,7 +52,6 @@ from scripts.results.schema import (  # noqa: E402
 from scripts.results.tries import read_tries, try_of  # noqa: E402
 
 WORDS = ("alpha", "beta", "gamma", "delta", "film", "movie", "good", "bad", "plot", "actor")
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 RECIPE = """# A tiny ranker of made-up passages,
 # for the test of the page.
 model: {source: model, max_length: 16}
@@ -66,15 +66,6 @@ results:
   sparse int8 (one-shot): one-shot
   sparse int8 (progressive + distillation): calibrate
 """
-
-
-class SilentReporter:
-    """A reporter that shows nothing."""
-
-    def info(self, text: str) -> None: ...
-    def start(self, title: str, total: int) -> None: ...
-    def advance(self, step: int, values: Any, rate: float) -> None: ...
-    def finish(self) -> None: ...
 
 
 def passages(queries: int, seed: int) -> str:
@@ -93,14 +84,8 @@ def passages(queries: int, seed: int) -> str:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a recipe of which seeds 0 and 1 have run; read it, do not change it."""
     folder = tmp_path_factory.mktemp("project")
-    (folder / "model").mkdir()
-    (folder / "model" / "vocab.txt").write_text("\n".join((*SPECIAL, *WORDS)))
-    transformers.BertTokenizerFast(str(folder / "model" / "vocab.txt")).save_pretrained(folder / "model")
-    torch.manual_seed(0)
     torch.set_num_threads(1)
-    shape = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
-    config = transformers.BertConfig(**shape, vocab_size=len(SPECIAL) + len(WORDS), max_position_embeddings=20)
-    transformers.AutoModel.from_config(config).save_pretrained(folder / "model")
+    write_model(folder / "model", words=WORDS, num_hidden_layers=1, max_position_embeddings=20)
     for seed, (split, queries) in enumerate((("train", 30), ("dev", 12), ("test", 12))):
         (folder / f"{split}.jsonl").write_text(passages(queries, seed))
     (folder / "relevance-pnr.yaml").write_text(RECIPE)

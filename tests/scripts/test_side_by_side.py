@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from sqat.errors import SqatError
+from tests.tiny import write_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,13 +36,7 @@ STEPS = ["--dense-steps", "2", "--sparse-steps", "2", "--qat-steps", "1"]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny encoder with its tokenizer, and both data sets in made-up words."""
     made, draw = tmp_path_factory.mktemp("tiny"), random.Random(0)
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", *WORDS]
-    BertTokenizerFast(vocab={name: number for number, name in enumerate(names)}).save_pretrained(made)
-    torch.manual_seed(0)
-    shape = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
-    BertModel(BertConfig(vocab_size=len(names), pad_token_id=0, max_position_embeddings=48, **shape)).save_pretrained(
-        made
-    )
+    write_model(made, words=["good", "bad", *WORDS], max_position_embeddings=48)
     for split in ("train", "dev", "test"):
         write(made / f"{split}.jsonl.gz", [row(draw, number) for number in range(40)])
         write(made / f"{split}-mixed.jsonl.gz", [question(draw, number) for number in range(10)])

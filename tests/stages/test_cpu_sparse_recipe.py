@@ -29,7 +29,7 @@ from sqat.pipeline.runner import evaluate, run_stage
 from sqat.recipe.loader import load_recipe
 from sqat.recipe.stages import ExportConfig
 from tests.export.cpu_oracle import interpret
-from tests.pipeline.conftest import Lines, Project
+from tests.tiny import Project, Recorder, write_project
 
 pytestmark = pytest.mark.pipeline
 QUICK = ["stages.prune.epochs=0.5", "stages.qat.epochs=0.2", "stages.export.targets=[cpu-sparse]"]
@@ -67,7 +67,7 @@ def kernels() -> Any:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A tiny project that has run to its end by the command line."""
     torch.set_num_threads(1)
-    made = Project(tmp_path_factory.mktemp("cpu") / "project", placement="cpu")
+    made = write_project(tmp_path_factory.mktemp("cpu") / "project", placement="cpu")
     chosen = [part for override in QUICK for part in ("--set", override)]
     assert main(["run", str(made.recipe), *chosen, "-q"]) == 0
     return made
@@ -80,7 +80,7 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 def exported(project: Project, *overrides: str, output: Path | None = None) -> Path:
     loaded = load_recipe(project.recipe, [*QUICK, *overrides])
-    return Path(run_stage(loaded, "export", Lines(), output=output))
+    return Path(run_stage(loaded, "export", Recorder(), output=output))
 
 
 def test_the_served_metric_is_the_trained_one(project: Project) -> None:
@@ -97,7 +97,7 @@ def test_the_served_metric_is_the_trained_one(project: Project) -> None:
 
 def test_the_file_is_evaluated_as_it_is_served(project: Project) -> None:
     folder = project.stage("export")
-    found = evaluate(load_recipe(project.recipe, QUICK), folder / "model.cpu-sparse.onnx", "dev", Lines())
+    found = evaluate(load_recipe(project.recipe, QUICK), folder / "model.cpu-sparse.onnx", "dev", Recorder())
     assert found == pytest.approx(manifest(folder)["metrics"]["dev cpu-sparse"], abs=1e-6)
 
 
@@ -183,11 +183,11 @@ def test_a_model_of_plain_modules_is_one_line() -> None:
 
 
 def test_calibrate_refuses_a_model_that_could_not_be_served(project: Project, tmp_path: Path) -> None:
-    other = Project(tmp_path / "modern", "modernbert", placement="cpu")
+    other = write_project(tmp_path / "modern", "modernbert", placement="cpu")
     head = other.recipe.read_text().partition("stages:")[0]
     other.recipe.write_text(f"{head}stages:\n  calibrate: {{placement: cpu, samples: 16}}\n")
     with pytest.raises(SqatError, match="this model is of type modernbert"):
-        run_stage(load_recipe(other.recipe), "calibrate", Lines())
+        run_stage(load_recipe(other.recipe), "calibrate", Recorder())
 
 
 def test_inspect_tells_where_to_look(project: Project, capfd: pytest.CaptureFixture[str]) -> None:

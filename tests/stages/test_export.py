@@ -16,7 +16,7 @@ from sqat.export.targets import onnx_int8
 from sqat.pipeline.runner import run, run_stage
 from sqat.recipe.loader import load_recipe
 from sqat.tasks.classification import Classification
-from tests.pipeline.conftest import Lines, Project
+from tests.tiny import Project, Recorder, write_project
 
 pytestmark = pytest.mark.pipeline
 
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.pipeline
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     torch.set_num_threads(1)
-    made = Project(tmp_path_factory.mktemp("export") / "project")
-    run(load_recipe(made.recipe, ["stages.qat.epochs=0.2"]), Lines(), last="qat")
+    made = write_project(tmp_path_factory.mktemp("export") / "project")
+    run(load_recipe(made.recipe, ["stages.qat.epochs=0.2"]), Recorder(), last="qat")
     return made
 
 
@@ -39,7 +39,7 @@ def export_wrong(project: Project, monkeypatch: pytest.MonkeyPatch, **changes: A
 
     monkeypatch.setattr(onnx_int8, "insert_qdq", wrong)
     with pytest.raises(GateError) as caught:
-        run_stage(load_recipe(project.recipe, ["stages.qat.epochs=0.2"]), "export", Lines())
+        run_stage(load_recipe(project.recipe, ["stages.qat.epochs=0.2"]), "export", Recorder())
     assert not list((project.folder / "runs" / "tiny").glob("*export*"))
     return str(caught.value)
 
@@ -73,7 +73,7 @@ def test_a_perturbation_moves_a_norm_by_its_last_bits_and_leaves_nothing_behind(
 
 
 def test_card_and_tokenizer_lie_beside_the_file(project: Project) -> None:
-    made = run_stage(load_recipe(project.recipe, ["stages.qat.epochs=0.2"]), "export", Lines())
+    made = run_stage(load_recipe(project.recipe, ["stages.qat.epochs=0.2"]), "export", Recorder())
     names = {path.name for path in Path(made).iterdir()}
     assert {"model.int8.onnx", "README.md", "config.json", "tokenizer.json", "sqat.json", "recipe.yaml"} <= names
     card = (made / "README.md").read_text()
@@ -91,7 +91,7 @@ def export_deciding(project: Project, monkeypatch: pytest.MonkeyPatch, perturbed
         return equal
 
     monkeypatch.setattr(Classification, "same_decision", same_decision)
-    run_stage(load_recipe(project.recipe, ["stages.qat.epochs=0.2"]), "export", Lines(), force=True)
+    run_stage(load_recipe(project.recipe, ["stages.qat.epochs=0.2"]), "export", Recorder(), force=True)
 
 
 def test_a_decision_within_the_noise_floor_is_no_fault(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

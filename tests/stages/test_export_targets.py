@@ -21,7 +21,7 @@ from sqat.pipeline.runner import evaluate, run, run_stage
 from sqat.recipe.loader import load_recipe
 from sqat.recipe.targets import TARGETS
 from sqat.runtime.sessions import parity
-from tests.pipeline.conftest import Lines, Project
+from tests.tiny import Project, Recorder, write_project
 
 pytestmark = pytest.mark.pipeline
 QUICK = ["stages.qat.epochs=0.2", "stages.train.epochs=2", "stages.prune.epochs=0.5"]
@@ -39,13 +39,13 @@ FLAVOURS = [
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     torch.set_num_threads(1)
-    made = Project(tmp_path_factory.mktemp("targets") / "project", placement="tensorrt")
-    run(load_recipe(made.recipe, QUICK), Lines(), last="qat")
+    made = write_project(tmp_path_factory.mktemp("targets") / "project", placement="tensorrt")
+    run(load_recipe(made.recipe, QUICK), Recorder(), last="qat")
     return made
 
 
 def exported(project: Project, *overrides: str, output: Path | None = None) -> tuple[Path, list[str]]:
-    lines = Lines()
+    lines = Recorder()
     loaded = load_recipe(project.recipe, [*QUICK, *overrides])
     return run_stage(loaded, "export", lines, output=output), lines.lines
 
@@ -77,7 +77,7 @@ def test_every_target_is_written_and_measured(everything: Path) -> None:
 @pytest.mark.parametrize("target", ALL)
 def test_an_export_is_evaluated_as_it_is_served(project: Project, everything: Path, target: str) -> None:
     loaded = load_recipe(project.recipe, QUICK)
-    found = evaluate(loaded, everything / TARGETS[target].file, "dev", Lines())
+    found = evaluate(loaded, everything / TARGETS[target].file, "dev", Recorder())
     known = json.loads((everything / "sqat.json").read_text())["metrics"][f"dev {target}"]
     assert found == pytest.approx(known, abs=1e-6)
 
@@ -126,8 +126,8 @@ def test_a_wrong_packed_weight_misses_parity(project: Project, monkeypatch: pyte
 def test_tensorrt_asks_for_its_profile(project: Project, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SqatError, match="target tensorrt needs activation placement tensorrt or tensorrt-full"):
         exported(project, "stages.export.targets=[tensorrt]", "stages.calibrate.placement=linear")
-    other = Project(project.folder / "linear")
-    run(load_recipe(other.recipe, QUICK), Lines(), last="calibrate")
+    other = write_project(project.folder / "linear")
+    run(load_recipe(other.recipe, QUICK), Recorder(), last="calibrate")
     code = main(["export", str(project.recipe), "--target", "tensorrt", "--from", str(other.stage("calibrate")),
                  "-o", str(project.folder / "never"), "-q"])  # fmt: skip
     assert code == 2
@@ -184,4 +184,4 @@ def test_a_damaged_compressed_folder_is_one_line(project: Project, everything: P
     config["quantization_config"]["format"] = "pack-quantized"
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(SqatError, match=r"the compressed-tensors folder breaks rule C22: .*; export it again$"):
-        evaluate(load_recipe(project.recipe, QUICK), folder, "dev", Lines())
+        evaluate(load_recipe(project.recipe, QUICK), folder, "dev", Recorder())
