@@ -114,7 +114,7 @@ def quantize_for_onnx(model: nn.Module, scales: Scales) -> QuantizedModel:
 
 def drop_kernel_sites(scales: Scales) -> Scales:
     """Scales of placement ``linear``: without sites that only the kernels of target cpu-sparse quantize."""
-    if scales.placement != "cpu":
+    if not PLACEMENTS[scales.placement].kernels:
         return scales
     shared_with = {site: owner for site, owner in scales.shared_with.items() if site.endswith(":input")}
     amax = {owner: scales.amax[owner] for owner in shared_with.values()}

@@ -74,7 +74,7 @@ def calibrate(
     if is_convolutional(model):
         raise SqatError("sqat.calibrate does not fold the batch norms of a network of convolutions",
                         "calibrate it with a recipe", code="unsupported-model")  # fmt: skip
-    if placement == "cpu":
+    if PLACEMENTS[placement].kernels:
         check_encoder(model)
     find_amax: CalibratorFn = choose_part("method", method, CALIBRATORS, Calibrator)
     choice = choose_layers(model, select_layers(include, exclude), "quantize")

@@ -54,29 +54,29 @@ class Quantizers(nn.Module):
         values = [amax[name].detach().clone() for name in self.index]
         self.values = nn.ParameterList(nn.Parameter(value, requires_grad=learned) for value in values)
         self.readers = Counter(self.shared_with.values())
-        self.kept: dict[Site, tuple[Tensor, Tensor, int]] = {}
+        self.cache: dict[Site, tuple[Tensor, Tensor, int]] = {}
 
     def forward(self, site: Site, x: Tensor) -> Tensor:
         owner = self.shared_with[site]
-        kept = self.kept.pop(owner, None)
-        if kept is not None and (kept[0] is x or kept[1] is x):
-            self._keep(owner, *kept)
-            return kept[1]
+        entry = self.cache.pop(owner, None)
+        if entry is not None and (entry[0] is x or entry[1] is x):
+            self._store(owner, *entry)
+            return entry[1]
         quantize = fake_quantize_learned if self.learned else fake_quantize
         y = quantize(x, clamp_softmax_amax(owner, self.values[self.index[owner]]), self.low)
         if self.learned and x.dim() == 4 and site.role == "output":
             y = y.clone()  # its gradient needs y, and residual adds of convolutional nets write into what they read
-        self._keep(owner, x, y, self.readers[owner])
+        self._store(owner, x, y, self.readers[owner])
         return y
 
-    def _keep(self, owner: Site, x: Tensor, y: Tensor, readers: int) -> None:
+    def _store(self, owner: Site, x: Tensor, y: Tensor, readers: int) -> None:
         """Keep a tensor for the sites that have not seen it yet, and no longer: memory would fill."""
         if readers > 1:
-            self.kept[owner] = (x, y, readers - 1)
+            self.cache[owner] = (x, y, readers - 1)
 
     def forget(self, *_: object) -> None:
-        """Drop the kept tensors; runs after every forward pass of the model."""
-        self.kept.clear()
+        """Drop the cached tensors; runs after every forward pass of the model."""
+        self.cache.clear()
 
     def step(self, site: str) -> Tensor:
         """Return the distance between a site's quantized values, 0-d."""

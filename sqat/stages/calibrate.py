@@ -21,6 +21,7 @@ from sqat.models.layer_selection import choose_layers
 from sqat.models.loading import serialize_model
 from sqat.modules.batch_norm import round_conv_biases_
 from sqat.quantization.histogram import Histogram
+from sqat.quantization.placement import PLACEMENTS
 from sqat.recipe.stages import CalibrateConfig
 from sqat.stages.context import StageContext
 
@@ -31,7 +32,7 @@ def run(config: CalibrateConfig, parent: Checkpoint | None, context: StageContex
     """Observe ``samples`` rows in eval mode and choose every site's amax; of the weights only batch norms change."""
     model, processor = context.load_model(parent)
     choice = choose_layers(model, config.layers, "quantize")
-    if config.placement == "cpu":
+    if PLACEMENTS[config.placement].kernels:
         check_encoder(model)
     notes = [] if parent is None else list(parent.manifest.notes)
     found = calibrate_on_rows(config, config.placement, model, processor, choice.chosen, context)

@@ -73,7 +73,7 @@ def test_a_decoder_is_compared_up_to_each_position(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
-def test_what_follows_teaches_a_decoder_nothing_of_what_stands_before(loss):
+def test_later_tokens_do_not_change_a_decoders_loss(loss):
     """The same texts, cut: the sum over the kept positions does not change, on whichever side the padding is."""
     student, teacher = (projections(seed, 8)._replace(causal=True) for seed in (22, 23))
     cut = torch.tensor([[1, 1, 1, 0, 0]]).expand(3, 5)
@@ -90,7 +90,7 @@ def test_a_decoder_does_not_learn_from_an_encoder(loss):
 
 
 @pytest.mark.parametrize("heads", [1, 2, 8])
-def test_relation_heads_are_cut_anew(heads):
+def test_relation_heads_split_the_width_anew(heads):
     student, teacher = projections(2, 8, heads=2), projections(3, 16, heads=4)
     expected = loss_by_loop(student, teacher, RIGHT, PAIRS[MiniLMv2], heads)
     assert float(MiniLMv2(relation_heads=heads)(student, teacher, RIGHT)) == pytest.approx(expected, rel=1e-5)
@@ -109,7 +109,7 @@ def test_left_padding_gives_the_same_loss(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
-def test_what_stands_at_padding_does_not_matter(loss):
+def test_values_at_padding_do_not_matter(loss):
     student, teacher = projections(6, 8), projections(7, 16)
     clean = loss(student, teacher, RIGHT)
     for qkv in (student, teacher):

@@ -36,12 +36,12 @@ class Pair(nn.Module):
 
 
 def quantized_pair() -> Pair:
-    """The model with int8 weights and inputs, one weight pruned too; some values lie beyond the bounds."""
+    """The model with int8 weights and inputs, one weight pruned too; some values lie beyond the amax."""
     torch.manual_seed(0)
     model = Pair()
     amax = {"left:input": torch.tensor(1.5), "last:input": torch.tensor(0.1)}
-    leaders = {"left:input": "left:input", "right:input": "left:input", "last:input": "last:input"}
-    insert_quantizers_(model, Quantizers(amax, leaders), [])
+    shared_with = {"left:input": "left:input", "right:input": "left:input", "last:input": "last:input"}
+    insert_quantizers_(model, Quantizers(amax, shared_with), [])
     masks = {"left": nm_mask(model.left.weight.detach().abs(), Pattern(2, 4))}
     insert_weights_(model, masks, ["left", "right", "last"])
     return model

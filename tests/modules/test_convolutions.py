@@ -69,7 +69,7 @@ def test_inputs_and_outputs_are_sites(block: nn.Module, x: Tensor, placement: st
     assert sites.skipped == {}
 
 
-def test_only_what_a_rectifier_alone_reads_is_bounded_by_it(block: nn.Module, x: Tensor) -> None:
+def test_rectifier_limits_apply_where_only_rectifiers_read(block: nn.Module, x: Tensor) -> None:
     assert sites_of(block, x).rectifier_limits == {"inner:output": 6.0}
     block.relu = nn.ReLU(inplace=True)
     assert sites_of(block, x).rectifier_limits == {"inner:output": math.inf}
@@ -77,7 +77,7 @@ def test_only_what_a_rectifier_alone_reads_is_bounded_by_it(block: nn.Module, x:
     assert sites_of(block, x).rectifier_limits == {}
 
 
-def test_a_tensor_that_something_else_reads_too_is_not_bounded(x: Tensor) -> None:
+def test_no_rectifier_limit_where_another_function_reads(x: Tensor) -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -102,12 +102,12 @@ def convolved(x: Tensor, layer: nn.Conv2d, bias: Tensor, mask: Tensor) -> Tensor
     return F.conv2d(x, weight, bias, layer.stride, layer.padding)
 
 
-def test_numbers_are_those_of_torch_s_own_fake_quantizers(block: nn.Module, x: Tensor) -> None:
+def test_outputs_equal_torchs_fake_quantizers(block: nn.Module, x: Tensor) -> None:
     layers = {name: block.get_submodule(name) for name in LAYERS}
     masks = {name: nm_mask(layer.weight.detach().abs(), parse_pattern("2:4")) for name, layer in layers.items()}
-    bounds = {"shortcut:input": 2.5, "inner:output": 1.5, "shortcut:output": 2.0, "last:input": 3.0, "last:output": 1.0}
-    leaders = sites_of(block, x).shared_with
-    quantizers = Quantizers({site: torch.tensor(bound) for site, bound in bounds.items()}, leaders)
+    amax = {"shortcut:input": 2.5, "inner:output": 1.5, "shortcut:output": 2.0, "last:input": 3.0, "last:output": 1.0}
+    shared_with = sites_of(block, x).shared_with
+    quantizers = Quantizers({site: torch.tensor(value) for site, value in amax.items()}, shared_with)
     with fake_quantized_(block, masks, LAYERS, quantizers, []), torch.no_grad():
         got = block(x).logits
     inner, shortcut, last = (layer for layer in layers.values() if isinstance(layer, nn.Conv2d))
@@ -125,22 +125,22 @@ def test_numbers_are_those_of_torch_s_own_fake_quantizers(block: nn.Module, x: T
         assert torch.equal(layer.weight == 0, ~masks[name])
 
 
-def test_learned_bounds_train_through_an_add_in_place(block: nn.Module, x: Tensor) -> None:
-    leaders = sites_of(block, x).shared_with
-    quantizers = Quantizers({site: torch.tensor(2.0) for site in set(leaders.values())}, leaders, learned=True)
+def test_learned_amax_trains_through_an_in_place_add(block: nn.Module, x: Tensor) -> None:
+    shared_with = sites_of(block, x).shared_with
+    quantizers = Quantizers({site: torch.tensor(2.0) for site in set(shared_with.values())}, shared_with, learned=True)
     with fake_quantized_(block, {}, LAYERS, quantizers, []):
         block(x).logits.square().sum().backward()
-        assert all(bound.grad is not None for bound in quantizers.values)
+        assert all(value.grad is not None for value in quantizers.values)
 
 
-def test_snapped_biases_are_whole_steps_of_the_int32_sum(block: nn.Module) -> None:
+def test_rounded_biases_are_multiples_of_the_int32_step(block: nn.Module) -> None:
     amax = {"inner:input": torch.tensor(2.5), "last:input": torch.tensor(3.0)}
-    leaders = {"inner:input": "inner:input", "shortcut:input": "inner:input", "last:input": "last:input"}
+    shared_with = {"inner:input": "inner:input", "shortcut:input": "inner:input", "last:input": "last:input"}
     before = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
-    round_conv_biases_(block, LAYERS, amax, leaders)
+    round_conv_biases_(block, LAYERS, amax, shared_with)
     for layer, owner in (("inner", "inner_norm"), ("shortcut", "shortcut_norm"), ("last", "last")):
         weight = block.get_submodule(layer).weight.detach().double()
-        step = weight.flatten(1).abs().amax(1) / 127 * amax[leaders[f"{layer}:input"]].double() / 127
+        step = weight.flatten(1).abs().amax(1) / 127 * amax[shared_with[f"{layer}:input"]].double() / 127
         bias = block.get_submodule(owner).bias.detach().double()
         steps = bias / step
         assert (steps - steps.round()).abs().max() < 1e-2  # float32 holds a bias of 1e5 steps to 1e-2 of one

@@ -51,7 +51,7 @@ def run(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     return logits
 
 
-def test_taps_change_nothing_and_leave_nothing(family: str, make_model: MakeModel, batch: dict[str, Tensor]) -> None:
+def test_hooks_change_nothing_and_leave_nothing(family: str, make_model: MakeModel, batch: dict[str, Tensor]) -> None:
     model = make_model(family)
     use_eager(model)
     before, attributes = run(model, batch), {n: set(vars(m)) for n, m in model.named_modules()}
@@ -180,7 +180,7 @@ class Stack(nn.Module):
         return x + x
 
 
-def test_residual_adds_are_told_from_other_sums() -> None:
+def test_other_sums_are_not_residual_adds() -> None:
     model, seen = Stack(), []
 
     def hook(site: str, x: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ def test_residual_adds_are_told_from_other_sums() -> None:
     assert seen == 2 * wanted
 
 
-def test_an_error_inside_a_block_ends_the_watch() -> None:
+def test_an_error_inside_a_block_ends_the_mode() -> None:
     model, seen = Stack(), []
     hooks = hook_adds(model, lambda site, x: seen.append(site) or x, ["blocks.0", "blocks.1"])
     model.blocks[1].fail = True
@@ -214,7 +214,7 @@ def test_an_error_inside_a_block_ends_the_watch() -> None:
     assert leftovers(model) == []
 
 
-def test_gradients_pass_through_taps(make_model: MakeModel, batch: dict[str, Tensor]) -> None:
+def test_gradients_pass_through_hooks(make_model: MakeModel, batch: dict[str, Tensor]) -> None:
     def gradients(model: PreTrainedModel) -> dict[str, Any]:
         model.zero_grad()
         model(**batch).logits.square().sum().backward()

@@ -49,7 +49,7 @@ def attended(query: Tensor, key: Tensor, value: Tensor, kept: Tensor) -> Tensor:
     return out
 
 
-def test_attention_of_bytes_is_the_loop() -> None:
+def test_byte_attention_equals_the_loop() -> None:
     query, key, value = (drawn(3, 2, 7, 8, seed=seed) for seed in (1, 2, 3))
     kept = torch.arange(7) < torch.tensor([7, 3, 0])[:, None]
     mask = torch.zeros(3, 1, 1, 7).masked_fill(~kept[:, None, None], LOWEST)
@@ -62,7 +62,7 @@ def test_attention_of_bytes_is_the_loop() -> None:
     assert torch.equal(unmasked[0], got[0])
 
 
-def test_the_gradient_of_the_bytes_is_that_of_softmax_but_for_rounding() -> None:
+def test_the_gradient_of_byte_attention_is_that_of_softmax_up_to_rounding() -> None:
     query, key, value = (drawn(2, 2, 6, 8, seed=seed).requires_grad_() for seed in (1, 2, 3))
     direction = drawn(2, 6, 2, 8, seed=4)
     grads = []
@@ -73,7 +73,7 @@ def test_the_gradient_of_the_bytes_is_that_of_softmax_but_for_rounding() -> None
         assert float((ours - smooth).norm() / smooth.norm()) < 0.01
 
 
-def test_the_bytes_themselves_pass_gradients_as_if_not_rounded() -> None:
+def test_byte_weights_pass_gradients_straight_through() -> None:
     scores = drawn(3, 5).requires_grad_()
     direction = drawn(3, 5, seed=1)
     (ours,) = torch.autograd.grad((byte_weights(scores, None) * direction).sum(), scores)

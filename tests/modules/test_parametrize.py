@@ -149,7 +149,7 @@ def test_a_mask_changed_in_place_holds_at_once() -> None:
     assert torch.equal(remove_weights_(net, transforms)["0"], mask)
 
 
-def test_the_masks_given_stay_as_they_are() -> None:
+def test_masks_are_copied() -> None:
     net, mask = make_net(), torch.ones(32, 16, dtype=torch.bool)
     held = insert_weights_(net, {"0": mask}, ())["0"].mask
     assert held is not None
@@ -176,7 +176,7 @@ def test_tied_weights_stay_tied(quantize: bool) -> None:
     assert not bits(net[0].weight)[~mask].any()
 
 
-def test_only_linears_and_convolutions_are_taken() -> None:
+def test_other_layers_are_refused() -> None:
     with pytest.raises(TypeError, match="1 is a GELU, neither a Linear nor a Conv2d"):
         insert_weights_(make_net(), {}, ["1"])
     net = make_net()

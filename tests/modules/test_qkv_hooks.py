@@ -58,7 +58,7 @@ def test_gradients_reach_the_linears(make_model: MakeModel, batch: dict[str, Ten
     assert not {name for name in touched if "layer.1.output" in name or "classifier" in name}
 
 
-def test_the_products_quantizers_come_later(make_model: MakeModel, batch: dict[str, Tensor]) -> None:
+def test_hooks_see_q_k_v_before_their_quantizers(make_model: MakeModel, batch: dict[str, Tensor]) -> None:
     model = make_model("bert")
     use_hooked_attention(model)
     own = "bert.encoder.layer.1.attention.self"
@@ -76,7 +76,7 @@ def test_the_products_quantizers_come_later(make_model: MakeModel, batch: dict[s
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
-def test_shared_keys_and_values_are_caught_as_the_products_read_them(
+def test_shared_keys_and_values_are_repeated_for_each_head(
     family: str, make_model: MakeModel, batch: dict[str, Tensor]
 ) -> None:
     """Four query heads on two of keys and values; values reach the products as they left their linear."""
@@ -109,11 +109,11 @@ def test_keys_are_repeated_like_values(make_model: MakeModel, batch: dict[str, T
     handle.remove()
 
 
-def test_an_encoder_reads_both_ways(family: str, make_model: MakeModel) -> None:
+def test_an_encoder_is_not_causal(family: str, make_model: MakeModel) -> None:
     assert not hook_last_qkv(make_model(family)).causal
 
 
-def test_a_fused_linear_is_cut_by_its_heads() -> None:
+def test_a_fused_linear_is_split_by_heads() -> None:
     model = nn.Sequential(nn.Linear(8, 32, bias=False))
     hooks = QkvHooks(model, ["0"], 4, 2)
     x = torch.randn(1, 3, 8)

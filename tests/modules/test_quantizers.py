@@ -83,7 +83,7 @@ def written_out(model: Any, batch: dict[str, Tensor], setup: Setup) -> Tensor:
 
 @pytest.fixture
 def setup(make_model: MakeModel, batch: dict[str, Tensor]) -> Setup:
-    """A BERT, its tensorrt sites, bounds that clip a little, 2:4 masks, and its linears."""
+    """A BERT, its tensorrt sites, values that clip a little, 2:4 masks, and its linears."""
     model = make_model("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     use_hooked_attention(model)
     return prepared(model, batch, "tensorrt")
@@ -96,8 +96,8 @@ def prepared(model: PreTrainedModel, batch: dict[str, Tensor], placement: str) -
     amax: dict[str, Tensor] = {}
 
     def observe(site: str, x: Tensor) -> Tensor:
-        leader = sites.shared_with[site]
-        amax[leader] = torch.maximum(amax.get(leader, torch.tensor(0.0)), 0.8 * x.detach().abs().max())
+        owner = sites.shared_with[site]
+        amax[owner] = torch.maximum(amax.get(owner, torch.tensor(0.0)), 0.8 * x.detach().abs().max())
         return x
 
     hooks = hook_sites(model, observe, sites.shared_with, blocks)
@@ -167,9 +167,9 @@ def test_the_linear_placement_in_every_family(family: str, make_model: MakeModel
             got = model(**batch).logits
     handles, floats = [], {name: model.get_submodule(name).weight.data for name in linears}
     for name in linears:
-        layer, bound = model.get_submodule(name), amax[sites.shared_with[f"{name}:input"]]
+        layer, value = model.get_submodule(name), amax[sites.shared_with[f"{name}:input"]]
         layer.weight.data = fake_weight(layer.weight.data, masks[name])
-        hook = lambda m, args, bound=bound: (fake(args[0], bound), *args[1:])  # noqa: E731
+        hook = lambda m, args, value=value: (fake(args[0], value), *args[1:])  # noqa: E731
         handles.append(layer.register_forward_pre_hook(hook))
     with torch.no_grad():
         wanted = model(**batch).logits
@@ -186,7 +186,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Every tensor that is quantized."""
     seen: list[Tensor] = []
     quantize = module.fake_quantize
-    monkeypatch.setattr(module, "fake_quantize", lambda x, *bounds: seen.append(x) or quantize(x, *bounds))
+    monkeypatch.setattr(module, "fake_quantize", lambda x, *values: seen.append(x) or quantize(x, *values))
     return seen
 
 
@@ -195,7 +195,7 @@ def test_each_tensor_is_quantized_once(setup: Setup, batch: dict[str, Tensor], c
     with quantized(setup) as quantizers, torch.no_grad():
         model(**batch)
         assert len(calls) == len(set(sites.shared_with.values())) == 2 * 10
-        assert quantizers.kept == {}, "nothing is remembered"
+        assert quantizers.cache == {}, "nothing is remembered"
         model(**batch)
         assert len(calls) == 2 * 20, "nor taken from the last forward pass"
 
@@ -226,28 +226,28 @@ def test_another_tensor_is_quantized_again(copy: bool, count: int, calls: list[T
 
 
 def shared_quantizers(learned: bool = False) -> Quantizers:
-    leaders = {"a:input": "a:input", "b:input": "a:input"}
-    return Quantizers({"a:input": torch.tensor(0.5)}, leaders, learned)
+    shared_with = {"a:input": "a:input", "b:input": "a:input"}
+    return Quantizers({"a:input": torch.tensor(0.5)}, shared_with, learned)
 
 
-def test_nothing_is_remembered_after_an_error() -> None:
+def test_no_tensor_is_kept_after_an_error() -> None:
     model = Shared()
     model.fail = True
     inserted = insert_quantizers_(model, shared_quantizers(), [])
     with pytest.raises(RuntimeError, match="stop"):
         model(torch.randn(2, 4))
-    assert inserted.quantizers.kept == {}
+    assert inserted.quantizers.cache == {}
     remove_quantizers_(model, inserted)
 
 
-def test_what_is_quantized_already_stays_as_it_is(calls: list[Tensor]) -> None:
+def test_a_quantized_tensor_is_not_quantized_again(calls: list[Tensor]) -> None:
     quantizers = shared_quantizers()
     once = quantizers("a:input", torch.randn(2, 4))
     assert quantizers("b:input", once) is once
     assert len(calls) == 1
 
 
-def test_learned_bounds_start_where_fixed_ones_are_and_get_gradients(setup: Setup, batch: dict[str, Tensor]) -> None:
+def test_learned_amax_starts_at_the_fixed_one_and_gets_gradients(setup: Setup, batch: dict[str, Tensor]) -> None:
     model, _, amax, _, _ = setup
     with quantized(setup), torch.no_grad():
         fixed = model(**batch).logits
@@ -255,25 +255,25 @@ def test_learned_bounds_start_where_fixed_ones_are_and_get_gradients(setup: Setu
         logits = model(**batch).logits
         assert torch.equal(logits, fixed)
         logits.square().sum().backward()
-        bounds = dict(zip(quantizers.index, quantizers.values, strict=True))
-        assert set(bounds) == set(amax)
-        assert all(bound.grad is not None and bound.grad.isfinite() for bound in bounds.values())
-        assert sum(bool(bound.grad) for bound in bounds.values()) >= len(bounds) - 1
+        values = dict(zip(quantizers.index, quantizers.values, strict=True))
+        assert set(values) == set(amax)
+        assert all(value.grad is not None and value.grad.isfinite() for value in values.values())
+        assert sum(bool(value.grad) for value in values.values()) >= len(values) - 1
         named = dict(model.named_parameters())
-        assert all(any(bound is p for p in named.values()) for bound in bounds.values())
+        assert all(any(value is p for p in named.values()) for value in values.values())
         with torch.no_grad():
             quantizers.values[0].fill_(-3.0)
             quantizers.values[1].fill_(7.0)
     first, second = sorted(amax)[:2]
-    assert float(quantizers.amax()[first]) == 2.0**-40, "a bound driven below zero is the smallest one"
+    assert float(quantizers.amax()[first]) == 2.0**-40, "a value driven below zero is the smallest one"
     assert float(quantizers.amax()[second]) == 7.0
 
 
-def test_fixed_bounds_are_not_trained(setup: Setup, batch: dict[str, Tensor]) -> None:
+def test_fixed_amax_is_not_trained(setup: Setup, batch: dict[str, Tensor]) -> None:
     model = setup[0]
     with quantized(setup) as quantizers:
         model(**batch).logits.sum().backward()
-        assert not any(bound.requires_grad for bound in quantizers.values)
+        assert not any(value.requires_grad for value in quantizers.values)
         assert {float(b) for b in quantizers.amax().values()} == {float(b) for b in setup[2].values()}
 
 
@@ -296,7 +296,7 @@ def test_removal_gives_the_model_back(setup: Setup, batch: dict[str, Tensor]) ->
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_an_error_inside_the_block_takes_everything_out(setup: Setup) -> None:
+def test_an_error_inside_the_block_removes_everything(setup: Setup) -> None:
     model = setup[0]
     names = list(model.state_dict())
     with pytest.raises(RuntimeError, match="stop"), quantized(setup):
@@ -304,13 +304,13 @@ def test_an_error_inside_the_block_takes_everything_out(setup: Setup) -> None:
     assert sorted(model.state_dict()) == sorted(names)
 
 
-def test_a_bound_that_is_none_is_refused() -> None:
+def test_a_nan_amax_is_refused() -> None:
     with pytest.raises(ValueError, match="a:input: must be positive and finite, got nan"):
         Quantizers({"a:input": torch.tensor(float("nan"))}, {"a:input": "a:input"})
 
 
 @pytest.mark.parametrize("placement", ["linear", "tensorrt"])
-def test_only_the_wanted_sites_are_hooked(placement: str, make_model: MakeModel, batch: dict[str, Tensor]) -> None:
+def test_only_the_named_sites_are_hooked(placement: str, make_model: MakeModel, batch: dict[str, Tensor]) -> None:
     model = make_model("distilbert")
     use_hooked_attention(model)
     _, sites, *_ = prepared(model, batch, placement)
@@ -323,27 +323,27 @@ def test_only_the_wanted_sites_are_hooked(placement: str, make_model: MakeModel,
     assert {site.role for site in seen} >= {"input"}
 
 
-def test_a_tensor_is_kept_only_for_the_sites_still_to_come() -> None:
+def test_a_tensor_is_kept_until_all_sites_have_seen_it() -> None:
     quantizers = Quantizers({"a": torch.tensor(1.0), "c": torch.tensor(1.0)}, {"a": "a", "b": "a", "c": "c"})
     x = torch.randn(4, generator=torch.Generator().manual_seed(0))
     y = quantizers("a", x)
-    assert list(quantizers.kept) == ["a"]
+    assert list(quantizers.cache) == ["a"]
     assert quantizers("b", x) is y
-    assert not quantizers.kept
+    assert not quantizers.cache
     quantizers("c", x)
-    assert not quantizers.kept, "nobody else reads what one site quantizes"
+    assert not quantizers.cache, "nobody else reads what one site quantizes"
     assert torch.equal(quantizers("b", x), y), "a site that comes again gets the same numbers"
 
 
 @pytest.mark.parametrize("learned", [False, True])
-def test_a_state_finds_its_bounds_whatever_order_they_were_given_in(learned: bool) -> None:
-    """A checkpoint's file gives its tensors in any order; a resumed run once had the bounds of other sites."""
-    bounds = {"b": torch.tensor(2.0), "a": torch.tensor(1.0), "c": torch.tensor(3.0)}
-    leaders = {name: name for name in bounds}
-    first = Quantizers(bounds, leaders, learned)
-    again = Quantizers(dict(reversed(bounds.items())), leaders, learned)
-    assert {name: float(bound) for name, bound in again.state_dict().items()} == {
-        name: float(bound) for name, bound in first.state_dict().items()
+def test_a_state_does_not_depend_on_the_order_of_the_sites(learned: bool) -> None:
+    """A checkpoint's file gives its tensors in any order; a resumed run once had the values of other sites."""
+    values = {"b": torch.tensor(2.0), "a": torch.tensor(1.0), "c": torch.tensor(3.0)}
+    shared_with = {name: name for name in values}
+    first = Quantizers(values, shared_with, learned)
+    again = Quantizers(dict(reversed(values.items())), shared_with, learned)
+    assert {name: float(value) for name, value in again.state_dict().items()} == {
+        name: float(value) for name, value in first.state_dict().items()
     }
     again.load_state_dict(first.state_dict())
-    assert {name: float(bound) for name, bound in again.amax().items()} == {"a": 1.0, "b": 2.0, "c": 3.0}
+    assert {name: float(value) for name, value in again.amax().items()} == {"a": 1.0, "b": 2.0, "c": 3.0}

@@ -59,7 +59,7 @@ def test_products_are_exact_under_autocast_too(inputs: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_mask_of_a_narrow_type_leaves_the_same_keys_out(dtype: torch.dtype) -> None:
+def test_a_mask_of_a_narrow_type_hides_the_same_keys(dtype: torch.dtype) -> None:
     q, k, v = (whole(1, 2, 7, 8, seed=seed) * 0.02 for seed in (1, 2, 3))
     for lowest in (torch.finfo(dtype).min, -torch.inf):
         masks = [torch.zeros(1, 1, 1, 7, dtype=kind) for kind in (torch.float32, dtype)]
@@ -70,7 +70,7 @@ def test_a_mask_of_a_narrow_type_leaves_the_same_keys_out(dtype: torch.dtype) ->
         assert not narrow[..., 4:].any()
 
 
-def test_a_model_that_is_not_float32_is_refused_and_stays(make_model: Callable[..., Any]) -> None:
+def test_a_model_that_is_not_float32_is_refused_unchanged(make_model: Callable[..., Any]) -> None:
     model = make_model("bert").bfloat16()
     before = [name for name, _ in model.named_modules()]
     line = r"^placement cpu computes in float32, and bert\.\S+ is torch.bfloat16; call model.float\(\) first$"
@@ -87,7 +87,7 @@ def test_the_power_is_255_times_that_of_two() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 15, 16, 40, 384])
-def test_rows_are_added_in_sixteen_parts(channels: int) -> None:
+def test_rows_are_summed_in_sixteen_parts(channels: int) -> None:
     x = drawn(3, channels)
     for row, got in zip(x.numpy(), row_sums(x)[:, 0].numpy(), strict=True):
         parts = [np.float32(0)] * 16
@@ -153,12 +153,12 @@ def test_attention_is_the_loop_over_the_kept_keys() -> None:
     assert torch.equal(unmasked[0], got[0])
 
 
-def test_training_computes_as_before_and_the_model_comes_back(
+def test_training_mode_is_unchanged_and_removal_restores_the_model(
     make_model: Callable[..., Any], batch: dict[str, Tensor]
 ) -> None:
     model = make_model("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     query = "bert.encoder.layer.0.attention.self.query"
-    bounds = {f"{query}:input": torch.tensor(3.0)}
+    amax = {f"{query}:input": torch.tensor(3.0)}
     module = model.get_submodule(query)
     own = module.forward = module.forward
     norm = model.bert.encoder.layer[0].output.LayerNorm
@@ -166,7 +166,7 @@ def test_training_computes_as_before_and_the_model_comes_back(
     with torch.no_grad():
         before = model.eval()(**batch).logits
         insertion = insert_quantizers_(
-            model, Quantizers(bounds, {site: site for site in bounds}, kernels=True), encoder_blocks(model)
+            model, Quantizers(amax, {site: site for site in amax}, kernels=True), encoder_blocks(model)
         )
         x = drawn(2, 3, module.in_features)
         quantized = insertion.quantizers(f"{query}:input", x)

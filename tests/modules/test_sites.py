@@ -38,7 +38,7 @@ BERT_MORE = {
     "output.dense:output": "output.dense:output",
     "output:add0.right": "intermediate.dense:input",
 }
-BERT_LEFT = {
+BERT_SKIPPED = {
     "attention.self.query:output": AT_PRODUCT,
     "attention.self.key:output": AT_PRODUCT,
     "attention.self.value:output": AT_PRODUCT,
@@ -46,7 +46,7 @@ BERT_LEFT = {
     "attention.output:add0.left": AT_OUTPUT,
     "output:add0.left": AT_OUTPUT,
 }
-# Family -> first linear of a block, its sites' leaders and what is left, both below the block (a site of the block
+# Family -> first linear of a block, its sites' shared_with and what is left, both below the block (a site of the block
 # itself begins with a colon).
 DISTILBERT = {
     "attention.q_lin:input": "attention.q_lin:input",
@@ -64,7 +64,7 @@ DISTILBERT = {
     "ffn.lin2:output": "ffn.lin2:output",
     ":add1.right": "ffn.lin1:input",
 }
-DISTILBERT_LEFT = {
+DISTILBERT_SKIPPED = {
     **{f"attention.{x}_lin:output": AT_PRODUCT for x in "qkv"},
     "ffn.lin1:output": B8,
     ":add0.left": AT_OUTPUT,
@@ -82,7 +82,7 @@ MPNET = {
     "output.dense:output": "output.dense:output",
     "output:add0.right": "intermediate.dense:input",
 }
-MPNET_LEFT = {"intermediate.dense:output": B8, "attention:add0.left": AT_OUTPUT, "output:add0.left": AT_OUTPUT}
+MPNET_SKIPPED = {"intermediate.dense:output": B8, "attention:add0.left": AT_OUTPUT, "output:add0.left": AT_OUTPUT}
 MODERNBERT = {
     **{site: site for site in ("attn.Wqkv:input", "attn.Wqkv:output", "attn.Wo:input", "attn.Wo:output")},
     **{f"attn:{part}": f"attn:{part}" for part in ("query", "key", "value", "softmax")},
@@ -92,7 +92,7 @@ MODERNBERT = {
     "mlp.Wo:output": "mlp.Wo:output",
     ":add1.left": ":add1.left",
 }
-MODERNBERT_LEFT = {"mlp.Wi:output": B8, ":add0.right": AT_OUTPUT, ":add1.right": AT_OUTPUT}
+MODERNBERT_SKIPPED = {"mlp.Wi:output": B8, ":add0.right": AT_OUTPUT, ":add1.right": AT_OUTPUT}
 DEBERTA = {
     "attention.self.query_proj:input": "attention.self.query_proj:input",
     "attention.self.key_proj:input": "attention.self.query_proj:input",
@@ -103,28 +103,28 @@ DEBERTA = {
     **{site: site for site in ("intermediate.dense:input", "output.dense:input", "output.dense:output")},
     "output:add0.right": "intermediate.dense:input",
 }
-DEBERTA_LEFT = {
+DEBERTA_SKIPPED = {
     "intermediate.dense:output": B8,
     "attention.output:add0.left": AT_OUTPUT,
     "output:add0.left": AT_OUTPUT,
 }
 BERT = {**BERT_LINEAR, **BERT_MORE}
 EXPECTED: dict[str, tuple[dict[str, str], dict[str, str]]] = {
-    "bert": (BERT, BERT_LEFT),
-    "roberta": (BERT, BERT_LEFT),
-    "electra": (BERT, BERT_LEFT),
-    "distilbert": (DISTILBERT, DISTILBERT_LEFT),
-    "mpnet": (MPNET, MPNET_LEFT),
-    "modernbert": (MODERNBERT, MODERNBERT_LEFT),
-    "deberta-v2": (DEBERTA, DEBERTA_LEFT),
+    "bert": (BERT, BERT_SKIPPED),
+    "roberta": (BERT, BERT_SKIPPED),
+    "electra": (BERT, BERT_SKIPPED),
+    "distilbert": (DISTILBERT, DISTILBERT_SKIPPED),
+    "mpnet": (MPNET, MPNET_SKIPPED),
+    "modernbert": (MODERNBERT, MODERNBERT_SKIPPED),
+    "deberta-v2": (DEBERTA, DEBERTA_SKIPPED),
 }
-TIED = {
+GROUPS = {
     "distilbert": [f"attention:{part}" for part in ("query", "key", "value")],
     "mpnet": [f"attention.attn.{x}:output" for x in "qkv"],
     "modernbert": [*(f"attn:{part}" for part in ("query", "key", "value")), "attn.Wqkv:output"],
     "deberta-v2": [f"attention.self.{x}_proj:output" for x in ("query", "key", "value")],
 }
-BERT_TIED = [f"attention.self:{part}" for part in ("query", "key", "value")]
+BERT_GROUPS = [f"attention.self:{part}" for part in ("query", "key", "value")]
 
 
 def discover(model: PreTrainedModel, batch: dict[str, Tensor], placement: str) -> Sites:
@@ -148,18 +148,18 @@ def test_sites_of_each_placement(family: str, make_model: MakeModel, batch: dict
     sites = discover(model, batch, "tensorrt")
     blocks = encoder_blocks(model)
     for block in blocks:
-        leaders = {inside(block, site): inside(block, leader) for site, leader in sites.shared_with.items()}
-        leaders.pop(None, None)
+        shared_with = {inside(block, site): inside(block, owner) for site, owner in sites.shared_with.items()}
+        shared_with.pop(None, None)
         no_norm = family == "modernbert" and block == blocks[0]  # its first block adds what its attention reads
-        assert leaders == (wanted | {":add0.left": "attn.Wqkv:input"} if no_norm else wanted)
+        assert shared_with == (wanted | {":add0.left": "attn.Wqkv:input"} if no_norm else wanted)
         reasons = {inside(block, site): reason for site, reason in sites.skipped.items()}
         reasons.pop(None, None)
         assert reasons == left
     assert len(sites.shared_with) == len(wanted) * len(blocks)
-    below = TIED.get(family, BERT_TIED)
+    below = GROUPS.get(family, BERT_GROUPS)
     assert sites.shared_amax_groups == [tuple(f"{block}.{part}" for part in below) for block in blocks]
     linear = discover(model, batch, "linear")
-    inputs = {site: leader for site, leader in sites.shared_with.items() if site.role == "input"}
+    inputs = {site: owner for site, owner in sites.shared_with.items() if site.role == "input"}
     assert linear.shared_with == inputs
     assert linear.shared_amax_groups == []
     assert linear.skipped == {}
@@ -189,14 +189,14 @@ def test_the_input_of_every_activation_function_stays_float(
     assert not [site for site in sites.shared_with if "intermediate" in site and site.role != "input"]
 
 
-def test_only_the_chosen_linears_have_sites(make_model: MakeModel, batch: dict[str, Tensor]) -> None:
+def test_only_the_named_linears_have_sites(make_model: MakeModel, batch: dict[str, Tensor]) -> None:
     model = make_model("bert")
     linears = ["bert.encoder.layer.1.output.dense"]
     sites = discover_sites(model, batch, linears, encoder_blocks(model), PLACEMENTS["linear"])
     assert sites.shared_with == {f"{linears[0]}:input": f"{linears[0]}:input"}
 
 
-def test_discovery_leaves_the_model_as_it_was(make_model: MakeModel, batch: dict[str, Tensor]) -> None:
+def test_discovery_does_not_change_the_model(make_model: MakeModel, batch: dict[str, Tensor]) -> None:
     model = make_model("bert").train()
     model.bert.embeddings.requires_grad_(False)
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
@@ -215,7 +215,7 @@ def test_discovery_leaves_the_model_as_it_was(make_model: MakeModel, batch: dict
     ("site", "shape"),
     [("a:input", (3, 12, 8)), ("a:query", (3, 2, 12, 4)), ("a:value", (3, 2, 12, 4)), ("a:softmax", (3, 2, 12, 12))],
 )
-def test_padding_is_left_out(site: str, shape: tuple[int, ...], batch: dict[str, Tensor]) -> None:
+def test_padding_does_not_count(site: str, shape: tuple[int, ...], batch: dict[str, Tensor]) -> None:
     x = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
     real = batch["attention_mask"].bool()
     values, keep = observed_rows(Site(site), x, batch["attention_mask"])
@@ -233,7 +233,7 @@ def test_padding_is_left_out(site: str, shape: tuple[int, ...], batch: dict[str,
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (1, 16, 8)])
-def test_tensors_without_tokens_count_whole(shape: tuple[int, ...], batch: dict[str, Tensor]) -> None:
+def test_tensors_without_tokens_count_as_a_whole(shape: tuple[int, ...], batch: dict[str, Tensor]) -> None:
     x = torch.randn(shape)
     values, keep = observed_rows(Site("pooler:input"), x, batch["attention_mask"])
     assert values[keep].numel() == x.numel()

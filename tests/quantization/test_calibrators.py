@@ -41,7 +41,7 @@ def squared_error(x: Tensor, amax: float) -> float:
 
 
 @pytest.mark.parametrize("kind", ["normal", "uniform", "relu", "heavy"])
-def test_percentile_is_numpy_s_to_one_bin(kind):
+def test_percentile_equals_numpy_to_one_bin(kind):
     x = draw(kind)
     histogram = histogram_of(x)
     exact = np.quantile(x.abs().double().numpy(), 0.9999, method="inverted_cdf")
@@ -50,7 +50,7 @@ def test_percentile_is_numpy_s_to_one_bin(kind):
 
 
 @pytest.mark.parametrize("kind", ["normal", "uniform", "relu", "heavy"])
-def test_mse_is_the_best_bound_on_the_raw_values(kind):
+def test_mse_is_the_best_amax_on_the_raw_values(kind):
     x = draw(kind)
     best = min(squared_error(x, float(x.abs().max()) * 0.93**i) for i in range(80))
     assert squared_error(x, MeanSquaredError()(histogram_of(x))) <= best * 1.02
@@ -94,14 +94,14 @@ def kept_by_loop(counts: list[int]) -> int:
 
 @pytest.mark.parametrize("kind", ["normal", "relu", "heavy"])
 @pytest.mark.parametrize("bins", [130, 400])
-def testcount_kept_bins_is_the_loop_s(kind, bins):
+def test_kept_bins_equal_those_of_the_loop(kind, bins):
     x = draw(kind)[:5_000].abs().double().numpy()
     counts, _ = np.histogram(x, bins=bins)
     counts[0] = counts[1]
     assert count_kept_bins(torch.from_numpy(counts).double()) == kept_by_loop(counts.tolist())
 
 
-def test_entropy_is_the_loop_s():
+def test_entropy_equals_the_loop():
     x = draw("heavy")[:20_000]
     histogram = histogram_of(x)
     width = histogram.width * 4
@@ -116,7 +116,7 @@ def test_entropy_clips_a_lonely_outlier():
 
 
 @pytest.mark.parametrize("calibrator", [part() for part in CALIBRATORS], ids=lambda part: part.name)
-def test_any_data_gives_a_usable_bound(calibrator: Calibrator):
+def test_any_data_gives_a_usable_amax(calibrator: Calibrator):
     assert calibrator(histogram_of(torch.zeros(100))) == ZEROS_AMAX
     for x in (torch.tensor([3.0]), torch.full((1000,), -2.0), torch.tensor([1e-38]), torch.tensor([3e38, 1.0])):
         amax = calibrator(histogram_of(x))
@@ -130,14 +130,14 @@ def test_a_site_of_one_value_keeps_it(calibrator: Calibrator):
 
 
 @pytest.mark.parametrize("calibrator", [part() for part in CALIBRATORS], ids=lambda part: part.name)
-def test_nearly_all_zeros_still_give_a_bound(calibrator: Calibrator):
+def test_nearly_all_zeros_give_an_amax(calibrator: Calibrator):
     x = torch.zeros(100_000)
     x[0] = 2.0
     assert 0 < calibrator(histogram_of(x)) <= 2.0
 
 
 @pytest.mark.parametrize("calibrator", [part() for part in CALIBRATORS], ids=lambda part: part.name)
-def test_nothing_observed_is_refused(calibrator: Calibrator):
+def test_an_empty_histogram_is_refused(calibrator: Calibrator):
     with pytest.raises(ValueError, match="histogram is empty"):
         calibrator(Histogram())
 

@@ -38,27 +38,27 @@ def gradient_of(function, x: Tensor, *args: Tensor) -> Tensor:
 
 @settings(deadline=None)
 @given(st.floats(2.0**-30, 2.0**30, width=32), st.integers(0, 9))
-def test_activations_are_torch_s_bit_for_bit(bound, seed):
-    amax = torch.tensor(bound)
-    x = drawn(500, seed=seed).mul(bound * 0.7)
+def test_activations_are_torch_s_bit_for_bit(amax, seed):
+    amax = torch.tensor(amax)
+    x = drawn(500, seed=seed).mul(amax * 0.7)
     ours, theirs = fake_quantize(x, amax), torch_activation(x, amax)
     assert torch.equal(ours, theirs)
     assert torch.equal(ours[ours != 0].view(torch.int32), theirs[theirs != 0].view(torch.int32))
-    steps = x.double() * 127 / bound
+    steps = x.double() * 127 / amax
     no_tie = ((steps - 127.5).abs() > 1e-3) & ((steps + 128.5).abs() > 1e-3)
     gradient, expected = gradient_of(fake_quantize, x, amax), gradient_of(torch_activation, x, amax)
     assert torch.equal(gradient[no_tie], expected[no_tie])
 
 
 @given(st.floats(2.0**-20, 2.0**20, width=32), st.integers(0, 9))
-def test_the_narrow_range_is_torch_s_too(bound, seed):
-    amax, x = torch.tensor(bound), drawn(500, seed=seed).mul(bound * 0.7)
+def test_the_narrow_range_is_torch_s_too(amax, seed):
+    amax, x = torch.tensor(amax), drawn(500, seed=seed).mul(amax * 0.7)
 
     def narrow(x: Tensor, amax: Tensor) -> Tensor:
         return torch.fake_quantize_per_tensor_affine(x, amax / 127, ZERO_POINT, -127, 127)
 
     assert torch.equal(fake_quantize(x, amax, -127), narrow(x, amax))
-    no_tie = ((x.double() * 127 / bound).abs() - 127.5).abs() > 1e-3
+    no_tie = ((x.double() * 127 / amax).abs() - 127.5).abs() > 1e-3
     ours = gradient_of(lambda x, amax: fake_quantize(x, amax, -127), x, amax)
     assert torch.equal(ours[no_tie], gradient_of(narrow, x, amax)[no_tie])
 
@@ -132,14 +132,14 @@ def learned_by_loop(x: list[float], grad: list[float], amax: float, values: int)
     return grad_x, grad_scale / math.sqrt(values * 127) / 127  # amax = 127 scale
 
 
-@pytest.mark.parametrize("bound", [0.5, 1.0, 3.0])
-def test_learned_gradients_are_the_paper_s(bound):
-    x, amax = drawn(3, 40).requires_grad_(), torch.tensor(bound, requires_grad=True)
+@pytest.mark.parametrize("amax", [0.5, 1.0, 3.0])
+def test_learned_gradients_are_the_paper_s(amax):
+    x, amax = drawn(3, 40).requires_grad_(), torch.tensor(amax, requires_grad=True)
     grad = drawn(3, 40, seed=1)
     y = fake_quantize_learned(x, amax)
-    assert torch.equal(y, torch_activation(x.detach(), torch.tensor(bound)))
+    assert torch.equal(y, torch_activation(x.detach(), torch.tensor(amax)))
     y.backward(grad)
-    expected_x, expected_amax = learned_by_loop(x.flatten().tolist(), grad.flatten().tolist(), bound, values=40)
+    expected_x, expected_amax = learned_by_loop(x.flatten().tolist(), grad.flatten().tolist(), amax, values=40)
     assert x.grad is not None
     assert amax.grad is not None
     assert torch.equal(x.grad.flatten(), torch.tensor(expected_x))
@@ -148,7 +148,7 @@ def test_learned_gradients_are_the_paper_s(bound):
 
 
 @pytest.mark.parametrize(("start", "rate"), [(0.3, 0.03), (30.0, 0.3)])
-def test_learning_the_bound_lowers_the_error(start, rate):
+def test_learning_amax_lowers_the_error(start, rate):
     x, amax = drawn(8, 500), torch.tensor(start, requires_grad=True)
     before = sqnr_db(x, fake_quantize(x, amax.detach()))
     optimizer = torch.optim.Adam([amax], lr=rate)
@@ -159,7 +159,7 @@ def test_learning_the_bound_lowers_the_error(start, rate):
     assert sqnr_db(x, fake_quantize(x, amax.detach())) > before + 10
 
 
-def test_a_learned_bound_driven_to_zero_finds_back():
+def test_a_learned_amax_recovers_from_zero():
     x, amax = drawn(8, 50), torch.tensor(-1.0, requires_grad=True)
     y = fake_quantize_learned(x, amax)
     (y - x).square().mean().backward()
@@ -168,7 +168,7 @@ def test_a_learned_bound_driven_to_zero_finds_back():
     assert amax.grad < 0  # descent raises it
 
 
-def test_learned_bounds_work_in_bfloat16():
+def test_learned_amax_works_in_bfloat16():
     x, amax = drawn(3, 40).bfloat16().requires_grad_(), torch.tensor(1.0, requires_grad=True)
     y = fake_quantize_learned(x, amax)
     y.sum().backward()
@@ -229,7 +229,7 @@ def test_a_fully_pruned_row_has_a_positive_scale():
     assert gradient_of(fake_quantize_weight, weight, mask).isfinite().all()
 
 
-def test_inputs_are_left_as_they_were():
+def test_inputs_do_not_change():
     weight, mask, x = drawn(4, 8), drawn(4, 8) > 0, drawn(5)
     before = weight.clone(), mask.clone(), x.clone()
     fake_quantize_weight(weight, mask)
@@ -262,7 +262,7 @@ def test_a_mask_of_another_shape_is_refused():
         (torch.tensor(1), "0-d float tensor, got torch.int64"),
     ],
 )
-def test_bad_bounds_are_refused(amax, words):
+def test_bad_amax_is_refused(amax, words):
     with pytest.raises(ValueError, match=f"^encoder.0:input: must be .*{words}"):
         check_amax(amax, "encoder.0:input")
 

@@ -57,7 +57,7 @@ def test_order_and_ranks_do_not_matter(batches, random, cut):
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-3, 1.0, 3e37])
-def test_counts_are_numpy_s(scale):
+def test_counts_equal_numpy(scale):
     x = torch.randn(3000, generator=torch.Generator().manual_seed(0)).mul(scale)
     histogram = histogram_of(x)
     expected, _ = np.histogram(x.abs().double().numpy(), bins=BINS, range=(0, BINS * histogram.width))
@@ -95,7 +95,7 @@ def test_fault_three_counts_pass_two_to_the_24():
     assert histogram.total == 3 * 2**40 + 1
 
 
-def test_padding_is_left_out():
+def test_padding_does_not_count():
     x = torch.randn(2, 3, 4)
     keep = torch.tensor([[True, True, False], [False, True, True]])
     expected = histogram_of(x[keep])
@@ -154,14 +154,14 @@ def test_share_beyond_is_exact_but_for_the_bin_of_amax(values, amax):
     assert share - 1e-12 <= sum(abs(v) > low for v in values) / len(values)
 
 
-def test_share_beyond_of_the_percentile_is_what_it_leaves():
+def test_share_beyond_a_percentile_is_the_rest():
     histogram = histogram_of(torch.randn(100_000, generator=torch.Generator().manual_seed(2)))
     assert histogram.share_beyond(histogram.upper_edge(99)) == pytest.approx(0.01, abs=1e-3)
     assert histogram.share_beyond(histogram.max_abs) == 0
     assert histogram.share_beyond(0.0) == 1
 
 
-def test_only_zeros_have_a_histogram_too():
+def test_zeros_alone_have_a_histogram():
     histogram = histogram_of(torch.zeros(10))
     assert (histogram.total, histogram.max_abs, histogram.upper_edge(99.99)) == (10, 0.0, 0.0)
     assert histogram.share_beyond(0.0) == 0

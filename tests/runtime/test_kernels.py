@@ -158,7 +158,7 @@ def test_strides_of_a_gradient_do_not_matter(name: str, monkeypatch: pytest.Monk
 
 
 @needs_library
-def test_parts_of_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_of_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = values((50, 40))
     part = whole[1:-1]
     assert kernels.is_supported(part)
@@ -212,7 +212,7 @@ def test_masks_under_functionalization() -> None:
 
 
 @needs_library
-def test_a_wide_bound_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_float64_amax_is_computed_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     x, amax = values((48, 40)), AMAX.double() / 3
     y = fake_quantize(x, amax)
     without_kernels(monkeypatch)

@@ -78,7 +78,7 @@ def test_vnni_attention_gives_the_same_bits(tokens: int, width: int, emulated: P
     same(attention_node(*random_text(tokens, 2, tokens, 2, width, 0.7), 2), emulated)
 
 
-def test_emulated_passes_agree_with_numpy(emulated: Path) -> None:
+def test_emulated_kernels_agree_with_numpy(emulated: Path) -> None:
     with patch.dict(os.environ, {"SQAT_RUNTIME_ISA": "avx512_vnni"}):
         assert check(emulated) == len(SIZES)
 
@@ -95,7 +95,7 @@ def sanitizer_runtimes() -> str:
 
 
 @pytest.mark.slow
-def test_passes_and_fuzz_under_sanitizers(tmp_path: Path) -> None:
+def test_kernels_and_fuzz_under_sanitizers(tmp_path: Path) -> None:
     preload = sanitizer_runtimes() if COMPILER else ""
     if not preload:
         pytest.skip("gcc has no sanitizers here")

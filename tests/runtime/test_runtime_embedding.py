@@ -67,7 +67,7 @@ def test_sum_and_layer_norm(int8: bool, width: int, types: bool, places: bool, i
         np.testing.assert_array_equal(got.view(np.uint8), want.view(np.uint8))
 
 
-def test_types_left_out_are_0() -> None:
+def test_missing_token_types_are_0() -> None:
     fed, tables = inputs(int8=False, types=True, places=False)
     fed["types"] = None
     np.testing.assert_allclose(node(fed, tables, "Y").run()[0], expected(fed, tables), rtol=1e-5, atol=1e-5)

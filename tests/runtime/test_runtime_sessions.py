@@ -302,7 +302,7 @@ def test_inputs_that_do_not_fit(change: dict[str, Any], problem: str) -> None:
         (("positions",), "values is for 24 inputs, expected a multiple of 16"),
     ],
 )
-def test_weights_that_are_fed(fed: tuple[str, ...], problem: str) -> None:
+def test_weights_that_are_inputs_are_refused(fed: tuple[str, ...], problem: str) -> None:
     linear = LINEAR if fed != ("steps",) else STEPPED
     node = linear.node()
     constants = {name: value for name, value in node.constants.items() if name not in fed}

@@ -94,7 +94,7 @@ def test_windows_times_columns_is_the_convolution(name: str) -> None:
     assert torch.equal(from_columns(to_columns(module.weight), module.weight.shape), module.weight)
 
 
-def test_wanda_weighs_a_convolution_by_what_each_place_of_its_window_sees() -> None:
+def test_wanda_uses_the_input_norm_of_each_window_position() -> None:
     module, x = nn.Conv2d(8, 4, 3, padding=1), draw(2, 8, 5, 5)
     scores = Wanda().score(module.weight, input_windows(module, x).square().sum(0))
     padded = functional.pad(x, (1, 1, 1, 1))
@@ -105,7 +105,7 @@ def test_wanda_weighs_a_convolution_by_what_each_place_of_its_window_sees() -> N
 
 
 @pytest.mark.parametrize("kind", [Wanda, Taylor])
-def test_what_observes_needs_a_row(kind: type[Wanda | Taylor]) -> None:
+def test_samples_and_statistics_are_required(kind: type[Wanda | Taylor]) -> None:
     with pytest.raises(ValueError, match=r"^samples must be at least 1, got 0$"):
         kind(samples=0)
     with pytest.raises(ValueError, match="needs statistics"):

@@ -41,7 +41,7 @@ def test_mask_equals_a_stable_sort(pattern):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_kept_magnitude_of_the_seeded_figure(dtype):
+def test_the_kept_magnitude_is_the_published_figure(dtype):
     np.random.seed(1)  # the published figure was drawn from numpy's global generator
     weight = torch.from_numpy(np.random.rand(128, 64)).to(dtype)
     kept = apply_mask(weight, nm_mask(Magnitude().score(weight), Pattern(2, 4))).double().sum().item()
@@ -76,7 +76,7 @@ def test_ties_of_both_zeros_and_infinities_keep_the_lower_index(pattern):
         assert nm_mask(torch.tensor([row + rest]), pattern)[0].tolist() == [True, True] + [False] * (pattern.m - 2)
 
 
-def test_scores_are_left_as_they_were():
+def test_scores_do_not_change():
     scores = torch.randn(4, 8, requires_grad=True)
     before = scores.detach().clone()
     nm_mask(scores, Pattern(2, 4))
@@ -124,7 +124,7 @@ def test_masks_of_another_shape_or_type_are_refused():
 
 
 @pytest.mark.parametrize(("text", "n", "m"), [("2:4", 2, 4), ("1:32", 1, 32), ("15:16", 15, 16)])
-def test_patterns_are_read_and_written(text, n, m):
+def test_patterns_parse_and_print(text, n, m):
     assert parse_pattern(text) == Pattern(n, m)
     assert str(Pattern(n, m)) == text
     assert Pattern(n, m).sparsity == 1 - n / m
@@ -140,14 +140,14 @@ def test_bad_patterns_are_refused_in_one_line(text):
 
 @settings(deadline=None)
 @given(st.lists(st.booleans(), max_size=40))
-def test_bits_are_numpy_little_endian_and_come_back(bits):
+def test_packed_bits_are_numpy_little_endian_and_unpack(bits):
     mask = torch.tensor(bits, dtype=torch.bool)
     packed = pack_bits(mask)
     assert packed.tolist() == np.packbits(np.array(bits, dtype=bool), bitorder="little").tolist()
     assert torch.equal(unpack_bits(packed, mask.shape), mask)
 
 
-def test_any_shape_and_stride_comes_back():
+def test_any_shape_and_stride_unpacks():
     mask = (torch.rand(5, 3, 7, generator=torch.Generator().manual_seed(0)) > 0.5).transpose(0, 2)
     assert torch.equal(unpack_bits(pack_bits(mask), mask.shape), mask)
 
@@ -162,11 +162,11 @@ def test_any_shape_and_stride_comes_back():
         (torch.tensor([0b10000], dtype=torch.uint8), (4,)),
     ],
 )
-def test_bytes_that_cannot_be_the_packing_are_refused(packed, shape):
+def test_invalid_packed_bytes_are_refused(packed, shape):
     with pytest.raises(ValueError, match="mask of"):
         unpack_bits(packed, shape)
 
 
-def test_only_masks_are_packed():
+def test_only_bool_tensors_pack():
     with pytest.raises(ValueError, match=r"torch\.float32"):
         pack_bits(torch.ones(8))

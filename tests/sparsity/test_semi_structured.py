@@ -56,7 +56,7 @@ weights = st.builds(
 
 @given(weights)
 @settings(max_examples=60, deadline=None)
-def test_packing_is_torchs_bit_for_bit(weight: Tensor) -> None:
+def test_packing_equals_torchs_bit_for_bit(weight: Tensor) -> None:
     values, metadata = sparse_semi_structured_from_dense_cutlass(weight)
     packed = pack(weight, "cutlass")
     assert packed.metadata.dtype == metadata.dtype
@@ -68,7 +68,7 @@ def test_packing_is_torchs_bit_for_bit(weight: Tensor) -> None:
 
 @given(weights)
 @settings(max_examples=60, deadline=None)
-def test_unpacking_gives_the_weight_back_and_reads_what_torch_packed(weight: Tensor) -> None:
+def test_unpacking_inverts_packing_by_us_and_by_torch(weight: Tensor) -> None:
     for order in ("rows", "cutlass"):
         packed = pack(weight, order)
         dense = unpack(packed)
@@ -80,7 +80,7 @@ def test_unpacking_gives_the_weight_back_and_reads_what_torch_packed(weight: Ten
 
 @given(weights)
 @settings(max_examples=20, deadline=None)
-def test_each_word_read_bit_by_bit_names_the_places_of_the_values(weight: Tensor) -> None:
+def test_metadata_read_bit_by_bit_names_the_places(weight: Tensor) -> None:
     packed = pack(weight)
     rows, columns = weight.shape
     bits = WORD[weight.dtype]
@@ -98,7 +98,7 @@ def test_each_word_read_bit_by_bit_names_the_places_of_the_values(weight: Tensor
 
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("pair", list(combinations(range(4), 2)))
-def test_two_non_zeros_are_named_by_their_own_places(kind: torch.dtype, pair: tuple[int, int]) -> None:
+def test_two_non_zeros_have_their_own_places(kind: torch.dtype, pair: tuple[int, int]) -> None:
     weight = torch.zeros(1, WORD[kind], dtype=kind)
     weight[0, 4 + pair[0]], weight[0, 4 + pair[1]] = 3, -5
     packed = pack(weight)
@@ -110,7 +110,7 @@ def test_two_non_zeros_are_named_by_their_own_places(kind: torch.dtype, pair: tu
     st.integers(1, 5), st.integers(1, 6), st.sampled_from([torch.int16, torch.int32]), st.integers(0, 2**32)
 )  # fmt: skip
 @settings(max_examples=40, deadline=None)
-def test_words_are_only_moved_and_moved_back(blocks: int, pairs: int, kind: torch.dtype, seed: int) -> None:
+def test_reordering_words_has_an_inverse(blocks: int, pairs: int, kind: torch.dtype, seed: int) -> None:
     limits = torch.iinfo(kind)
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(limits.min, limits.max, (32 * blocks, 2 * pairs), generator=generator).to(kind)
@@ -139,7 +139,7 @@ def test_negative_zeros_are_zeros_and_a_packed_zero_weight_is_exact() -> None:
     assert not unpack(nothing).any()
 
 
-def test_damaged_metadata_is_told() -> None:
+def test_damaged_metadata_is_refused() -> None:
     packed = pack(sparse_weight(32, 64, torch.int8, 1))
     words = packed.metadata.clone()
     words[3, 1] = 0  # both places 0, in eight groups
@@ -158,7 +158,7 @@ def test_damaged_metadata_is_told() -> None:
         (torch.zeros(16, 24, dtype=torch.float16), "24 inputs .* multiple of 16"),
     ],
 )
-def test_what_cannot_be_packed_is_told(weight: Tensor, problem: str) -> None:
+def test_weights_that_cannot_be_packed_are_refused(weight: Tensor, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         pack(weight)
 
@@ -171,13 +171,13 @@ def test_what_cannot_be_packed_is_told(weight: Tensor, problem: str) -> None:
         ((48, 64), torch.float16, "multiple of 32, words of 2"),
     ],
 )
-def test_what_cutlass_cannot_order_is_told(shape: tuple[int, int], kind: torch.dtype, problem: str) -> None:
+def test_shapes_that_cutlass_cannot_order_are_refused(shape: tuple[int, int], kind: torch.dtype, problem: str) -> None:
     assert unpack(pack(torch.zeros(shape, dtype=kind))).shape == shape
     with pytest.raises(ValueError, match=problem):
         pack(torch.zeros(shape, dtype=kind), "cutlass")
 
 
-def test_parts_that_do_not_belong_together_are_refused() -> None:
+def test_values_and_metadata_must_belong_together() -> None:
     packed = pack(torch.zeros(32, 64, dtype=torch.int8))
     with pytest.raises(ValueError, match=r"need metadata torch.int32 \[32, 2\]"):
         SemiStructured(packed.values, packed.metadata[:16])
@@ -187,7 +187,7 @@ def test_parts_that_do_not_belong_together_are_refused() -> None:
         SemiStructured(packed.values.float(), packed.metadata)
 
 
-def test_smallest_shapes_are_torchs() -> None:
+def test_shape_multiples_are_torchs() -> None:
     peers = {"cutlass": SparseSemiStructuredTensorCUTLASS, "cusparselt": SparseSemiStructuredTensorCUSPARSELT}
     for backend, peer in peers.items():
         for kind in TYPES:

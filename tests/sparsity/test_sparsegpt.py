@@ -61,7 +61,7 @@ def test_the_sweep_is_the_loop(pattern: Pattern, block: int) -> None:
     torch.testing.assert_close(swept, wanted, rtol=1e-9, atol=1e-9)
 
 
-def test_the_factor_holds_the_inverses_of_what_is_left() -> None:
+def test_the_factor_holds_the_inverses_of_the_remaining_hessians() -> None:
     x = activations(30, 8).double()
     gram = x.T @ x
     factor = inverse_factor(gram, 0.05)
@@ -172,7 +172,7 @@ def test_bad_knobs_are_refused(knobs: dict[str, float]) -> None:
         SparseGPT(**knobs)
 
 
-def test_a_singular_hessian_is_told() -> None:
+def test_a_singular_hessian_is_an_error() -> None:
     x = torch.ones(4, 8)
     with pytest.raises(ValueError, match=r"X'X of 8 inputs has no inverse with damping 1e-30"):
         prune(weights(4, 8), x, damping=1e-30)

@@ -64,7 +64,7 @@ def test_the_penalty_pulls_at_pruned_weights_alone() -> None:
     torch.testing.assert_close(weight.grad, 0.5 * weight.detach() * ~mask)
 
 
-def test_straight_masks_compute_what_others_do() -> None:
+def test_straight_through_masks_compute_the_same() -> None:
     weight = torch.tensor([[-1.0, 2.0, -3.0, 4.0]], requires_grad=True)
     mask = torch.tensor([[False, True, False, True]])
     masked = apply_mask(weight, mask, straight_through=True)
@@ -74,7 +74,7 @@ def test_straight_masks_compute_what_others_do() -> None:
     assert weight.grad.tolist() == [[1.0, 2.0, 3.0, 4.0]]
 
 
-def test_the_mask_is_chosen_anew_whatever_was_pruned() -> None:
+def test_the_mask_ignores_the_previous_one() -> None:
     scores = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     assert SrSte().choose_mask(scores, PATTERN, 0.5, torch.tensor([[True, True, False, False]])).tolist() == [
         [False, False, True, True]
