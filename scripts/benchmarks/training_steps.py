@@ -37,7 +37,8 @@ from sqat.sparsity.pattern import Pattern
 from sqat.tasks.relevance import Relevance
 from sqat.training.batches import MicroBatch
 from sqat.training.data_parallel import Loss, Objective, ParallelModel
-from sqat.training.loop import make_optimizer, take_step
+from sqat.training.optimizer import make_optimizer
+from sqat.training.step import take_step
 
 TASK = Relevance()
 CANDIDATES = 4  # passages of a query

@@ -122,7 +122,11 @@ def damage(project: Project, count: int, draw: random.Random, whole: Ended, want
     for number in range(count):
         project.clear()
         shutil.copytree(templates[number % 2], project.run_folder)
-        files = sorted(path for path in project.run_folder.rglob("*") if path.is_file() and path.name != "sqat.log")
+        files = sorted(
+            path
+            for path in project.run_folder.rglob("*")
+            if path.is_file() and path.name not in ("metrics.jsonl", "sqat.log")
+        )
         file = draw.choice(files)
         spoil(file, draw)
         ended = project.run()

@@ -21,7 +21,7 @@ from sqat.compress.eval_mode import eval_mode
 from sqat.models.layer_selection import encoder_blocks, linear_layers
 from sqat.modules.parametrize import linear
 from sqat.sparsity.pattern import Pattern
-from sqat.training.health import floats_in
+from sqat.training.health import float_tensors
 
 T = TypeVar("T")
 SAME, DIFFERENT = 1e-9, 1e-6  # relative change of a block's outputs in float64
@@ -246,7 +246,7 @@ def run_model(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 def flatten_floats(output: object) -> Tensor:
     """All floats of an output in one float64 vector."""
-    return torch.cat([tensor.detach().cpu().double().flatten() for tensor in floats_in(output)])
+    return torch.cat([tensor.detach().cpu().double().flatten() for tensor in float_tensors(output)])
 
 
 def relative_change(before: Tensor, after: Tensor) -> float:

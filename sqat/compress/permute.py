@@ -26,7 +26,7 @@ from sqat.modules.parametrize import linear
 from sqat.sparsity.criteria import Criterion
 from sqat.sparsity.pattern import Pattern
 from sqat.sparsity.permutation import find_order, kept_score
-from sqat.training.health import listed
+from sqat.training.health import first_names
 
 
 def permute_(
@@ -95,7 +95,7 @@ def describe_skipped(skipped: Mapping[str, str]) -> Iterator[str]:
     """Say which layers keep the order of their inputs, a line for each reason."""
     for reason in dict.fromkeys(skipped.values()):
         names = [name for name, why in skipped.items() if why == reason]
-        yield f"not permuted: the inputs of {len(names)} layers, {listed(names)}: {reason}"
+        yield f"not permuted: the inputs of {len(names)} layers, {first_names(names)}: {reason}"
 
 
 def fixed_by_relation_heads(model: nn.Module, relation_heads: int | None, qkv: Sequence[str] | None) -> dict[str, str]:

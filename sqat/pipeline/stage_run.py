@@ -27,7 +27,8 @@ from sqat.recipe.stages import TrainConfig
 from sqat.stages import calibrate, export, prune, qat, train
 from sqat.stages.context import StageContext
 from sqat.tasks.splits import Splits
-from sqat.training.health import saturation
+from sqat.training.health import saturation_warnings
+from sqat.training.metrics_log import METRICS_FILE, MetricsLog
 from sqat.training.resume_state import ResumeState
 from sqat.training.tracking import Tracked
 
@@ -157,6 +158,7 @@ class StageRun:
             reporter=self.reporter,
             state=ResumeState(self.state, f"{self.fingerprint} {self.input_digests} steps x{factor:g}"),
             teacher=partial(load_teacher, self.node),
+            log=MetricsLog(loaded.run_directory / METRICS_FILE, self.node.name, self.fingerprint, attempt),
         )
         checkpoint = STAGES[config.type](settings, self.parent, context)
         facts = {
@@ -175,7 +177,7 @@ class StageRun:
 
     def report(self, manifest: Manifest, folder: Path) -> None:
         """Report a result's dev metrics and clipped activations."""
-        for line in saturation(manifest) if manifest.type == "calibrate" else ():
+        for line in saturation_warnings(manifest) if manifest.type == "calibrate" else ():
             self.info(line)
         figures = manifest.metrics.get("dev", {})
         self.reporter.log({f"{self.node.name}/dev/{metric}": value for metric, value in figures.items()})

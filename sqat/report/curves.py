@@ -1,21 +1,16 @@
-"""Losses of a fit as the run's log has them, dev metrics as the manifest has them, and the sparsity on the way.
-
-The manifest keeps the last step's losses and the metrics of every evaluation; the steps between are in `sqat.log`
-alone, a line every ten seconds or tenth of the fit, so a short fit has few points. Left out: smoothing.
-"""
+"""Curves of a stage: losses from ``metrics.jsonl``, dev metrics from the manifest, sparsity from the schedule."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from sqat.checkpoint.manifest import Manifest
 from sqat.recipe.stages import PruneConfig, StageConfig
 from sqat.sparsity.pattern import parse_pattern
 
-STEP = re.compile(r"(\d+)/(\d+), (.+), [\d.]+ samples/s, \S+ left$")
-STAMP = len("2026-01-01 00:00:00 ")
+MOST_POINTS = 400  # of one curve; more cannot be told apart in a figure
 Points = list[tuple[int, float]]
 
 
@@ -38,14 +33,14 @@ class Curves:
         return {name: points for name, points in self.metrics.items() if all(0 <= value <= 1 for _, value in points)}
 
 
-def curves_of(manifest: Manifest, config: StageConfig, lines: Iterable[str]) -> Curves:
-    """Curves of a stage that was fitted.
+def curves_of(manifest: Manifest, config: StageConfig, entries: Iterable[Mapping[str, Any]]) -> Curves:
+    """Collect the curves of a stage that trained.
 
     Args:
-        lines: of the run's log.
+        entries: of the run's ``metrics.jsonl``.
     """
-    read = read_log(lines, manifest.stage)
-    losses = {name: read.get(name, []) for name in manifest.losses}
+    logged = read_losses(manifest, entries)
+    losses = {name: logged.get(name, []) for name in manifest.losses}
     for name, value in manifest.losses.items():
         if not losses[name] or losses[name][-1][0] < manifest.steps:
             losses[name] = [*losses[name], (manifest.steps, value)]
@@ -57,42 +52,19 @@ def curves_of(manifest: Manifest, config: StageConfig, lines: Iterable[str]) -> 
     return Curves(manifest.steps, losses, metrics, schedule_of(config, manifest.steps))
 
 
-def read_log(lines: Iterable[str], stage: str) -> dict[str, Points]:
-    """Values by name along a stage's last fit that came to its end; a resumed one goes on where the one before stopped.
-
-    A fit that is under way, or was given up, is not the one that the checkpoint is of.
-    """
-    found: dict[str, Points] = {}
-    finished: dict[str, Points] = {}
-    resumed = False
-    for line in lines:
-        title, _, text = line[STAMP:].rstrip("\n").partition(": ")
-        if title != stage:
-            continue
-        if re.fullmatch(r"\d+ steps", text):
-            found = found if resumed else {}
-        resumed = text.startswith("resumed at step ")
-        if resumed:
-            found = before(found, int(text.split()[3]))
-        if match := STEP.fullmatch(text):
-            for name, value in named_values(match[3]):
-                found.setdefault(name, []).append((int(match[1]), value))
-        if text.startswith("done in "):
-            finished = found
-    return finished
-
-
-def before(found: Mapping[str, Points], step: int) -> dict[str, Points]:
-    """What was seen up to a step."""
-    return {name: [point for point in points if point[0] <= step] for name, points in found.items()}
-
-
-def named_values(text: str) -> Iterable[tuple[str, float]]:
-    """Names and numbers of ``task 0.3, minilm 0.2``."""
-    for part in text.split(", "):
-        name, _, number = part.rpartition(" ")
-        if re.fullmatch(r"-?[\d.]+(e[+-]?\d+)?", number):
-            yield name, float(number)
+def read_losses(manifest: Manifest, entries: Iterable[Mapping[str, Any]]) -> dict[str, Points]:
+    """Return the losses along the steps that made a checkpoint; of a step that was written twice, the last line."""
+    made_by = (manifest.stage, manifest.fingerprint, manifest.attempt)
+    steps: dict[int, Mapping[str, float]] = {}
+    for entry in entries:
+        if (entry.get("stage"), entry.get("fingerprint"), entry.get("attempt")) == made_by and entry[
+            "step"
+        ] <= manifest.steps:
+            steps[entry["step"]] = entry["losses"]
+    stride = max(1, -(-len(steps) // MOST_POINTS))
+    kept = [step for step in sorted(steps) if step % stride == 0 or step == manifest.steps]
+    names = dict.fromkeys(name for step in kept for name in steps[step])
+    return {name: [(step, steps[step][name]) for step in kept if name in steps[step]] for name in names}
 
 
 def schedule_of(config: StageConfig, steps: int) -> Points:

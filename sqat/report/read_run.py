@@ -32,8 +32,10 @@ from sqat.recipe.targets import TARGETS
 from sqat.report.curves import Curves, curves_of
 from sqat.report.folder import newest_stage
 from sqat.report.latencies import LatencySetting, read_latencies
+from sqat.training.metrics_log import METRICS_FILE
+from sqat.training.metrics_log import read_metrics as read_metrics_log
 
-LOG, RUN_RECORD = "sqat.log", "run.json"
+RUN_RECORD = "run.json"
 
 
 @dataclass(frozen=True)
@@ -181,16 +183,16 @@ def read_recipe(directory: Path) -> LoadedRecipe:
 
 def read_stages(graph: StageGraph, directory: Path, missing: list[str]) -> list[Stage]:
     """Read every stage of the recipe with its curves."""
-    log = directory / LOG
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-    if not lines:
-        missing.append(f"loss curves: the folder has no {LOG}, so only the last step is shown")
+    path = directory / METRICS_FILE
+    entries = [*read_metrics_log(path)] if path.is_file() else []
+    if not entries:
+        missing.append(f"loss curves: the folder has no {METRICS_FILE}, so only the last step is shown")
     stages = []
     for node in graph.nodes.values():
         manifest = node.manifest
         if manifest is None:
             missing.append(f"stage {node.name}: has not run")
-        curves = curves_of(manifest, node.config, lines) if manifest is not None and manifest.steps > 0 else None
+        curves = curves_of(manifest, node.config, entries) if manifest is not None and manifest.steps > 0 else None
         stages.append(Stage(node.name, node.config, manifest, curves))
     return stages
 

@@ -30,6 +30,7 @@ from sqat.tasks.splits import Splits
 from sqat.training.batches import Batches
 from sqat.training.data_parallel import Loss
 from sqat.training.loop import Evaluation, Metrics, TrainResult, fit, resolve_accumulation_steps
+from sqat.training.metrics_log import MetricsLog
 from sqat.training.resume_state import ResumeState
 
 INHERITED = ("layers", "sites", "skipped", "placement", "notes")  # entries of a manifest that children keep
@@ -43,6 +44,7 @@ class StageContext:
         input_digests: digests of the parent's and the teacher's manifests.
         state: of an unfinished training, to resume from.
         teacher: loads the dense ancestor that teaches this stage.
+        log: gets the losses and metrics of every training step.
     """
 
     name: str
@@ -52,6 +54,7 @@ class StageContext:
     reporter: Reporter
     state: ResumeState
     teacher: Callable[[], Checkpoint]
+    log: MetricsLog | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -135,6 +138,7 @@ class StageContext:
             evaluation=Evaluation(partial(self.measure, model, processor, "dev"), self.task.metric),
             before_step=before_step,
             best_from_step=best_from_step,
+            log=self.log,
         )
 
     def measure(self, model: nn.Module, processor: Processor, split: SplitName) -> Metrics:

@@ -1,7 +1,7 @@
-"""The batches of an optimizer step: where they come from, what is drawn for them, and which process takes them.
+"""The micro-batches of an optimizer step, and which rank takes them.
 
-What is drawn for a batch (crops, noise, dropout) is a function of the seed and of the batch's number, so that it is
-the same in whichever process, and after however many stops, its turn comes.
+Random numbers of a batch (crops, noise, dropout) are a function of the seed and the batch's number: the same on
+whichever rank, and after however many stops.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from sqat.errors import SqatError
 
 @dataclass
 class Batches:
-    """Where batches come from: `plan(epoch)` gives row indices of each batch, `collate` makes one."""
+    """Training batches: ``plan(epoch)`` gives the row indices of each batch, ``collate`` makes one."""
 
     plan: Callable[[int], Sequence[list[int]]]
     collate: Callable[[list[int]], Batch]
 
     def stream(self, start: int) -> Iterator[list[int]]:
-        """Row indices of batch ``start`` and all after it, over the epochs."""
+        """Yield the row indices of batch ``start`` and all after it, over the epochs."""
         epoch = 0
         while True:
             batches = self.plan(epoch)
             if not batches:
-                raise SqatError("no batch of training rows is left", "look at data.train and task")
+                raise SqatError("no batch of training rows is left", "look at data.train and task", code="no-rows")
             yield from batches[start:]
             start = max(0, start - len(batches))
             epoch += 1
@@ -42,9 +42,9 @@ class MicroBatch:
     """One batch of an optimizer step.
 
     Attributes:
-        batch: on this process's device.
-        share: of the step's rows; 0 where another process has it and this one only keeps step.
-        seeds: of what the model draws for it.
+        batch: on this rank's device.
+        share: of the step's rows; 0 where another rank has the batch and this one only keeps step.
+        seeds: of the model's random numbers.
     """
 
     batch: Batch
@@ -55,7 +55,7 @@ class MicroBatch:
 def iterate_steps(
     batches: Batches, accumulation_steps: int, seed: int, device: torch.device, step: int
 ) -> Iterator[tuple[list[MicroBatch], int]]:
-    """This process's batches of each optimizer step from ``step`` on, and the rows of that step in all processes."""
+    """Yield this rank's micro-batches of each optimizer step from ``step`` on, and the step's rows on all ranks."""
     stream = batches.stream(step * accumulation_steps)
     for first in count(step * accumulation_steps, accumulation_steps):
         planned = [next(stream) for _ in range(accumulation_steps)]
@@ -69,17 +69,16 @@ def iterate_steps(
 
 
 def seed_torch(*numbers: int) -> None:
-    """Make what torch draws from here on, on every device, a function of the numbers."""
+    """Seed torch's generators on every device by a function of the numbers."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
 def describe_sharing(accumulation_steps: int, accumulation: int) -> str:
-    """What to say of a step's batches; empty where one process takes as many as the recipe says."""
+    """Describe how ranks share a step's batches; empty where one rank takes as many as the recipe says."""
     world = process_state().num_processes
     if world == 1 and accumulation_steps == accumulation:
         return ""
     kept = "" if accumulation_steps == accumulation * world else f" as when it began, not {accumulation * world}"
     how = " that share the model out (FSDP)" if uses_fsdp() else ""
-    return (
-        f"{world} process{'es' if world > 1 else ''}{how}, an optimizer step sums up {accumulation_steps} batches{kept}"
-    )
+    ranks = f"{world} process{'es' if world > 1 else ''}{how}"
+    return f"{ranks}, an optimizer step sums up {accumulation_steps} batches{kept}"

@@ -1,50 +1,41 @@
-"""The one training loop, on Accelerate: every stage that trains goes through `fit`.
+"""The one training loop: every stage that trains calls `fit`.
 
-The caller gives a loss (a dict of weighted parts) and, where it changes the model between steps, a
-`before_step`. The learning rate is a function of the step; the order of batches, what is drawn for them (dropout,
-noise, crops) and so the whole run are functions of the seed and the number of a batch. So a run stopped at any step
-continues from its last mid-stage state to the same weights (bit for bit on a CPU with one thread), and processes that
-share the batches of a step compute what one would that takes them all, but for the rounding of sums. How many batches
-a step sums up is settled when a run begins; one that is gone on with in more or fewer processes keeps to it.
-The batches come from `sqat.training.batches`, are shared out by `sqat.training.data_parallel`, and what is saved is
-`sqat.training.resume_state`'s.
+The whole run is a function of the seed: order of batches, dropout, noise. So a stopped run resumes to the same
+weights, and several ranks compute what one would, but for the rounding of sums.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sqat.distributed import all_reduce_sum, any_rank, process_state, run_on_rank0, uses_fsdp
+from sqat.distributed import any_rank, process_state, run_on_rank0, uses_fsdp
 from sqat.errors import StoppedError
-from sqat.modules.activation_quantizers import QUANTIZERS
 from sqat.progress import Reporter
 from sqat.recipe.stages import TrainConfig
-from sqat.training.batches import Batches, MicroBatch, describe_sharing, iterate_steps, seed_torch
-from sqat.training.data_parallel import REPLICAS, Loss, Norms, Objective, ParallelModel, data_parallel
+from sqat.training.batches import Batches, describe_sharing, iterate_steps
+from sqat.training.data_parallel import REPLICAS, Loss, Objective, data_parallel
 from sqat.training.fsdp import full_tensor, shard_like, summon_full_params
-from sqat.training.health import check_gradients, check_losses, check_scales, learned_bounds, weakness
+from sqat.training.health import check_scales, learned_amax, weak_layer_warnings
+from sqat.training.metrics_log import MetricsLog
+from sqat.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
 from sqat.training.resume_state import Progress, ResumeState
 from sqat.training.signals import catch_stop_signals
+from sqat.training.step import take_step
 
-REMARK_EVERY = 100  # steps
-
+CHECK_LAYERS_EVERY = 100  # steps
 
 Metrics = dict[str, float]
 
 
 @dataclass
 class Evaluation:
-    """How the dev split is measured: a figure to maximise among all figures."""
+    """How the dev split is measured: all metrics, and the one to maximise."""
 
     measure: Callable[[], Metrics]
     metric: str
@@ -52,7 +43,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a fit did: optimizer steps, seconds, samples, the last step's loss parts, the dev figures on the way."""
+    """What a training did: optimizer steps, seconds, samples, the last step's loss parts, dev metrics on the way."""
 
     steps: int
     seconds: float
@@ -61,76 +52,154 @@ class TrainResult:
     history: list[Metrics]
 
 
-def resolve_accumulation_steps(config: TrainConfig, state: ResumeState) -> int:
-    """How many batches an optimizer step sums up over all processes: as many as the fit that is gone on with had."""
-    known = state.peek()
-    return config.gradient_accumulation * process_state().num_processes if known is None else known.accumulation_steps
+def fit(
+    model: nn.Module,
+    loss: Loss,
+    batches: Batches,
+    config: TrainConfig,
+    *,
+    steps: int,
+    seed: int,
+    title: str,
+    reporter: Reporter,
+    state: ResumeState,
+    evaluation: Evaluation | None = None,
+    before_step: Callable[[int], None] | None = None,
+    best_from_step: int = 0,
+    log: MetricsLog | None = None,
+) -> TrainResult:
+    """Train ``model`` in place for ``steps`` optimizer steps.
 
+    Args:
+        loss: weighted parts of the loss of one batch; their sum is minimised.
+        state: where the unfinished training is saved; one of the same key is resumed.
+        evaluation: runs every ``config.evaluate_every`` steps, and after the last one where the best step is kept.
+        before_step: called before each step with its number; what it changes must be in the model's state dict.
+        best_from_step: evaluations up to this step do not count for the best step and early stopping.
+        log: gets the losses and metrics of every step.
 
-def rate_factor(config: TrainConfig, step: int, steps: int) -> float:
-    """Learning rate of a step (from 0) as a share of the peak: linear warm-up, then the recipe's decay to 0."""
-    warmup = int(config.warmup * steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    share = (step - warmup) / max(1, steps - warmup)
-    if config.lr_schedule == "constant":
-        return 1.0
-    return 1 - share if config.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share))
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD; biases, norms and learned bounds are not decayed.
-
-    A learned bound is amax = 127 s; under Adam, whose steps do not grow with the gradient, 127 times the rate moves s
-    as LSQ means it (arXiv:1902.08153). ``factor`` is a group's share of the learning rate.
+    Raises:
+        SqatError: NaN or Inf in a loss or gradient, or a learned scale that runs away.
+        StoppedError: a signal stopped the training, which is saved.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    bounds = [p for name, p in named if name.startswith(f"{QUANTIZERS}.")]
-    others = [p for name, p in named if not name.startswith(f"{QUANTIZERS}.")]
-    adam = config.optimizer == "adamw"
-    groups = [
-        {"params": [p for p in others if p.dim() > 1], "weight_decay": config.weight_decay, "factor": 1.0},
-        {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0, "factor": 1.0},
-        {"params": bounds, "weight_decay": 0.0, "factor": 127.0 if adam else 1.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)  # a sixth of the time of the default here
+    process_state()  # before Accelerator, which would not find gloo by itself
+    accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1,  # whatever the environment says
+                              kwargs_handlers=[REPLICAS])  # fmt: skip
+    accumulation_steps = resolve_accumulation_steps(config, state)
+    with data_parallel(Objective(model, loss), accelerator) as parallel:
+        optimizer = make_optimizer(model, config)
+        run = TrainingRun(model, optimizer, state, Progress(accumulation_steps=accumulation_steps))
+        start_or_resume(run, title, steps, config, reporter)
+        progress, shown = run.progress, dict(run.progress.losses)
+        work = iterate_steps(batches, accumulation_steps, seed, accelerator.device, progress.step)
+        amax = learned_amax(model)
+        start_amax = {site: float(value.detach()) for site, value in amax.items()}
+        model.train()
+        last_saved, stop = time.monotonic(), False
+        with catch_stop_signals() as stop_requested:
+            while not stop and progress.step < steps and not is_stopped_early(progress, config):
+                started = time.monotonic()
+                if before_step is not None:
+                    before_step(progress.step)
+                rate = config.learning_rate * learning_rate_factor(config, progress.step, steps)
+                set_learning_rate(optimizer, rate)
+                progress.step += 1
+                micro_batches, samples = next(work)
+                progress.losses = take_step(parallel, optimizer, micro_batches, config, progress.step)
+                check_scales(amax, start_amax, progress.step)
+                progress.samples += samples
+                step_seconds = time.monotonic() - started
+                if progress.step % CHECK_LAYERS_EVERY == 0 or progress.step == steps:
+                    run.warn_of_weak_layers(title, reporter)
+                dev = None
+                if evaluation is not None and evaluation_due(config, progress.step, steps):
+                    dev = run.evaluate(evaluation, config, best_from_step)
+                progress.seconds += time.monotonic() - started
+                shown |= {**progress.losses, **(dev or {})}
+                reporter.advance(progress.step, shown, samples / max(step_seconds, 1e-9))  # some clocks stand still
+                if log is not None and accelerator.is_main_process:
+                    log.write(progress.step, progress.losses, rate, dev)
+                save = accelerator.is_main_process and time.monotonic() - last_saved >= config.save_every
+                stop, save = any_rank(stop_requested(), save)
+                if save and not stop and progress.step < steps:
+                    last_saved = time.monotonic()
+                    run.save()
+            if any(any_rank(stop_requested())):  # once more: a signal may have come during the last save
+                run.save()
+                accelerator.wait_for_everyone()  # a launcher ends all ranks once the first has ended
+                raise StoppedError(f"{title}: stopped and saved at step {progress.step} of {steps}",
+                                   "run the same command without --force to resume", code="stopped")  # fmt: skip
+        reporter.finish()
+        run.keep_best()
+    return TrainResult(progress.step, progress.seconds, progress.samples, progress.losses, progress.history)
+
+
+def resolve_accumulation_steps(config: TrainConfig, state: ResumeState) -> int:
+    """Return how many batches an optimizer step sums up over all ranks; a resumed training keeps its number."""
+    resumed = state.peek()
+    if resumed is not None:
+        return resumed.accumulation_steps
+    return config.gradient_accumulation * int(process_state().num_processes)
+
+
+def start_or_resume(run: TrainingRun, title: str, steps: int, config: TrainConfig, reporter: Reporter) -> None:
+    """Load the resume state where there is one, and report where training starts and how ranks share it."""
+    sharing = describe_sharing(run.progress.accumulation_steps, config.gradient_accumulation)
+    has_state = run.state.directory.exists()
+    if run.resume():
+        reporter.info(f"{title}: resumed at step {run.progress.step} of {steps}{sharing and f'; {sharing}'}")
+    elif has_state:
+        reporter.info(f"{title}: cannot resume from {run.state.directory}: damaged, or written by another "
+                      "configuration; restarting the stage")  # fmt: skip
+    if sharing and not run.progress.step:
+        reporter.info(f"{title}: {sharing}")
+    reporter.start(title, steps)
+
+
+def evaluation_due(config: TrainConfig, step: int, steps: int) -> bool:
+    """Say whether dev is measured after a step."""
+    if config.evaluate_every is None:
+        return False
+    return step % config.evaluate_every == 0 or (step == steps and config.keep_checkpoint == "best")
+
+
+def is_stopped_early(progress: Progress, config: TrainConfig) -> bool:
+    """Say whether too many evaluations in a row brought no improvement."""
+    return config.early_stopping is not None and progress.evals_without_improvement >= config.early_stopping
 
 
 @dataclass
-class Run:
-    """One fit under way: what is saved, resumed and finally kept."""
+class TrainingRun:
+    """A training under way: what is saved, resumed and finally kept."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     state: ResumeState
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Tensor] = field(default_factory=dict)
-    remarked: set[str] = field(default_factory=set)
+    reported: set[str] = field(default_factory=set)
 
     def save(self) -> None:
-        """Let the first process write model, optimizer and best weights as one mid-stage state; all must call it.
+        """Write model, optimizer and best weights on rank 0; every rank must call this.
 
         Raises:
-            SqatError: it cannot be written; in all processes.
+            SqatError: they cannot be written; on every rank.
         """
         tensors = self.tensors() if uses_fsdp() or process_state().is_main_process else {}
         run_on_rank0(lambda: self.state.save(tensors, self.progress))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Model, optimizer and best weights by name; where they are shared out all processes must ask."""
+        """Return model, optimizer and best weights by name, whole; with FSDP every rank must call this."""
         with summon_full_params(self.model):
             tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
-        for index, values in sorted(self.optimizer.state_dict()["state"].items()):  # in one order in all processes
-            known = {name: value for name, value in sorted(values.items()) if isinstance(value, Tensor)}
-            tensors |= {f"optimizer.{index}.{name}": full_tensor(value) for name, value in known.items()}
+        for index, values in sorted(self.optimizer.state_dict()["state"].items()):  # in one order on all ranks
+            moments = {name: value for name, value in sorted(values.items()) if isinstance(value, Tensor)}
+            tensors |= {f"optimizer.{index}.{name}": full_tensor(value) for name, value in moments.items()}
         return {name: tensor.clone() for name, tensor in tensors.items()}
 
     def resume(self) -> bool:
-        """Go on from the mid-stage state, if a sound one of this key is there."""
+        """Load the resume state; False where there is none of this key."""
         loaded = self.state.take()
         if loaded is None:
             return False
@@ -152,200 +221,34 @@ class Run:
         return True
 
     def evaluate(self, evaluation: Evaluation, config: TrainConfig, best_from_step: int) -> Metrics:
-        """Measure dev, remember the best weights where they are to be kept, count evaluations without gain."""
+        """Measure dev, keep the best weights where they are wanted, and count evaluations without improvement."""
+        progress = self.progress
         with summon_full_params(self.model):
-            return self.judge(evaluation.measure(), evaluation.metric, config, best_from_step)
+            metrics = evaluation.measure()
+            self.model.train()
+            progress.history.append({"step": float(progress.step), **metrics})
+            if progress.step <= best_from_step:
+                return metrics
+            if metrics[evaluation.metric] > progress.best:
+                progress.best, progress.evals_without_improvement = metrics[evaluation.metric], 0
+                if config.keep_checkpoint == "best":
+                    self.best = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+            else:
+                progress.evals_without_improvement += 1
+        return metrics
 
-    def judge(self, figures: Metrics, metric: str, config: TrainConfig, best_from_step: int) -> Metrics:
-        """Note what was measured of the model as it stands; returns that."""
-        self.model.train()
-        self.progress.history.append({"step": float(self.progress.step), **figures})
-        if self.progress.step <= best_from_step:
-            return figures
-        if figures[metric] > self.progress.best:
-            self.progress.best = figures[metric]
-            self.progress.evals_without_improvement = 0
-            if config.keep_checkpoint == "best":
-                self.best = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
-        else:
-            self.progress.evals_without_improvement += 1
-        return figures
-
-    def remark(self, title: str, reporter: Reporter) -> None:
-        """Tell once of each kind what has become weak in the model."""
+    def warn_of_weak_layers(self, title: str, reporter: Reporter) -> None:
+        """Report dead layers and rows of zeros, each kind once."""
         with summon_full_params(self.model):
-            found = weakness(self.model, self.progress.step)
-        for kind, line in found.items():
-            if kind not in self.remarked:
+            warnings = weak_layer_warnings(self.model, self.progress.step)
+        for kind, line in warnings.items():
+            if kind not in self.reported:
                 reporter.info(f"{title}: {line}")
-            self.remarked.add(kind)
+            self.reported.add(kind)
 
-    def finish(self) -> None:
-        """Put the best weights back, where they were kept."""
+    def keep_best(self) -> None:
+        """Load the best weights where they were kept, and leave the model in evaluation mode."""
         if self.best:
             with summon_full_params(self.model):
                 self.model.load_state_dict(self.best)
         self.model.eval()
-
-
-def fit(
-    model: nn.Module,
-    loss: Loss,
-    batches: Batches,
-    config: TrainConfig,
-    *,
-    steps: int,
-    seed: int,
-    title: str,
-    reporter: Reporter,
-    state: ResumeState,
-    evaluation: Evaluation | None = None,
-    before_step: Callable[[int], None] | None = None,
-    best_from_step: int = 0,
-) -> TrainResult:
-    """Train ``model`` in place for ``steps`` optimizer steps.
-
-    Args:
-        loss: weighted parts of the loss of one batch; their sum is minimised.
-        state: where the mid-stage state is kept; an unfinished run of the same key goes on from it.
-        evaluation: measured every ``config.evaluate_every`` steps, where that is set; after the last one too where
-            the best step's weights are kept, so that it is among those compared.
-        before_step: called before each step with its number; what it changes in the model must be in the
-            model's state dict, so that a resumed run finds it there.
-    """
-    process_state()  # before Accelerator, which would not find gloo by itself
-    accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1,  # whatever the environment says
-                              kwargs_handlers=[REPLICAS])  # fmt: skip
-    accumulation_steps = resolve_accumulation_steps(config, state)
-    with data_parallel(Objective(model, loss), accelerator) as parallel:
-        optimizer = make_optimizer(model, config)
-        run = Run(model, optimizer, state, Progress(accumulation_steps=accumulation_steps))
-        begin(run, title, steps, config, reporter)
-        work = iterate_steps(batches, accumulation_steps, seed, accelerator.device, run.progress.step)
-        bounds = learned_bounds(model)
-        start = {site: float(bound.detach()) for site, bound in bounds.items()}
-        model.train()
-        shown, saved = dict(run.progress.losses), time.monotonic()
-        stop = False
-        with catch_stop_signals() as asked:
-            while not stop and run.progress.step < steps and not stopped_early(run.progress, config):
-                begun = time.monotonic()
-                if before_step is not None:
-                    before_step(run.progress.step)
-                factor = rate_factor(config, run.progress.step, steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = group["factor"] * config.learning_rate * factor
-                run.progress.step += 1
-                micro_batches, samples = next(work)
-                run.progress.losses = take_step(parallel, optimizer, micro_batches, config, run.progress.step)
-                check_scales(bounds, start, run.progress.step)
-                run.progress.samples += samples
-                seconds = time.monotonic() - begun
-                shown |= run.progress.losses
-                if run.progress.step % REMARK_EVERY == 0 or run.progress.step == steps:
-                    run.remark(title, reporter)
-                if evaluation is not None and evaluation_due(config, run.progress.step, steps):
-                    shown |= run.evaluate(evaluation, config, best_from_step)
-                run.progress.seconds += time.monotonic() - begun
-                reporter.advance(run.progress.step, shown, samples / max(seconds, 1e-9))  # some clocks stand still
-                due = accelerator.is_main_process and time.monotonic() - saved >= config.save_every
-                stop, due = any_rank(asked(), due)
-                if due and not stop and run.progress.step < steps:
-                    saved = time.monotonic()
-                    run.save()
-            if any(any_rank(asked())):  # once more: a signal may have come during the last save
-                run.save()
-                accelerator.wait_for_everyone()  # a launcher ends all processes once the first has ended
-                raise StoppedError(f"{title}: stopped and saved at step {run.progress.step} of {steps}",
-                                   "the same command, without --force, goes on from there")  # fmt: skip
-        reporter.finish()
-        run.finish()
-    done = run.progress
-    return TrainResult(done.step, done.seconds, done.samples, done.losses, done.history)
-
-
-def begin(run: Run, title: str, steps: int, config: TrainConfig, reporter: Reporter) -> None:
-    """Go on from the mid-stage state where there is one, and say what is done and by how many processes."""
-    sharing, there = (
-        describe_sharing(run.progress.accumulation_steps, config.gradient_accumulation),
-        run.state.directory.exists(),
-    )
-    if run.resume():
-        reporter.info(f"{title}: resumed at step {run.progress.step} of {steps}{sharing and f'; {sharing}'}")
-    elif there:
-        reporter.info(f"{title}: the mid-stage state is damaged, or of another run or length: starting afresh")
-    if sharing and not run.progress.step:
-        reporter.info(f"{title}: {sharing}")
-    reporter.start(title, steps)
-
-
-def take_step(
-    parallel: ParallelModel,
-    optimizer: torch.optim.Optimizer,
-    micro_batches: list[MicroBatch],
-    config: TrainConfig,
-    step: int,
-) -> Metrics:
-    """One optimizer step over its batches; returns the mean loss parts over those of all processes.
-
-    Raises:
-        SqatError: a loss or a gradient is no number; no weight has moved then, in any process.
-    """
-    totals: dict[str, Tensor] = {}
-    model, norms = parallel.objective.model, Norms(parallel.objective.model)
-    device, world = parallel.accelerator.device, parallel.accelerator.num_processes
-    for index, micro_batch in enumerate(micro_batches):
-        sync = parallel.no_sync() if index + 1 < len(micro_batches) else nullcontext()
-        seed_torch(*micro_batch.seeds)
-        with sync:
-            with reduced(config.precision, device):
-                parts = parallel.called(micro_batch.batch)
-            weight = micro_batch.share * world  # gradients are averaged over the processes
-            parallel.accelerator.backward(torch.stack([*parts.values()]).sum() * weight)
-        norms.accumulate_(micro_batch.share)
-        for name, part in parts.items():
-            totals[name] = totals.get(name, part.new_zeros(())) + part.detach() * micro_batch.share
-    figures = dict(zip(totals, all_reduce_sum(torch.stack([*totals.values()])).tolist(), strict=True))
-    check_losses(figures, model, partial(compute_again, parallel.objective, micro_batches), step)
-    if parallel.shards is not None:
-        parallel.shards.average_scalars_()
-    norm = check_gradients(model, step)
-    if config.max_grad_norm is not None:
-        for group in optimizer.param_groups:  # by groups: shares and whole tensors do not mix
-            nn.utils.clip_grads_with_norm_(group["params"], config.max_grad_norm, norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    norms.apply_()
-    return figures
-
-
-def compute_again(objective: nn.Module, micro_batches: list[MicroBatch]) -> None:
-    """Run the batches of a step once more, with the same draws."""
-    for micro_batch in micro_batches:
-        seed_torch(*micro_batch.seeds)
-        objective(micro_batch.batch)
-
-
-@contextmanager
-def reduced(precision: str, device: torch.device) -> Iterator[None]:
-    """Autocast to bf16 where the recipe asks for it.
-
-    On a CPU without torch's fused attention, whose bf16 backward takes five times as long as the plain products
-    (32 texts of 32 tokens, 12 heads of 32: 82 ms a layer against 13).
-    """
-    if precision != "bf16":
-        yield
-        return
-    plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-    with torch.autocast(device.type, torch.bfloat16), plain:
-        yield
-
-
-def evaluation_due(config: TrainConfig, step: int, steps: int) -> bool:
-    if config.evaluate_every is None:
-        return False
-    return step % config.evaluate_every == 0 or (step == steps and config.keep_checkpoint == "best")
-
-
-def stopped_early(progress: Progress, config: TrainConfig) -> bool:
-    return config.early_stopping is not None and progress.evals_without_improvement >= config.early_stopping

@@ -1,6 +1,6 @@
-"""What an unfinished stage leaves on disk to go on from: safetensors and JSON, written beside and renamed.
+"""The saved state of an unfinished stage: one safetensors file of tensors, and a JSON file that points to it.
 
-The JSON points to the tensors and holds the digest of both; nothing is unpickled. The first process writes it.
+The JSON holds the digest of both. Nothing is unpickled. Rank 0 writes it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sqat.errors import SqatError
 
 @dataclass
 class Progress:
-    """What a mid-stage state remembers beside tensors; ``accumulation_steps`` is how many batches a step sums up."""
+    """How far a training is; ``accumulation_steps`` counts the batches of a step on all ranks."""
 
     step: int = 0
     accumulation_steps: int = 1
@@ -37,26 +37,25 @@ class Progress:
 
 
 class ResumeState:
-    """The mid-stage state on disk: one safetensors file of tensors, one JSON that points to it.
+    """The saved state of a stage in a folder of its own, which is removed when the stage ends.
 
     Args:
-        directory: of its own, removed when the stage ends.
         key: of the stage; a state of another key is not used.
     """
 
     def __init__(self, directory: Path, key: str) -> None:
         self.directory, self.key = directory, key
-        self.found: list[tuple[dict[str, Tensor], Progress] | None] = []
+        self.cached: list[tuple[dict[str, Tensor], Progress] | None] = []
 
     def save(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
-        """Write the tensors, then the JSON, each beside and renamed; then drop older tensors.
+        """Write the tensors, then the JSON, each to a new file that is renamed; then remove older tensors.
 
         Raises:
-            SqatError: the disk is full or the like; the last state is still whole.
+            SqatError: a file cannot be written; the last state is still whole.
         """
         content = tensor_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-        name, known = f"step-{progress.step}.safetensors", vars(progress)
-        index = {"key": self.key, "file": name, "sha256": state_digest(content, known), "progress": known}
+        name, entries = f"step-{progress.step}.safetensors", vars(progress)
+        index = {"key": self.key, "file": name, "sha256": state_digest(content, entries), "progress": entries}
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             for target, data in ((name, content), ("state.json", json.dumps(index).encode())):
@@ -66,33 +65,34 @@ class ResumeState:
                 if old.name != name:
                     old.unlink()
         except OSError as error:
-            raise SqatError(f"the mid-stage state cannot be written: {error.strerror or error}", "free space",
-                            str(self.directory)) from error  # fmt: skip
+            problem = f"the mid-stage state cannot be written: {error.strerror or error}"
+            raise SqatError(problem, "free space", str(self.directory), code="unwritable-file") from error
         finally:
-            for half in self.directory.glob(".*.new"):
-                half.unlink(missing_ok=True)
+            for unfinished in self.directory.glob(".*.new"):
+                unfinished.unlink(missing_ok=True)
 
     def peek(self) -> Progress | None:
-        """What the state remembers that a fit will go on from; it is read once, and kept until it is taken."""
-        if not self.found:
-            self.found = [self.load()]
-        return None if self.found[0] is None else self.found[0][1]
+        """Return the progress of the state that `take` will return; the state is read once and cached."""
+        if not self.cached:
+            self.cached = [self.load()]
+        return None if self.cached[0] is None else self.cached[0][1]
 
     def take(self) -> tuple[dict[str, Tensor], Progress] | None:
-        """What `load` gives, or gave to `peek`.
+        """Return what `load` returns; every rank must call this.
 
         Raises:
-            SqatError: the processes of this run do not all find the same.
+            SqatError: the ranks do not all see the same state.
         """
-        known = self.peek()
-        told = "" if known is None else json.dumps(asdict(known))
-        if any(any_rank(told != broadcast_from_rank0(told))):
+        progress = self.peek()
+        text = "" if progress is None else json.dumps(asdict(progress))
+        if any(any_rank(text != broadcast_from_rank0(text))):
             raise SqatError("not every process finds the same mid-stage state",
-                            "put the output where all hosts see it", str(self.directory))  # fmt: skip
-        return self.found.pop()
+                            "put the output where all hosts see it", str(self.directory),
+                            code="unreadable-file")  # fmt: skip
+        return self.cached.pop()
 
     def load(self) -> tuple[dict[str, Tensor], Progress] | None:
-        """The last state; None if there is none, it is of another key, or it is damaged."""
+        """Read the last state; None where there is none, it is of another key, or it is damaged."""
         try:
             index = json.loads((self.directory / "state.json").read_bytes())
             if index["key"] != self.key:
@@ -106,5 +106,5 @@ class ResumeState:
 
 
 def state_digest(content: bytes, progress: Mapping[str, object]) -> str:
-    """sha256 of a mid-stage state: its tensors and what it remembers beside them."""
+    """Return the sha256 of tensors and progress."""
     return hashlib.sha256(content + json.dumps(progress).encode()).hexdigest()

@@ -1,7 +1,6 @@
-"""Ctrl-C and SIGTERM while a model trains: the loop stops at the next step, with nothing lost.
+"""Ctrl-C and SIGTERM while a model trains: the loop saves its state and stops at the next step.
 
-The first signal is only noted; a second one interrupts at once, a third kills. All processes of a distributed run
-stop at the same step, whichever of them was told. Left out: threads other than the main one, which get no signals.
+The first signal is recorded, a second one interrupts at once, a third kills. All ranks stop at the same step.
 """
 
 from __future__ import annotations
@@ -16,27 +15,30 @@ from types import FrameType
 from torch import distributed
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-ONE_CTRL_C = 1.0  # seconds in which a terminal and a launcher both pass it on
+ONE_CTRL_C = 1.0  # seconds in which a terminal and a launcher both pass one Ctrl-C on
 
 
 @contextmanager
 def catch_stop_signals() -> Iterator[Callable[[], bool]]:
-    """While the block runs, signals are noted; yields a function that says whether there was one."""
-    noted: list[float] = []
+    """Record signals while open; yields a function that says whether there was one.
 
-    def note(number: int, frame: FrameType | None) -> None:
-        noted.append(time.monotonic())
-        repeated = distributed.is_initialized() and noted[-1] - noted[0] < ONE_CTRL_C
-        if len(noted) > 1 and not repeated:
+    Only the main thread gets signals; in others the function always says no.
+    """
+    times: list[float] = []
+
+    def record(number: int, frame: FrameType | None) -> None:
+        times.append(time.monotonic())
+        repeated = distributed.is_initialized() and times[-1] - times[0] < ONE_CTRL_C
+        if len(times) > 1 and not repeated:
             signal.signal(number, signal.SIG_DFL)
             raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    before = {number: signal.signal(number, record) for number in SIGNALS}
     try:
-        yield lambda: bool(noted)
+        yield lambda: bool(times)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

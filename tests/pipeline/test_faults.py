@@ -42,7 +42,7 @@ class Signalled(Recorder):
             signal.raise_signal(signal.SIGINT)
 
 
-AFRESH = "prune: the mid-stage state is damaged, or of another run or length: starting afresh"
+AFRESH = "damaged, or written by another configuration; restarting the stage"
 
 
 @pytest.mark.parametrize(("rate", "said"), [("3.0e-4", "prune: resumed at step 3 of 20"), ("2.0e-4", AFRESH)])
@@ -53,4 +53,4 @@ def test_a_state_of_another_recipe_is_not_taken(copy: Project, rate: str, said: 
     with pytest.raises(StoppedError):
         pipeline.run(load_recipe(copy.recipe, ["stages.prune.learning_rate=3.0e-4"]), Signalled(), last="prune")
     pipeline.run(load_recipe(copy.recipe, [f"stages.prune.learning_rate={rate}"]), reporter := Recorder(), last="prune")
-    assert said in reporter.lines
+    assert any(said in line for line in reporter.lines)

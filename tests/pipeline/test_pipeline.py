@@ -261,5 +261,5 @@ def test_two_processes_share_the_batches_and_one_writes(tmp_path: Path) -> None:
     assert len(masks) == 12
     assert all(mask.unflatten(1, (-1, 4)).sum(2).max() == 2 for mask in masks.values())
     assert sorted(path.name for path in project.stage("prune").parent.iterdir()) == [
-        "01-train", "02-prune", "sqat.log",
+        "01-train", "02-prune", "metrics.jsonl", "sqat.log",
     ]  # fmt: skip

@@ -88,4 +88,4 @@ def test_both_tell_that_the_first_has_no_room_for_a_checkpoint(folder: Path) -> 
     for rank in (0, 1):
         *_, last = (folder / f"full/said{rank}").read_text().splitlines()
         assert last.endswith("/01-train: cannot be written: File too large; free space or choose another folder")
-    assert {path.name for path in (folder / "full/runs/tiny").iterdir()} == {"sqat.log"}
+    assert {path.name for path in (folder / "full/runs/tiny").iterdir()} == {"metrics.jsonl", "sqat.log"}

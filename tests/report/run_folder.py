@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sqat.checkpoint.manifest import load_manifest
 from sqat.checkpoint.store import Checkpoint, save_checkpoint
+from sqat.training.metrics_log import MetricsLog
 from tests.bench.graphs import CONFIG, save, write_classifier
 
 RECIPE = """\
@@ -29,14 +30,7 @@ stages:
   export: {targets: [onnx-fp32, onnx-int8]}
 results: {"dense <b>fp32</b>": export/onnx-fp32, sparse $int8$: export/onnx-int8}
 """
-LOG = """\
-2026-01-01 00:00:00 train: 10 steps
-2026-01-01 00:00:10 train: 5/10, task 1.5, 3.0 samples/s, 1m02s left
-2026-01-01 00:00:11 train: done in 11s
-2026-01-01 00:00:20 prune: 10 steps
-2026-01-01 00:00:30 prune: 4/10, task 0.7, minilm 0.01, 3.0 samples/s, 2.0s left
-2026-01-01 00:00:31 prune: done in 11s
-"""
+LOSSES = {"train": (5, {"task": 1.5}), "prune": (4, {"task": 0.7, "minilm": 0.01})}
 EMPTY = {"area", "br", "col", "hr", "img", "input", "link", "meta"}
 
 
@@ -112,7 +106,8 @@ def write_run(tmp_path: Path, make_checkpoint: Callable[..., Checkpoint]) -> Pat
     files["config.json"] = json.dumps(CONFIG).encode()
     manifest = made.manifest.model_copy(update={"stage": "export", "type": "export", "notes": ["<i>note</i>"], **plain})
     save_checkpoint(Checkpoint(manifest, files, recipe=RECIPE), folder / "05-export")
-    (folder / "sqat.log").write_text(LOG)
+    for stage, (step, losses) in LOSSES.items():
+        MetricsLog(folder / "metrics.jsonl", stage, made.manifest.fingerprint).write(step, losses, 1e-3)
     key = load_manifest(folder / "05-export").sha256
     figures = {"dense <b>fp32</b>": 0.8, "sparse $int8$": 0.76}
     rows = {label: {"key": f"{key}/x/y", "split": "dev", "data": "d" * 64, "metrics": {"f1": 0.1, "accuracy": value}}

@@ -1,17 +1,20 @@
-"""What the report reads and how it lays it out: logs, schedules, grids of layers, latencies."""
+"""What the report reads and how it lays it out: curves, schedules, grids of layers, latencies."""
 
 from __future__ import annotations
 
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pytest
 from matplotlib.figure import Figure
 
 from sqat.lint.layer_row import LayerRow
 from sqat.recipe.stages import PruneConfig, QatConfig
-from sqat.report.curves import Curves, read_log, schedule_of
+from sqat.report.curves import MOST_POINTS, Curves, read_losses, schedule_of
 from sqat.report.figures import (
     COLOURS,
     MAX_RATIO,
@@ -27,47 +30,39 @@ from sqat.report.read_run import Activation, Stage
 from sqat.report.summary import format_metric
 from sqat.sparsity.schedules.per_group import PerGroup
 
-BEGUN = """\
-2026-01-01 00:00:00 qat-b: 20 steps
-2026-01-01 00:00:01 qat-b: 2/20, task 9.0, 1.0 samples/s, 1.0s left
-2026-01-01 00:00:01 qat-b: done in 2m05s
-2026-01-01 00:00:02 qat: 20 steps
-2026-01-01 00:00:03 qat: 5/20, task 1.0, 14.8 samples/s, 1m53s left
-2026-01-01 00:00:04 qat: 9/20, task 0.5, minilm 2e-05, 14.8 samples/s, 1m40s left
-"""
-RESUMED = """\
-2026-01-01 00:01:00 qat: resumed at step 6 of 20
-2026-01-01 00:01:00 qat: 20 steps
-2026-01-01 00:01:01 qat: 8/20, task 0.75, 14.8 samples/s, 2h07m left
-2026-01-01 00:01:02 qat: done in 3.4s
-2026-01-01 00:01:03 qat: dev accuracy 0.5 -> runs/x/04-qat
-"""
-AGAIN = """\
-2026-01-01 00:02:00 qat: 20 steps
-2026-01-01 00:02:01 qat: 3/20, task 0.125, 14.8 samples/s, 1m53s left
-"""
+
+def line(step: int, task: float, stage: str = "qat", **more: Any) -> dict[str, Any]:
+    return {"stage": stage, "fingerprint": "k", "attempt": 1, "step": step, "losses": {"task": task}, **more}
 
 
-DONE = "2026-01-01 00:03:00 qat: done in 3.4s\n"
+LINES = [line(2, 9.0, "qat-b"), line(5, 1.0), line(9, 0.5, losses={"task": 0.5, "minilm": 2e-5})]
+
+
+def losses(entries: list[dict[str, Any]], stage: str = "qat", steps: int = 20, **manifest: Any) -> dict[str, Any]:
+    known: Any = SimpleNamespace(**{"stage": stage, "fingerprint": "k", "attempt": 1, "steps": steps, **manifest})
+    return read_losses(known, entries)
 
 
 def test_a_stage_has_its_own_lines() -> None:
-    assert read_log((BEGUN + DONE).splitlines(), "qat") == {"task": [(5, 1.0), (9, 0.5)], "minilm": [(9, 2e-05)]}
-    assert read_log((BEGUN + DONE).splitlines(), "qat-b") == {"task": [(2, 9.0)]}
-    assert read_log((BEGUN + DONE).splitlines(), "train") == {}
+    assert losses(LINES) == {"task": [(5, 1.0), (9, 0.5)], "minilm": [(9, 2e-05)]}
+    assert losses(LINES, "qat-b") == {"task": [(2, 9.0)]}
+    assert losses(LINES, "train") == {}
 
 
-def test_a_resumed_fit_goes_on_from_its_last_state() -> None:
-    assert read_log((BEGUN + RESUMED).splitlines(), "qat")["task"] == [(5, 1.0), (8, 0.75)]
+def test_the_last_line_of_a_step_counts() -> None:
+    assert losses([*LINES, line(5, 0.75)])["task"] == [(5, 0.75), (9, 0.5)]
 
 
-def test_a_fit_that_began_again_forgets_the_one_before() -> None:
-    assert read_log((BEGUN + RESUMED + AGAIN + DONE).splitlines(), "qat") == {"task": [(3, 0.125)]}
+@pytest.mark.parametrize("other", [{"fingerprint": "other"}, {"attempt": 2}])
+def test_lines_of_another_run_or_attempt_are_not_those_of_the_checkpoint(other: dict[str, Any]) -> None:
+    assert losses([line(1, 7.0), line(2, 3.0, **other)]) == {"task": [(1, 7.0)]}
+    assert losses([line(1, 7.0), line(2, 3.0)], steps=1) == {"task": [(1, 7.0)]}
 
 
-def test_a_fit_under_way_is_not_that_of_the_checkpoint() -> None:
-    assert read_log((BEGUN + RESUMED + AGAIN).splitlines(), "qat")["task"] == [(5, 1.0), (8, 0.75)]
-    assert read_log(BEGUN.splitlines(), "qat") == {}
+def test_a_long_training_is_thinned_out() -> None:
+    points = losses([line(step, 1.0) for step in range(1, 5001)], steps=5000)["task"]
+    assert len(points) <= MOST_POINTS + 1
+    assert points[-1][0] == 5000
 
 
 def test_the_schedule_is_that_of_the_prune_stage() -> None:

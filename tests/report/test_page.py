@@ -63,7 +63,7 @@ def test_every_section_is_there(whole: tuple[str, Page]) -> None:
     )
 
 
-def test_curves_are_those_of_the_log_and_the_manifest(whole: tuple[str, Page]) -> None:
+def test_curves_are_those_of_the_metrics_log_and_the_manifest(whole: tuple[str, Page]) -> None:
     text = whole[1].text
     assert "2 of 10 steps" in text
     assert "1 of 5 steps" in text
@@ -120,7 +120,7 @@ def test_how_to_make_it_again(shared: Path, whole: tuple[str, Page]) -> None:
 
 
 def test_a_bare_run_says_what_it_lacks(run: Path) -> None:
-    for name in ("latency.json", "results.json", "sqat.log"):
+    for name in ("latency.json", "results.json", "metrics.jsonl"):
         (run / name).unlink()
     shutil.rmtree(run / "04-qat")
     _, page = page_of(run)
@@ -128,7 +128,7 @@ def test_a_bare_run_says_what_it_lacks(run: Path) -> None:
     assert [each for each in page.ids if each in SECTIONS] == SECTIONS
     assert "Nothing to compare" in flat
     assert "No latency beside this run" in flat
-    for what in ("stage qat: has not run", "not measured", "no sqat.log", "no latency.json"):
+    for what in ("stage qat: has not run", "not measured", "no metrics.jsonl", "no latency.json"):
         assert what in flat[flat.index("What is missing") :]
     assert page.tags.count("svg") == 2 + 3 + 1, "the losses of last steps; layers; activations"
 

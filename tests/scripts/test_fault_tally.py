@@ -11,7 +11,7 @@ def test_a_run_that_was_over_is_no_fault_and_a_saved_state_is_told_from_an_inter
     tally = Tally("signals", "one at a random moment")
     for code, said in (
         (0, ""),
-        (130, "train: stopped and saved at step 3 of 20; the same command, without --force, goes on from there\n"),
+        (130, "train: stopped and saved at step 3 of 20; run the same command without --force to resume\n"),
         (130, "interrupted; run the same command again to resume from the last saved state\n"),
         (1, "internal error: KeyError\n"),
     ):

@@ -15,8 +15,9 @@ from sqat.modules.activation_quantizers import QUANTIZERS, Quantizers
 from sqat.modules.parametrize import insert_weights_
 from sqat.recipe.stages import TrainConfig
 from sqat.training.batches import Batches
-from sqat.training.health import check_gradients, saturation, weakness
-from sqat.training.loop import Run, fit, make_optimizer
+from sqat.training.health import check_gradients, saturation_warnings, weak_layer_warnings
+from sqat.training.loop import TrainingRun, fit
+from sqat.training.optimizer import make_optimizer
 from sqat.training.resume_state import Progress, ResumeState
 
 
@@ -100,9 +101,7 @@ class Learned(nn.Module):
 def test_a_scale_that_runs_away_is_told_by_its_site(tmp_path: Path, recorder: object) -> None:
     torch.manual_seed(0)
     train(Learned(), tmp_path / "calm", reporter=recorder, learning_rate=1e-4)
-    with pytest.raises(
-        SqatError, match=r"^the scale of linear:input has run away: its bound was 0\.5 and is \S+ at step"
-    ):
+    with pytest.raises(SqatError, match=r"^the scale of linear:input has run away: amax was 0\.5 and is \S+ at step"):
         train(Learned(), tmp_path / "wild", steps=40, reporter=recorder, learning_rate=10.0, warmup=0)
 
 
@@ -116,15 +115,17 @@ def test_dead_layers_and_rows_are_remarked_once_by_name(tmp_path: Path, recorder
         "net: 1 dead layers at step 100, all of whose weights are zero: 2",
         "net: 1 layers with rows of zeros at step 100: 0 (1 of 4)",
     ]
-    assert weakness(net_with(nn.Identity()), 1) == {}
+    assert weak_layer_warnings(net_with(nn.Identity()), 1) == {}
 
 
 def test_a_kind_of_weakness_is_told_once_however_many_have_it(tmp_path: Path, recorder: object) -> None:
     net = net_with(nn.Identity())
-    run = Run(net, make_optimizer(net, TrainConfig()), ResumeState(tmp_path / "state", "key"), Progress(step=100))
+    run = TrainingRun(
+        net, make_optimizer(net, TrainConfig()), ResumeState(tmp_path / "state", "key"), Progress(step=100)
+    )
     for layer in (net[2], net[0]):
         nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
-        run.remark("net", recorder)  # type: ignore[arg-type]
+        run.warn_of_weak_layers("net", recorder)  # type: ignore[arg-type]
     assert recorder.lines == [  # type: ignore[attr-defined]
         "net: 1 dead layers at step 100, all of whose weights are zero: 2",
     ]
@@ -146,7 +147,7 @@ def test_saturated_sites_are_listed() -> None:
     shares = {"a": 0.5, "b": 0.01, "c": None, "d": 0.11, "e": 0.2, "f": 0.3}
     sites = {name: SiteRecord(shared_with=name, saturated=share) for name, share in shares.items()}
     known = {"stage": "c", "type": "calibrate", "fingerprint": "k", "base_model": "m", "seed": 0}
-    assert saturation(Manifest(**known, sites=sites)) == [  # type: ignore[arg-type]
+    assert saturation_warnings(Manifest(**known, sites=sites)) == [  # type: ignore[arg-type]
         "4 saturated sites, which clip what they see: a (50%), d (11%), e (20%) and others"
     ]
-    assert saturation(Manifest(**known)) == []  # type: ignore[arg-type]
+    assert saturation_warnings(Manifest(**known)) == []  # type: ignore[arg-type]

@@ -114,7 +114,7 @@ def test_a_signal_saves_at_the_step_and_the_fit_goes_on_to_the_same_weights(tmp_
     with pytest.raises(StoppedError) as caught:
         train(tmp_path / "state", at)
     assert caught.value.exit_code == 130
-    line = f"net: stopped and saved at step {at} of 8; the same command, without --force, goes on from there"
+    line = f"net: stopped and saved at step {at} of 8; run the same command without --force to resume"
     assert str(caught.value) == line
     loaded = ResumeState(tmp_path / "state", "key").load()
     assert loaded is not None
@@ -169,9 +169,7 @@ def test_all_processes_stop_at_the_step_at_which_one_was_told(tmp_path: Path) ->
     ends = [worker.communicate(timeout=240) for worker in workers]
     assert [worker.returncode for worker in workers] == [130, 130], ends
     assert [out.partition(";")[0] for out, _ in ends] == ["net: stopped and saved at step 3 of 8"] * 2
-    assert all(out.endswith("goes on from there True\n") for out, _ in ends), (
-        "no process ends before the state is whole"
-    )
+    assert all(out.endswith("to resume True\n") for out, _ in ends), "no process ends before the state is whole"
     loaded = ResumeState(tmp_path / "state", "key").load()
     assert loaded is not None
     assert loaded[1].step == 3

@@ -30,11 +30,12 @@ from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import parse_pattern
 from sqat.tasks import build_task
 from sqat.tasks.splits import load_rows
-from sqat.training import loop as training
 from sqat.training import resume_state as mid_stage
 from sqat.training.batches import Batches
-from sqat.training.loop import Evaluation, TrainResult, fit, make_optimizer, rate_factor
+from sqat.training.loop import Evaluation, TrainResult, fit
+from sqat.training.optimizer import learning_rate_factor, make_optimizer
 from sqat.training.resume_state import Progress, ResumeState
+from sqat.training.step import autocast
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +53,7 @@ def attend(precision: str) -> tuple[Tensor, Tensor]:
     """Attention over a product, as a loss of float32 inputs, and its gradient."""
     torch.manual_seed(0)
     weight = torch.randn(2, 4, 16, 8, requires_grad=True)
-    with training.reduced(precision, torch.device("cpu")):
+    with autocast(precision, torch.device("cpu")):
         out = nn.functional.scaled_dot_product_attention(weight, weight @ torch.eye(8), weight)
     loss = out.float().square().mean()
     loss.backward()
@@ -69,7 +70,7 @@ def test_bf16_computes_what_fp32_does_within_its_eight_bits() -> None:
 
 def test_bf16_on_a_cpu_is_without_the_fused_attention_and_leaves_the_switches_alone() -> None:
     before = torch.backends.cuda.flash_sdp_enabled()
-    with training.reduced("bf16", torch.device("cpu")):
+    with autocast("bf16", torch.device("cpu")):
         assert not torch.backends.cuda.flash_sdp_enabled()
         assert torch.is_autocast_enabled("cpu")
     assert torch.backends.cuda.flash_sdp_enabled() == before
@@ -80,7 +81,7 @@ def test_bf16_on_a_cpu_is_without_the_fused_attention_and_leaves_the_switches_al
 
 
 def factors(steps: int, **config: Any) -> list[float]:
-    return [rate_factor(TrainConfig(**config), step, steps) for step in range(steps)]
+    return [learning_rate_factor(TrainConfig(**config), step, steps) for step in range(steps)]
 
 
 def test_learning_rates() -> None:
@@ -519,8 +520,8 @@ def test_a_damaged_state_or_one_of_another_stage_is_not_used(
     damage(bert.folder / "state")
     assert ResumeState(bert.folder / "state", "key").load() is None
     assert equal(bert.run(None), unbroken)
-    said = "t: the mid-stage state is damaged, or of another run or length: starting afresh"
-    assert bert.said == [said]
+    (said,) = bert.said
+    assert said.startswith(f"t: cannot resume from {bert.folder / 'state'}: damaged, or written by another")
 
 
 # --- the mid-stage state on disk

@@ -1,0 +1,63 @@
+"""``metrics.jsonl`` in the run folder: what training measured, one JSON object a line.
+
+Fields: ``stage``, ``fingerprint``, ``attempt``, ``step``, ``time`` (Unix seconds), ``losses`` (part: value),
+``learning_rate``, and after an evaluation ``dev`` (metric: value; null where it is not finite). A resumed run may
+write a step again: the last line of a step counts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class MetricsLog:
+    """Writes the lines of one attempt of a stage.
+
+    Attributes:
+        fingerprint: of the stage, so that a reader can tell runs of another recipe apart.
+    """
+
+    path: Path
+    stage: str
+    fingerprint: str
+    attempt: int = 1
+
+    def write(
+        self, step: int, losses: Mapping[str, float], learning_rate: float, dev: Mapping[str, float] | None = None
+    ) -> None:
+        """Append the line of a step."""
+        line: dict[str, Any] = {
+            "stage": self.stage,
+            "fingerprint": self.fingerprint,
+            "attempt": self.attempt,
+            "step": step,
+            "time": round(time.time(), 3),
+            "losses": dict(losses),
+            "learning_rate": learning_rate,
+        }
+        if dev is not None:
+            line["dev"] = {name: value if math.isfinite(value) else None for name, value in dev.items()}
+        with suppress(OSError):  # a full disk ends the run where its state is saved
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file in order; a line that was cut short is skipped."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with suppress(ValueError):
+                entry = json.loads(line)
+                if isinstance(entry, dict):
+                    yield entry
