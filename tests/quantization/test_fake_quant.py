@@ -38,27 +38,27 @@ def gradient_of(function, x: Tensor, *args: Tensor) -> Tensor:
 
 @settings(deadline=None)
 @given(st.floats(2.0**-30, 2.0**30, width=32), st.integers(0, 9))
-def test_activations_are_torch_s_bit_for_bit(amax, seed):
-    amax = torch.tensor(amax)
-    x = drawn(500, seed=seed).mul(amax * 0.7)
+def test_activations_equal_torchs_bit_for_bit(value, seed):
+    amax = torch.tensor(value)
+    x = drawn(500, seed=seed).mul(value * 0.7)
     ours, theirs = fake_quantize(x, amax), torch_activation(x, amax)
     assert torch.equal(ours, theirs)
     assert torch.equal(ours[ours != 0].view(torch.int32), theirs[theirs != 0].view(torch.int32))
-    steps = x.double() * 127 / amax
+    steps = x.double() * 127 / value
     no_tie = ((steps - 127.5).abs() > 1e-3) & ((steps + 128.5).abs() > 1e-3)
     gradient, expected = gradient_of(fake_quantize, x, amax), gradient_of(torch_activation, x, amax)
     assert torch.equal(gradient[no_tie], expected[no_tie])
 
 
 @given(st.floats(2.0**-20, 2.0**20, width=32), st.integers(0, 9))
-def test_the_narrow_range_is_torch_s_too(amax, seed):
-    amax, x = torch.tensor(amax), drawn(500, seed=seed).mul(amax * 0.7)
+def test_the_narrow_range_equals_torchs(value, seed):
+    amax, x = torch.tensor(value), drawn(500, seed=seed).mul(value * 0.7)
 
     def narrow(x: Tensor, amax: Tensor) -> Tensor:
         return torch.fake_quantize_per_tensor_affine(x, amax / 127, ZERO_POINT, -127, 127)
 
     assert torch.equal(fake_quantize(x, amax, -127), narrow(x, amax))
-    no_tie = ((x.double() * 127 / amax).abs() - 127.5).abs() > 1e-3
+    no_tie = ((x.double() * 127 / value).abs() - 127.5).abs() > 1e-3
     ours = gradient_of(lambda x, amax: fake_quantize(x, amax, -127), x, amax)
     assert torch.equal(ours[no_tie], gradient_of(narrow, x, amax)[no_tie])
 
@@ -132,14 +132,14 @@ def learned_by_loop(x: list[float], grad: list[float], amax: float, values: int)
     return grad_x, grad_scale / math.sqrt(values * 127) / 127  # amax = 127 scale
 
 
-@pytest.mark.parametrize("amax", [0.5, 1.0, 3.0])
-def test_learned_gradients_are_the_paper_s(amax):
-    x, amax = drawn(3, 40).requires_grad_(), torch.tensor(amax, requires_grad=True)
+@pytest.mark.parametrize("value", [0.5, 1.0, 3.0])
+def test_learned_gradients_are_those_of_the_paper(value):
+    x, amax = drawn(3, 40).requires_grad_(), torch.tensor(value, requires_grad=True)
     grad = drawn(3, 40, seed=1)
     y = fake_quantize_learned(x, amax)
-    assert torch.equal(y, torch_activation(x.detach(), torch.tensor(amax)))
+    assert torch.equal(y, torch_activation(x.detach(), torch.tensor(value)))
     y.backward(grad)
-    expected_x, expected_amax = learned_by_loop(x.flatten().tolist(), grad.flatten().tolist(), amax, values=40)
+    expected_x, expected_amax = learned_by_loop(x.flatten().tolist(), grad.flatten().tolist(), value, values=40)
     assert x.grad is not None
     assert amax.grad is not None
     assert torch.equal(x.grad.flatten(), torch.tensor(expected_x))
@@ -181,7 +181,7 @@ def test_learned_amax_works_in_bfloat16():
 
 @pytest.mark.parametrize("shape", [(12, 40), (12, 8, 3, 3)])
 @pytest.mark.parametrize("seed", range(3))
-def test_weights_are_torch_s_per_channel(shape, seed):
+def test_weights_equal_torchs_per_channel(shape, seed):
     weight, mask = drawn(*shape, seed=seed), drawn(*shape, seed=seed + 10) > 0
     masked = weight * mask
     scale = masked.flatten(1).abs().amax(1) / 127
