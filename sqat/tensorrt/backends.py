@@ -1,6 +1,6 @@
 """Build an engine here: with TensorRT where it and a GPU are, ahead of time with TensorRT-RTX, or not at all.
 
-`sqat.export.builder` does the work in a process of its own: a library that crashes ends only that process.
+`sqat.export.build_engine` does the work in a process of its own: a library that crashes ends only that process.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sqat.errors import SqatError
-from sqat.export.build_recipe import Shapes
+from sqat.export.engine_files import Shapes
 from sqat.hardware.machine import Gpu, find_gpus
 
 TENSORRT, RTX = "tensorrt", "tensorrt-rtx"
@@ -99,7 +99,7 @@ def build_engine(model: Path, output: Path, shapes: Shapes, *, backend: str, hal
     layers.unlink(missing_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     precisions = ["INT8", "FP16"] if half else ["INT8"]
-    command = [sys.executable, "-m", "sqat.export.builder", model, "--backend", backend, "--output", output,
+    command = [sys.executable, "-m", "sqat.export.build_engine", model, "--backend", backend, "--output", output,
                "--log", log, "--layers", layers, "--shapes", json.dumps(shapes),
                "--precisions", *precisions]  # fmt: skip
     start = time.monotonic()

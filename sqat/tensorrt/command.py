@@ -9,7 +9,7 @@ from pathlib import Path
 from onnx import ModelProto, TensorProto
 
 from sqat.errors import SqatError
-from sqat.export.build_recipe import Range, Shapes, parse_range, profile_shapes, read_settings
+from sqat.export.engine_files import Range, Shapes, parse_range, profile_shapes, read_settings
 from sqat.export.names import needs_kernels
 from sqat.export.onnx_files import read_onnx
 from sqat.hardware.machine import find_gpus

@@ -15,7 +15,7 @@ from onnx import ModelProto
 
 from sqat.cli import main
 from sqat.errors import SqatError
-from sqat.export.build_recipe import build_files
+from sqat.export.engine_files import make_engine_files
 from sqat.tensorrt.backends import build_engine
 from sqat.tensorrt.build_log import read_log
 from sqat.tensorrt.command import build_report, read_report
@@ -89,7 +89,7 @@ def test_expanded_weights_are_a_missed_gate(built: Path, tmp_path: Path, capsys:
 def test_the_script_runs_alone_and_its_shapes_are_taken(tmp_path: Path) -> None:
     save(encoder(layers=1), tmp_path, "m.onnx")
     inputs = {"hidden": ("batch", "sequence", 32)}
-    for name, content in build_files("m.onnx", inputs=inputs, batch=(1, 2, 3), sequence=(5, 6, 7)).items():
+    for name, content in make_engine_files("m.onnx", inputs=inputs, batch=(1, 2, 3), sequence=(5, 6, 7)).items():
         (tmp_path / name).write_bytes(content)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     process = subprocess.run(
@@ -157,7 +157,7 @@ def test_the_same_script_builds_with_tensorrt(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "tensorrt.py").write_text("from tensorrt_rtx import *\nfrom tensorrt_rtx import __version__\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])]))
     model = save(encoder(layers=1), tmp_path)
-    command = [sys.executable, "-m", "sqat.export.builder", str(model), "--backend", "tensorrt"]
+    command = [sys.executable, "-m", "sqat.export.build_engine", str(model), "--backend", "tensorrt"]
     process = subprocess.run([*command, "--shapes", json.dumps(SHAPES)], capture_output=True, text=True)
     log = read_log(tmp_path / "model.tensorrt.build.log")
     assert log.weight_bytes

@@ -11,7 +11,7 @@ import pytest
 
 from sqat.cli import main
 from sqat.errors import SqatError
-from sqat.export.build_recipe import build_files
+from sqat.export.engine_files import make_engine_files
 from sqat.hardware.machine import Gpu
 from sqat.tensorrt import backends, command
 from sqat.tensorrt.backends import choose_backend, sparse_kernel_problem
@@ -105,7 +105,7 @@ def test_the_precision_beside_a_model_is_its_own(monkeypatch: pytest.MonkeyPatch
     """Another model beside the same settings has their ranges, but not their precision."""
     other = model.with_name("other.onnx")
     other.write_bytes(model.read_bytes())
-    files = build_files(model.name, inputs={"hidden": ("batch", "sequence", 32)}, batch=(1, 2, 4),
+    files = make_engine_files(model.name, inputs={"hidden": ("batch", "sequence", 32)}, batch=(1, 2, 4),
                         sequence=(8, 16, 32), precision="fp16")  # fmt: skip
     model.with_name("build_engine.json").write_bytes(files["build_engine.json"])
     calls: list[dict[str, object]] = []
@@ -180,7 +180,7 @@ def test_files_that_do_not_fit_are_one_line(model: Path, tmp_path: Path, capsys)
 
 def test_options_of_a_build_are_refused_where_nothing_is_built(model: Path, capsys) -> None:
     assert main(["engine", str(model), "--log", str(LOGS / "trtexec-10.log"), "--batch", "1,2,3"]) == 2
-    assert capsys.readouterr().err.startswith("error: nothing is built from --log or --layers; leave out --output")
+    assert "--log" in only_line(capsys)
 
 
 def test_the_model_is_not_written_over(model: Path, capsys) -> None:

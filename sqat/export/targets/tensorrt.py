@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sqat.export.build_recipe import build_files
 from sqat.export.conv1x1 import to_conv1x1
+from sqat.export.engine_files import make_engine_files
 from sqat.export.float16 import to_float16
 from sqat.export.folding import fold_attention_scale
 from sqat.export.opset17 import to_opset17
@@ -39,7 +39,7 @@ def write(source: Source, path: Path) -> TargetFile:
     result = write_graph(source, path, graph, source.checkpoint, "tensorrt-8" if version_8 else "tensorrt",
                          rounding=FP16_NOISE if fp16 else FP32_NOISE, runs_in_int8=not (fp16 or conv1x1))  # fmt: skip
     shapes = {name: input_shape(tensor) for name, tensor in source.inputs.items()}
-    files = build_files(path.name, inputs=shapes, batch=config.batch_range, sequence=source.sequence,
+    files = make_engine_files(path.name, inputs=shapes, batch=config.batch_range, sequence=source.sequence,
                         precision=options.precision, layers=options.layers, weights=options.weights)  # fmt: skip
     for name, content in files.items():
         path.with_name(name).write_bytes(content)

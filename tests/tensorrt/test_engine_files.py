@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sqat.errors import SqatError
-from sqat.export.build_recipe import BuildSettings, build_files, parse_range, profile_shapes, read_settings
+from sqat.export.engine_files import BuildSettings, make_engine_files, parse_range, profile_shapes, read_settings
 
 TOKENS = {"input_ids": ("batch", "sequence"), "attention_mask": ("batch", "sequence")}
 BATCH, SEQUENCE = (1, 8, 32), (16, 128, 256)
@@ -27,7 +27,7 @@ needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash
 
 
 def files_for(name: str = "m.onnx", inputs=TOKENS, **options) -> dict[str, bytes]:
-    return build_files(name, inputs=inputs, **{"batch": BATCH, "sequence": SEQUENCE, **options})
+    return make_engine_files(name, inputs=inputs, **{"batch": BATCH, "sequence": SEQUENCE, **options})
 
 
 def settings_in(files: dict[str, bytes]) -> dict[str, object]:

@@ -46,7 +46,7 @@ class BuildSettings(BaseModel):
         return self.layers == "conv1x1" and self.weights == "qdq"
 
 
-def build_files(
+def make_engine_files(
     onnx_name: str,
     *,
     inputs: Mapping[str, Sequence[int | str]],
@@ -79,7 +79,7 @@ def build_files(
     return {
         SETTINGS: (settings.model_dump_json(indent=2) + "\n").encode(),
         SCRIPT: shell_script(settings).encode(),
-        BUILDER: resources.files("sqat.export").joinpath("builder.py").read_bytes(),
+        BUILDER: resources.files("sqat.export").joinpath(BUILDER).read_bytes(),
     }
 
 
@@ -106,7 +106,7 @@ def read_settings(model: Path) -> BuildSettings | None:
 
 
 def profile_shapes(inputs: Mapping[str, Sequence[int | str]], batch: Range, sequence: Range) -> Shapes:
-    """Smallest, usual and largest shape of each input that has free sizes; arguments as for `build_files`."""
+    """Smallest, usual and largest shape of each input that has free sizes; arguments as for `make_engine_files`."""
     check_range("batch", batch)
     check_range("sequence", sequence)
     shapes: Shapes = {}
