@@ -28,7 +28,7 @@ from scripts.results.schema import Latency, Setting, Timing, write
 from sqat.bench.intervals import median_ratio
 from sqat.errors import SqatError
 from sqat.evaluation.artifacts import open_onnx
-from sqat.export.cpu_graph import file_needs_kernels
+from sqat.export.names import file_needs_kernels
 from sqat.hardware.machine import describe_processor
 from sqat.pipeline.graph import resolve_graph
 from sqat.pipeline.result_files import result_artifacts

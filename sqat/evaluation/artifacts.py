@@ -25,7 +25,7 @@ from sqat.checkpoint.store import read_tensors
 from sqat.data.batch import Batch
 from sqat.errors import SqatError, first_line
 from sqat.evaluation.inference import logits_of, on_device
-from sqat.export.cpu_graph import file_needs_kernels
+from sqat.export.names import file_needs_kernels
 from sqat.export.packed_folder import MANIFEST as PACKED
 from sqat.export.targets.compressed_tensors import check_compressed
 from sqat.models.loading import assemble, load_weights

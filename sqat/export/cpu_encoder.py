@@ -1,13 +1,7 @@
-"""Encoders that the target `cpu-sparse` serves: which they are, and their parts as numbers for the kernels.
+"""The encoders that target `cpu-sparse` serves, and their parts as numbers for the kernels.
 
-What: `check_encoder` refuses a model that the kernels do not compute and names the part; `Encoder` reads a calibrated
-one: integers and scales of its linears, its norms, and the steps of its activations.
-
-Why a table of names: a kernel does the work of several modules (q, k and v; a linear with the residual add and the
-norm behind it), and which belong together only the family's own code says. A linear's output is ``sum * scale + bias``
-with scale = input step * weight step, as `sqat.modules.served_arithmetic` has it: nothing is folded that would round
-in another place than the trained model does. Left out: layers of which a linear stays float, relative and rotary
-positions, decoders.
+A kernel does the work of several modules, and only a family's own code says which belong together: hence a table of
+names. Nothing is folded that would round elsewhere than the trained model does (`sqat.modules.served_arithmetic`).
 """
 
 from __future__ import annotations
@@ -33,13 +27,13 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Family:
-    """Names of the parts that a family's encoder is made of.
+    """Names of the modules of a family's encoder.
 
     Attributes:
         stack: the list of layers, below the base model.
-        activation: the config's entry that names the activation function.
-        typed: tokens have types, which are embedded too.
-        counted: positions are counted over the real tokens, not from 0.
+        activation: the config entry with the activation function.
+        has_types: tokens have types, which are embedded too.
+        counts_positions: positions count the real tokens, not from 0.
     """
 
     stack: str
@@ -52,12 +46,12 @@ class Family:
     widen: str
     narrow: str
     second_norm: str
-    typed: bool = True
-    counted: bool = False
+    has_types: bool = True
+    counts_positions: bool = False
 
     @property
     def attention(self) -> str:
-        """The module that has q, k and v, and their sites."""
+        """The module with q, k and v, and their sites."""
         return self.query.rpartition(".")[0]
 
     @property
@@ -66,8 +60,8 @@ class Family:
         return (self.query, self.key, self.value, self.project, self.widen, self.narrow)
 
 
-class Product(NamedTuple):
-    """A linear as its kernel takes it: packed integers, a scale and a bias for each output."""
+class FusedLinear(NamedTuple):
+    """Linears that read one tensor, as their kernel takes them: packed integers, scale and bias of each output."""
 
     weight: Packed
     scale: Floats
@@ -99,12 +93,12 @@ class Encoder:
 
     @property
     def base(self) -> str:
-        """Name of the module with embeddings and layers, with a dot behind it; empty where it is the model itself."""
+        """Name of the module with embeddings and layers and a dot; empty where it is the model itself."""
         return self.layers[0].removesuffix(f"{self.family.stack}.0")
 
     @property
     def heads(self) -> int:
-        """Heads of its attention."""
+        """Number of attention heads."""
         return attention_heads(self.model)
 
     @property
@@ -113,66 +107,67 @@ class Encoder:
         return ACTIVATIONS[activation_of(self.model, self.family)]
 
     def step(self, site: str) -> float:
-        """Scale of a site as float32 has it."""
+        """Compute the scale of an activation site in float32."""
         return float(np.float32(self.quantized.amax[site]) / np.float32(HIGH))
 
-    def product(self, *names: str) -> Product:
-        """Linears that read one tensor, as one."""
+    def fuse(self, *names: str) -> FusedLinear:
+        """Fuse linears that read one tensor."""
         linears = [linear(self.model, name) for name in names]
         parts = [self.quantized.weights[name] for name in names]
         scales = [scale.numpy() * np.float32(self.step(f"{name}:input"))
                   for name, (_, scale) in zip(names, parts, strict=True)]  # fmt: skip
         weight = pack(np.concatenate([integers.numpy() for integers, _ in parts]))
-        return Product(weight, np.concatenate(scales), np.concatenate([bias_of(layer) for layer in linears]))
+        return FusedLinear(weight, np.concatenate(scales), np.concatenate([bias_of(layer) for layer in linears]))
 
     def norm(self, name: str) -> Norm:
-        """The layer norm of a name."""
-        found: Any = self.model.get_submodule(name)
-        return Norm(array(found.weight), array(found.bias), float(found.eps))
+        """Read a layer norm."""
+        norm: Any = self.model.get_submodule(name)
+        return Norm(array(norm.weight), array(norm.bias), float(norm.eps))
 
     def table(self, name: str) -> Floats:
-        """The embedding table of a name."""
-        found: Any = self.model.get_submodule(name)
-        return array(found.weight)
+        """Read an embedding table."""
+        embedding: Any = self.model.get_submodule(name)
+        return array(embedding.weight)
 
 
 def bias_of(layer: nn.Linear) -> Floats:
-    """A linear's bias, zeros where it has none."""
+    """Get a linear's bias, zeros where it has none."""
     return np.zeros(layer.out_features, np.float32) if layer.bias is None else array(layer.bias)
 
 
 def array(tensor: Tensor) -> Floats:
-    found: Floats = tensor.detach().float().numpy()
-    return found
+    numbers: Floats = tensor.detach().float().numpy()
+    return numbers
 
 
 def check_encoder(model: nn.Module) -> Family:
-    """The family of a model that the kernels compute.
+    """Get the family of a model that the kernels can compute.
 
     Raises:
-        SqatError: they do not; it names the part.
+        SqatError: they cannot; it names the part.
     """
     kind = str(model.config.model_type) if isinstance(model, PreTrainedModel) else type(model).__name__
     if (family := FAMILIES.get(kind)) is None:
-        raise refusal(f"encoders of type {', '.join(FAMILIES)}, and this model is of type {kind}")
+        raise unsupported(f"encoders of type {', '.join(FAMILIES)}, and this model is of type {kind}")
     if settings_of(model).get("is_decoder"):
-        raise refusal("attention in both directions, and this model's is causal (is_decoder)")
+        raise unsupported("attention in both directions, and this model's is causal (is_decoder)")
     if (name := activation_of(model, family)) not in ACTIVATIONS:
-        raise refusal(f"the activation functions {', '.join(ACTIVATIONS)}, and this model's is {name}")
+        raise unsupported(f"the activation functions {', '.join(ACTIVATIONS)}, and this model's is {name}")
     return family
 
 
-def refusal(text: str) -> SqatError:
-    return SqatError(f"target cpu-sparse computes {text}", INSTEAD)
+def unsupported(supported: str) -> SqatError:
+    """Make the error for a model that the kernels cannot compute."""
+    return SqatError(f"target cpu-sparse computes {supported}", INSTEAD, code="unsupported-model")
 
 
 def activation_of(model: nn.Module, family: Family) -> str:
-    """The config's name of the activation function between the wide linears."""
+    """Get the config's name of the activation function between the wide linears."""
     return str(settings_of(model)[family.activation])
 
 
 def settings_of(model: nn.Module) -> dict[str, Any]:
-    """A model's config, which has other entries in each family."""
+    """Read a model's config; each family has other entries."""
     config: Any = model.config
     return dict(config.to_dict())
 
@@ -188,12 +183,12 @@ def read_encoder(model: nn.Module, quantized: QuantizedModel) -> Encoder:
     layers = tuple(encoder_blocks(model))
     for name in (f"{layer}.{part}" for layer in layers for part in family.linears):
         if name not in quantized.weights:
-            raise refusal(f"every linear of the layers in int8, and {name} is float")
+            raise unsupported(f"every linear of the layers in int8, and {name} is float")
     return Encoder(model, family, layers, quantized)
 
 
 INSTEAD = "calibrate with placement linear and export onnx-int8, which takes any encoder"
-# As the configs name them, and the kernels.
+# Name in a config -> name in the kernels.
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_python": "gelu",
@@ -225,9 +220,9 @@ DISTILBERT = Family(
     widen="ffn.lin1",
     narrow="ffn.lin2",
     second_norm="output_layer_norm",
-    typed=False,
+    has_types=False,
 )
-ROBERTA = replace(BERT, counted=True)
+ROBERTA = replace(BERT, counts_positions=True)
 FAMILIES = {
     "bert": BERT,
     "roberta": ROBERTA,

@@ -1,13 +1,8 @@
-"""A float transformers encoder as an ONNX graph whose nodes say which module they came from.
+"""Export a float transformers model as an ONNX graph whose node names say their module.
 
-What: `export_float` runs torch's exporter at opset 20 with symbolic batch and, for tokens, sequence and hands back a
-graph in which every node is named ``/path/of/the/module/Op``, every weight of a linear ``module.weight``, and
-nothing else of the exporter's metadata is left. The node name is the one carrier of the module name: the Q/DQ
-writer, the checks and `sqat inspect` read it, and so do the messages of whatever runtime loads the file.
-
-Why float first: tracing fake-quant ops fails under dynamic shapes, so Q/DQ pairs are inserted afterwards
-(`sqat.export.qdq`). Why opset 20: ``Gelu`` stays one op, and ONNX Runtime refuses int8 at 21 with static
-shapes. Left out: images of several sizes.
+Nodes are named ``/path/of/the/module/Op`` and weights ``module.weight``; the exporter's metadata is dropped. Q/DQ pairs
+are inserted afterwards (`sqat.export.qdq`): tracing fake quantization fails under dynamic shapes. Opset 20 keeps
+``Gelu`` one operator.
 """
 
 from __future__ import annotations
@@ -30,8 +25,8 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 ROOT = "model"
 
 
-class Logits(nn.Module):
-    """Positional tensors in, logits out: the shape of a forward that the exporter can name."""
+class LogitsOnly(nn.Module):
+    """A model with positional inputs and logits as its only output, whose names the exporter takes."""
 
     def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -47,17 +42,16 @@ def export_float(model: nn.Module, inputs: Mapping[str, Tensor], output: str = "
     """Export an encoder in float32, weights as they are.
 
     Args:
-        model: transformers encoder, in eval mode, eager attention, no parametrizations; returns ``.logits``.
+        model: in eval mode, with eager attention and no parametrizations; returns ``.logits``.
         inputs: an example batch by input name: integers [batch, sequence >= 2], or floats [batch, ...] (images), of
-            which the batch alone varies; only names, types and widths matter.
-        output: what the model's ``.logits`` is called in the graph.
+            which only the batch varies; only names, types and widths matter.
+        output: name of the model's ``.logits`` in the graph.
 
     Returns:
-        ModelProto of opset 20; inputs in the given order, one output [batch, ...]. It may hold more than
-        2 GB: see `sqat.export.onnx_files`.
+        ModelProto of opset 20 with inputs in the given order and one output [batch, ...]; it may exceed 2 GB.
 
     Raises:
-        ValueError: an input has another shape or the model is in training mode.
+        ValueError: an input has another shape, or the model is in training mode.
     """
     example = tuple(example_rows(name, tensor) for name, tensor in inputs.items())
     if model.training:
@@ -66,7 +60,7 @@ def export_float(model: nn.Module, inputs: Mapping[str, Tensor], output: str = "
     axes = tuple({0: batch} if tensor.is_floating_point() else {0: batch, 1: sequence} for tensor in example)
     with quiet(), torch.no_grad():
         program = torch.onnx.export(
-            Logits(model, tuple(inputs)).eval(),
+            LogitsOnly(model, tuple(inputs)).eval(),
             example,
             dynamo=True,
             opset_version=OPSET,
@@ -84,7 +78,7 @@ def export_float(model: nn.Module, inputs: Mapping[str, Tensor], output: str = "
 
 
 def example_rows(name: str, tensor: Tensor) -> Tensor:
-    """Two short rows of an input: a size of 1 would be taken for a constant by the exporter."""
+    """Make two short rows of an input: the exporter takes a size of 1 for a constant."""
     if tensor.is_floating_point():
         if tensor.dim() < 2 or not tensor.numel():
             raise ValueError(f"input {name} has shape {tuple(tensor.shape)}, needs [batch >= 1, ...]")
@@ -96,7 +90,7 @@ def example_rows(name: str, tensor: Tensor) -> Tensor:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the exporter's warnings and log lines; restored on leaving."""
+    """Silence the exporter's warnings and log lines for as long as the block runs."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -108,16 +102,16 @@ def quiet() -> Iterator[None]:
 
 
 def name_nodes_(graph: GraphProto) -> None:
-    """Name every node after the module that ran it and its operator, with a number where that repeats."""
-    taken: dict[str, int] = {}
+    """Name every node after its module and operator, with a number where that repeats."""
+    counts: dict[str, int] = {}
     for node in graph.node:
         name = node_name(scope_module(node), node.op_type)
-        taken[name] = taken.get(name, -1) + 1
-        node.name = f"{name}_{taken[name]}" if taken[name] else name
+        counts[name] = counts.get(name, -1) + 1
+        node.name = f"{name}_{counts[name]}" if counts[name] else name
 
 
 def scope_module(node: NodeProto) -> str:
-    """Module name in the exporter's metadata: the scope before the op's, without wrapper and call number."""
+    """Get the module name from the exporter's metadata, without wrapper and call number."""
     scopes: list[str] = next(
         (ast.literal_eval(entry.value) for entry in node.metadata_props if entry.key == SCOPES), []
     )
@@ -126,7 +120,7 @@ def scope_module(node: NodeProto) -> str:
 
 
 def name_initializers_(graph: GraphProto) -> None:
-    """Name weights after their module (the exporter: ``val_87``); drop the wrapper's prefix elsewhere."""
+    """Name weights after their module (the exporter says ``val_87``); drop the wrapper's prefix elsewhere."""
     names = {tensor.name: tensor.name.removeprefix(f"{ROOT}.") for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type in WEIGHTED and node.input[1] in names and module_of(node):
@@ -142,16 +136,9 @@ def name_initializers_(graph: GraphProto) -> None:
 
 
 def strip_metadata_(model: ModelProto) -> None:
-    """Drop stack traces, scopes and the rest of what the exporter notes about its own source code."""
+    """Drop the exporter's stack traces, scopes and other notes."""
     graph = model.graph
-    for holder in (
-        model,
-        graph,
-        *graph.node,
-        *graph.value_info,
-        *graph.input,
-        *graph.output,
-        *graph.initializer,
-    ):
+    values = (*graph.value_info, *graph.input, *graph.output, *graph.initializer)
+    for holder in (model, graph, *graph.node, *values):
         del holder.metadata_props[:]
         holder.doc_string = ""

@@ -1,12 +1,12 @@
-"""What the names in an ONNX graph of ours say: the module of a node, and whose operators they are.
-
-Apart from `sqat.export.graph`, which gives nodes their names, since who reads them needs no torch.
-"""
+"""The names in an exported ONNX graph: the module of a node, and the domain of its operator."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import ModelProto, NodeProto
 
 KERNELS = "sqat"  # domain of the operators in `sqat.runtime`
@@ -14,20 +14,29 @@ WEIGHTED = ("MatMul", "Gemm", "Conv")
 
 
 def node_name(module: str, op: str) -> str:
-    """``bert.layer.0.query`` + ``MatMul`` -> ``/bert/layer.0/query/MatMul``; `module_of` is its inverse."""
+    """Name a node: ``bert.layer.0.query`` + ``MatMul`` -> ``/bert/layer.0/query/MatMul``."""
     return f"/{re.sub(r'[.](?![0-9])', '/', module)}/{op}" if module else f"/{op}"
 
 
 def module_of(node: NodeProto) -> str:
-    """Dotted module name in a node's name, empty where the name holds none."""
-    return module_named(node.name)
+    """Get the dotted module name of a node, empty where its name holds none."""
+    return module_in_name(node.name)
 
 
-def module_named(name: str) -> str:
-    """``/bert/layer.0/query/MatMul`` -> ``bert.layer.0.query``."""
+def module_in_name(name: str) -> str:
+    """Invert `node_name`: ``/bert/layer.0/query/MatMul`` -> ``bert.layer.0.query``."""
     return name.rpartition("/")[0].lstrip("/").replace("/", ".")
 
 
 def needs_kernels(model: ModelProto) -> bool:
-    """Whether a graph is of target cpu-sparse: it has nodes that only `sqat.runtime` computes."""
+    """Whether a graph is of target cpu-sparse: only `sqat.runtime` computes its nodes."""
     return any(entry.domain == KERNELS for entry in model.opset_import)
+
+
+def file_needs_kernels(path: Path) -> bool:
+    """Whether an ONNX file is of target cpu-sparse; False for what is no ONNX file."""
+    try:
+        model = onnx.load(path, format="protobuf", load_external_data=False)
+    except (OSError, DecodeError):
+        return False
+    return needs_kernels(model)

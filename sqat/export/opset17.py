@@ -1,10 +1,7 @@
-"""A graph of opset 20 in terms of opset 17, the last that TensorRT 8.6 reads.
+"""Rewrite a graph of opset 20 for opset 17, the last that TensorRT 8.6 reads.
 
-What: ``Gelu`` (20) is spelled out with Erf, or Tanh for its approximation, and attributes younger than 17 that
-stand at their defaults are dropped; every other operator of our graphs means the same in both.
-
-Why not onnx's version converter: it has no step down for most of these operators. Left out: float16 graphs, since
-the QuantizeLinear of opset 13 knows float32 alone; TensorRT 8 is told by a flag to use float16.
+``Gelu`` becomes Erf or Tanh; younger attributes at their defaults go. onnx's version converter has no step down for
+most of these operators.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ import onnx_ir as ir
 from onnx import ModelProto
 
 from sqat.errors import SqatError
-from sqat.export.onnx_edit import Rewriting, module
+from sqat.export.onnx_edit import GraphEditor, module_name
 
 OPSET = 17
 DEFAULTS = {"Cast": "saturate", "QuantizeLinear": "saturate", "Split": "num_outputs"}
@@ -30,42 +27,43 @@ def to_opset17(model: ModelProto) -> ModelProto:
     """Rewrite a float32 graph, with or without Q/DQ, for readers of opset 17.
 
     Raises:
-        SqatError: it holds an operator that opset 17 does not have, or has with another meaning.
+        SqatError: opset 17 lacks an operator of the graph, or gives it another meaning.
     """
-    rewriting = Rewriting(model)
-    for node in list(rewriting.graph):
+    editor = GraphEditor(model)
+    for node in list(editor.graph):
         if node.op_type == "Gelu":
-            spell_out(rewriting, node)
+            expand_gelu(editor, node)
         elif (name := DEFAULTS.get(node.op_type)) is not None:
             node.attributes.pop(name, None)
-        if node.op_type not in ("Gelu", *WIDENED) and changed(node.op_type):
+        if node.op_type not in ("Gelu", *WIDENED) and changed_after_17(node.op_type):
             raise SqatError(f"operator {node.op_type} of {node.name} is not that of opset {OPSET}",
-                            "TensorRT 8.x cannot read this model: use TensorRT 10 with weights: dq")  # fmt: skip
-    result = rewriting.finish()
+                            "TensorRT 8.x cannot read this model: use TensorRT 10 with weights: dq",
+                            code="unsupported-target")  # fmt: skip
+    result = editor.finish()
     for entry in result.opset_import:
         entry.version = OPSET if entry.domain in ("", "ai.onnx") else entry.version
     return result
 
 
-def changed(operator: str) -> bool:
-    """Whether an operator was made or changed after opset 17."""
+def changed_after_17(operator: str) -> bool:
+    """Whether an operator is new or changed after opset 17."""
     return bool(onnx.defs.get_schema(operator, 20).since_version > OPSET)
 
 
-def spell_out(rewriting: Rewriting, gelu: ir.Node) -> None:
+def expand_gelu(editor: GraphEditor, gelu: ir.Node) -> None:
     """Replace a Gelu by x/2 (1 + erf(x / sqrt 2)), or by the same with tanh(sqrt(2/pi) (x + 0.044715 x^3)).
 
-    Its input is read once, for it may come from a DequantizeLinear (B10).
+    Its input is read once, since it may come from a DequantizeLinear (B10).
     """
     x, old = gelu.inputs[0], gelu.outputs[0]
-    name = module(gelu)
+    name = module_name(gelu)
     tanh = "approximate" in gelu.attributes and gelu.attributes["approximate"].as_string() == "tanh"
 
     def number(label: str, value: float) -> ir.Value:
-        return rewriting.constant(f"{name}.gelu_{label}", np.float32(value))
+        return editor.add_constant(f"{name}.gelu_{label}", np.float32(value))
 
     def step(op: str, *inputs: ir.Value | None) -> ir.Value:
-        return rewriting.node(op, inputs, name, before=gelu, dtype=old.dtype, shape=old.shape)
+        return editor.add_node(op, inputs, name, before=gelu, dtype=old.dtype, shape=old.shape)
 
     if tanh:
         part = step("Mul", x, number("half", 0.5))

@@ -16,8 +16,8 @@ import transformers
 from sqat.checkpoint.store import Checkpoint
 from sqat.data.tokens import TextProcessor
 from sqat.errors import GateError
-from sqat.export.cpu_graph import made as first_node
-from sqat.export.onnx_edit import Rewriting
+from sqat.export.cpu_graph import find_node as first_node
+from sqat.export.onnx_edit import GraphEditor
 from sqat.export.onnx_files import check_file
 from sqat.models.sentence import Pooling, SentenceProcessor, pooled
 from sqat.recipe.stages import Layers
@@ -178,4 +178,4 @@ def test_pooled_embeddings(engine: str, tokenizer: Any, tmp_path: Path) -> None:
 
 def test_a_module_that_was_not_traced_is_one_line() -> None:
     with pytest.raises(GateError, match=r"has no MatMul of encoder\.gone, .*; .* please report it with the recipe"):
-        first_node(Rewriting(encoder()), "encoder.gone", "MatMul")
+        first_node(GraphEditor(encoder()), "encoder.gone", "MatMul")

@@ -12,7 +12,7 @@ from onnx import ModelProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from sqat.errors import SqatError
-from sqat.export.embeddings import TableForm, Widened, quantize_rows, store_embeddings, stored_tables
+from sqat.export.embeddings import TableForm, Widen, quantize_rows, store_embeddings, stored_tables
 from sqat.export.float16 import to_float16
 from sqat.export.qdq import insert_qdq
 from sqat.lint.apply_rules import list_findings
@@ -21,7 +21,7 @@ from tests.onnx_models import ATTENTION, Family, ImageFamily, build_family, rtx_
 
 TENSORRT = ("output", *ATTENTION, "add")
 BATCHES = [(1, 2, "right"), (3, 9, "right"), (4, 8, "left"), (2, 33, "right"), (8, 7, "left")]
-FORMS: list[tuple[TableForm, Widened]] = [("fp16", "rows"), ("int8", "rows"), ("int8", "table")]
+FORMS: list[tuple[TableForm, Widen]] = [("fp16", "rows"), ("int8", "rows"), ("int8", "table")]
 WORDS = "bert.embeddings.word_embeddings.weight"
 
 
@@ -50,9 +50,9 @@ def with_tables(model: ModelProto, tables: dict[str, np.ndarray]) -> ModelProto:
     return changed
 
 
-@pytest.mark.parametrize(("form", "widened"), FORMS)
-def test_logits_are_those_of_the_rounded_tables(family: Family, form: TableForm, widened: Widened) -> None:
-    model = store_embeddings(family.graph, form, widened)
+@pytest.mark.parametrize(("form", "widen"), FORMS)
+def test_logits_are_those_of_the_rounded_tables(family: Family, form: TableForm, widen: Widen) -> None:
+    model = store_embeddings(family.graph, form, widen)
     check(model)
     rounded = {name: table.numpy() for name, table in stored_tables(family.graph, form).items()}
     assert rounded
@@ -62,17 +62,17 @@ def test_logits_are_those_of_the_rounded_tables(family: Family, form: TableForm,
     assert max(parity(*pair) for pair in zip(logits(family, family.graph), logits(family, model), strict=True)) > 1e-5
 
 
-@pytest.mark.parametrize(("form", "widened"), FORMS)
-def test_with_pairs_before_or_after_and_with_float16(bert: Family, form: TableForm, widened: Widened) -> None:
+@pytest.mark.parametrize(("form", "widen"), FORMS)
+def test_with_pairs_before_or_after_and_with_float16(bert: Family, form: TableForm, widen: Widen) -> None:
     quantization = bert.quantization(*TENSORRT)
-    before = insert_qdq(store_embeddings(bert.graph, form, widened), quantization)
-    after = store_embeddings(insert_qdq(bert.graph, quantization), form, widened)
+    before = insert_qdq(store_embeddings(bert.graph, form, widen), quantization)
+    after = store_embeddings(insert_qdq(bert.graph, quantization), form, widen)
     for left, right in zip(logits(bert, before), logits(bert, after), strict=True):
         assert parity(left, right) == 0
-    for model in (to_float16(after), store_embeddings(to_float16(insert_qdq(bert.graph, quantization)), form, widened)):
+    for model in (to_float16(after), store_embeddings(to_float16(insert_qdq(bert.graph, quantization)), form, widen)):
         check(model)
         assert max(parity(*pair) for pair in zip(logits(bert, after), logits(bert, model), strict=True)) < 0.3
-        target = "tensorrt" if widened == "table" else "onnx-int8"
+        target = "tensorrt" if widen == "table" else "onnx-int8"
         assert [
             str(finding) for finding in list_findings(model, target=target) if finding.rule in ("B2", "B3", "B4", "B10")
         ] == []
@@ -130,14 +130,14 @@ def graph(body: str, width: int = 16) -> ModelProto:
     return onnx.shape_inference.infer_shapes(model)
 
 
-@pytest.mark.parametrize(("form", "widened"), FORMS)
-def test_two_lookups_share_what_is_stored_and_may_be_outputs(form: TableForm, widened: Widened) -> None:
+@pytest.mark.parametrize(("form", "widen"), FORMS)
+def test_two_lookups_share_what_is_stored_and_may_be_outputs(form: TableForm, widen: Widen) -> None:
     before = graph("a = Gather(table, ids) b = Gather(table, ids) logits = Add(a, b)")
-    model = store_embeddings(before, form, widened)
+    model = store_embeddings(before, form, widen)
     check(model)
     stored = constants(model)
     assert sum(array.size >= 640 for array in stored.values()) == 1
-    lone = store_embeddings(graph("logits = Gather(table, ids)"), form, widened)
+    lone = store_embeddings(graph("logits = Gather(table, ids)"), form, widen)
     check(lone)
     ids = np.array([3, 0, 39])
     (double,), (single,) = (ReferenceEvaluator(m).run(None, {"ids": ids}) for m in (model, lone))
@@ -176,11 +176,11 @@ def test_stored_tables_are_the_parameters(bert: Family) -> None:
     assert (stored_tables(bert.graph, "int8")[WORDS] - exact).abs().max() <= exact.abs().max() / 253
 
 
-@pytest.mark.parametrize(("form", "widened"), [("fp16", "rows"), ("int8", "table")])
-def test_tensorrt_keeps_the_tables_small(form: TableForm, widened: Widened) -> None:
+@pytest.mark.parametrize(("form", "widen"), [("fp16", "rows"), ("int8", "table")])
+def test_tensorrt_keeps_the_tables_small(form: TableForm, widen: Widen) -> None:
     bert = build_family("bert")
     model = insert_qdq(bert.graph, bert.quantization(*TENSORRT))
-    saved = rtx_weight_bytes(model) - rtx_weight_bytes(store_embeddings(model, form, widened))
+    saved = rtx_weight_bytes(model) - rtx_weight_bytes(store_embeddings(model, form, widen))
     bytes_before = {name: array.nbytes for name, array in constants(bert.graph).items()}
     tables = sum(bytes_before[name] for name in stored_tables(bert.graph, form))
     assert saved > (0.45 if form == "fp16" else 0.68) * tables

@@ -102,7 +102,7 @@ def test_a_write_that_breaks_off_leaves_the_old_files(
     def fail(path: Path) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(files, "flush", fail)
+    monkeypatch.setattr(files, "sync", fail)
     with pytest.raises(OSError, match="no space left"):
         write_onnx(quantized(bert), path)
     assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before

@@ -178,5 +178,5 @@ def test_the_parts_of_every_family_are_where_the_table_says(kind: str) -> None:
     assert all(isinstance(names[f"{first}.{name}"], nn.LayerNorm) for name in (family.first_norm, family.second_norm))
     embeddings = f"{first.removesuffix(f'{family.stack}.0')}embeddings"
     assert isinstance(names[f"{embeddings}.LayerNorm"], nn.LayerNorm)
-    assert family.typed == (f"{embeddings}.token_type_embeddings" in names)
-    assert family.counted == (names[f"{embeddings}.position_embeddings"].padding_idx is not None)
+    assert family.has_types == (f"{embeddings}.token_type_embeddings" in names)
+    assert family.counts_positions == (names[f"{embeddings}.position_embeddings"].padding_idx is not None)

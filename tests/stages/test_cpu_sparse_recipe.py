@@ -18,7 +18,7 @@ from sqat.checkpoint.store import Checkpoint, load_checkpoint
 from sqat.cli import main
 from sqat.errors import SqatError
 from sqat.evaluation.artifacts import open_onnx
-from sqat.export import cpu_graph
+from sqat.export import names
 from sqat.export.cpu_encoder import check_encoder, read_encoder
 from sqat.export.quantized_model import QuantizedModel, quantize_model
 from sqat.export.source import Source, input_sites_only
@@ -203,6 +203,6 @@ def test_a_damaged_file_is_one_line(project: Project, tmp_path: Path) -> None:
     path = tmp_path / "model.cpu-sparse.onnx"
     content = (project.stage("export") / path.name).read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    assert not cpu_graph.file_needs_kernels(path)
+    assert not names.file_needs_kernels(path)
     with pytest.raises(SqatError, match="ONNX Runtime cannot load the model"):
         open_onnx(path)
