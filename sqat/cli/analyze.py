@@ -29,12 +29,7 @@ def analyze(
     split: Annotated[str, typer.Option("--split", metavar="train|dev", help="split to measure on")] = "dev",
     metric: Annotated[
         str | None,
-        typer.Option(
-            "--metric",
-            metavar="NAME",
-            help="metric whose loss to measure; default: the output loss",
-            show_default=False,
-        ),
+        typer.Option("--metric", metavar="NAME", help="metric whose loss to measure; default: the output loss"),
     ] = None,
     budget: Annotated[
         float | None,
@@ -46,7 +41,7 @@ def analyze(
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Measure how much pruning and int8 change each layer, without training."""
+    """Measure the sensitivity of each layer, without training."""
     loaded = load(recipe, overrides)
     from sqat.analyze.options import Options, check_options
     from sqat.checkpoint.atomic_write import check_json_name

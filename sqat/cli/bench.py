@@ -11,8 +11,7 @@ from sqat.cli.options import JsonFile, PlotFile, Quiet, Verbose
 
 def bench(
     artifacts: Annotated[
-        list[str],
-        typer.Argument(metavar="[NAME=]PATH...", help="checkpoint folders and .onnx files", show_default=False),
+        list[str], typer.Argument(metavar="[NAME=]PATH...", help="checkpoint folders and .onnx files")
     ],
     batch: Annotated[str, typer.Option("--batch", metavar="N,...", help="batch sizes")] = "1,8",
     sequence: Annotated[
@@ -22,10 +21,7 @@ def bench(
         int, typer.Option("--threads", metavar="N", help="threads, each on its own core; 0: all cores")
     ] = 1,
     baseline: Annotated[
-        str | None,
-        typer.Option(
-            "--baseline", metavar="NAME", help="candidate to compare with; default: the first", show_default=False
-        ),
+        str | None, typer.Option("--baseline", metavar="NAME", help="candidate to compare with; default: the first")
     ] = None,
     backends: Annotated[
         list[str] | None, typer.Option("--backend", metavar="NAME", help="measure only this backend; repeatable")
@@ -45,7 +41,7 @@ def bench(
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Time checkpoints and ONNX files in every backend of this machine."""
+    """Time checkpoints and ONNX files in every backend."""
     from sqat.bench import command
     from sqat.checkpoint.atomic_write import check_json_name
     from sqat.cli.progress_bars import open_reporter

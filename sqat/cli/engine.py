@@ -15,17 +15,10 @@ def engine(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="file of export target tensorrt")],
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="ENGINE",
-            help="engine file to write; default: beside the model",
-            show_default=False,
-        ),
+        typer.Option("--output", "-o", metavar="ENGINE", help="engine file to write; default: beside the model"),
     ] = None,
     batch: Annotated[
-        str | None,
-        typer.Option("--batch", metavar="MIN,OPT,MAX", help="batch sizes; default: as exported, or 1,8,32"),
+        str | None, typer.Option("--batch", metavar="MIN,OPT,MAX", help="batch sizes; default: as exported, or 1,8,32")
     ] = None,
     sequence: Annotated[
         str | None,
@@ -36,8 +29,7 @@ def engine(
         Path | None, typer.Option("--log", metavar="FILE", help="read this build log and build nothing")
     ] = None,
     layers: Annotated[
-        Path | None,
-        typer.Option("--layers", metavar="FILE.json", help="read this layer information and build nothing"),
+        Path | None, typer.Option("--layers", metavar="FILE.json", help="read this layer information and build nothing")
     ] = None,
     json: Json = False,
     quiet: Quiet = False,

@@ -28,7 +28,10 @@ def init(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="overwrite the recipe")] = False,
 ) -> None:
-    """Write a recipe for a data file; task and columns are guessed, and a terminal asks for the task."""
+    """Write a recipe for a data file.
+
+    Task and columns are guessed from the data; a terminal asks for the task.
+    """
     if dev is not None:
         check_exists(dev)
     from sqat.cli.printing import print_text
@@ -39,13 +42,6 @@ def init(
 
     is_terminal = sys.stdin.isatty() and sys.stderr.isatty()
     for line in starter.write_starter(
-        data,
-        output,
-        task=task,
-        model=model,
-        dev=dev,
-        sparseml=sparseml,
-        force=force,
-        ask=ask if is_terminal else None,
+        data, output, task=task, model=model, dev=dev, sparseml=sparseml, force=force, ask=ask if is_terminal else None
     ):
         print_text(line)

@@ -28,19 +28,15 @@ def set_verbosity(count: int) -> int:
     return count
 
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file", show_default=False)]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. stages.qat.epochs=2; repeatable"),
 ]
 Force = Annotated[bool, typer.Option("--force", help="run stages even if they are unchanged")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
-JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="write all figures to a .json file", show_default=False)
-]
-PlotFile = Annotated[
-    Path | None, typer.Option("--plot", metavar="FILE", help="draw the figures (.png, .svg, .pdf)", show_default=False)
-]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write all figures to a .json file")]
+PlotFile = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="draw the figures (.png, .svg, .pdf)")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print only results and errors")]
 Verbose = Annotated[
     int,

@@ -15,11 +15,7 @@ def report(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="file or folder to write; default: report.html in the run folder",
-            show_default=False,
+            "--output", "-o", metavar="FILE", help="file or folder to write; default: report.html in the run folder"
         ),
     ] = None,
     quiet: Quiet = False,

@@ -13,7 +13,7 @@ def schema(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="file to write; default: print the schema")
     ] = None,
 ) -> None:
-    """Print the JSON schema of recipes: every key with its type and default."""
+    """Print the JSON schema of recipes."""
     from sqat.recipe.json_schema import schema_text
 
     if output is None:

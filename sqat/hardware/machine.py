@@ -174,7 +174,8 @@ def describe_processor() -> Processor:
     """Read name, cores and features of the CPU from /proc/cpuinfo or sysctl."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if sys.platform == "darwin":
-        text = run("sysctl", "machdep.cpu", "hw.optional")
+        command = ("sysctl", "machdep.cpu", "hw.optional")
+        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
     else:
         path = Path("/proc/cpuinfo")
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
@@ -192,13 +193,11 @@ def parse_processor(text: str) -> tuple[str, frozenset[str]]:
 
 
 def find_gpus() -> tuple[Gpu, ...]:
-    """Find the GPUs that the NVIDIA driver shows, by its library or else by nvidia-smi; none without either."""
+    """Find the GPUs that the NVIDIA driver shows to this process; none without a driver."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
-        if shutil.which("nvidia-smi") is None:
-            return ()
-        return parse_smi(run("nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"))
+        return ()
     return query_driver(driver)
 
 
@@ -225,18 +224,6 @@ def describe_gpu(driver: Any, index: int) -> Gpu:
     if any(codes):
         raise OSError(f"CUDA driver error {max(codes)} of GPU {index}")
     return Gpu(name.value.decode(errors="replace"), (major.value, minor.value))
-
-
-def parse_smi(text: str) -> tuple[Gpu, ...]:
-    """Parse the lines ``NVIDIA A10, 8.6`` of nvidia-smi."""
-    rows = [line.rpartition(",") for line in text.splitlines() if "," in line]
-    parts = [(name.strip(), capability.strip().partition(".")) for name, _, capability in rows]
-    return tuple(Gpu(name, (int(major), int(minor))) for name, (major, _, minor) in parts)
-
-
-def run(*command: str) -> str:
-    """Return the output of a command that takes at most 10 seconds."""
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
 
 
 def version_of(distribution: str) -> str:
