@@ -90,3 +90,11 @@ def test_a_command_imports_what_it_uses(line: str, folder: Path) -> None:
     ended, *modules = run.stdout.splitlines()[-1].split()
     assert int(ended) == code, run.stderr
     assert HEAVY & set(modules) <= allowed
+
+
+def test_help_is_quick() -> None:
+    """Under 0.5 s on an idle machine; processor time, so that a busy one does not fail it."""
+    code = "import resource, sys; from sqat.cli import main; main(['--help']); "
+    code += "used = resource.getrusage(resource.RUSAGE_SELF); print(used.ru_utime + used.ru_stime, file=sys.stderr)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert float(run.stderr) < 0.5
