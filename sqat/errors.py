@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
@@ -85,6 +86,15 @@ def printable(text: str) -> str:
 def first_line(error: Exception) -> str:
     """First line of a library's message that says anything; the class's name where none does."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def suggest(got: str, allowed: Iterable[str]) -> str:
+    """Return a hint with the nearest of the allowed names, and all of them."""
+    names = list(allowed)
+    close = get_close_matches(got.lower(), names, n=1, cutoff=0.6)
+    close = close or [name for name in names if len(got) > 3 and got.lower() in name]  # part of a longer name
+    listed = f"allowed: {', '.join(names)}" if names else ""
+    return f"did you mean {close[0]!r}? {listed}" if close else listed
 
 
 def near_files(path: Path) -> str:

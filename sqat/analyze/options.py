@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from sqat.checkpoint.manifest import load_manifest
-from sqat.errors import SqatError
-from sqat.recipe.cross_checks import suggest
+from sqat.errors import SqatError, suggest
 from sqat.recipe.schema import Recipe
 from sqat.recipe.stages import CalibrateConfig, PruneConfig
 

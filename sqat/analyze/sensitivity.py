@@ -19,11 +19,10 @@ from sqat.analyze.treatments import Pruning, Quantization, treated_
 from sqat.data.batch import Processor
 from sqat.data.rows import Rows
 from sqat.distributed import process_state
-from sqat.errors import SqatError
+from sqat.errors import SqatError, suggest
 from sqat.evaluation.inference import EVALUATION_BATCH, logits_of, predict
 from sqat.models.layer_selection import weighted_layers
 from sqat.progress import Reporter
-from sqat.recipe.cross_checks import suggest
 from sqat.tasks import Task
 
 OUTPUT_LOSS = "output loss"

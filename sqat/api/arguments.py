@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sqat.errors import SqatError
+from sqat.errors import SqatError, suggest
 from sqat.models.layer_selection import weighted_layers
 from sqat.modules.activation_quantizers import QUANTIZERS
-from sqat.recipe.cross_checks import suggest
 from sqat.recipe.stages import Layers
 
 Inputs = Mapping[str, Tensor]

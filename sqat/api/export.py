@@ -15,7 +15,7 @@ from sqat.api.arguments import Inputs, check_masks, check_unchanged, model_input
 from sqat.api.prune import Masks
 from sqat.api.quantize import Scales, check_scales, quantized
 from sqat.data.batch import Batch
-from sqat.errors import SqatError
+from sqat.errors import SqatError, suggest
 from sqat.evaluation.artifacts import open_artifact
 from sqat.export.folding import fold_attention_scale
 from sqat.export.graph import export_float
@@ -27,7 +27,6 @@ from sqat.models.attention import use_eager
 from sqat.modules.parametrize import layer
 from sqat.quantization.fake_quant import quantize_weight
 from sqat.quantization.placement import PLACEMENTS
-from sqat.recipe.cross_checks import suggest
 from sqat.runtime.sessions import parity
 
 Target = Literal["onnx-fp32", "onnx-int8", "tensorrt"]

@@ -12,13 +12,12 @@ from sqat.api.arguments import Inputs, check_masks, check_unchanged, choose_part
 from sqat.api.prune import Masks
 from sqat.compress.calibrate import calibrate as calibrate_model
 from sqat.compress.quantize import quantized_model
-from sqat.errors import SqatError
+from sqat.errors import SqatError, suggest
 from sqat.export.cpu_encoder import check_encoder
 from sqat.models.layer_selection import choose_layers, is_convolutional, weighted_layers
 from sqat.quantization.calibrators import CALIBRATORS, Calibrator
 from sqat.quantization.histogram import Histogram
 from sqat.quantization.placement import PLACEMENTS, PlacementName
-from sqat.recipe.cross_checks import suggest
 
 CalibratorFn = Callable[[Histogram], float]
 

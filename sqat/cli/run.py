@@ -22,7 +22,7 @@ def run(
 ) -> None:
     """Run every stage of a recipe; unchanged stages are skipped."""
     loaded = load(recipe, overrides)
-    from sqat.recipe.cross_checks import stage_range
+    from sqat.recipe.selection import stage_range
 
     stage_range(loaded.recipe, first, last)
     from sqat.cli.tables.results import print_plan, print_results

@@ -70,8 +70,8 @@ def run_stage(
     distill: bool | None,
 ) -> None:
     """Run the only stage of a type in the recipe, or the one named ``stage``, and print its folder."""
-    from sqat.recipe.cross_checks import pick_stage
     from sqat.recipe.loader import distill_override
+    from sqat.recipe.selection import pick_stage
 
     if parent is not None:
         check_checkpoint(parent)
@@ -91,8 +91,9 @@ def override_targets(
     recipe: Path, names: Sequence[str], stage: str | None, parent: Path | None, overrides: Sequence[str]
 ) -> list[str]:
     """Translate ``--target`` into a ``--set``; for ``auto``, print the machine, the choice and the reasons."""
-    from sqat.recipe.cross_checks import pick_stage, suggest
+    from sqat.errors import suggest
     from sqat.recipe.loader import targets_override
+    from sqat.recipe.selection import pick_stage
     from sqat.recipe.targets import TARGETS
 
     allowed = (*TARGETS, "auto")

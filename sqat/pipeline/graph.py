@@ -10,8 +10,8 @@ from pathlib import Path
 from sqat.checkpoint.manifest import Manifest, load_manifest
 from sqat.errors import SqatError
 from sqat.pipeline.fingerprint import fingerprint, input_digests, is_possible_attempt, shared_inputs
-from sqat.recipe.cross_checks import stage_range
 from sqat.recipe.schema import LoadedRecipe
+from sqat.recipe.selection import stage_range
 from sqat.recipe.stages import StageConfig
 
 

@@ -1,16 +1,15 @@
-"""What must be true between the parts of a recipe: who may start from whom, which names must exist.
+"""The rules between the parts of a recipe: which stage may start from which, which names must exist.
 
-Each rule yields the path of the key it is about, so that the error can point at its line. The schema
-alone (`sqat.recipe.schema`) cannot say these things. Left out: files and columns, which only the data know.
+Each rule yields the path of its key, so that the error can name the line. Files and columns are checked where the
+data are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from difflib import get_close_matches
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from sqat.errors import SqatError
+from sqat.errors import suggest
 from sqat.recipe.inputs import Columns
 from sqat.recipe.schema import Recipe
 from sqat.recipe.stages import (
@@ -27,152 +26,119 @@ from sqat.recipe.tasks import TASKS
 from sqat.sparsity.pattern import parse_pattern
 from sqat.sparsity.schedules import Schedule
 
+# The stages that a stage of a type must not follow, as it would undo their work.
+UNDONE_BY = {"train": {"prune", "calibrate", "qat"}, "prune": {"calibrate", "qat"}}
+
 
 class Problem(NamedTuple):
-    """A broken rule: the key it is about (or would be, if it were given), what is wrong, what to do."""
+    """A broken rule: the path of its key, what is wrong, what to do."""
 
     path: tuple[str, ...]
     text: str
     hint: str = ""
 
 
-def suggest(got: str, allowed: Iterable[str]) -> str:
-    """The nearest of the allowed names, and all of them."""
-    names = list(allowed)
-    close = get_close_matches(got.lower(), names, n=1, cutoff=0.6)
-    close = close or [name for name in names if len(got) > 3 and got.lower() in name]  # the key of a longer name
-    listed = f"allowed: {', '.join(names)}" if names else ""
-    return f"did you mean {close[0]!r}? {listed}" if close else listed
-
-
-def broken_rules(recipe: Recipe) -> list[Problem]:
-    """Everything wrong between the parts of ``recipe``; broken parents hide what hangs on them."""
-    parents = list(_parents(recipe))
-    stages = [] if parents else [p for name in recipe.stages for p in _stage(recipe, name)]
+def check_recipe(recipe: Recipe) -> list[Problem]:
+    """Return all broken rules; stages are checked only where all parents are valid."""
+    parents = list(check_parents(recipe))
+    stages = [] if parents else [problem for name in recipe.stages for problem in check_stage(recipe, name)]
     return [
         *parents,
         *stages,
-        *_results(recipe),
-        *_columns(recipe),
-        *_batches(recipe),
-        *_pictures(recipe),
-        *_streams(recipe),
+        *check_results(recipe),
+        *check_columns(recipe),
+        *check_batch_sizes(recipe),
+        *check_task_inputs(recipe),
+        *check_streaming(recipe),
     ]
 
 
-def pick_stage(recipe: Recipe, kind: str, name: str | None) -> str:
-    """The stage of ``kind`` called ``name``, or the only one there is.
-
-    Raises:
-        SqatError: there is none, or several and no name.
-    """
-    names = [other for other, stage in recipe.stages.items() if stage.type == kind]
-    if not names:
-        raise SqatError(f"the recipe has no {kind} stage", f"its stages: {', '.join(recipe.stages)}", recipe.name)
-    if name is None and len(names) > 1:
-        text = f"the recipe has {len(names)} {kind} stages: {', '.join(names)}"
-        raise SqatError(text, f"choose one, e.g. --stage {names[0]}", recipe.name)
-    if name is not None and name not in names:
-        raise SqatError(f"no {kind} stage {name!r}", suggest(name, names), "--stage")
-    return name or names[0]
-
-
-def stage_range(recipe: Recipe, first: str | None, last: str | None) -> list[str]:
-    """Names of the stages from ``first`` to ``last``; SqatError for a name that is none, and for none between them."""
-    names = list(recipe.stages)
-    for flag, name in (("--from", first), ("--to", last)):
-        if name is not None and name not in names:
-            raise SqatError(f"{flag} {name}: the recipe has no such stage", f"stages: {', '.join(names)}")
-    low = names.index(first) if first else 0
-    high = names.index(last) + 1 if last else len(names)
-    if low >= high:
-        raise SqatError(f"--from {first} comes after --to {last}", f"order: {', '.join(names)}")
-    return names[low:high]
-
-
-def _parents(recipe: Recipe) -> Iterator[Problem]:
-    before: list[str] = []
+def check_parents(recipe: Recipe) -> Iterator[Problem]:
+    """A stage starts from an earlier one that is no export."""
+    earlier: list[str] = []
     for name, stage in recipe.stages.items():
         path, parent = ("stages", name, "from"), stage.parent
-        possible = [other for other in before if not isinstance(recipe.stages[other], ExportConfig)]
-        if parent is not None and parent not in before:
-            late = "is not a stage before it" if parent in recipe.stages else "is no stage"
-            yield Problem(path, f"stage {name!r} starts from {parent!r}, which {late}", suggest(parent, possible))
+        possible = [other for other in earlier if not isinstance(recipe.stages[other], ExportConfig)]
+        if parent is not None and parent not in earlier:
+            what = "is not a stage before it" if parent in recipe.stages else "is no stage"
+            yield Problem(path, f"stage {name!r} starts from {parent!r}, which {what}", suggest(parent, possible))
         elif parent is not None and parent not in possible:
-            text = f"stage {name!r} starts from {parent!r}, an export, which holds no model to go on with"
+            text = f"stage {name!r} starts from {parent!r}, an export, which holds no model to train"
             yield Problem(path, text, suggest(parent, possible))
-        before.append(name)
+        earlier.append(name)
 
 
-def _stage(recipe: Recipe, name: str) -> Iterator[Problem]:
-    stage, line = recipe.stages[name], recipe.ancestors_of(name)
-    kinds = {recipe.stages[other].type for other in line}
+def check_stage(recipe: Recipe, name: str) -> Iterator[Problem]:
+    """A stage fits its ancestors."""
+    stage, ancestors = recipe.stages[name], recipe.ancestors_of(name)
+    types = {recipe.stages[other].type for other in ancestors}
     path = ("stages", name)
-    undone = {"train": {"prune", "calibrate", "qat"}, "prune": {"calibrate", "qat"}}.get(stage.type, set()) & kinds
-    if undone:
-        first = next(other for other in line if recipe.stages[other].type in undone)
-        text = f"stage {name!r} would undo what {first!r} did, {_chain(line)}"
+    if undone := UNDONE_BY.get(stage.type, set()) & types:
+        first = next(other for other in ancestors if recipe.stages[other].type in undone)
+        text = f"stage {name!r} would undo stage {first!r}, {describe_ancestors(ancestors)}"
         yield Problem((*path, "from"), text, "the order is train, prune, calibrate, qat, export")
-    if isinstance(stage, QatConfig) and "calibrate" not in kinds:
-        text = f"stage {name!r} needs a calibrate stage among those it starts from, {_chain(line)}"
+    if isinstance(stage, QatConfig) and "calibrate" not in types:
+        text = f"stage {name!r} has no calibrate stage among its ancestors, {describe_ancestors(ancestors)}"
         yield Problem((*path, "from"), text, "add a calibrate stage before it")
     if isinstance(stage, ExportConfig):
-        yield from _targets(recipe, name, stage, line)
-    yield from _gates(recipe, name)
+        yield from check_targets(recipe, name, stage)
+    yield from check_gates(recipe, name)
     if isinstance(stage, PruneConfig):
-        yield from _schedule(path, stage)
+        yield from check_schedule(path, stage)
     if isinstance(stage, PruneConfig | QatConfig) and stage.distill is not None:
-        yield from _distill(recipe, name, stage.distill, line)
+        yield from check_distillation(recipe, name, stage.distill)
 
 
-def _targets(recipe: Recipe, name: str, stage: ExportConfig, line: list[str]) -> Iterator[Problem]:
-    path, before = ("stages", name, "targets"), [recipe.stages[other] for other in line]
-    placement = next((other.placement for other in before if isinstance(other, CalibrateConfig)), None)
-    calibrated = placement is not None or any(isinstance(other, QatConfig) for other in before)
-    pruned = any(isinstance(other, PruneConfig) for other in before)
+def check_targets(recipe: Recipe, name: str, stage: ExportConfig) -> Iterator[Problem]:
+    """Each target can express what the ancestors of the export did."""
+    path, ancestors = ("stages", name, "targets"), recipe.ancestors_of(name)
+    configs = [recipe.stages[other] for other in ancestors]
+    placement = next((config.placement for config in configs if isinstance(config, CalibrateConfig)), None)
+    calibrated = placement is not None or any(isinstance(config, QatConfig) for config in configs)
+    pruned = any(isinstance(config, PruneConfig) for config in configs)
     for target in stage.targets:
         if need := unmet_need(target, calibrated=calibrated, placement=placement or "", pruned=pruned):
             problem, hint = need
-            yield Problem(path, f"{problem}, and stage {name!r} starts from {_chain(line)}", hint)
+            yield Problem(path, f"{problem}, and stage {name!r} starts from {describe_ancestors(ancestors)}", hint)
         if stage.embeddings not in (allowed := TARGETS[target].embeddings):
             text = f"target {target} stores word embeddings as {' or '.join(allowed)}, not as {stage.embeddings}"
             yield Problem(("stages", name, "embeddings"), text, f"set it to {allowed[-1]}")
 
 
-def _gates(recipe: Recipe, name: str) -> Iterator[Problem]:
-    """Metrics are the task's where more is better, and what a gate compares with has run before."""
-    task, before = recipe.task, list(recipe.stages)[: list(recipe.stages).index(name)]
-    metrics = task.metric_names()
+def check_gates(recipe: Recipe, name: str) -> Iterator[Problem]:
+    """A gate names a metric of the task, and compares with an earlier stage."""
+    task, names = recipe.task, list(recipe.stages)
+    metrics, earlier = task.metric_names(), names[: names.index(name)]
     for metric, gate in recipe.stages[name].gates.items():
         path = ("stages", name, "gates", metric)
         if metric not in metrics:
             yield Problem(path, f"no metric {metric!r} of the task {task.name}", suggest(metric, metrics))
-        if gate.against is not None and gate.against not in before:
+        if gate.against is not None and gate.against not in earlier:
             text = f"the gate of stage {name!r} compares with {gate.against!r}, which is no stage before it"
-            yield Problem((*path, "against"), text, suggest(gate.against, before))
+            yield Problem((*path, "against"), text, suggest(gate.against, earlier))
         elif gate.max_drop is not None and gate.against is None and recipe.parent_of(name) is None:
-            text = f"stage {name!r} starts from the pretrained model, which has no figures to compare with"
-            yield Problem((*path, "max_drop"), text, "give min instead" + (", or against" if before else ""))
+            text = f"stage {name!r} starts from the pretrained model, which has no metrics to compare with"
+            yield Problem((*path, "max_drop"), text, "give min instead" + (", or against" if earlier else ""))
 
 
-def _schedule(path: tuple[str, ...], stage: PruneConfig) -> Iterator[Problem]:
-    where = ".".join(path)
+def check_schedule(path: tuple[str, ...], stage: PruneConfig) -> Iterator[Problem]:
+    """The schedule ends at every pattern and fits the criterion."""
+    where, name = ".".join(path), stage.schedule.name
     for pattern in sorted({stage.pattern, *stage.patterns.values()} - {"dense"}):
-        if problem := misfit(stage.schedule, pattern):
+        if problem := pattern_problem(stage.schedule, pattern):
             yield Problem((*path, "schedule", "num_masks"), f"{where}.schedule: {problem}")
     if not stage.schedule.every_step:
         return
-    name = stage.schedule.name
     if stage.criterion.statistics != "none":
-        text = f"{where}: schedule {name} chooses masks before every step, so {stage.criterion.name} would observe anew"
-        yield Problem((*path, "criterion"), f"{text} each time", f"{name} takes the criterion magnitude")
+        text = f"{where}: schedule {name} chooses masks in every step; criterion {stage.criterion.name} is too slow"
+        yield Problem((*path, "criterion"), text, "use the criterion magnitude")
     if "recovery_fraction" in stage.model_fields_set:
-        text = f"{where}: recovery_fraction means nothing to schedule {name}"
+        text = f"{where}: schedule {name} does not use recovery_fraction"
         yield Problem((*path, "recovery_fraction"), text, "set schedule.until, the share of steps with new masks")
 
 
-def misfit(schedule: Schedule, pattern: str) -> str:
-    """Why a schedule cannot end at a pattern; empty if it can."""
+def pattern_problem(schedule: Schedule, pattern: str) -> str:
+    """Say why a schedule cannot end at a pattern; empty if it can."""
     try:
         schedule.sparsities(parse_pattern(pattern))
     except ValueError as error:
@@ -180,34 +146,34 @@ def misfit(schedule: Schedule, pattern: str) -> str:
     return ""
 
 
-def _distill(recipe: Recipe, name: str, distill: DistillConfig, line: list[str]) -> Iterator[Problem]:
-    dense = [other for other in line if _is_dense(recipe, other)]
-    path = ("stages", name, "distill")
+def check_distillation(recipe: Recipe, name: str, distill: DistillConfig) -> Iterator[Problem]:
+    """A part of the loss counts, and a dense ancestor teaches."""
+    path, ancestors, teacher = ("stages", name, "distill"), recipe.ancestors_of(name), distill.teacher
+    dense = [other for other in ancestors if is_dense(recipe, other)]
     if not (distill.minilm_weight or distill.output_weight or distill.task_weight):
-        yield Problem(
-            path,
-            f"every part of the loss of stage {name!r} has weight 0",
-            "give one of minilm_weight, output_weight, task_weight",
-        )
-    teacher = distill.teacher
+        text = f"every part of the loss of stage {name!r} has weight 0"
+        yield Problem(path, text, "set one of minilm_weight, output_weight, task_weight")
     if teacher is not None and teacher not in dense:
-        why = "is no stage" if teacher not in recipe.stages else "is not dense and among those it starts from"
-        text = f"the teacher {teacher!r} of stage {name!r} {why}"
+        what = "is no dense ancestor of it" if teacher in recipe.stages else "is no stage"
+        text = f"the teacher {teacher!r} of stage {name!r} {what}"
         yield Problem((*path, "teacher"), text, suggest(teacher, dense) or "add a train stage before it")
     elif not dense:
-        text = f"stage {name!r} distils, but none of the stages it starts from, {_chain(line)}, is a train stage"
+        text = f"stage {name!r} distils, but has no train stage among its ancestors, {describe_ancestors(ancestors)}"
         yield Problem(path, text, "add a train stage before it to teach, or set distill: null")
 
 
-def _is_dense(recipe: Recipe, name: str) -> bool:
+def is_dense(recipe: Recipe, name: str) -> bool:
+    """Tell whether a stage and all its ancestors train the dense model."""
     return all(isinstance(recipe.stages[other], DenseTrainConfig) for other in (name, *recipe.ancestors_of(name)))
 
 
-def _chain(line: list[str]) -> str:
-    return f"({' <- '.join(line)})" if line else "(none: it starts from the pretrained model)"
+def describe_ancestors(ancestors: list[str]) -> str:
+    """Describe the ancestors of a stage, the nearest first."""
+    return f"({' <- '.join(ancestors)})" if ancestors else "(none: it starts from the pretrained model)"
 
 
-def _results(recipe: Recipe) -> Iterator[Problem]:
+def check_results(recipe: Recipe) -> Iterator[Problem]:
+    """A row of the results names a stage, and one of its targets where it writes several files."""
     for label, row in recipe.results.items():
         name, slash, target = row.partition("/")
         stage, path = recipe.stages.get(name), ("results", label)
@@ -219,51 +185,56 @@ def _results(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(path, f"stage {name!r} has no target {target!r}", hint)
         elif not slash and len(targets) > 1:
             rows = " or ".join(f"{name}/{target}" for target in targets)
-            yield Problem(path, f"stage {name!r} writes {len(targets)} files: say which", f"write {rows}")
+            yield Problem(path, f"stage {name!r} writes {len(targets)} files", f"write {rows}")
 
 
-def _batches(recipe: Recipe) -> Iterator[Problem]:
-    texts = recipe.task.rows_per_group()
+def check_batch_sizes(recipe: Recipe) -> Iterator[Problem]:
+    """A batch holds the rows that belong together."""
+    rows = recipe.task.rows_per_group()
     for name, stage in recipe.stages.items():
-        if isinstance(stage, TrainConfig) and stage.batch_size < texts:
-            text = f"a query, its positive and its negatives are {texts} texts, and stage {name!r} has batches of "
-            hint = f"set it to {texts} or more, or lower task.negatives"
-            yield Problem(("stages", name, "batch_size"), f"{text}{stage.batch_size}", hint)
+        if isinstance(stage, TrainConfig) and stage.batch_size < rows:
+            text = f"a query needs {rows} texts of one batch (query, positive, negatives), and stage {name!r} has "
+            hint = f"set it to {rows} or more, or lower task.negatives"
+            yield Problem(("stages", name, "batch_size"), f"{text}batches of {stage.batch_size}", hint)
 
 
-def _pictures(recipe: Recipe) -> Iterator[Problem]:
+def check_task_inputs(recipe: Recipe) -> Iterator[Problem]:
+    """The task uses what the recipe gives of model and data."""
     task, spec, model = recipe.task.name, TASKS[recipe.task.name], recipe.model
     if model.config is not None and not spec.starts_from_config:
-        text = f"the task {task} starts from pretrained weights and a tokenizer, which model.config has not"
+        text = f"the task {task} needs pretrained weights and a tokenizer, which model.config does not have"
         yield Problem(("model", "config"), text, "give model.source")
     if model.text_encoder is not None and not spec.reads_captions:
-        yield Problem(("model", "text_encoder"), f"the task {task} has no captions", "leave it out")
+        yield Problem(("model", "text_encoder"), f"the task {task} has no captions", "remove it")
     if recipe.data.augment is not None and not spec.augments:
-        yield Problem(("data", "augment"), f"the task {task} does not vary images", "leave it out")
+        yield Problem(("data", "augment"), f"the task {task} does not augment images", "remove it")
 
 
-def _streams(recipe: Recipe) -> Iterator[Problem]:
-    """What needs all rows at once cannot be had of a split that is streamed."""
+def check_streaming(recipe: Recipe) -> Iterator[Problem]:
+    """A streamed split is not needed as a whole."""
     for name, split in (("dev", recipe.data.dev), ("test", recipe.data.test)):
         if split is not None and split.streaming:
-            yield Problem(("data", name, "streaming"), f"data.{name} is measured as a whole", "only train is streamed")
+            text = f"data.{name} is measured as a whole"
+            yield Problem(("data", name, "streaming"), text, "only train can be streamed")
     train, path = recipe.data.train, ("data", "train", "streaming")
     if not train.streaming:
         return
     if not TASKS[recipe.task.name].streamable:
-        text = f"the rows of the task {recipe.task.name} do not each stand alone as a text"
-        yield Problem(path, text, f"streamed are {', '.join(name for name, spec in TASKS.items() if spec.streamable)}")
+        text = f"the task {recipe.task.name} cannot stream its rows, as they do not each stand alone"
+        streamable = ", ".join(name for name, spec in TASKS.items() if spec.streamable)
+        yield Problem(path, text, f"these tasks can: {streamable}")
     if problem := recipe.task.streaming_problem():
         yield Problem(path, *problem)
     for name, stage in recipe.stages.items():
         if isinstance(stage, CalibrateConfig) and stage.split == "train" and stage.samples > train.buffer:
-            text = f"stage {name!r} observes {stage.samples} rows, but the buffer of the streamed train split has "
+            text = f"stage {name!r} needs {stage.samples} rows, but the buffer of the streamed train split holds "
             yield Problem(("stages", name, "samples"), f"{text}{train.buffer}", "raise data.train.buffer")
 
 
-def _columns(recipe: Recipe) -> Iterator[Problem]:
+def check_columns(recipe: Recipe) -> Iterator[Problem]:
+    """The task reads the columns that the recipe names."""
     columns = TASKS[recipe.task.name].columns
     for key in Columns.model_fields:
         if key in recipe.data.columns.model_fields_set and key not in columns:
-            text = f"the column {key!r} means nothing to the task {recipe.task.name}"
+            text = f"the task {recipe.task.name} does not read the column {key!r}"
             yield Problem(("data", "columns", key), text, f"its columns are {', '.join(columns)}")

@@ -1,7 +1,7 @@
-"""What the recipe's JSON schema allows at a key, in plain words and as a list of names.
+"""The recipe's JSON schema, and what it allows at a key, in words and as a list of names.
 
-The schema comes from pydantic; error messages, ``--set`` and ``sqat schema`` all read this one source, so
-they cannot disagree with what is checked. Only the constructs the recipe uses are known here.
+The schema comes from pydantic. Error messages, ``--set``, ``sqat schema`` and the reference page all read it, so they
+agree with what is checked.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from sqat.recipe.schema import Recipe
 from sqat.recipe.stages import STAGE_TYPES
 from sqat.recipe.yaml_nodes import Node
 
-SCHEMA_FILE = "recipe.schema.json"  # what the first line of a recipe names for editors, beside the recipe
+SCHEMA_FILE = "recipe.schema.json"  # the first line of a recipe names it for editors
 Schema: TypeAlias = dict[str, Any]
 KeyPath: TypeAlias = tuple[str | int, ...]
 
 
 @cache
 def recipe_schema() -> Schema:
-    """The JSON schema of a recipe file: every key with its type, bounds, default and description."""
+    """Return the JSON schema of a recipe file: every key with its type, bounds, default and description."""
     schema = Recipe.model_json_schema(by_alias=True)
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **_untitled(schema)}
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **drop_titles(schema)}
     stages = schema["properties"]["stages"]
     (pattern, stage), *_ = stages["patternProperties"].items()
     types = "|".join(STAGE_TYPES)
@@ -37,31 +37,31 @@ def recipe_schema() -> Schema:
 
 
 def schema_text() -> str:
-    """The schema as a file has it, for editors."""
+    """Return the schema as the text of a file, for editors."""
     return json.dumps(recipe_schema(), indent=2) + "\n"
 
 
-def _untitled(value: Any) -> Any:
-    """Drop the titles pydantic makes up; a property called ``title`` would be a mapping and stays."""
+def drop_titles(value: Any) -> Any:
+    """Drop the titles that pydantic generates; a property called ``title`` would be a mapping and stays."""
     if isinstance(value, list):
-        return [_untitled(item) for item in value]
+        return [drop_titles(item) for item in value]
     if not isinstance(value, dict):
         return value
-    return {key: _untitled(item) for key, item in value.items() if not (key == "title" and isinstance(item, str))}
+    return {key: drop_titles(item) for key, item in value.items() if not (key == "title" and isinstance(item, str))}
 
 
 def schema_at(path: KeyPath, tree: Node) -> Schema:
-    """The schema of the value at ``path``; the tree tells which variant of a union is meant."""
+    """Return the schema of the value at ``path``; the tree selects the variants of unions."""
     schema, node = recipe_schema(), tree
     for depth, key in enumerate(path):
         chosen = variant(schema, node, path[depth - 1] if depth else None)
-        schema = _below(chosen, key)
+        schema = schema_below(chosen, key)
         node = node.child(key) or Node(node.place, None)
     return schema
 
 
 def variants(schema: Schema) -> Iterator[Schema]:
-    """The alternatives of a schema, references followed."""
+    """Yield the alternatives of a schema, with references resolved."""
     if "$ref" in schema:
         yield recipe_schema()["$defs"][schema["$ref"].rsplit("/", 1)[-1]]
     elif "anyOf" in schema or "oneOf" in schema:
@@ -72,7 +72,7 @@ def variants(schema: Schema) -> Iterator[Schema]:
 
 
 def variant(schema: Schema, node: Node, name: str | int | None = None) -> Schema:
-    """The alternative that ``node`` is meant to be: by its discriminator, else by its shape.
+    """Return the alternative that fits ``node``: by its discriminator, else by its shape.
 
     Args:
         name: key of ``node``, which stands for the discriminator of a stage named by its type.
@@ -86,20 +86,21 @@ def variant(schema: Schema, node: Node, name: str | int | None = None) -> Schema
         ref = refs.get(tag.value if isinstance(tag.value, str) else fallback)
         if ref is not None:
             return next(variants({"$ref": ref}))
-    wanted = "object" if isinstance(node.value, dict) else "array" if isinstance(node.value, list) else None
+    shape = "object" if isinstance(node.value, dict) else "array" if isinstance(node.value, list) else None
     options = [option for option in variants(schema) if option.get("type") != "null"]
-    return next((option for option in options if option.get("type") == wanted), options[0] if options else {})
+    return next((option for option in options if option.get("type") == shape), options[0] if options else {})
 
 
 def union_of(schema: Schema) -> Schema | None:
-    """The discriminator of a schema that is a tagged union, also of its short or optional form."""
+    """Return the discriminator of a schema that is a tagged union, also in its short or optional form."""
     if "discriminator" in schema:
         found: Schema = schema["discriminator"]
         return found
     return next((part["discriminator"] for part in schema.get("anyOf", ()) if "discriminator" in part), None)
 
 
-def _below(schema: Schema, key: str | int) -> Schema:
+def schema_below(schema: Schema, key: str | int) -> Schema:
+    """Return the schema of the value under ``key``; empty where there is none."""
     found: Schema = {}
     if isinstance(key, int):
         found = schema.get("items") or next(iter(schema.get("prefixItems", ())), {})
@@ -113,12 +114,12 @@ def _below(schema: Schema, key: str | int) -> Schema:
 
 
 def is_open(schema: Schema) -> bool:
-    """Whether the mapping's keys are the user's own: names of stages, labels of results."""
+    """Tell whether the user names the keys of the mapping, as for stages and results."""
     return "patternProperties" in schema or isinstance(schema.get("additionalProperties"), dict)
 
 
 def describe(schema: Schema) -> str:
-    """What a value must be, to follow the word 'needs'."""
+    """Say what a value must be, to follow the word 'needs'."""
     union = union_of(schema)
     options = list(variants(schema))
     if union is not None:
@@ -126,31 +127,33 @@ def describe(schema: Schema) -> str:
     elif "short" in schema:
         phrases = [f"a text or a mapping with the key {schema['short']!r}"]
     else:
-        phrases = [_describe_one(option) for option in options if option.get("type") != "null"]
+        phrases = [describe_variant(option) for option in options if option.get("type") != "null"]
     if any(option.get("type") == "null" for option in options):
         phrases.append("null")
     return " or ".join(dict.fromkeys(phrases))
 
 
 def choices(schema: Schema) -> list[str]:
-    """The names a value may take, where it may only take some."""
+    """Return the names that a value may take, where these are limited."""
     union = union_of(schema)
     if union is not None:
         return list(union["mapping"])
-    return [str(name) for option in variants(schema) for name in (*option.get("enum", ()), *_const(option))]
+    return [str(name) for option in variants(schema) for name in (*option.get("enum", ()), *const_of(option))]
 
 
-def _const(schema: Schema) -> list[str]:
+def const_of(schema: Schema) -> list[str]:
+    """Return the only value that is allowed, in a list; empty where more are."""
     return [schema["const"]] if "const" in schema else []
 
 
-def _describe_one(schema: Schema) -> str:
+def describe_variant(schema: Schema) -> str:
+    """Say what a value of one variant must be."""
     names = choices(schema)
     if names:
         return f"one of {', '.join(names)}" if len(names) > 1 else names[0]
     kind = schema.get("type")
     if kind in ("integer", "number"):
-        return f"{'a whole number' if kind == 'integer' else 'a number'}{_range(schema)}"
+        return f"{'a whole number' if kind == 'integer' else 'a number'}{describe_bounds(schema)}"
     if kind == "array":
         least = f" with at least {schema['minItems']} entry" if "minItems" in schema else ""
         plural = {"string": "texts", "number": "numbers", "integer": "whole numbers"}
@@ -165,7 +168,8 @@ def _describe_one(schema: Schema) -> str:
     return {"boolean": "true or false", "null": "null"}.get(str(kind), f"a mapping{least}")
 
 
-def _range(schema: Schema) -> str:
+def describe_bounds(schema: Schema) -> str:
+    """Say the bounds of a number."""
     low, high = schema.get("minimum"), schema.get("maximum")
     above, below = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
     if low is not None and high is not None:

@@ -1,8 +1,7 @@
-"""YAML text as a tree in which every value knows its place, so that an error names the line of the very key.
+"""YAML text as a tree in which every value knows its place, so that an error names the line of its key.
 
-PyYAML's events are composed here rather than loaded: duplicate keys, tags, alias bombs and a second
-document are errors, and plain scalars follow the YAML 1.2 core schema (``1e-5`` is a number; ``2:4``, ``on``
-and ``yes`` are texts). Left out: dates, binary, sets, keys that are not scalars.
+The tree is composed from PyYAML's events. Duplicate keys, tags, alias bombs and a second document are errors. Plain
+scalars follow the YAML 1.2 core schema: ``1e-5`` is a number; ``2:4``, ``on`` and ``yes`` are texts.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value was written: the name of a file and a line, or a flag (line 0)."""
+    """Where a value stands: a file and a line, or a flag (line 0)."""
 
     source: str
     line: int = 0
@@ -43,7 +42,13 @@ class Place:
 
 @dataclass
 class Node:
-    """A value, the place of its key (of the value itself in a list), how many values it holds, and its tag, if any."""
+    """One value of the tree.
+
+    Attributes:
+        place: of its key, or of the value itself in a list.
+        size: how many values it holds.
+        tag: its YAML tag; empty without one.
+    """
 
     place: Place
     value: Scalar | list[Node] | dict[str, Node]
@@ -51,7 +56,7 @@ class Node:
     tag: str = ""
 
     def plain(self) -> Plain:
-        """The value without places, as ``json`` would have it."""
+        """Return the value without places, as ``json`` would read it."""
         if isinstance(self.value, dict):
             return {key: child.plain() for key, child in self.value.items()}
         if isinstance(self.value, list):
@@ -59,7 +64,7 @@ class Node:
         return self.value
 
     def child(self, key: str | int) -> Node | None:
-        """The value under ``key`` of a mapping or list, if there is one."""
+        """Return the value under ``key`` of a mapping or list; None without one."""
         if isinstance(self.value, dict):
             return self.value.get(str(key)) if isinstance(key, str) else None
         if isinstance(self.value, list) and isinstance(key, int):
@@ -67,8 +72,13 @@ class Node:
         return None
 
 
+def error_at(place: Place, problem: str, hint: str = "") -> SqatError:
+    """Make an error at a place."""
+    return SqatError(problem, hint, str(place), code="invalid-recipe")
+
+
 def resolve_scalar(text: str, place: Place) -> Scalar:
-    """Read a plain scalar by the YAML 1.2 core schema."""
+    """Read a plain scalar by the YAML 1.2 core schema; SqatError for one that is not finite."""
     if text in CONSTANTS:
         return CONSTANTS[text]
     if INTEGER.fullmatch(text):
@@ -77,38 +87,38 @@ def resolve_scalar(text: str, place: Place) -> Scalar:
         return text
     number = math.nan if text[-1] in "nN" else float(text.replace(".inf", "inf").replace(".I", "I"))
     if not math.isfinite(number):
-        raise SqatError(f"got {text}, which is not a finite number", place=str(place))
+        raise error_at(place, f"got {text}, which is not a finite number")
     return number
 
 
-def whole(text: str, place: Place) -> str:
+def join_surrogates(text: str, place: Place) -> str:
     """Join surrogate pairs, which JSON writes for characters beyond U+FFFF; half a pair is an error."""
     try:
         return text.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:
-        raise SqatError("holds half of a surrogate pair, which is no character", place=str(place)) from None
+        raise error_at(place, "holds half of a surrogate pair, which is no character") from None
 
 
-class _Composer:
-    """One pass over the events of one document; anchors are the only state."""
+class Composer:
+    """Compose the events of one document into nodes; anchors are the only state."""
 
-    def __init__(self, text: str, source: str, flag: bool, tags: bool) -> None:
+    def __init__(self, text: str, source: str, is_flag: bool, tags: bool) -> None:
         self.events: Iterator[yaml.Event] = iter(yaml.parse(text, Loader=yaml.SafeLoader))
-        self.source, self.flag, self.tags = source, flag, tags
+        self.source, self.is_flag, self.tags = source, is_flag, tags
         self.anchors: dict[str, Node] = {}
 
     def place(self, event: yaml.Event) -> Place:
         mark = event.start_mark
-        return Place(self.source, 0 if self.flag or mark is None else mark.line + 1)
+        return Place(self.source, 0 if self.is_flag or mark is None else mark.line + 1)
 
     def node(self, event: yaml.Event, place: Place, depth: int = 0) -> Node:
         if isinstance(event, yaml.AliasEvent):
             return self.alias(event)
         assert isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent)
         if event.tag and not self.tags:
-            raise SqatError(f"the tag {event.tag} is not allowed", "a recipe is plain YAML without tags", str(place))
+            raise error_at(place, f"the tag {event.tag} is not allowed", "a recipe is plain YAML without tags")
         if depth > MAX_DEPTH:
-            raise SqatError(f"nested deeper than {MAX_DEPTH} levels", place=str(place))
+            raise error_at(place, f"nested deeper than {MAX_DEPTH} levels")
         if isinstance(event, yaml.ScalarEvent):
             node = self.scalar(event, place)
         elif isinstance(event, yaml.SequenceStartEvent):
@@ -116,7 +126,7 @@ class _Composer:
         else:
             node = self.mapping(place, depth)
         if node.size > MAX_VALUES:
-            raise SqatError(f"holds more than {MAX_VALUES} values once its aliases are followed", place=str(place))
+            raise error_at(place, f"holds more than {MAX_VALUES} values once its aliases are followed")
         node.tag = event.tag or ""
         if event.anchor is not None:
             self.anchors[event.anchor] = node
@@ -125,11 +135,11 @@ class _Composer:
     def alias(self, event: yaml.AliasEvent) -> Node:
         if event.anchor not in self.anchors:
             problem = f"the alias *{event.anchor} has no anchor &{event.anchor} above it"
-            raise SqatError(problem, "quote the value if it is meant to start with *", str(self.place(event)))
+            raise error_at(self.place(event), problem, "quote the value if it is meant to start with *")
         return self.anchors[event.anchor]
 
     def scalar(self, event: yaml.ScalarEvent, place: Place) -> Node:
-        value = whole(event.value, place)
+        value = join_surrogates(event.value, place)
         return Node(place, value if event.style else resolve_scalar(value, place))
 
     def sequence(self, place: Place, depth: int) -> Node:
@@ -150,55 +160,56 @@ class _Composer:
                 merged = value.value
                 continue
             if key in items:
-                raise SqatError(f"the key {key!r} is given twice", f"first on {items[key].place}", str(where))
+                raise error_at(where, f"the key {key!r} is given twice", f"first on {items[key].place}")
             items[key] = Node(where, value.value, value.size, value.tag)
         items = {**{key: value for key, value in merged.items() if key not in items}, **items}
         return Node(place, items, 1 + sum(value.size for value in items.values()))
 
     def key(self, event: yaml.Event, place: Place) -> tuple[str, bool]:
-        """The text of a key, and whether it is the merge key ``<<``."""
+        """Return the text of a key, and whether it is the merge key ``<<``."""
         if not isinstance(event, yaml.ScalarEvent):
-            raise SqatError("a key must be a plain text, not a list, mapping or alias", place=str(place))
+            raise error_at(place, "a key must be a plain text, not a list, mapping or alias")
         if not event.value:
-            raise SqatError("a key is empty", place=str(place))
-        return whole(event.value, place), event.value == "<<" and not event.style
+            raise error_at(place, "a key is empty")
+        return join_surrogates(event.value, place), event.value == "<<" and not event.style
 
 
-def compose(text: str, source: str, *, flag: bool = False, tags: bool = False) -> Node:
+def compose(text: str, source: str, *, is_flag: bool = False, tags: bool = False) -> Node:
     """Read one YAML document into a tree with places.
 
     Args:
-        source: name of the file, or the flag that ``text`` is the value of.
-        flag: ``source`` is a flag, so lines mean nothing.
-        tags: whether values may have tags, which are kept as texts and never make anything.
+        source: name of the file, or the flag whose value ``text`` is.
+        is_flag: ``source`` is a flag, so there are no lines.
+        tags: allow tags; they are kept as texts and construct nothing.
 
     Raises:
-        SqatError: whatever YAML or this reader forbids, at its line.
+        SqatError: YAML or this reader forbids something, at its line.
     """
     try:
-        return _document(_Composer(text, source, flag, tags))
+        return compose_document(Composer(text, source, is_flag, tags))
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         problem = f"the character U+{error.character:04X} is not allowed in YAML"
-        raise SqatError(problem, place=str(Place(source, 0 if flag else line))) from None
+        raise error_at(Place(source, 0 if is_flag else line), problem) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = 0 if flag or mark is None else mark.line + 1
-        raise SqatError(*_plain_words(error), place=str(Place(source, line))) from None
+        line = 0 if is_flag or mark is None else mark.line + 1
+        raise error_at(Place(source, line), *explain_syntax(error)) from None
 
 
-def _document(composer: _Composer) -> Node:
+def compose_document(composer: Composer) -> Node:
+    """Compose the only document; an empty text is a node of None."""
     node: Node | None = None
     for event in composer.events:
         if isinstance(event, yaml.DocumentStartEvent) and node is not None:
             problem, hint = "a second document starts here", "a recipe is one document: remove the '---'"
-            raise SqatError(problem, hint, str(composer.place(event)))
+            raise error_at(composer.place(event), problem, hint)
         if isinstance(event, yaml.NodeEvent):
             node = composer.node(event, composer.place(event))
-    return node if node is not None else Node(Place(composer.source, 0 if composer.flag else 1), None)
+    return node if node is not None else Node(Place(composer.source, 0 if composer.is_flag else 1), None)
 
 
-# What PyYAML says, and what that means to a person; the first that occurs in the message is told.
+# Part of PyYAML's message -> what it means, what to do; the first that occurs counts.
 SYNTAX = (
     ("expected the node content, but found '<stream end>'", "a '[' or '{' is never closed", ""),
     ("'\\t'", "a tab where YAML wants spaces", "indent with spaces"),
@@ -225,9 +236,10 @@ SYNTAX = (
 )
 
 
-def _plain_words(error: yaml.MarkedYAMLError) -> tuple[str, str]:
+def explain_syntax(error: yaml.MarkedYAMLError) -> tuple[str, str]:
+    """Say what is wrong with the YAML, and what to do."""
     message = f"{error.context or ''} {error.problem or ''}".strip()
-    for sign, problem, hint in SYNTAX:
-        if sign in message:
+    for part, problem, hint in SYNTAX:
+        if part in message:
             return f"not valid YAML: {problem}", hint
     return f"not valid YAML: {message}", ""
