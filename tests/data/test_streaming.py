@@ -287,10 +287,10 @@ stages: {train: {}, calibrate: {}}
     ("override", "line"),
     [
         ("task={name: classification}", "recipe.yaml:4: the classes of a streamed split are not known beforehand"),
-        ("task=relevance", "recipe.yaml:4: the rows of the task relevance do not each stand alone"),
+        ("task=relevance", "recipe.yaml:4: the task relevance cannot stream its rows"),
         ("data.dev={path: a, streaming: true}", "data.dev is measured as a whole"),
         ("data.train={path: a, buffer: 7}", "buffer belongs to streaming: true"),
-        ("stages.calibrate.samples=20000", "'calibrate' observes 20000 rows, but the buffer .* has 16384"),
+        ("stages.calibrate.samples=20000", "'calibrate' needs 20000 rows, but the buffer .* holds 16384"),
     ],
 )
 def test_what_cannot_be_streamed_is_told_before_anything_runs(tmp_path: Path, override: str, line: str) -> None:

@@ -87,7 +87,7 @@ def test_a_file_is_measured_as_the_export_did(searched: Path) -> None:
 def test_a_batch_smaller_than_a_query_with_its_passages_is_refused(searched: Path) -> None:
     text = (searched / "search.yaml").read_text().replace(f"batch_size: {BATCH}", "batch_size: 3")
     (searched / "small.yaml").write_text(text)
-    with pytest.raises(SqatError, match="are 4 texts, and stage 'prune' has batches of 3"):
+    with pytest.raises(SqatError, match="needs 4 texts of one batch"):
         load_recipe(searched / "small.yaml")
 
 
