@@ -118,7 +118,7 @@ def build_checkpoint(model: PreTrainedModel, tokenizer: Any, **manifest: Any) ->
     first, *rest = choice.chosen
     layers = {name: LayerRecord(pattern="2:4", quantized=True) for name in rest}
     layers[first] = LayerRecord(pattern="2:4", float_because="excluded by the recipe")
-    layers |= {name: LayerRecord(dense_because=why, float_because=why) for name, why in choice.left.items()}
+    layers |= {name: LayerRecord(dense_because=why, float_because=why) for name, why in choice.skipped.items()}
     sites = {f"{name}:input": SiteRecord(shared_with=f"{name}:input", saturated=0.25) for name in rest}
     amax = {site: torch.tensor(1.5 + i) for i, site in enumerate(sites)}
     entries = {"stage": "calibrate", "type": "calibrate", "fingerprint": "k" * 16, "base_model": "tiny", "seed": 3}

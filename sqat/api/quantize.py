@@ -78,7 +78,7 @@ def calibrate(
     find_amax: CalibratorFn = choose_part("method", method, CALIBRATORS, Calibrator)
     choice = choose_layers(model, select_layers(include, exclude), "quantize")
     found = calibrate_model(model, read_inputs(model, batches), find_amax, placement, choice.chosen)
-    return Scales(found.amax, found.shared_with, tuple(choice.chosen), placement, {**choice.left, **found.skipped})
+    return Scales(found.amax, found.shared_with, tuple(choice.chosen), placement, {**choice.skipped, **found.skipped})
 
 
 def read_inputs(model: nn.Module, batches: Iterable[Inputs]) -> Iterator[Inputs]:

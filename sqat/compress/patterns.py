@@ -42,7 +42,7 @@ def choose_patterns(
                         code="no-layer")  # fmt: skip
     check_shared_weights(model, pruned)
     patterns = {name: parse_pattern(text) for name, text in pruned.items() if text != DENSE}
-    return patterns, {**choice.left, **dense}
+    return patterns, {**choice.skipped, **dense}
 
 
 def check_shared_weights(model: nn.Module, texts: Mapping[str, str]) -> None:
@@ -75,4 +75,4 @@ def check_globs_followed(globs: Iterable[str], matches: Mapping[str, str | None]
         if not set(followers) & set(choice.chosen):
             first = followers[0]
             raise SqatError(f"patterns: {glob!r} matches only layers that are not pruned; {first} is skipped: "
-                            f"{choice.left[first]}", "see layers.include", code="no-layer")  # fmt: skip
+                            f"{choice.skipped[first]}", "see layers.include", code="no-layer")  # fmt: skip

@@ -93,7 +93,9 @@ def batches_of_stream(file: Any, shown: str) -> Iterator[tuple[int, int]]:
     stream = pa.ipc.open_stream(file)
     if any(pa.types.is_dictionary(field.type) for field in stream.schema):
         problem = "the batches of an Arrow stream with dictionaries do not stand alone"
-        raise SqatError(problem, "write it as an Arrow file (pyarrow.ipc.new_file) or as Parquet", shown)
+        raise SqatError(
+            problem, "write it as an Arrow file (pyarrow.ipc.new_file) or as Parquet", shown, code="unreadable-file"
+        )
     where = file.tell()
     for batch in stream:
         yield where, batch.num_rows
@@ -135,4 +137,4 @@ def told(kind: str, shown: str) -> Iterator[None]:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         problem = " ".join(str(error).split())
         raise SqatError(f"not {'an' if kind[0] in 'AEIOU' else 'a'} {kind} file: {problem}", "is the ending right?",
-                        shown) from None  # fmt: skip
+                        shown, code="unreadable-file") from None  # fmt: skip

@@ -36,7 +36,7 @@ def read_npz(path: Path, shown: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for name, array in arrays.items():
         if array.ndim == 0 or len(array) != len(arrays[first]):
             have = f'"{first}" has {len(arrays[first])} rows, "{name}" has {len(array) if array.ndim else "none"}'
-            raise SqatError(have, "all arrays of the file need one row an image", shown)
+            raise SqatError(have, "all arrays of the file need one row an image", shown, code="invalid-data")
     columns = {name: array if array.ndim > 1 else array.tolist() for name, array in arrays.items()}
     for number in range(len(arrays[first])):
         yield f"{shown}:row {number + 1}", {name: values[number] for name, values in columns.items()}
@@ -47,16 +47,16 @@ def load_arrays(path: Path, shown: str) -> dict[str, Array]:
     try:
         file = np.load(path, allow_pickle=False)
         if isinstance(file, np.ndarray):
-            raise SqatError("it is a single array, not a .npz", REPACK, shown)
+            raise SqatError("it is a single array, not a .npz", REPACK, shown, code="unreadable-file")
         with file:
             arrays = {name: file[name] for name in file.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         if "allow_pickle" in str(error) and zipfile.is_zipfile(path):
             problem = "an array of it holds Python objects, which would have to be unpickled"
-            raise SqatError(problem, "store numbers and texts, not objects", shown) from None
-        raise SqatError("not a .npz file, or cut short", REPACK, shown) from None
+            raise SqatError(problem, "store numbers and texts, not objects", shown, code="unreadable-file") from None
+        raise SqatError("not a .npz file, or cut short", REPACK, shown, code="unreadable-file") from None
     if not arrays:
-        raise SqatError("it holds no arrays", REPACK, shown)
+        raise SqatError("it holds no arrays", REPACK, shown, code="unreadable-file")
     return arrays
 
 
@@ -64,7 +64,9 @@ def check_same_size(picture: Array, first: Array, name: str, place: str) -> None
     """Refuse an image that differs in size, channels or type from the first of the split."""
     if picture.shape != first.shape or picture.dtype != first.dtype:
         problem = f'"{name}" is {described(picture)}, the first row\'s is {described(first)}'
-        raise SqatError(problem, "bring all images to one size, depth and number of channels", place)
+        raise SqatError(
+            problem, "bring all images to one size, depth and number of channels", place, code="invalid-data"
+        )
 
 
 def described(picture: Array) -> str:
@@ -89,20 +91,24 @@ def picture_of(value: Any, name: str, folder: Path | None, place: str) -> Array:
         return opened(image_file(value, folder, place), value, place)
     if not isinstance(value, np.ndarray):
         raise SqatError(f'"{name}" must be an array or the path of an image file, got {type(value).__name__}',
-                        "set data.columns.image", place)  # fmt: skip
+                        "set data.columns.image", place, code="invalid-data")  # fmt: skip
     picture = value[..., None] if value.ndim == 2 else value
     if picture.ndim != 3 or picture.shape[-1] not in CHANNELS or not picture.size:
         raise SqatError(f'"{name}" has shape {value.shape}, an image is [height, width] or [height, width, 1 or 3]',
-                        "put the channels last, grey or RGB", place)  # fmt: skip
+                        "put the channels last, grey or RGB", place, code="invalid-data")  # fmt: skip
     if picture.dtype == np.uint8:
         return picture
     if not np.issubdtype(picture.dtype, np.floating):
-        raise SqatError(f'"{name}" holds {picture.dtype}', "store uint8 0..255, or floats 0..1", place)
+        raise SqatError(
+            f'"{name}" holds {picture.dtype}', "store uint8 0..255, or floats 0..1", place, code="invalid-data"
+        )
     if not np.isfinite(picture).all():
-        raise SqatError(f'"{name}" has pixels that are no number', "mend the image or leave the row out", place)
+        raise SqatError(
+            f'"{name}" has pixels that are no number', "mend the image or leave the row out", place, code="invalid-data"
+        )
     if picture.min() < 0 or picture.max() > 1:
         raise SqatError(f'"{name}" has pixels from {picture.min():.4g} to {picture.max():.4g}',
-                        "scale floats to 0..1, or store uint8 0..255", place)  # fmt: skip
+                        "scale floats to 0..1, or store uint8 0..255", place, code="invalid-data")  # fmt: skip
     return picture.astype(np.float32, copy=False)
 
 
@@ -114,18 +120,22 @@ def image_file(name: str, folder: Path | None, place: str) -> Path:
     """
     if folder is None:
         raise SqatError(f'the image "{name}" is the name of a file, and the row comes from the hub',
-                        "download the data set and give the path of the file that names its images", place)  # fmt: skip
+                        "download the data set and give the path of the file that names its images", place,
+                        code="invalid-data")  # fmt: skip
     try:
         root = folder.resolve()
         path = (root / name).resolve()
         is_other = path.exists() and not path.is_file()
     except (OSError, ValueError, RuntimeError):  # too long, NUL or half a surrogate pair in it, links in a ring
-        raise SqatError(f'"{name}" is no path of a file', "name an image beside this file", place) from None
+        raise SqatError(
+            f'"{name}" is no path of a file', "name an image beside this file", place, code="invalid-data"
+        ) from None
     if not path.is_relative_to(root):
         raise SqatError(f'the image "{name}" lies outside the folder of the file that names it, {folder}',
-                        "move the images there, or this file to a folder above them", place)  # fmt: skip
+                        "move the images there, or this file to a folder above them", place,
+                        code="invalid-data")  # fmt: skip
     if is_other:
-        raise SqatError(f'the image "{name}" is no file', "name an image, not a folder", place)
+        raise SqatError(f'the image "{name}" is no file', "name an image, not a folder", place, code="unreadable-file")
     return path
 
 
@@ -134,7 +144,9 @@ def opened(path: Path, shown: str, place: str) -> Array:
     try:
         from PIL import Image
     except ImportError:
-        raise SqatError("image files need Pillow", "pip install 'sqat[images]', or store arrays in a .npz") from None
+        raise SqatError(
+            "image files need Pillow", "pip install 'sqat[images]', or store arrays in a .npz", code="missing-package"
+        ) from None
     try:
         with Image.open(path) as image:
             image.load()
@@ -145,7 +157,9 @@ def opened(path: Path, shown: str, place: str) -> Array:
                 image = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
             return np.asarray(image.convert("RGB"))
     except FileNotFoundError:
-        raise SqatError(f'there is no image "{shown}"', f"looked at {path}", place) from None
+        raise SqatError(f'there is no image "{shown}"', f"looked at {path}", place, code="missing-file") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         text = " ".join(str(error).split())[:200]
-        raise SqatError(f'the image "{shown}" cannot be read: {text}', "is it an image, and whole?", place) from None
+        raise SqatError(
+            f'the image "{shown}" cannot be read: {text}', "is it an image, and whole?", place, code="unreadable-file"
+        ) from None

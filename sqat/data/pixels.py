@@ -51,7 +51,7 @@ class ImageProcessor:
             problem = "the image is {} x {} with {} channels".format(*sizes)
             problem += f", the model reads {self.height} x {self.width} with {self.channels}"
             hint = "set image_size and num_channels in model.config, or bring the images to that size"
-            raise SqatError(problem, hint, row["place"])
+            raise SqatError(problem, hint, row["place"], code="invalid-data")
         return rows.add_column("length", np.ones(len(rows), np.int32))
 
     def collate(self, rows: Rows, indices: list[int]) -> Batch:

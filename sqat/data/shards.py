@@ -82,7 +82,9 @@ def shard_paths(pattern: str, folder: Path) -> list[Path]:
     names = [pattern] if (folder / pattern).is_file() else sorted(glob.glob(pattern, root_dir=folder))
     paths = [folder / name for name in names if (folder / name).is_file()]
     if not paths:
-        raise SqatError("no file is called so or matches it", "paths are relative to the recipe", pattern)
+        raise SqatError(
+            "no file is called so or matches it", "paths are relative to the recipe", pattern, code="missing-file"
+        )
     return paths
 
 
@@ -108,7 +110,7 @@ def cut(shards: list[Shard], limit: int | None = None) -> Pieces:
             room = None if room is None else room - kept
             found += [(number, where, first, kept)] if kept else []
     if not found:
-        raise SqatError("no rows", "the split must hold at least one", shards[0].shown)
+        raise SqatError("no rows", "the split must hold at least one", shards[0].shown, code="no-rows")
     return Pieces(shards, np.array(found, dtype=np.int64))
 
 

@@ -65,7 +65,11 @@ class Stream:
         count = min(count, self.rows - start)
         rows = self.check(islice(self.source, count))
         if len(rows) != count:
-            raise SqatError(f"{count - len(rows)} rows are not there any more", "a shard has changed: run again")
+            raise SqatError(
+                f"{count - len(rows)} rows are not there any more",
+                "a shard has changed: run again",
+                code="invalid-data",
+            )
         self.position = (epoch, start + count)
         return rows
 

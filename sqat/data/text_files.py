@@ -37,7 +37,7 @@ def read_rows(path: Path, shown: str) -> Iterator[Placed]:
         SqatError: no such file, an unknown ending, or the first thing in it that cannot be read.
     """
     if not path.is_file():
-        raise SqatError("no such file", _nearest_file(path), shown)
+        raise SqatError("no such file", _nearest_file(path), shown, code="missing-file")
     name = path.name.lower()
     plain = name.removesuffix(".gz")
     if name.endswith((".parquet", ".arrow")):
@@ -52,7 +52,7 @@ def read_rows(path: Path, shown: str) -> Iterator[Placed]:
         from sqat.data import image_files as images  # only such a file needs numpy
 
         return images.read_npz(path, shown)
-    raise SqatError("cannot tell the format from the ending", f"it must be {ENDINGS}", shown)
+    raise SqatError("cannot tell the format from the ending", f"it must be {ENDINGS}", shown, code="unreadable-file")
 
 
 def _nearest_file(path: Path) -> str:
@@ -80,15 +80,23 @@ def _lines(path: Path, shown: str, where: int = 0, first: int = 1) -> Iterator[s
             f"byte 0x{byte:02x} at column {error.start + 1} is not UTF-8",
             "save the file as UTF-8",
             f"{shown}:{number}",
+            code="unreadable-file",
         ) from None
     except EOFError:
         raise SqatError(
-            "the gzip stream ends too early", "the file is cut short; copy it again", f"{shown}:{number + 1}"
+            "the gzip stream ends too early",
+            "the file is cut short; copy it again",
+            f"{shown}:{number + 1}",
+            code="unreadable-file",
         ) from None
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise SqatError(f"not a gzip file: {error}", "is the ending right?", f"{shown}:{number + 1}") from None
+        raise SqatError(
+            f"not a gzip file: {error}", "is the ending right?", f"{shown}:{number + 1}", code="unreadable-file"
+        ) from None
     except OSError as error:
-        raise SqatError(f"cannot be read: {error.strerror or error}", "check its permissions", shown) from None
+        raise SqatError(
+            f"cannot be read: {error.strerror or error}", "check its permissions", shown, code="unreadable-file"
+        ) from None
 
 
 def read_jsonl(path: Path, shown: str, where: int = 0, first: int = 1) -> Iterator[Placed]:
@@ -101,12 +109,15 @@ def read_jsonl(path: Path, shown: str, where: int = 0, first: int = 1) -> Iterat
             row = json.loads(line.rstrip())
         except (ValueError, RecursionError) as error:
             at = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-            raise SqatError(f"not JSON: {at}", "the file must hold one JSON object a line", place) from None
+            raise SqatError(
+                f"not JSON: {at}", "the file must hold one JSON object a line", place, code="unreadable-file"
+            ) from None
         if not isinstance(row, dict):
             raise SqatError(
                 f"a line must hold a JSON object, this one holds {kind(row)}",
                 "write one object a line",
                 place,
+                code="invalid-data",
             )
         yield place, row
 
@@ -131,7 +142,9 @@ def _raw_lines(path: Path, shown: str) -> Iterator[bytes]:
         with path.open("rb") as file:
             yield from file
     except OSError as error:
-        raise SqatError(f"cannot be read: {error.strerror or error}", "check its permissions", shown) from None
+        raise SqatError(
+            f"cannot be read: {error.strerror or error}", "check its permissions", shown, code="unreadable-file"
+        ) from None
 
 
 def _read_csv(path: Path, shown: str) -> Iterator[Placed]:
@@ -152,16 +165,24 @@ def _read_csv(path: Path, shown: str) -> Iterator[Placed]:
                     f"{len(fields)} fields under a header of {len(header)}",
                     "put text with commas or line ends in double quotes",
                     place,
+                    code="invalid-data",
                 )
             yield place, dict(zip(header, fields, strict=True))
     except csv.Error as error:
-        raise SqatError(f"not CSV: {error}", "use commas and double quotes", f"{shown}:{start}") from None
+        raise SqatError(
+            f"not CSV: {error}", "use commas and double quotes", f"{shown}:{start}", code="unreadable-file"
+        ) from None
 
 
 def _checked_header(fields: list[str], place: str) -> list[str]:
     twice = {name for name in fields if fields.count(name) > 1}
     if twice:
-        raise SqatError(f"the header has {listed(twice)} more than once", "give each column its own name", place)
+        raise SqatError(
+            f"the header has {listed(twice)} more than once",
+            "give each column its own name",
+            place,
+            code="invalid-data",
+        )
     return fields
 
 

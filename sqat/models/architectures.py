@@ -1,8 +1,7 @@
-"""Kinds of models: how each is built from a source or from a checkpoint's files, and what it puts out.
+"""Kinds of models: how each is built from a source or from a checkpoint's files.
 
 Every model returns an object with ``.logits``, a tensor [B, ...]; where the library's own does not, a forward hook
-makes one, so that module names and weights stay the library's. Another kind is one file here and one line in the
-table, which only `sqat.models.loading` reads.
+makes one. Another kind is one file here and one line in the table.
 """
 
 from __future__ import annotations

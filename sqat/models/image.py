@@ -1,9 +1,7 @@
 """Image classifiers, convolutional or transformers, and the scaling of their pixels.
 
-A model starts from a source, or from a configuration of transformers' with random weights. Its size of image stands in
-the configuration as ``image_size`` (one number, or height and width), which classes that read any size keep too; else
-it is taken from the source's preprocessor. Left out: preprocessors that do more than scale and normalise, such as
-cropping: the data are to have the model's size.
+A model starts from a source, or from a config of transformers with random weights. The size of its images is the
+config's ``image_size``, else that of the source's preprocessor. Images must have that size; nothing is resized.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 from sqat.data.pixels import PREPROCESSOR, ImageProcessor
 from sqat.errors import SqatError, first_line
-from sqat.models.sources import LOADING
+from sqat.models.sources import LOADING_ERRORS, check_loaded, new_body_weights
 from sqat.models.text import set_dropout
 from sqat.recipe.inputs import ModelConfig
 
@@ -37,7 +35,7 @@ class Images:
     def pretrained(
         self, config: ModelConfig, source: str, head: Mapping[str, Any]
     ) -> tuple[PreTrainedModel, ImageProcessor]:
-        """The source's model with a fresh head, or one with random weights; and what its pixels are scaled by.
+        """Return the source's model with a fresh head, or one with random weights, and the scaling of its pixels.
 
         Raises:
             SqatError: no such model or configuration, weights that are not this model's (a head of another size is
@@ -48,11 +46,15 @@ class Images:
                 return from_config(config.config, config.dropout, head)
             return from_source(config, source, head)
         except ImportError as error:
-            raise SqatError("an image model's preprocessor needs Pillow", "pip install 'sqat[images]'") from error
-        except (*LOADING, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+            raise SqatError(
+                "an image model's preprocessor needs Pillow", "pip install 'sqat[images]'", code="missing-package"
+            ) from error
+        except (*LOADING_ERRORS, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
             what = "of model.config" if config.config is not None else repr(config.source)
             raise SqatError(
-                f"the model {what} cannot be built: {first_line(error)}", "it must be an image classifier"
+                f"the model {what} cannot be built: {first_line(error)}",
+                "it must be an image classifier",
+                code="unsupported-model",
             ) from error
 
     def model(self, folder: Path) -> PreTrainedModel:
@@ -68,15 +70,19 @@ class Images:
                                   tuple(entries["image_std"]))  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SqatError(f"no sound {PREPROCESSOR} lies beside the model", "keep its files together",
-                            place) from error  # fmt: skip
+                            place, code="model-mismatch") from error  # fmt: skip
 
 
 def from_config(
     entries: Mapping[str, Any], dropout: float | None, head: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, ImageProcessor]:
-    """A model with random weights by the entries of its config.json."""
+    """Make a model with random weights by the entries of its config.json."""
     if "model_type" not in entries:
-        raise SqatError("model.config has no model_type", "e.g. {model_type: resnet, image_size: 32, num_channels: 3}")
+        raise SqatError(
+            "model.config has no model_type",
+            "e.g. {model_type: resnet, image_size: 32, num_channels: 3}",
+            code="invalid-recipe",
+        )
     settings = AutoConfig.for_model(**{**entries, **head})
     set_dropout(settings, dropout)
     model: PreTrainedModel = AutoModelForImageClassification.from_config(settings, dtype=torch.float32)
@@ -86,43 +92,36 @@ def from_config(
 
 
 def from_source(config: ModelConfig, source: str, head: Mapping[str, Any]) -> tuple[PreTrainedModel, ImageProcessor]:
-    """A model with the source's weights and a fresh head, and its own mean and deviation of pixels."""
-    known = {"revision": config.revision, "trust_remote_code": False}
-    settings = AutoConfig.from_pretrained(source, **known, **head)
+    """Load a model with a fresh head, and the mean and deviation of its pixels."""
+    options = {"revision": config.revision, "trust_remote_code": False}
+    settings = AutoConfig.from_pretrained(source, **options, **head)
     set_dropout(settings, config.dropout)
     model, report = AutoModelForImageClassification.from_pretrained(
         source, config=settings, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True,
-        output_loading_info=True, **known,
+        output_loading_info=True, **options,
     )  # fmt: skip
-    check_body(model, report, source)
-    scaling = AutoImageProcessor.from_pretrained(source, **known).to_dict()
+    check_loaded(new_body_weights(model.base_model_prefix, report), source)
+    scaling = AutoImageProcessor.from_pretrained(source, **options).to_dict()
     height, width = image_size(settings.to_dict() | scaling_size(scaling))
     middle = [MIDDLE] * channels(settings.to_dict())
     mean, deviation = (scaling.get(name) or middle for name in ("image_mean", "image_std"))
     return model, ImageProcessor(height, width, tuple(mean), tuple(deviation))
 
 
-def check_body(model: PreTrainedModel, report: Mapping[str, Any], source: str) -> None:
-    """Refuse a model that kept some of its random weights; only the head and a pooler may be new."""
-    new = [*sorted(report["missing_keys"]), *(name for name, *_ in report["mismatched_keys"])]
-    inside = [name for name in new if name.startswith(f"{model.base_model_prefix}.") and ".pooler." not in name]
-    if inside:
-        raise SqatError(f"the weights of {source!r} are not those its config.json describes: {len(inside)} are missing "
-                        f"or of another shape, the first is {inside[0]}", "check model.source")  # fmt: skip
-
-
 def image_size(entries: Mapping[str, Any]) -> tuple[int, int]:
-    """Height and width that a configuration's ``image_size`` says."""
+    """Return height and width by a config's ``image_size``."""
     size = entries.get("image_size")
     if isinstance(size, int):
         return size, size
     if isinstance(size, list | tuple) and len(size) == 2:
         return int(size[0]), int(size[1])
-    raise SqatError("nothing says how large the model's images are", "give model.config an image_size")
+    raise SqatError(
+        "nothing says how large the model's images are", "give model.config an image_size", code="invalid-recipe"
+    )
 
 
 def scaling_size(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """``image_size`` as a preprocessor says it: the crop's, or that of resizing; empty where it says none."""
+    """Return ``image_size`` by a preprocessor, that of cropping or of resizing; empty where there is none."""
     for size in (entries.get("crop_size"), entries.get("size")):
         if size and size.get("height"):
             return {"image_size": [size["height"], size["width"]]}
@@ -132,5 +131,5 @@ def scaling_size(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def channels(entries: Mapping[str, Any]) -> int:
-    """Channels of the images; three where the configuration does not say."""
+    """Return the number of channels; three where the config does not say."""
     return int(entries.get("num_channels") or len("RGB"))

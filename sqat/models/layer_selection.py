@@ -1,8 +1,7 @@
-"""Which linear layers and convolutions of a model are treated, and which make the last block's q, k and v.
+"""Which linears and convolutions of a model are treated, and which make q, k and v of its last block.
 
-Found by rule from the module tree, not by a table per family: the encoder is the list of alike blocks that holds
-the most linear weights, and a block's q, k and v are told by the linears' own names. A network of
-convolutions has no such blocks: there every layer counts but the first, which reads the image, and the last.
+Both are found by rule from the module tree: the encoder is the list of alike blocks with the most linear weights. In
+a convolutional network every layer counts but the first and the last.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ class LinearOfConv1D(nn.Linear):
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every linear by name, in module order; a module reached twice counts once."""
+    """Return every linear by name, in module order; a module reached twice counts once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
@@ -33,17 +32,17 @@ Layer: TypeAlias = nn.Linear | nn.Conv2d
 
 
 def weighted_layers(model: nn.Module) -> dict[str, Layer]:
-    """Every linear and 2-d convolution by name, in module order; a module reached twice counts once."""
+    """Return every linear and 2-d convolution by name, in module order; a module reached twice counts once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
 
 
 def is_convolutional(model: nn.Module) -> bool:
-    """Whether the model is a network of convolutions: a transformer has one or two, which cut an image in patches."""
+    """Say whether the model is convolutional; a transformer has at most two convolutions, for patches of images."""
     return sum(isinstance(layer, nn.Conv2d) for layer in weighted_layers(model).values()) > 2
 
 
-def outside(model: nn.Module) -> dict[str, str]:
-    """Layers that are left alone unless the recipe names them, and why: the outermost two, or all but the encoder's."""
+def outer_layers(model: nn.Module) -> dict[str, str]:
+    """Return the layers that are skipped unless the recipe names them, and why."""
     names = list(weighted_layers(model))
     if is_convolutional(model):
         return dict.fromkeys((names[0], names[-1]), "first or last layer of the network")
@@ -52,9 +51,9 @@ def outside(model: nn.Module) -> dict[str, str]:
 
 
 def encoder_blocks(model: nn.Module) -> list[str]:
-    """Names of the repeated blocks: the ModuleList of alike modules that holds the most linear weights.
+    """Return the names of the repeated blocks: the ModuleList of alike modules with the most linear weights.
 
-    None in a convolutional model.
+    A convolutional model has none.
     """
     if is_convolutional(model):
         return []
@@ -63,7 +62,8 @@ def encoder_blocks(model: nn.Module) -> list[str]:
     best = max(lists, key=lambda item: linear_weights(item[1]), default=None)
     if best is None or linear_weights(best[1]) == 0:
         raise SqatError("no encoder blocks with linear layers were found in the model",
-                        f"{type(model).__name__} is not a transformer encoder that sqat can treat")  # fmt: skip
+                        f"{type(model).__name__} is not a transformer encoder that sqat can treat",
+                        code="unsupported-model")  # fmt: skip
     return [f"{best[0]}.{index}" for index in range(len(best[1]))]
 
 
@@ -73,10 +73,10 @@ def linear_weights(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which layers a stage treats, and why the others are left alone."""
+    """Which layers a stage treats, and why it skips the others."""
 
     chosen: list[str]
-    left: dict[str, str]
+    skipped: dict[str, str]
 
 
 def choose_layers(
@@ -95,21 +95,22 @@ def choose_layers(
     """
     found = weighted_layers(model)
     check_globs((*(layers.include or ()), *layers.exclude), found)
-    outer, multiples = outside(model), multiples or {}
-    chosen, left = [], {}
+    outer, multiples = outer_layers(model), multiples or {}
+    chosen, skipped = [], {}
     for name, module in found.items():
-        wanted = multiples.get(name, multiple)
-        if reason := why_left(name, module, layers, outer.get(name, ""), purpose, wanted):
-            left[name] = reason
+        if reason := skip_reason(name, module, layers, outer.get(name, ""), purpose, multiples.get(name, multiple)):
+            skipped[name] = reason
         else:
             chosen.append(name)
     if not chosen:
-        raise SqatError(f"no layer is left to {purpose}: {next(iter(left.values()))}", "widen layers.include")
-    return Choice(chosen, left)
+        raise SqatError(
+            f"no layer is left to {purpose}: {next(iter(skipped.values()))}", "widen layers.include", code="no-layer"
+        )
+    return Choice(chosen, skipped)
 
 
-def why_left(name: str, module: Layer, layers: Layers, outside: str, purpose: str, multiple: int) -> str:
-    """Reason to leave a layer alone; empty to treat it."""
+def skip_reason(name: str, module: Layer, layers: Layers, outside: str, purpose: str, multiple: int) -> str:
+    """Return why a layer is skipped; empty where it is treated."""
     if any(fnmatchcase(name, glob) for glob in layers.exclude):
         return "excluded by the recipe"
     if layers.include is None and outside:
@@ -129,13 +130,14 @@ def why_left(name: str, module: Layer, layers: Layers, outside: str, purpose: st
 
 
 def check_globs(globs: Iterable[str], found: Mapping[str, Layer]) -> None:
-    """A pattern that matches nothing is an error."""
+    """Refuse a glob that matches no layer."""
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in found):
             some = ", ".join(list(found)[:3])
             raise SqatError(
                 f"layers: {glob!r} matches no layer",
                 f"the model has {some}, ... ({len(found)} in all)",
+                code="no-layer",
             )
 
 
@@ -146,20 +148,22 @@ FUSED_NAME = re.compile(r"^(?:w_?)?qkv(?:_?(?:proj|projection|lin|linear|layer))
 
 
 def is_fused_conv1d(name: str, layer: nn.Linear) -> bool:
-    """GPT-2's own name for q, k and v side by side; in other families it is also that of interleaved heads."""
+    """Say whether a layer is GPT-2's fused q, k and v; in other families the name means interleaved heads."""
     return isinstance(layer, LinearOfConv1D) and name.endswith(".c_attn")
 
 
 def is_causal(model: nn.Module, layer: str) -> bool:
-    """Whether the attention that a q, k or v linear belongs to reads only what stands before; transformers says so."""
+    """Say whether the attention of a q, k or v linear reads only earlier tokens, as transformers marks it."""
     return bool(getattr(model.get_submodule(layer.rpartition(".")[0]), "is_causal", False))
 
 
 def find_qkv(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Names of the linears that make the last block's q, k and v: three, or one fused.
+    """Return the names of the linears that make q, k and v of the last block: three, or one fused.
 
-    The rule: in the last encoder block, the linears whose own name is q/k/v or query/key/value with an
-    ordinary suffix (`q_lin`, `key_proj`, `Wqkv` fused). ``names`` overrides it.
+    They are called q/k/v or query/key/value with an ordinary suffix (`q_lin`, `key_proj`, `Wqkv` fused).
+
+    Args:
+        names: the recipe's choice, which overrides the rule.
     """
     found = linear_layers(model)
     if names is not None:
@@ -168,12 +172,14 @@ def find_qkv(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str,
             raise SqatError(
                 f"distill.qkv names {unknown[0] if unknown else len(names)}",
                 "give three linear layers or one fused",
+                code="no-layer",
             )
         return tuple(names)
     blocks = encoder_blocks(model)
     if not blocks:
         raise SqatError("MiniLM distillation needs attention, and the model is a network of convolutions",
-                        "set distill.minilm_weight: 0 and distill.output_weight, or distill: null")  # fmt: skip
+                        "set distill.minilm_weight: 0 and distill.output_weight, or distill: null",
+                        code="unsupported-model")  # fmt: skip
     last = f"{blocks[-1]}."
     inside = [name for name in found if name.startswith(last)]
     roles: dict[str, list[str]] = {"q": [], "k": [], "v": []}
@@ -186,4 +192,5 @@ def find_qkv(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str,
     if len(fused) == 1 and not any(roles.values()):
         return (fused[0],)
     raise SqatError("which linears make q, k and v of the last block cannot be told from their names",
-                    f"set distill.qkv to three (or one fused) of: {', '.join(inside)}")  # fmt: skip
+                    f"set distill.qkv to three (or one fused) of: {', '.join(inside)}",
+                    code="unsupported-model")  # fmt: skip

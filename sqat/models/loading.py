@@ -24,7 +24,7 @@ from sqat.data.batch import Processor
 from sqat.errors import SqatError, first_line
 from sqat.models.architectures import ARCHITECTURES, Architecture
 from sqat.models.layer_selection import LinearOfConv1D, weighted_layers
-from sqat.models.sources import LOADING, check_digest, resolve_source
+from sqat.models.sources import LOADING_ERRORS, check_digest, resolve_source
 from sqat.modules.batch_norm import fold_batch_norms_
 from sqat.recipe.inputs import ModelConfig
 
@@ -38,8 +38,8 @@ def load_pretrained(
     """Build the model that the recipe starts from, with a fresh head, and its processor.
 
     Args:
-        kind: of the architecture, as in `sqat.models.architectures`.
-        folder: what relative sources are relative to.
+        kind: a key of `sqat.models.architectures`.
+        folder: that relative sources start from.
         head: config entries of the head: num_labels, id2label, problem_type, ...
         seed: of the initial weights.
 
@@ -57,16 +57,16 @@ def load_pretrained(
 
 
 def architecture_of(folder: Path) -> Architecture:
-    """The kind of model whose files lie in a folder."""
+    """Return the kind of model whose files lie in a folder."""
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     return next(kind for kind in ARCHITECTURES.values() if kind.claims(names))
 
 
 @quiet_transformers()
 def serialize_model(model: nn.Module, processor: Processor) -> tuple[dict[str, bytes], dict[str, Tensor]]:
-    """Config and processor files, and plain weights; a tied weight is kept once, under its first name.
+    """Return config and processor files, and weights; a tied weight is kept once, under its first name.
 
-    Linears that stand for a Conv1D are named in the file `LAYOUT`, where there are any.
+    The file `LAYOUT` names the linears that stand for a Conv1D, where there are any.
     """
     weights: dict[str, Tensor] = {}
     seen: set[tuple[int, int, tuple[int, ...]]] = set()
@@ -88,7 +88,7 @@ def serialize_model(model: nn.Module, processor: Processor) -> tuple[dict[str, b
 
 
 def save_config(model: nn.Module, folder: Path) -> None:
-    """Write config.json, in the form of transformers or of diffusers."""
+    """Write config.json as transformers or diffusers does."""
     if isinstance(model, PreTrainedModel):
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)
@@ -100,7 +100,7 @@ def save_config(model: nn.Module, folder: Path) -> None:
 
 
 def build(checkpoint: Checkpoint, place: str = "checkpoint") -> tuple[nn.Module, Processor]:
-    """Model (plain weights, eval mode, a calibrated one's batch norms folded) and processor of a checkpoint."""
+    """Return model and processor of a checkpoint; eval mode, batch norms folded where it is calibrated."""
     model, processor = assemble(checkpoint.files, place)
     load_weights(model, checkpoint.weights, place)
     if checkpoint.amax:
@@ -110,16 +110,16 @@ def build(checkpoint: Checkpoint, place: str = "checkpoint") -> tuple[nn.Module,
 
 @quiet_transformers()
 def assemble(files: Mapping[str, bytes], place: str) -> tuple[nn.Module, Processor]:
-    """Model (random weights, eval mode) and processor by the config and processor files of a checkpoint."""
+    """Return model (random weights, eval mode) and processor by the files of a checkpoint."""
     with unpacked(files) as folder:
         kind = architecture_of(folder)
-        model = skeleton(kind, folder, place)
+        model = make_model(kind, folder, place)
         return model.eval(), kind.processor(folder, place)
 
 
 @contextmanager
 def unpacked(files: Mapping[str, bytes]) -> Iterator[Path]:
-    """Side files of a checkpoint in a folder of their own."""
+    """Write a checkpoint's files to a temporary folder, which is removed afterwards."""
     with tempfile.TemporaryDirectory() as scratch:
         for name, content in files.items():
             path = Path(scratch) / name
@@ -128,30 +128,33 @@ def unpacked(files: Mapping[str, bytes]) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def skeleton(kind: Architecture, folder: Path, place: str) -> nn.Module:
-    """Model with random weights, by the config in a folder.
+def make_model(kind: Architecture, folder: Path, place: str) -> nn.Module:
+    """Make a model with random weights by the config in a folder.
 
     Raises:
         SqatError: the config cannot be read.
     """
     try:
         return kind.model(folder)
-    except LOADING as error:
+    except LOADING_ERRORS as error:
         raise SqatError(
-            f"the checkpoint's model cannot be built: {first_line(error)}", "was it made by sqat?", place
+            f"the checkpoint's model cannot be built: {first_line(error)}",
+            "was it made by sqat?",
+            place,
+            code="unsupported-model",
         ) from error
 
 
 @quiet_transformers()
 def layer_names(checkpoint: Checkpoint, place: str = "checkpoint") -> list[str]:
-    """Names of a checkpoint's linears and convolutions in the model's order, from its config alone."""
+    """Return the names of a checkpoint's linears and convolutions, in the model's order, by its config."""
     with unpacked(checkpoint.files) as folder, torch.device("meta"):
-        return list(weighted_layers(skeleton(architecture_of(folder), folder, place)))
+        return list(weighted_layers(make_model(architecture_of(folder), folder, place)))
 
 
 @quiet_transformers()
 def load_processor(folder: Path) -> Processor:
-    """The processor (a tokenizer, for texts) that lies in a folder."""
+    """Load the processor (a tokenizer, for texts) in a folder."""
     return architecture_of(folder).processor(folder, str(folder))
 
 
@@ -162,18 +165,25 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], place: str) ->
     unknown = [name for name in weights if name not in own]
     if wrong or unknown:
         name = (wrong + unknown)[0]
-        raise SqatError(f"the weight {name} does not fit the config", "the files do not belong together", place)
+        raise SqatError(
+            f"the weight {name} does not fit the config",
+            "the files do not belong together",
+            place,
+            code="model-mismatch",
+        )
     model.load_state_dict(dict(weights), strict=False)
     if isinstance(model, PreTrainedModel):
         model.tie_weights()
     loaded = {own[name].data_ptr() for name in weights}
     missing = [name for name, tensor in own.items() if tensor.data_ptr() not in loaded]
     if missing:
-        raise SqatError(f"the weight {missing[0]} is missing", "the files do not belong together", place)
+        raise SqatError(
+            f"the weight {missing[0]} is missing", "the files do not belong together", place, code="model-mismatch"
+        )
 
 
 def versions() -> dict[str, str]:
-    """Versions that decide what a model computes."""
+    """Return the versions that decide what a model computes."""
     import sqat
 
     return {"sqat": sqat.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
@@ -190,9 +200,10 @@ def check_head(config: bytes, outputs: int, fields: Mapping[str, Any], place: st
     if outputs == 0:
         return
     parsed: dict[str, Any] = json.loads(config)
-    found = [label for _, label in sorted(parsed.get("id2label", {}).items(), key=lambda item: int(item[0]))]
-    wanted = [label for _, label in sorted(fields.get("id2label", {}).items())]
-    count = len(found) or 2  # transformers leaves out the default of two outputs
-    if count != outputs or (wanted and found and found != wanted):
-        raise SqatError(f"the model's outputs are {', '.join(found) or count}, but the recipe's task has "
-                        f"{', '.join(wanted) or outputs}", "use the recipe it was trained with", place)  # fmt: skip
+    labels = [label for _, label in sorted(parsed.get("id2label", {}).items(), key=lambda item: int(item[0]))]
+    expected = [label for _, label in sorted(fields.get("id2label", {}).items())]
+    count = len(labels) or 2  # transformers leaves out the default of two outputs
+    if count != outputs or (expected and labels and labels != expected):
+        raise SqatError(f"the model's outputs are {', '.join(labels) or count}, but the recipe's task has "
+                        f"{', '.join(expected) or outputs}", "use the recipe it was trained with", place,
+                        code="model-mismatch")  # fmt: skip

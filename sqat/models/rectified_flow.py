@@ -1,12 +1,7 @@
-"""Rectified flow (arXiv:2209.03003, arXiv:2210.02747): straight paths from noise to pictures, and the walk along them.
+"""Rectified flow (arXiv:2209.03003, arXiv:2210.02747): straight paths from noise to images, and the walk along them.
 
-What: time 0 is noise, time 1 the picture, ``x = (1 - t) noise + t picture``; a model sees x and t and says the picture,
-which gives the velocity ``(picture - x) / (1 - t)`` that is followed from seeded noise, with classifier-free guidance
-(arXiv:2207.12598). Why the picture and not the velocity: pictures are simple, noise is not, so a network narrower than
-its patches can still say it (arXiv:2511.13720); and no number near 0 is divided by inside the network, which float16
-would not bear. Errors are weighted as those of the velocity.
-
-Left out: samplers with noise on the way, and guidance that changes with time.
+Time 0 is noise, time 1 the image: ``x = (1 - t) noise + t image``. A model predicts the image (arXiv:2511.13720),
+which gives the velocity ``(image - x) / (1 - t)``, with classifier-free guidance (arXiv:2207.12598).
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
-"""Sentence encoders: sentence-transformers checkpoints in and out, tokens pooled to one vector.
+"""Sentence encoders: checkpoints of sentence-transformers in and out, tokens pooled to one vector.
 
-A folder of sentence-transformers is an AutoModel with a list of modules (``modules.json``) and a folder with the
-config of each that has one. Read and written are Transformer, Pooling (mean, cls or max) and Normalize, in this order;
-a source without ``modules.json`` is a plain encoder, which gets mean pooling (or the recipe's) and normalisation. The
-model stays the library's own: pooling is a forward hook, so that the names of weights are AutoModel's and
-``SentenceTransformer(checkpoint)`` loads what sqat writes. The other files of the source are carried along. Left out:
-Dense and other modules, a default prompt, weights in a folder below (``0_Transformer``).
+Its modules Transformer, Pooling (mean, cls or max) and Normalize are read and written; a source without
+``modules.json`` gets mean pooling and normalization. Pooling is a forward hook, so weights keep AutoModel's names and
+``SentenceTransformer(checkpoint)`` loads what sqat writes.
 """
 
 from __future__ import annotations
@@ -25,7 +22,7 @@ from sqat.checkpoint.manifest import SIDE_FILES
 from sqat.compat import find_source_file
 from sqat.data.tokens import TextProcessor
 from sqat.errors import SqatError, first_line
-from sqat.models.sources import LOADING
+from sqat.models.sources import LOADING_ERRORS, check_loaded
 from sqat.models.text import check_length, check_vocabulary, load_tokenizer, set_dropout
 from sqat.recipe.inputs import ModelConfig
 
@@ -42,7 +39,7 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Pooling:
-    """How the states of tokens become a vector: ``mean``, ``cls`` (first token) or ``max``; of length 1 or not."""
+    """How the states of tokens become a vector: ``mean``, ``cls`` (first token) or ``max``, of length 1 or not."""
 
     mode: str = "mean"
     normalized: bool = True
@@ -59,12 +56,12 @@ def mean_of_tokens(states: Tensor, mask: Tensor) -> Tensor:
 
 
 def first_token(states: Tensor, mask: Tensor) -> Tensor:
-    """State of the first real token, on whichever side the padding is."""
+    """Return the state of the first real token, on whichever side the padding is."""
     first = (mask.cumsum(1) == 1) & (mask == 1)
     return (states * first.unsqueeze(-1).to(states.dtype)).sum(1)
 
 
-def largest_of_tokens(states: Tensor, mask: Tensor) -> Tensor:
+def max_of_tokens(states: Tensor, mask: Tensor) -> Tensor:
     return states.masked_fill(mask.unsqueeze(-1) == 0, torch.finfo(states.dtype).min).amax(1)
 
 
@@ -86,11 +83,11 @@ class SentenceProcessor(TextProcessor):
     def save(self, folder: Path) -> None:
         """Write a folder that `SentenceTransformer` loads, in the form that its old versions read too."""
         self.tokenizer.save_pretrained(folder)
-        known = parsed(self.carried.get(SETTINGS, b"{}"), SETTINGS)
+        settings = parse_json(self.carried.get(SETTINGS, b"{}"), SETTINGS)
         modes = {key: mode == self.pooling.mode for key, mode in OLD_MODES.items() if mode in POOLS}
         written = {
             MODULES: module_list(self.pooling.normalized),
-            SETTINGS: {**known, "max_seq_length": self.max_length, "do_lower_case": False},
+            SETTINGS: {**settings, "max_seq_length": self.max_length, "do_lower_case": False},
             POOLING: {"word_embedding_dimension": self.width, **modes},
         }
         if self.pooling.normalized:
@@ -129,45 +126,48 @@ class Sentences:
             SqatError: no such model, modules or a pooling that sqat does not know, weights that are not this
                 encoder's, no tokenizer, or texts longer than the model reads.
         """
-        known = {"revision": config.revision, "trust_remote_code": False}
+        options = {"revision": config.revision, "trust_remote_code": False}
         try:
-            settings = AutoConfig.from_pretrained(source, **known)
+            settings = AutoConfig.from_pretrained(source, **options)
             set_dropout(settings, config.dropout)
             model, report = AutoModel.from_pretrained(
-                source, config=settings, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **known
+                source, config=settings, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
             )
-            tokenizer = AutoTokenizer.from_pretrained(source, **known)
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
             carried = side_files(source, config.revision)
-        except LOADING as error:
+        except LOADING_ERRORS as error:
             raise SqatError(
-                f"the model {config.source!r} cannot be loaded: {first_line(error)}", "check model.source"
+                f"the model {config.source!r} cannot be loaded: {first_line(error)}",
+                "check model.source",
+                code="unsupported-model",
             ) from error
-        check_all_there(report, source)
+        new = [name for name in sorted(report["missing_keys"]) if not name.startswith("pooler.")]  # nothing reads it
+        check_loaded(new, source)
         check_vocabulary(tokenizer, source)
         check_length(model, config.max_length)
         pooling = read_pooling(carried, source)
         pooling = Pooling(head.get("pooling", pooling.mode), pooling.normalized)
-        return pooled(model, pooling), SentenceProcessor(
+        return add_pooling_(model, pooling), SentenceProcessor(
             tokenizer, pooling, model.config.hidden_size, config.max_length, carried
         )
 
     def model(self, folder: Path) -> PreTrainedModel:
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model: PreTrainedModel = AutoModel.from_config(settings, dtype=torch.float32)
-        return pooled(model, read_pooling(side_files(str(folder), None), str(folder)))
+        return add_pooling_(model, read_pooling(side_files(str(folder), None), str(folder)))
 
     def processor(self, folder: Path, place: str) -> SentenceProcessor:
         carried = side_files(str(folder), None)
         width = AutoConfig.from_pretrained(folder, trust_remote_code=False).hidden_size
-        longest = parsed(carried.get(SETTINGS, b"{}"), place).get("max_seq_length")
+        longest = parse_json(carried.get(SETTINGS, b"{}"), place).get("max_seq_length")
         tokenizer = load_tokenizer(folder, place)
         return SentenceProcessor(
             tokenizer, read_pooling(carried, place), width, longest or tokenizer.model_max_length, carried
         )
 
 
-def pooled(model: PreTrainedModel, pooling: Pooling) -> PreTrainedModel:
-    """Hook the pooling to a model; a pooler of its own, which nothing reads, learns nothing."""
+def add_pooling_(model: PreTrainedModel, pooling: Pooling) -> PreTrainedModel:
+    """Hook the pooling to a model; a pooler of its own is frozen, since nothing reads it."""
     model.register_forward_hook(pooling, with_kwargs=True)
     for name, parameter in model.named_parameters():
         if name.startswith("pooler."):
@@ -175,16 +175,8 @@ def pooled(model: PreTrainedModel, pooling: Pooling) -> PreTrainedModel:
     return model
 
 
-def check_all_there(report: Mapping[str, Any], source: str) -> None:
-    """Refuse an encoder that kept some of its random weights, but for a pooler that nothing reads."""
-    missing = [name for name in sorted(report["missing_keys"]) if not name.startswith("pooler.")]
-    if missing:
-        raise SqatError(f"the weights of {source!r} are not those its config.json describes: {len(missing)} are "
-                        f"missing, the first is {missing[0]}", "check model.source")  # fmt: skip
-
-
 def side_files(source: str, revision: str | None) -> dict[str, bytes]:
-    """Files of a source beside weights, config and tokenizer by name, at most one folder deep.
+    """Read the files of a source beside weights, config and tokenizer, at most one folder deep.
 
     Of a hub model only those that sentence-transformers reads.
     """
@@ -198,40 +190,47 @@ def side_files(source: str, revision: str | None) -> dict[str, bytes]:
 
 
 def read_pooling(files: Mapping[str, bytes], place: str) -> Pooling:
-    """How a folder pools, by its modules; mean and normalised where there is no ``modules.json``.
+    """Return how a folder pools, by its modules; mean and normalized where there is no ``modules.json``.
 
     Raises:
         SqatError: modules, a pooling or settings that sqat does not know.
     """
     if MODULES not in files:
         return Pooling()
-    modules: Any = parsed(files[MODULES], place)
+    modules: Any = parse_json(files[MODULES], place)
     kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]) or modules[0]["path"]:
         where = f" in {modules[0]['path']}" if modules and modules[0]["path"] else ""
         raise SqatError(f"the modules of the model are {', '.join(kinds) or 'none'}{where}",
-                        "sqat reads Transformer (beside modules.json), Pooling and Normalize", place)  # fmt: skip
+                        "sqat reads Transformer (beside modules.json), Pooling and Normalize", place,
+                        code="unsupported-model")  # fmt: skip
     check_settings(files, place)
-    config = parsed(files.get(f"{modules[1]['path']}/config.json", b"{}"), place)
+    config = parse_json(files.get(f"{modules[1]['path']}/config.json", b"{}"), place)
     modes = config.get("pooling_mode") or [mode for key, mode in OLD_MODES.items() if config.get(key)] or ["mean"]
     modes = [modes] if isinstance(modes, str) else list(modes)
     if len(modes) != 1 or modes[0] not in POOLS:
-        raise SqatError(f"the model pools by {' and '.join(modes)}", f"sqat knows {', '.join(POOLS)}", place)
+        raise SqatError(
+            f"the model pools by {' and '.join(modes)}",
+            f"sqat knows {', '.join(POOLS)}",
+            place,
+            code="unsupported-model",
+        )
     return Pooling(modes[0], len(kinds) > len(("Transformer", "Pooling")))
 
 
 def check_settings(files: Mapping[str, bytes], place: str) -> None:
     """Refuse what would make sentence-transformers compute something else from the same text."""
-    if parsed(files.get(SETTINGS, b"{}"), place).get("do_lower_case"):
+    if parse_json(files.get(SETTINGS, b"{}"), place).get("do_lower_case"):
         raise SqatError(f"{SETTINGS} says do_lower_case, which sqat does not do",
-                        "let the tokenizer lower the case, or the data", place)  # fmt: skip
-    if prompt := parsed(files.get(PROMPTS, b"{}"), place).get("default_prompt_name"):
+                        "let the tokenizer lower the case, or the data", place, code="unsupported-model")  # fmt: skip
+    if prompt := parse_json(files.get(PROMPTS, b"{}"), place).get("default_prompt_name"):
         raise SqatError(f"{PROMPTS} puts the prompt {prompt!r} before every text",
-                        "write it into the data and set default_prompt_name to null", place)  # fmt: skip
+                        "write it into the data and set default_prompt_name to null", place,
+                        code="unsupported-model")  # fmt: skip
 
 
-def parsed(content: bytes, place: str) -> Any:
-    """JSON of a side file.
+def parse_json(content: bytes, place: str) -> Any:
+    """Parse a JSON file of the source.
 
     Raises:
         SqatError: it is none.
@@ -240,7 +239,7 @@ def parsed(content: bytes, place: str) -> Any:
         return json.loads(content)
     except ValueError as error:
         problem = f"a file of the sentence encoder is not JSON ({error})"
-        raise SqatError(problem, "get the model again", place) from error
+        raise SqatError(problem, "get the model again", place, code="unreadable-file") from error
 
 
 NOT_CARRIED = ("config.json", "model.safetensors.index.json", "sqat.json", "recipe.yaml")
@@ -252,4 +251,4 @@ OLD_MODES = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-POOLS = {"mean": mean_of_tokens, "cls": first_token, "max": largest_of_tokens}
+POOLS = {"mean": mean_of_tokens, "cls": first_token, "max": max_of_tokens}

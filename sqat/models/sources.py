@@ -1,6 +1,6 @@
 """Where pretrained models come from: a folder, a hub name, or a folder inside an installed package.
 
-A folder may come from a stranger: what in it would make transformers read weights elsewhere is refused here.
+A folder may come from a stranger, so what would make transformers read weights elsewhere is refused.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ import hashlib
 import importlib.util
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -18,11 +20,11 @@ from sqat.errors import SqatError
 from sqat.recipe.inputs import ModelConfig
 
 ADAPTER = "adapter_config.json"
-LOADING = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what libraries raise at a bad model
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # of libraries, for a bad model
 
 
 def resolve_source(source: str, folder: Path) -> str:
-    """Folder or hub name of a model source; ``package:NAME/FOLDER`` is found without importing the package.
+    """Return the folder or hub name of a source; ``package:NAME/FOLDER`` is found without importing the package.
 
     Raises:
         SqatError: no such folder or package, or one whose weights lie elsewhere.
@@ -36,24 +38,29 @@ def resolve_source(source: str, folder: Path) -> str:
         check_own_weights(local)
         return str(local)
     if source.startswith((".", "/")) or source.count("/") > 1:
-        raise SqatError(f"model.source is {source!r}, but there is no such folder", f"looked at {local}")
+        raise SqatError(
+            f"model.source is {source!r}, but there is no such folder", f"looked at {local}", code="missing-file"
+        )
     return source
 
 
 def package_folder(reference: str, source: str) -> str:
-    """Folder inside an installed package."""
+    """Return a folder inside an installed package."""
     name, _, inner = reference.partition("/")
     spec = importlib.util.find_spec(name) if re.fullmatch(r"\w+", name) else None
     if spec is None or not spec.submodule_search_locations:
         raise SqatError(
             f"model.source is {source!r}, but no package {name!r} is installed",
             f"pip install {name.replace('_', '-')}, or name a folder or a hub model",
+            code="missing-file",
         )
     root = Path(next(iter(spec.submodule_search_locations))).resolve()
     found = (root / inner).resolve()
     if not found.is_relative_to(root) or not (found / "config.json").is_file():
         raise SqatError(
-            f"model.source is {source!r}, but that folder of the package holds no model", f"looked at {found}"
+            f"model.source is {source!r}, but that folder of the package holds no model",
+            f"looked at {found}",
+            code="missing-file",
         )
     return str(found)
 
@@ -66,19 +73,26 @@ def check_own_weights(folder: Path) -> None:
     """
     if (path := folder / ADAPTER).is_file():
         raise SqatError("is an adapter, whose weights belong to another model", "merge them and save the whole model",
-                        str(path))  # fmt: skip
+                        str(path), code="unsupported-model")  # fmt: skip
     for path in sorted(folder.glob("*.index.json")):
         try:
             names = list(json.loads(path.read_bytes())["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise SqatError("is no index of weights", "get the model again", str(path)) from None
+            raise SqatError(
+                "is no index of weights", "get the model again", str(path), code="unreadable-file"
+            ) from None
         other = [name for name in names if Path(str(name)).name != name or name in ("", "..")]
         if other:
-            raise SqatError(f"names weights outside its folder: {other[0]!r}", "get the model again", str(path))
+            raise SqatError(
+                f"names weights outside its folder: {other[0]!r}",
+                "get the model again",
+                str(path),
+                code="unreadable-file",
+            )
 
 
 def source_digest(config: ModelConfig, folder: Path) -> str:
-    """sha256 over the files of local models; a hub model is known by name and revision, which the recipe says."""
+    """Return the sha256 over the files of local models; the recipe's name and revision identify a hub model."""
     hasher = hashlib.sha256()
     for name in (config.source, config.text_encoder):
         source = Path(resolve_source(name, folder)) if name is not None else None
@@ -91,15 +105,35 @@ def source_digest(config: ModelConfig, folder: Path) -> str:
 
 
 def check_digest(config: ModelConfig, source: str) -> None:
-    """Compare the sha256 of the weights file with the recipe's, where it gives one."""
+    """Refuse a weights file whose sha256 is not the recipe's, where it gives one."""
     if config.sha256 is None:
         return
     path = Path(source) / WEIGHTS
     if not path.is_file():
         raise SqatError(
-            "model.sha256 is given, but the source has no local model.safetensors", "drop it or use a folder"
+            "model.sha256 is given, but the source has no local model.safetensors",
+            "drop it or use a folder",
+            code="model-mismatch",
         )
     digest = file_digest(path)
     if digest != config.sha256:
         raise SqatError(f"model.safetensors has sha256 {digest}, but the recipe says {config.sha256}",
-                        "use the version the recipe was made for", str(path))  # fmt: skip
+                        "use the version the recipe was made for", str(path), code="model-mismatch")  # fmt: skip
+
+
+def check_loaded(new: Sequence[str], source: str) -> None:
+    """Refuse a model some of whose weights the source does not have, so that they are still random.
+
+    Args:
+        new: names of these weights.
+    """
+    if new:
+        problem = f"the weights of {source!r} are not those its config.json describes"
+        raise SqatError(f"{problem}: {len(new)} are missing or of another shape, the first is {new[0]}",
+                        "check model.source", code="model-mismatch")  # fmt: skip
+
+
+def new_body_weights(prefix: str, report: Mapping[str, Any]) -> list[str]:
+    """Return the names of random weights, by transformers' loading report, but for those of head and pooler."""
+    new = [*sorted(report["missing_keys"]), *(name for name, *_ in report["mismatched_keys"])]
+    return [name for name in new if name.startswith(f"{prefix}.") and ".pooler." not in name]

@@ -1,8 +1,7 @@
-"""Texts with a classification head (one logit or several): encoders, and decoders that judge by the last real token.
+"""Texts with a classification head: encoders, and decoders that classify by the last real token.
 
-transformers finds that token by comparing with the config's padding token, so a decoder's config is given its
-tokenizer's; one without pads with its end token, as is the custom. Padding is put on the right, where a causal mask
-hides it: on the left it would move the positions of GPT-2 and its like, and the score with them.
+A decoder's config gets its tokenizer's padding token, by which transformers finds that token. Padding stands on the
+right: on the left it would shift the positions of GPT-2 and its like.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from sqat.data.tokens import TextProcessor
 from sqat.errors import SqatError, first_line
 from sqat.models.conv1d import to_linears_
-from sqat.models.sources import LOADING
+from sqat.models.sources import LOADING_ERRORS, check_loaded, new_body_weights
 from sqat.recipe.inputs import ModelConfig
 
 
@@ -33,17 +32,17 @@ class Texts:
     def pretrained(
         self, config: ModelConfig, source: str, head: Mapping[str, Any]
     ) -> tuple[PreTrainedModel, TextProcessor]:
-        """The pretrained encoder with a fresh head, and its tokenizer.
+        """Return the pretrained encoder with a fresh head, and its tokenizer.
 
         Raises:
             SqatError: no such model, one that needs its own code or has no safetensors, no tokenizer, weights that are
                 not this encoder's (a head of another size is replaced), or texts longer than the model reads.
         """
-        known = {"revision": config.revision, "trust_remote_code": False}
+        options = {"revision": config.revision, "trust_remote_code": False}
         try:
-            settings = AutoConfig.from_pretrained(source, **known, **head)
+            settings = AutoConfig.from_pretrained(source, **options, **head)
             set_dropout(settings, config.dropout)
-            tokenizer = AutoTokenizer.from_pretrained(source, **known)
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 source,
                 config=settings,
@@ -51,18 +50,20 @@ class Texts:
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
-                **known,
+                **options,
             )
-        except LOADING as error:
+        except LOADING_ERRORS as error:
             raise SqatError(
-                f"the model {config.source!r} cannot be loaded: {first_line(error)}", "check model.source"
+                f"the model {config.source!r} cannot be loaded: {first_line(error)}",
+                "check model.source",
+                code="unsupported-model",
             ) from error
-        check_encoder(model, report, source)
+        check_loaded(new_body_weights(model.base_model_prefix, report), source)
         check_vocabulary(tokenizer, source)
         check_length(model, config.max_length)
         to_linears_(model)
         if is_decoder(model):
-            agree_on_padding_(model, tokenizer, source)
+            set_padding_(model, tokenizer, source)
         return model, TextProcessor(tokenizer)
 
     def model(self, folder: Path) -> PreTrainedModel:
@@ -76,37 +77,30 @@ class Texts:
 
 
 def load_tokenizer(folder: Path, place: str) -> Any:
-    """The tokenizer that lies in a folder, which errors call ``place``."""
+    """Load the tokenizer in a folder, which errors call ``place``."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except LOADING as error:
-        raise SqatError("no tokenizer lies beside the model", "keep its files together", place) from error
+    except LOADING_ERRORS as error:
+        raise SqatError(
+            "no tokenizer lies beside the model", "keep its files together", place, code="model-mismatch"
+        ) from error
     check_vocabulary(tokenizer, place)
     return tokenizer
 
 
-def check_encoder(model: PreTrainedModel, report: Mapping[str, Any], source: str) -> None:
-    """Refuse an encoder that kept some of its random weights; only the pooler and the head may be new."""
-    new = [*sorted(report["missing_keys"]), *(name for name, *_ in report["mismatched_keys"])]
-    inside = [name for name in new if name.startswith(f"{model.base_model_prefix}.") and ".pooler." not in name]
-    if inside:
-        raise SqatError(f"the weights of {source!r} are not those its config.json describes: {len(inside)} are missing "
-                        f"or of another shape, the first is {inside[0]}", "check model.source")  # fmt: skip
-
-
 def check_vocabulary(tokenizer: Any, place: str) -> None:
-    """Refuse a tokenizer without words, which is what transformers makes of a folder that holds none."""
+    """Refuse a tokenizer without words, which transformers makes for a folder without a tokenizer."""
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise SqatError("no tokenizer lies beside the model", "keep its files together", place)
+        raise SqatError("no tokenizer lies beside the model", "keep its files together", place, code="model-mismatch")
 
 
 def is_decoder(model: PreTrainedModel) -> bool:
-    """Whether the model is a decoder alone, which reads each text from left to right."""
+    """Say whether the model is only a decoder, which reads each text from left to right."""
     return not model.config.is_encoder_decoder and any(getattr(m, "is_causal", False) for m in model.modules())
 
 
-def agree_on_padding_(model: PreTrainedModel, tokenizer: Any, source: str) -> None:
-    """Give a decoder and its tokenizer one padding token, on the right; keep no states for texts that go on.
+def set_padding_(model: PreTrainedModel, tokenizer: Any, source: str) -> None:
+    """Give a decoder and its tokenizer one padding token, on the right; turn its cache off.
 
     Raises:
         SqatError: neither a padding nor an end token, or one that the model has no embedding for.
@@ -114,19 +108,20 @@ def agree_on_padding_(model: PreTrainedModel, tokenizer: Any, source: str) -> No
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise SqatError("the tokenizer has neither a padding token nor an end token to pad with",
-                            "set pad_token in its tokenizer_config.json", source)  # fmt: skip
+                            "set pad_token in its tokenizer_config.json", source, code="unsupported-model")  # fmt: skip
         tokenizer.pad_token = tokenizer.eos_token
     words = model.get_input_embeddings().num_embeddings
     if tokenizer.pad_token_id >= words:
         raise SqatError(f"the tokenizer pads with {tokenizer.pad_token!r}, number {tokenizer.pad_token_id}, but the "
-                        f"model has {words} embeddings", "set pad_token to a token that it has", source)  # fmt: skip
+                        f"model has {words} embeddings", "set pad_token to a token that it has", source,
+                        code="unsupported-model")  # fmt: skip
     tokenizer.padding_side = "right"
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
 
 
 def longest_text(model: PreTrainedModel) -> int | None:
-    """Tokens the model has positions for; RoBERTa and its like start after their padding index."""
+    """Return the number of tokens with a position; RoBERTa and its like start after their padding index."""
     longest: int | None = getattr(model.config, "max_position_embeddings", None)  # absent where positions are relative
     tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
     table = next((m for m in tables if isinstance(m, nn.Embedding)), None)
@@ -135,18 +130,22 @@ def longest_text(model: PreTrainedModel) -> int | None:
     return longest - table.padding_idx - 1
 
 
-def check_length(model: PreTrainedModel, wanted: int) -> None:
+def check_length(model: PreTrainedModel, max_length: int) -> None:
     """Refuse texts longer than the model reads."""
     longest = longest_text(model)
-    if longest is not None and wanted > longest:
-        raise SqatError(f"model.max_length is {wanted}, but the model has {longest} positions", "lower it")
+    if longest is not None and max_length > longest:
+        raise SqatError(
+            f"model.max_length is {max_length}, but the model has {longest} positions",
+            "lower it",
+            code="recipe-conflict",
+        )
 
 
 def set_dropout(settings: Any, rate: float | None) -> None:
-    """Replace every dropout rate of a transformers config; families name them differently: dropout, or pdrop."""
+    """Set every dropout rate of a transformers config; families call them dropout or pdrop."""
     if rate is None:
         return
     for name, value in settings.to_dict().items():
-        known = "dropout" in name or name.endswith("pdrop")
-        if known and isinstance(value, int | float) and not isinstance(value, bool):
+        is_rate = "dropout" in name or name.endswith("pdrop")
+        if is_rate and isinstance(value, int | float) and not isinstance(value, bool):
             setattr(settings, name, rate)

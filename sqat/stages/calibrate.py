@@ -44,7 +44,7 @@ def run(config: CalibrateConfig, parent: Checkpoint | None, context: StageContex
         metrics = {"dev": context.measure(model, processor, "dev")}
     records = {site: SiteRecord(shared_with=owner, saturated=found.saturated[site])
                for site, owner in found.shared_with.items()}  # fmt: skip
-    layers = record_layers(parent, choice.chosen, choice.left)
+    layers = record_layers(parent, choice.chosen, choice.skipped)
     files, weights = serialize_model(model, processor)
     files[HISTOGRAMS] = summarize(found.histograms)
     manifest = context.manifest(config, parent, metrics=metrics, layers=layers, sites=records, skipped=found.skipped,

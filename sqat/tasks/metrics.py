@@ -173,6 +173,8 @@ def finite(scores: ArrayLike) -> Floats:
     bad = int((~np.isfinite(values)).sum())
     if bad:
         raise SqatError(
-            f"{bad} of {values.size} outputs of the model are not finite", "training diverged; lower learning_rate"
+            f"{bad} of {values.size} outputs of the model are not finite",
+            "training diverged; lower learning_rate",
+            code="non-finite",
         )
     return values

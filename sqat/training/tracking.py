@@ -86,7 +86,12 @@ def tracked(recipe: Recipe, directory: Path, reporter: Reporter) -> Iterator[Tra
     """
     for name in recipe.trackers:
         if not is_installed(name):
-            raise SqatError(f"the tracker {name} is not installed", f"pip install {name}, or leave it out", "trackers")
+            raise SqatError(
+                f"the tracker {name} is not installed",
+                f"pip install {name}, or leave it out",
+                "trackers",
+                code="missing-package",
+            )
     watched = Tracked(reporter)
     try:
         for name in recipe.trackers:
@@ -121,7 +126,7 @@ def start_tracker(name: str, recipe: Recipe, directory: Path) -> list[Any]:
             accelerator.init_trackers(recipe.name or "sqat", config=config)
     except Exception as error:
         raise SqatError(
-            f"{name} cannot begin: {first_sentence(error)}", "mend that or leave it out", "trackers"
+            f"{name} cannot begin: {first_sentence(error)}", "mend that or leave it out", "trackers", code="usage"
         ) from error
     return [*accelerator.trackers] if accelerator.is_main_process else []
 

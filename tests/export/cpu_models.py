@@ -76,7 +76,7 @@ def calibrated(
     hooks.remove()
     files, weights = serialize_model(model, processor)
     known = {name: LayerRecord(pattern="2:4" if name in masks else "", quantized=True) for name in chosen.chosen}
-    known |= {name: LayerRecord(dense_because=why, float_because=why) for name, why in chosen.left.items()}
+    known |= {name: LayerRecord(dense_because=why, float_because=why) for name, why in chosen.skipped.items()}
     records = {site: SiteRecord(shared_with=leader, saturated=0.0) for site, leader in sites.shared_with.items()}
     manifest = Manifest(stage="qat", type="qat", fingerprint="k" * 16, base_model="tiny", seed=0, placement="cpu",
                         layers=known, sites=records)  # fmt: skip

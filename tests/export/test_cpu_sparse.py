@@ -19,7 +19,7 @@ from sqat.errors import GateError
 from sqat.export.cpu_graph import find_node as first_node
 from sqat.export.onnx_edit import GraphEditor
 from sqat.export.onnx_files import check_file
-from sqat.models.sentence import Pooling, SentenceProcessor, pooled
+from sqat.models.sentence import Pooling, SentenceProcessor, add_pooling_
 from sqat.recipe.stages import Layers
 from sqat.runtime.sessions import count_operators
 from tests.export.cpu_models import (
@@ -166,7 +166,7 @@ def test_int8_words(family: str, engine: str, made: Making) -> None:
 def test_pooled_embeddings(engine: str, tokenizer: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = transformers.BertConfig(**{**BASE, "num_hidden_layers": 1})
-    model = pooled(transformers.AutoModel.from_config(config).eval(), Pooling())
+    model = add_pooling_(transformers.AutoModel.from_config(config).eval(), Pooling())
     inputs = texts(LENGTHS)
     checkpoint = calibrated(model, SentenceProcessor(tokenizer, Pooling(), 32, 16, {}), inputs)
     file, _ = exported(checkpoint, model, inputs, tmp_path)

@@ -166,27 +166,27 @@ def test_rule_b8_with_its_reasons(make_model: MakeModel) -> None:
         )
     ]
     outside = "outside the encoder blocks (rule B8)"
-    assert choice.left == {"bert.pooler.dense": outside, "classifier": outside}
+    assert choice.skipped == {"bert.pooler.dense": outside, "classifier": outside}
     assert problem(choose_layers, model, Layers(), "prune") == (
         f"no layer is left to prune: [40, 40] {for_pruning}; widen layers.include"
     )
     quantize = choose_layers(model, Layers(exclude=("*.output.dense",)), "quantize")
     assert f"{layer}.intermediate.dense" in quantize.chosen
-    assert quantize.left[f"{layer}.output.dense"] == "excluded by the recipe"
+    assert quantize.skipped[f"{layer}.output.dense"] == "excluded by the recipe"
 
 
 def test_small_layers_stay_as_they_are(make_model: MakeModel) -> None:
     model = make_model("bert", intermediate_size=12)
-    pruned = choose_layers(model, Layers(), "prune").left
+    pruned = choose_layers(model, Layers(), "prune").skipped
     assert pruned["bert.encoder.layer.0.intermediate.dense"] == "[12, 32] is not a multiple of [8, 16] (rule B8)"
     assert pruned["bert.encoder.layer.0.output.dense"] == "[32, 12] is not a multiple of [8, 16] (rule B8)"
-    quantized = choose_layers(model, Layers(), "quantize").left
+    quantized = choose_layers(model, Layers(), "quantize").skipped
     assert quantized["bert.encoder.layer.0.intermediate.dense"] == "[12, 32] is smaller than 16 (rule B8)"
     assert quantized["bert.encoder.layer.0.output.dense"] == "[32, 12] is smaller than 16 (rule B8)"
 
 
 def test_inputs_must_hold_whole_groups(make_model: MakeModel) -> None:
-    left = choose_layers(make_model("bert", intermediate_size=48), Layers(), "prune", 32).left
+    left = choose_layers(make_model("bert", intermediate_size=48), Layers(), "prune", 32).skipped
     assert left["bert.encoder.layer.0.output.dense"] == "[32, 48] is not a multiple of [8, 32] (rule B8)"
 
 
@@ -194,8 +194,8 @@ def test_globs_choose(make_model: MakeModel) -> None:
     layers = Layers(include=("*.query", "bert.pooler.*"), exclude=("*.layer.1.*",))
     choice = choose_layers(make_model("bert"), layers, "quantize")
     assert choice.chosen == ["bert.encoder.layer.0.attention.self.query", "bert.pooler.dense"]
-    assert choice.left["bert.encoder.layer.1.attention.self.query"] == "excluded by the recipe"
-    assert choice.left["bert.encoder.layer.0.attention.self.key"] == "not included by the recipe"
+    assert choice.skipped["bert.encoder.layer.1.attention.self.query"] == "excluded by the recipe"
+    assert choice.skipped["bert.encoder.layer.0.attention.self.key"] == "not included by the recipe"
 
 
 @pytest.mark.parametrize("field", ["include", "exclude"])

@@ -69,7 +69,7 @@ def calibrate(model: Any, tokenizer: Any, placement: str) -> Checkpoint:
     leaders, amax = share_amax(sites, largest)
     files, weights = serialize_model(model, TextProcessor(tokenizer))
     layers = {name: LayerRecord(pattern="2:4", quantized=True) for name in choice.chosen}
-    layers |= {name: LayerRecord(dense_because=why, float_because=why) for name, why in choice.left.items()}
+    layers |= {name: LayerRecord(dense_because=why, float_because=why) for name, why in choice.skipped.items()}
     records = {site: SiteRecord(shared_with=leader, saturated=0.0) for site, leader in leaders.items()}
     manifest = Manifest(stage="qat", type="qat", fingerprint="k" * 16, base_model="tiny", seed=0, placement=placement,
                         layers=layers, sites=records)  # fmt: skip
