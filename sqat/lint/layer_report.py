@@ -49,12 +49,13 @@ class LintReport:
     @property
     def running(self) -> int:
         """Number of layers that will run as the target should run them."""
-        return sum(layer.runs in GOALS[self.target] for layer in self.layers)
+        return sum(layer.runs in GOALS[self.target].runs for layer in self.layers)
 
     @property
     def doubtful(self) -> int:
         """Number of layers that may."""
-        return sum(layer.runs.removesuffix(DOUBT) in GOALS[self.target] for layer in self.layers) - self.running
+        goals = {f"{runs}{DOUBT}" for runs in GOALS[self.target].runs}
+        return sum(layer.runs in goals for layer in self.layers)
 
     @property
     def reasons(self) -> list[tuple[int, str, str]]:

@@ -15,16 +15,10 @@ from typing import Generic, TypeVar
 from sqat.lint.findings import Change, Finding, plural
 from sqat.lint.layer_report import LintReport
 from sqat.lint.repair_file import RepairResult
+from sqat.lint.verdicts import GOALS
 
 Entry = TypeVar("Entry", Finding, Change)
 SHOWN_NODES = 3
-GOAL_NAMES = {
-    "onnx-int8": "in int8",
-    "tensorrt": "sparse int8",
-    "tensorrt-8": "sparse int8",
-    "onnx-fp16": "sparse float16",
-    "onnx-fp32": "in float32",
-}
 
 
 @dataclass(frozen=True)
@@ -83,7 +77,7 @@ def report_lines(report: LintReport, repair: RepairResult | None, width: int) ->
         yield from repair_lines(repair, width)
         yield ""
     yield summary(report)
-    if GOAL_NAMES[report.target].startswith("sparse") and report.running + report.doubtful:
+    if GOALS[report.target].name.startswith("sparse") and report.running + report.doubtful:
         yield "where that is faster than dense, which the engine's builder finds out by timing"
     if report.reasons:
         yield ""
@@ -140,7 +134,7 @@ def hanging(head: str, text: str, width: int, indent: int = 0) -> list[str]:
 def summary(report: LintReport) -> str:
     """``34 of 38 layers will run sparse int8 on tensorrt, 2 more may``."""
     more = f", {report.doubtful} more may" if report.doubtful else ""
-    layers, goal = plural(len(report.layers), "layer"), GOAL_NAMES[report.target]
+    layers, goal = plural(len(report.layers), "layer"), GOALS[report.target].name
     return f"{report.running} of {layers} will run {goal} on {report.target}{more}"
 
 

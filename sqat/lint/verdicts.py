@@ -23,12 +23,21 @@ SPARSE_INT8, DENSE_INT8, SPARSE_FP16, FLOAT, REFUSED = "sparse int8", "dense int
 DOUBT = "?"
 COMPUTED_IN_FLOAT = "O21"  # its warnings keep a layer in float
 SPARSITY_RULES = ("B6", "B7", "B8", "B15", "T16", "T20")  # what breaks one of these runs dense; others, in float
-GOALS: dict[Target, tuple[str, ...]] = {
-    "onnx-int8": (SPARSE_INT8, DENSE_INT8),
-    "tensorrt": (SPARSE_INT8,),
-    "tensorrt-8": (SPARSE_INT8,),
-    "onnx-fp16": (SPARSE_FP16,),
-    "onnx-fp32": (FLOAT, SPARSE_FP16),
+
+
+class Goal(NamedTuple):
+    """How layers should run on a target, and its name in a summary."""
+
+    runs: tuple[str, ...]
+    name: str
+
+
+GOALS: dict[Target, Goal] = {
+    "onnx-int8": Goal((SPARSE_INT8, DENSE_INT8), "in int8"),
+    "tensorrt": Goal((SPARSE_INT8,), "sparse int8"),
+    "tensorrt-8": Goal((SPARSE_INT8,), "sparse int8"),
+    "onnx-fp16": Goal((SPARSE_FP16,), "sparse float16"),
+    "onnx-fp32": Goal((FLOAT, SPARSE_FP16), "in float32"),
 }
 
 
@@ -46,7 +55,7 @@ def judge_layers(view: GraphView, findings: Iterable[Finding], target: Target) -
         by_node[finding.node].append(finding)
     obstacle = reading_obstacle(view, by_node, target)
     verdicts = [judge_layer(view, weight, by_node, obstacle) for weight in view.all_weights]
-    return [Verdict(verdict.runs) if verdict.runs in GOALS[target] else verdict for verdict in verdicts]
+    return [Verdict(verdict.runs) if verdict.runs in GOALS[target].runs else verdict for verdict in verdicts]
 
 
 def judge_layer(view: GraphView, weight: Weight, by_node: Mapping[str, list[Finding]], obstacle: str) -> Verdict:

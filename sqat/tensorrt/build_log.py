@@ -48,7 +48,7 @@ class SparsityLine(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Tensor:
+class EngineConstant:
     """A constant of an engine layer.
 
     Attributes:
@@ -76,7 +76,7 @@ class EngineLayer:
     kind: str
     tactic: str
     nodes: tuple[str, ...]
-    constants: tuple[Tensor, ...]
+    constants: tuple[EngineConstant, ...]
     eligible: bool | None = None
 
     @property
@@ -212,8 +212,8 @@ def parse_layer_line(match: re.Match[str]) -> EngineLayer:
     tactic = TACTIC.search(rest)
     tensors = TENSOR.findall(constants_text[1] or "") if (constants_text := CONSTANTS.search(rest)) else []
     weights = WEIGHTS.findall(rest)
-    constants = [Tensor(type_name(kind), count_elements(dimensions.split(","))) for dimensions, kind in tensors]
-    constants += [Tensor(type_name(kind), int(number)) for kind, number in weights]
+    constants = [EngineConstant(type_name(kind), count_elements(dimensions.split(","))) for dimensions, kind in tensors]
+    constants += [EngineConstant(type_name(kind), int(number)) for kind, number in weights]
     metadata = rest.rpartition("Metadata: ")[2]
     eligible = SPARSE_WEIGHTS.search(rest)
     return EngineLayer(
@@ -253,7 +253,7 @@ def parse_layer_entry(entry: dict[str, Any]) -> EngineLayer:
     """Parse a layer's JSON entry."""
     tensors = entry.get("Constants", [])
     constants = [
-        Tensor(
+        EngineConstant(
             type_name(str(tensor.get("Format/Datatype", tensor.get("Datatype", "")))),
             count_elements(tensor["Dimensions"]),
         )
@@ -262,7 +262,7 @@ def parse_layer_entry(entry: dict[str, Any]) -> EngineLayer:
     ]
     weights = entry.get("Weights")
     if isinstance(weights, dict):
-        constants.append(Tensor(type_name(str(weights.get("Type", ""))), int(weights.get("Count", 0))))
+        constants.append(EngineConstant(type_name(str(weights.get("Type", ""))), int(weights.get("Count", 0))))
     name, kind, tactic, metadata = (str(entry.get(key, "")) for key in ("Name", "LayerType", "TacticName", "Metadata"))
     eligible = entry.get("HasSparseWeights")
     nodes = tuple(ONNX_LAYER.findall(metadata))

@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sqat.errors import SqatError
-from sqat.tensorrt.build_log import BuildLog, Choice, EngineLayer, Tensor, merge, parse_log, read_layers, read_log
+from sqat.tensorrt.build_log import (
+    BuildLog,
+    Choice,
+    EngineConstant,
+    EngineLayer,
+    merge,
+    parse_log,
+    read_layers,
+    read_log,
+)
 
 LOGS = Path(__file__).parent / "logs"
 
@@ -48,7 +57,7 @@ def test_layer_information_of_tensorrt_8() -> None:
     scale, sparse, dense = read_layers(LOGS / "inspector-8.json").layers
     assert (scale.kind, scale.tactic, scale.eligible, scale.sparse) == ("Scale", "", None, False)
     assert (sparse.name, sparse.nodes) == ("Conv_2 + Relu_4", ("Conv_2", "Relu_4"))
-    assert sparse.constants == (Tensor("int8", 32 * 64),)
+    assert sparse.constants == (EngineConstant("int8", 32 * 64),)
     assert (sparse.eligible, sparse.sparse) == (True, True)
     assert (dense.eligible, dense.sparse) == (True, False), "2:4 weights do not make a sparse kernel"
 
@@ -59,7 +68,7 @@ def test_layer_information_of_tensorrt_11() -> None:
         False
     ] * 3
     assert len(layers[0].nodes) == 3
-    assert layers[0].constants == (Tensor("int8", 32 * 96), Tensor("fp32", 1))
+    assert layers[0].constants == (EngineConstant("int8", 32 * 96), EngineConstant("fp32", 1))
 
 
 def test_the_same_layers_in_a_verbose_log() -> None:

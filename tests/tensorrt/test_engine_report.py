@@ -13,7 +13,16 @@ import pytest
 from onnx import ModelProto, numpy_helper
 
 from sqat.errors import GateError, SqatError
-from sqat.tensorrt.build_log import BuildLog, Choice, EngineLayer, Tensor, merge, parse_log, read_layers, read_log
+from sqat.tensorrt.build_log import (
+    BuildLog,
+    Choice,
+    EngineConstant,
+    EngineLayer,
+    merge,
+    parse_log,
+    read_layers,
+    read_log,
+)
 from sqat.tensorrt.report import EngineReport, make_report
 from sqat.tensorrt.rows import EngineRow
 from sqat.tensorrt.tracing import named_nodes
@@ -203,7 +212,8 @@ def report_without_kernels(model: ModelProto, kind: str, size: int | None) -> En
     """A report on a build that leaves kernels to the GPU and keeps each weight as ``kind``."""
     nodes = [entry.node for entry in report_of(model, BuildLog()).rows]
     layers = [
-        EngineLayer(f"{node}_myl0_1", "gemm", "__myelin_CASK_STUB", (node,), (Tensor(kind, 10**6),)) for node in nodes
+        EngineLayer(f"{node}_myl0_1", "gemm", "__myelin_CASK_STUB", (node,), (EngineConstant(kind, 10**6),))
+        for node in nodes
     ]
     return report_of(model, BuildLog(layers=tuple(layers), weight_bytes=size))
 

@@ -64,6 +64,7 @@ class Rule(NamedTuple):
 
 EXPORT_AGAIN = "export again at opset 20, or convert with onnx.version_converter"
 OWN_PAIR = "give each consumer its own pair; --fix does it"
+# The letters stand for onnx-int8, tensorrt, tensorrt-8, onnx-fp16, onnx-fp32.
 # fmt: off
 RULES: tuple[Rule, ...] = (
     Rule("B1", "EW-WW", "opset 18 to 20", EXPORT_AGAIN,
