@@ -15,28 +15,25 @@ from sqat.errors import SqatError
 from sqat.sparsity.criteria import Criterion
 from sqat.sparsity.schedules import Schedule
 
-UNKNOWN = 10**9  # steps, until the Trainer says how many
+UNKNOWN_STEPS = 10**9  # until the Trainer says how many
 
 
 class SparseCallback(TrainerCallback):
     """Prunes a model over the steps of one ``train()``, and leaves plain weights, pruned ones +0.0.
 
-    Masks are put on when the callback is made, so make it before ``train()``, with the very model of the Trainer.
+    Make it before ``train()``, with the Trainer's own model: it inserts the masks at once.
 
-    Resuming: a checkpoint that the Trainer writes midway holds masks and the weights under them, under names of
-    `torch.nn.utils.parametrize`. ``train(resume_from_checkpoint=...)`` with a new callback of the same arguments
-    goes on from it as if it had not stopped. Such a folder is not for ``from_pretrained``: save the model after
-    ``train()``. A checkpoint that was written without the callback is refused once a mask should have been set.
+    Resume with a new callback of the same arguments and ``train(resume_from_checkpoint=...)``. A checkpoint that the
+    Trainer writes midway holds the masks and is not for ``from_pretrained``: save the model after ``train()``.
 
-    If training stops before the last masks, or the best checkpoint is loaded and has earlier ones, they are set at the
-    end, with a warning. If ``train()`` raises, the masks stay on the model, for the Trainer then tells its callbacks
-    nothing: ``callback.pruner.remove()`` gives plain weights back.
+    If training stops before the last masks, or the best checkpoint is from before them, they are set at the end, with a
+    warning. If ``train()`` raises, the masks stay: ``callback.pruner.remove()`` gives plain weights back.
 
     Args:
-        model: of the Trainer. The others are those of `Pruner`; steps are the Trainer's.
+        model: of the Trainer. The others are those of `Pruner`; the steps are the Trainer's.
 
     Attributes:
-        pruner: whose ``masks`` are what `quantized` and `export_onnx` take.
+        pruner: its ``masks`` are what `quantized` and `export_onnx` take.
     """
 
     def __init__(
@@ -53,7 +50,7 @@ class SparseCallback(TrainerCallback):
         exclude: Sequence[str] = (),
     ) -> None:
         self.pruner = Pruner(
-            model, UNKNOWN, pattern, criterion, schedule, recovery_fraction,
+            model, UNKNOWN_STEPS, pattern, criterion, schedule, recovery_fraction,
             batches=batches, loss=loss, include=include, exclude=exclude,
         )  # fmt: skip
         self.finished = False

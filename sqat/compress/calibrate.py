@@ -164,9 +164,6 @@ def fold_norms_(model: nn.Module, inputs: Inputs) -> None:
     difference = float((model(**inputs).logits - before).abs().max())
     if difference > FOLDING_TOLERANCE * float(before.abs().max()):
         norm, convolution = next(iter(norms.items()))
-        raise SqatError(
-            f"cannot fold the {len(norms)} batch norms, the first of them {norm} into {convolution}: the logits move "
-            f"by {difference:.2g}",
-            "use a model whose batch norms directly follow their convolutions",
-            code="unsupported-model",
-        )
+        problem = f"{len(norms)} batch norms cannot be folded, the first {norm} into {convolution}"
+        hint = "use a model whose batch norms directly follow their convolutions"
+        raise SqatError(f"{problem}: the logits change by {difference:.2g}", hint, code="unsupported-model")

@@ -75,11 +75,9 @@ class MaskSchedule:
         try:
             chosen, corrected = self.criterion.prune(weight, statistics, mask, pattern, choose, self.schedule.regrow)
         except ValueError as error:
-            raise SqatError(
-                f"criterion {self.criterion.name} cannot prune {name}: {error}",
-                "exclude the layer, or choose criterion magnitude",
-                code="unsupported-model",
-            ) from error
+            problem = f"criterion {self.criterion.name} cannot prune {name}: {error}"
+            hint = "exclude the layer, or choose criterion magnitude"
+            raise SqatError(problem, hint, code="unsupported-model") from error
         mask.copy_(chosen)
         weight.copy_(corrected)
 
@@ -117,11 +115,8 @@ def add_decay(loss: Loss, masks: MaskSchedule) -> Loss:
     if not schedule.decay:
         return loss
     if uses_fsdp():
-        raise SqatError(
-            f"schedule {schedule.name} decays weights, which FSDP splits between processes",
-            "set decay: 0, or start without --use_fsdp",
-            code="recipe-conflict",
-        )
+        problem = f"schedule {schedule.name} decays weights, which FSDP splits between processes"
+        raise SqatError(problem, "set decay: 0, or start without --use_fsdp", code="recipe-conflict")
     owners = dict.fromkeys(weight_owners(masks.model, masks.patterns).values())
 
     def with_decay(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

@@ -66,9 +66,8 @@ def permute_(
     if not change <= torch.finfo(next(model.parameters()).dtype).eps ** 0.5:
         for group, order in zip(groups, orders, strict=True):
             reorder_(model, group, order.argsort(1))
-        raise SqatError(
-            f"permuted channels change the model's outputs by {change:.1e}", "remove permute", code="unsupported-model"
-        )
+        problem = f"permuted channels change the model's outputs by {change:.1e}"
+        raise SqatError(problem, "remove permute", code="unsupported-model")
     gain = describe_gain(kept, criterion.score_name)
     return [f"permuted the channels of {len(groups)} groups{gain}", *describe_skipped(skipped)]
 
@@ -78,9 +77,8 @@ def find_group_order(group: ChannelGroup, scores: Tensor, pattern: Pattern, crit
     try:
         return torch.stack([find_order(head, pattern) for head in group.split_by_head(scores)])
     except ValueError as error:
-        raise SqatError(
-            f"criterion {criterion} cannot permute {group.consumer}: {error}", "remove permute", code="non-finite"
-        ) from error
+        problem = f"criterion {criterion} cannot permute {group.consumer}: {error}"
+        raise SqatError(problem, "remove permute", code="non-finite") from error
 
 
 def describe_gain(kept: Sequence[tuple[float, float, float]], criterion: str) -> str:

@@ -24,7 +24,7 @@ from sqat.checkpoint.manifest import SIDE_FILES, WEIGHTS
 from sqat.checkpoint.store import read_tensors
 from sqat.data.batch import Batch
 from sqat.errors import SqatError, first_line
-from sqat.evaluation.inference import logits_of, on_device
+from sqat.evaluation.inference import logits_of, move_to_device
 from sqat.export.names import file_needs_kernels
 from sqat.export.packed_folder import MANIFEST as PACKED
 from sqat.export.targets.compressed_tensors import check_compressed
@@ -103,7 +103,7 @@ def open_compressed(folder: Path) -> nn.Module:
     config.pop("quantization_config", None)
     paths = [path for path in folder.rglob("*") if path.suffix in SIDE_FILES]
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-    model, _ = on_device(*assemble({**files, CONFIG: json.dumps(config).encode()}, str(folder)))
+    model, _ = move_to_device(*assemble({**files, CONFIG: json.dumps(config).encode()}, str(folder)))
     tensors = read_tensors(folder / WEIGHTS)
     scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_scale")}
     amax = {}

@@ -13,7 +13,7 @@ from sqat.compress.quantize import quantized_model
 from sqat.data.batch import Processor
 from sqat.data.rows import SplitName
 from sqat.evaluation.artifacts import config_of, is_export, open_artifact
-from sqat.evaluation.inference import logits_of, on_device, predict
+from sqat.evaluation.inference import logits_of, move_to_device, predict
 from sqat.models.loading import build, check_head, load_processor
 from sqat.modules.activation_quantizers import Quantizers
 from sqat.tasks.splits import Splits
@@ -33,7 +33,7 @@ def quantize_as_calibrated(
 @contextmanager
 def served_model(checkpoint: Checkpoint) -> Iterator[tuple[nn.Module, Processor]]:
     """Build a checkpoint's model and processor; inside the block, a calibrated model is fake-quantized."""
-    model, processor = on_device(*build(checkpoint))
+    model, processor = move_to_device(*build(checkpoint))
     with quantize_as_calibrated(model, checkpoint) if checkpoint.amax else nullcontext():
         yield model, processor
 

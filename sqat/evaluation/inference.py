@@ -14,8 +14,8 @@ from sqat.distributed import all_reduce_sum, assigned_indices, process_state
 EVALUATION_BATCH = 64
 
 
-def on_device(model: nn.Module, processor: Processor) -> tuple[nn.Module, Processor]:
-    """Move a model to this process's device."""
+def move_to_device(model: nn.Module, processor: Processor) -> tuple[nn.Module, Processor]:
+    """Move a model to this process's device, and hand its processor on."""
     nn.Module.to(model, process_state().device)
     return model, processor
 
@@ -28,7 +28,7 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def predict(forward: Callable[[Batch], Tensor], rows: Rows, processor: Processor) -> Tensor:
-    """Logits [N, ...] float32 on the CPU of every row, in the order of the rows; all processes share the batches.
+    """Compute float32 logits [N, ...] of every row, in the order of the rows, on the CPU; processes share the batches.
 
     Args:
         forward: logits of one batch, by torch or by any runtime.

@@ -1,4 +1,4 @@
-"""The stages: each takes one checkpoint and returns one; none saves anything.
+"""The stages: each takes a checkpoint and returns one; none saves anything.
 
-Another stage is one file with a `run` here, one section in `sqat.recipe.stages` and one line in this table.
+Another stage is a file with a `run` here, a section in `sqat.recipe.stages` and a line in `sqat.pipeline`.
 """

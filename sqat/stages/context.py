@@ -19,7 +19,7 @@ from sqat.data.rows import SplitName
 from sqat.data.tokens import TextProcessor
 from sqat.distributed import broadcast_from_rank0
 from sqat.errors import SqatError
-from sqat.evaluation.inference import logits_of, on_device, predict
+from sqat.evaluation.inference import logits_of, move_to_device, predict
 from sqat.models.loading import build, check_head, load_pretrained, versions
 from sqat.progress import Reporter
 from sqat.recipe.schema import Recipe
@@ -79,7 +79,7 @@ class StageContext:
                 raise SqatError("it is an export without torch weights", "start from an earlier stage", place,
                                 code="not-a-checkpoint")  # fmt: skip
             check_head(parent.files["config.json"], task.outputs, task.config_fields, place)
-            return on_device(*build(parent, place))
+            return move_to_device(*build(parent, place))
         head = {"num_labels": task.outputs, **task.config_fields}
         model, processor = load_pretrained(
             task.architecture, self.recipe.model, self.splits.folder, head, self.recipe.seed
@@ -88,7 +88,7 @@ class StageContext:
             tokenizer = processor.tokenizer
             if tokenizer.eos_token and tokenizer.eos_token == tokenizer.pad_token:
                 self.reporter.info(f"{self.name}: texts are padded with the end token {tokenizer.eos_token}")
-        return on_device(model, processor)
+        return move_to_device(model, processor)
 
     def training_batches(self, config: TrainConfig, processor: Processor) -> Batches:
         """Training batches, a function of seed and epoch."""

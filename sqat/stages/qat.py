@@ -14,9 +14,8 @@ from sqat.stages.context import StageContext
 def run(config: QatConfig, parent: Checkpoint | None, context: StageContext) -> Checkpoint:
     """Train the calibrated parent with its masks and quantizers in place."""
     if parent is None or not parent.amax:
-        raise SqatError(
-            f"stage {context.name} needs activation scales", "put a calibrate stage before it", code="stage-order"
-        )
+        problem = f"stage {context.name} needs activation scales"
+        raise SqatError(problem, "put a calibrate stage before it", code="stage-order")
     model, processor = context.load_model(parent)
     learned = config.activation_scales == "learned"
     with (

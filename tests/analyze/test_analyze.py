@@ -1,4 +1,4 @@
-"""`sqat analyze` on a tiny project: its values are those of plain torch, and the model stays as it was."""
+"""`sqat analyze` on a tiny project: its sensitivities are those of plain torch, and the model stays as it was."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def largest_input(model: nn.Module, module: nn.Module, inputs: dict[str, Tensor]
 
 
 @pytest.mark.parametrize("name", ["0.attention.self.value", "1.intermediate.dense", "1.attention.output.dense"])
-def test_values_of_a_layer_are_those_of_plain_torch(project: Project, findings: Findings, name: str) -> None:
+def test_the_sensitivity_of_a_layer_is_that_of_plain_torch(project: Project, findings: Findings, name: str) -> None:
     model = transformers.AutoModelForSequenceClassification.from_pretrained(project.stage("train")).eval()
     name = f"bert.encoder.layer.{name}"
     inputs, module = encoded(project, "dev"), model.get_submodule(name)
@@ -223,7 +223,7 @@ def test_a_budget_is_kept_by_the_recipe_it_proposes(loaded: LoadedRecipe) -> Non
         assert {layer.name for layer in again.layers if not layer.pattern} <= set(choice.dense)
 
 
-def test_a_metric_that_is_lost_and_one_prune_stage_alone(project: Project, loaded: LoadedRecipe) -> None:
+def test_the_decrease_of_a_metric_with_a_prune_stage_alone(project: Project, loaded: LoadedRecipe) -> None:
     context, sections = context_of(project, loaded), choose_sections(loaded.recipe, "train", Options())
     parent, options = load_checkpoint(project.stage("train")), Options(samples=ALL, metric="accuracy", budget=1.0)
     found = analyze(context, parent, replace(sections, calibrate=None), options)

@@ -112,7 +112,7 @@ class Broken(TrainerCallback):  # type: ignore[misc]
             raise KeyError("the user's own")
 
 
-def test_after_a_train_that_raises_the_pruner_gives_plain_weights_back(make_model: MakeModel, tmp_path: Path) -> None:
+def test_the_pruner_gives_plain_weights_back_after_train_raises(make_model: MakeModel, tmp_path: Path) -> None:
     model = make_model()
     callback = sqat.SparseCallback(model, recovery_fraction=0.5)
     with pytest.raises(KeyError, match="the user's own"):
@@ -122,7 +122,7 @@ def test_after_a_train_that_raises_the_pruner_gives_plain_weights_back(make_mode
     assert_pruned(model, sqat.prune(model))
 
 
-def test_a_trainer_with_too_few_steps_is_told_so_once_they_are_known(make_model: MakeModel, tmp_path: Path) -> None:
+def test_too_few_steps_are_a_warning_once_the_trainer_knows_them(make_model: MakeModel, tmp_path: Path) -> None:
     model = make_model()
     callback = sqat.SparseCallback(model)
     with pytest.warns(UserWarning, match="too few steps before the last mask: 1 of 2 masks are skipped"):
@@ -147,7 +147,7 @@ def test_a_run_that_stops_early_is_pruned_at_the_end_and_warns(make_model: MakeM
     assert_pruned(model, callback.masks)
 
 
-def test_the_best_checkpoint_of_before_the_last_masks_is_pruned_too(make_model: MakeModel, tmp_path: Path) -> None:
+def test_a_best_checkpoint_from_before_the_last_masks_is_pruned(make_model: MakeModel, tmp_path: Path) -> None:
     model = make_model()
     callback = sqat.SparseCallback(model, recovery_fraction=0.5)
     patience = EarlyStoppingCallback(early_stopping_patience=99)
@@ -161,7 +161,7 @@ def test_the_best_checkpoint_of_before_the_last_masks_is_pruned_too(make_model: 
     assert_pruned(model, callback.masks)
 
 
-def test_criteria_that_observe_and_own_ones(make_model: MakeModel, tmp_path: Path) -> None:
+def test_criteria_with_statistics_and_functions(make_model: MakeModel, tmp_path: Path) -> None:
     rows = Rows()
     batch = {key: torch.stack([rows[i][key] for i in range(8)]) for key in rows[0]}
     found = []

@@ -39,11 +39,11 @@ def test_the_distillation_loss_is_that_of_both_models_projections(model: Any, ba
         assert hooks(model, teacher) == before + 6
         model(**batches[0])
         loss = minilm(batches[0])
-        wanted = MiniLMv2()(*(relations(network, batches[0]) for network in (model, teacher)),
+        expected = MiniLMv2()(*(relations(network, batches[0]) for network in (model, teacher)),
                             batches[0]["attention_mask"])  # fmt: skip
         model(**batches[0])
         minilm(batches[0]).backward()
-    torch.testing.assert_close(loss.detach(), wanted)
+    torch.testing.assert_close(loss.detach(), expected)
     assert float(loss.detach()) > 0.01
     assert model.bert.encoder.layer[0].attention.self.query.weight.grad is not None
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -75,9 +75,9 @@ def test_a_function_is_a_loss(model: Any, batches: Batches) -> None:
     with sqat.distillation_loss(model, teacher, values) as distil:
         model(**batches[1])
         found = distil(batches[1])
-        student, taught = (relations(network, batches[1]) for network in (model, teacher))
+        student, teacher_qkv = (relations(network, batches[1]) for network in (model, teacher))
     real = batches[1]["attention_mask"].bool()
-    torch.testing.assert_close(found.detach(), (student.value - taught.value)[real].square().mean())
+    torch.testing.assert_close(found.detach(), (student.value - teacher_qkv.value)[real].square().mean())
 
 
 def test_wrong_arguments_of_distillation_are_refused(model: Any, make_model: MakeModel, batches: Batches) -> None:

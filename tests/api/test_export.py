@@ -40,8 +40,8 @@ def test_an_exported_file_is_the_quantized_model(
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     integers = integers_of(path)
     assert len(integers) == 6
-    wanted, _ = quantize_weight(model.bert.encoder.layer[0].attention.self.query.weight.detach())
-    assert any(np.array_equal(found, wanted.numpy().T) for found in integers)
+    expected, _ = quantize_weight(model.bert.encoder.layer[0].attention.self.query.weight.detach())
+    assert any(np.array_equal(found, expected.numpy().T) for found in integers)
     assert all((found.T.reshape(-1, 4) != 0).sum(1).max() <= 2 for found in integers)
     inputs = {key: value.numpy() for key, value in batches[0].items() if key != "labels"}
     logits = session(path).run(None, inputs)[0]

@@ -170,11 +170,11 @@ def test_permuted_channels_keep_more_of_the_same_model(model: Any, batches: Batc
     assert kept[True] > kept[False]
     assert masks.notes[0].startswith("permuted the channels of 4 groups")
     teacher, optimizer = copy.deepcopy(model), torch.optim.AdamW(model.parameters(), lr=1e-2)
-    wanted = model(**batches[0]).logits.detach()
+    expected = model(**batches[0]).logits.detach()
     with sqat.Pruner(
         model, len(batches), "2:4", "wanda", recovery_fraction=0.5, batches=batches, permute=True
     ) as pruner:
-        assert torch.allclose(model(**batches[0]).logits, wanted, atol=1e-4), "nothing is pruned yet"
+        assert torch.allclose(model(**batches[0]).logits, expected, atol=1e-4), "nothing is pruned yet"
         with sqat.distillation_loss(model, teacher) as minilm:
             model(**batches[0])
             assert abs(minilm(batches[0]).item()) < 1e-5

@@ -41,8 +41,8 @@ def test_a_function_is_a_calibrator(model: Any, batches: Batches) -> None:
         return histogram.max_abs / 2
 
     full, halved = (sqat.calibrate(model, batches, method=method).amax for method in ("max", half))
-    assert {site: float(bound) for site, bound in halved.items()} == pytest.approx(
-        {site: float(bound) / 2 for site, bound in full.items()}
+    assert {site: float(amax) for site, amax in halved.items()} == pytest.approx(
+        {site: float(amax) / 2 for site, amax in full.items()}
     )
     with pytest.raises(ValueError, match=r"query:input: must be positive and finite, got -1"):
         sqat.calibrate(model, batches, method=lambda histogram: -1.0)
@@ -82,11 +82,11 @@ def test_a_model_is_changed_once_at_a_time(model: Any, batches: Batches) -> None
 def test_scales_of_other_sites_are_refused_and_nothing_changes(model: Any, batches: Batches) -> None:
     scales = sqat.calibrate(model, batches, placement="tensorrt")
     before, attention = copy_state(model), model.config._attn_implementation
-    strange = replace(
+    unknown = replace(
         scales, shared_with={**scales.shared_with, "bert.encoder.layer.9:add0.left": next(iter(scales.amax))}
     )
-    boundless = replace(scales, amax=dict(list(scales.amax.items())[1:]))
-    for wrong in (strange, boundless):
+    incomplete = replace(scales, amax=dict(list(scales.amax.items())[1:]))
+    for wrong in (unknown, incomplete):
         with (
             raises_code("model-mismatch"),
             sqat.quantized(model, sqat.prune(copy.deepcopy(model)), wrong),

@@ -1,4 +1,4 @@
-"""The Python blocks of the README's section on loops of one's own, run as they stand there on a tiny model."""
+"""The Python blocks of the README's section on your own training loop, run on a tiny model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ SECTION = README.partition("\n## In your own loop\n")[2].partition("\n## ")[0]
 BLOCKS = re.findall(r"```python\n(.*?)```", SECTION, flags=re.DOTALL)
 
 
-def surroundings(model: Any, folder: Path) -> dict[str, Any]:
-    """What the blocks take for granted."""
+def names_of_blocks(model: Any, folder: Path) -> dict[str, Any]:
+    """The names that the blocks use."""
     ids = torch.randint(5, len(VOCABULARY), (16, 8), generator=torch.Generator().manual_seed(1))
     full: dict[str, Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 1] % 2}
     arguments = TrainingArguments(str(folder), max_steps=4, per_device_train_batch_size=4, report_to="none",
@@ -48,7 +48,7 @@ def test_every_block_runs(number: int, make_model: MakeModel, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     model = make_model(num_hidden_layers=1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    names = surroundings(model, tmp_path)
+    names = names_of_blocks(model, tmp_path)
     exec(compile(BLOCKS[number], f"README block {number + 1}", "exec"), names)
     masks = names["masks"].kept
     assert len(masks) == 6

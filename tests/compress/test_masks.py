@@ -1,4 +1,4 @@
-"""Masks set at their moments: convolutions too, shared weights once, sparsegpt's corrections in the trained weight."""
+"""Masks set at their steps: of convolutions, of shared weights, with sparsegpt's corrections of the trained weight."""
 
 from __future__ import annotations
 
@@ -80,19 +80,19 @@ def test_convolutions_and_shared_weights_reach_the_pattern(criterion: str) -> No
     assert torch.equal(final["first"], final["second"])
 
 
-def test_sparsegpt_keeps_outputs_nearer_than_magnitude_or_wanda() -> None:
+def test_sparsegpt_keeps_outputs_closer_than_magnitude_or_wanda() -> None:
     errors = {}
     for criterion in ("magnitude", "wanda", "sparsegpt"):
         net, batch = Net(), collate(list(range(64)))
         with torch.no_grad():
-            wanted = net.kernel(batch.inputs["pixel_values"])
+            expected = net.kernel(batch.inputs["pixel_values"])
             masks = make_masks(net, criterion=criterion, schedule={"name": "per-group", "num_masks": 1})
             masks.before_step(0)
-            errors[criterion] = float((net.kernel(batch.inputs["pixel_values"]) - wanted).norm())
+            errors[criterion] = float((net.kernel(batch.inputs["pixel_values"]) - expected).norm())
     assert errors["sparsegpt"] < 0.95 * min(errors["wanda"], errors["magnitude"])
 
 
-def test_what_the_maths_refuses_is_told_with_the_layer() -> None:
+def test_a_matrix_without_inverse_is_an_error_with_its_layer() -> None:
     statistics: Mapping[str, Tensor] = {"kernel": torch.ones(72, 72), "first": torch.ones(16, 16)}
     masks = make_masks(Net(), statistics, criterion={"name": "sparsegpt", "damping": 1e-30}, schedule="per-group")
     with raises_code("unsupported-model", "cannot prune kernel: X'X of 72 inputs has no inverse"):

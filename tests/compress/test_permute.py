@@ -35,7 +35,7 @@ from tests.tiny import CONFIGS, MakeModel
 TWO_OF_FOUR = Pattern(2, 4)
 Inputs = dict[str, Tensor]
 BY_HEAD, WHOLE = (2, 1, 1), (1, 1, 1)  # heads, parts of the producer and how many of them
-ENDS: dict[str, list[tuple[str, str, tuple[int, int, int]]]] = {
+GROUPS: dict[str, list[tuple[str, str, tuple[int, int, int]]]] = {
     "bert": [
         ("attention.output.dense", "attention.self.value", BY_HEAD),
         ("output.dense", "intermediate.dense", WHOLE),
@@ -51,11 +51,11 @@ ENDS: dict[str, list[tuple[str, str, tuple[int, int, int]]]] = {
     "albert": [("attention.dense", "attention.value", BY_HEAD), ("ffn_output", "ffn", WHOLE)],
     "bart": [("self_attn.out_proj", "self_attn.v_proj", BY_HEAD), ("fc2", "fc1", WHOLE)],
 }
-ENDS |= dict.fromkeys(("roberta", "electra"), ENDS["bert"])
-ENDS["llama"] = [("self_attn.o_proj", "self_attn.v_proj", BY_HEAD),
+GROUPS |= dict.fromkeys(("roberta", "electra"), GROUPS["bert"])
+GROUPS["llama"] = [("self_attn.o_proj", "self_attn.v_proj", BY_HEAD),
                  ("mlp.down_proj", "mlp.up_proj mlp.gate_proj", WHOLE)]  # fmt: skip
-ENDS |= dict.fromkeys(("qwen2", "mistral"), ENDS["llama"])
-ENDS["gpt2"] = [("attn.c_proj", "attn.c_attn", (2, 3, 1)), ("mlp.c_proj", "mlp.c_fc", WHOLE)]
+GROUPS |= dict.fromkeys(("qwen2", "mistral"), GROUPS["llama"])
+GROUPS["gpt2"] = [("attn.c_proj", "attn.c_attn", (2, 3, 1)), ("mlp.c_proj", "mlp.c_fc", WHOLE)]
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def quick_search(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sqat.sparsity.permutation.COLUMNS_TRIED", 1)
 
 
-def given(family: str, batch: Inputs) -> Inputs:
+def inputs_for(family: str, batch: Inputs) -> Inputs:
     """The batch; BART reads its sentence at the last separator."""
     if family != "bart":
         return batch
@@ -79,22 +79,22 @@ def plain(family: str, make_model: MakeModel) -> nn.Module:
     return model
 
 
-def nothing(leaders: object) -> dict[str, Tensor]:
-    """What criterion magnitude gathers."""
+def collect_nothing(owners: object) -> dict[str, Tensor]:
+    """The statistics of criterion magnitude."""
     return {}
 
 
 def permuted(model: nn.Module, inputs: Inputs, **more: Any) -> list[str]:
-    return permute_(model, inputs, choose_patterns(model, Layers(), "2:4")[0], Magnitude(), nothing, **more)
+    return permute_(model, inputs, choose_patterns(model, Layers(), "2:4")[0], Magnitude(), collect_nothing, **more)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_groups_are_told_by_trial(family: str, make_model: MakeModel, batch: Inputs) -> None:
+def test_channel_groups_of_every_family_are_found(family: str, make_model: MakeModel, batch: Inputs) -> None:
     model = plain(family, make_model)
     patterns, _ = choose_patterns(model, Layers(), "2:4")
-    groups, skipped = find_channel_groups(model, given(family, batch), patterns)
-    assert len(groups) == len(ENDS[family]) * (1 if family == "albert" else 2)
-    for group, (reads, makes, layout) in zip(groups, ENDS[family] * 2, strict=False):
+    groups, skipped = find_channel_groups(model, inputs_for(family, batch), patterns)
+    assert len(groups) == len(GROUPS[family]) * (1 if family == "albert" else 2)
+    for group, (reads, makes, layout) in zip(groups, GROUPS[family] * 2, strict=False):
         assert group.consumer.endswith(f".{reads}")
         assert len(group.producers) == len(makes.split())
         assert all(name.endswith(f".{end}") for name, end in zip(group.producers, makes.split(), strict=True))
@@ -105,19 +105,19 @@ def test_groups_are_told_by_trial(family: str, make_model: MakeModel, batch: Inp
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_the_permuted_dense_model_is_the_original(family: str, make_model: MakeModel, batch: Inputs) -> None:
-    inputs, model = given(family, batch), plain(family, make_model)
+    inputs, model = inputs_for(family, batch), plain(family, make_model)
     precise = copy.deepcopy(model).double()
     for network, close in ((precise, 1e-13), (model, 1e-5)):
         before = [p.detach().clone() for p in network.parameters()]
         outputs = run_model(network, inputs)
         notes = permuted(network, inputs)
         assert notes[0].startswith(
-            f"permuted the channels of {len(ENDS[family]) * (1 if family == 'albert' else 2)} groups"
+            f"permuted the channels of {len(GROUPS[family]) * (1 if family == 'albert' else 2)} groups"
         )
         assert relative_change(outputs, run_model(network, inputs)) < close
         moved = [name for old, (name, new) in zip(before, network.named_parameters(), strict=True)
                  if not torch.equal(old, new)]  # fmt: skip
-        assert len(moved) >= 2 * len(ENDS[family]), "it is another order"
+        assert len(moved) >= 2 * len(GROUPS[family]), "it is another order"
         assert all(torch.equal(old.flatten().sort().values, new.flatten().sort().values)
                    for old, new in zip(before, network.parameters(), strict=True)), "of the same weights"  # fmt: skip
 
@@ -193,11 +193,11 @@ def test_heads_that_share_values_and_gates_share_their_order() -> None:
         ChannelGroup("blocks.0.down", ("blocks.0.up", "blocks.0.gate"), heads=1, repeats=1, width=64),
     ]
     before = run_model(model, X)
-    permute_(model, X, LINEARS, Magnitude(), nothing)
+    permute_(model, X, LINEARS, Magnitude(), collect_nothing)
     assert relative_change(before, run_model(model, X)) < 1e-5
 
 
-def test_a_norm_between_may_not_tell_channels_apart() -> None:
+def test_a_norm_that_scales_channels_differently_stops_a_group() -> None:
     model = Stack(Gated(norm=True))
     assert [group.consumer for group in find_channel_groups(model, X, LINEARS)[0]] == ["blocks.0.o", "blocks.0.down"], (
         "all alike"
@@ -236,7 +236,7 @@ def test_heads_of_one_group_leave_no_choice(make_model: MakeModel, batch: Inputs
     )
 
 
-def test_a_model_without_blocks_is_told() -> None:
+def test_a_model_without_blocks_has_no_group() -> None:
     net = nn.Sequential(*(nn.Conv2d(16, 16, 3, padding=1) for _ in range(4)))
     groups, skipped = find_channel_groups(
         net, {"input": torch.zeros(1, 16, 4, 4)}, {"1": TWO_OF_FOUR, "2": TWO_OF_FOUR}
@@ -245,7 +245,7 @@ def test_a_model_without_blocks_is_told() -> None:
     assert skipped == dict.fromkeys("12", "it is in no encoder block that ran")
 
 
-def test_a_block_that_refuses_float64_is_told() -> None:
+def test_a_block_that_does_not_run_in_float64_has_no_group() -> None:
     class Single(Gated):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.float())
@@ -255,7 +255,7 @@ def test_a_block_that_refuses_float64_is_told() -> None:
     assert all(reason.startswith("its block does not run in float64: ") for reason in skipped.values())
 
 
-def test_what_moves_the_outputs_is_refused_and_undone(make_model: MakeModel, batch: Inputs) -> None:
+def test_an_order_that_changes_the_outputs_is_undone(make_model: MakeModel, batch: Inputs) -> None:
     model = make_model("bert")
 
     def read(module: nn.Module, args: object, output: Any) -> None:
@@ -270,25 +270,25 @@ def test_what_moves_the_outputs_is_refused_and_undone(make_model: MakeModel, bat
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_scores_that_are_no_numbers_are_told(make_model: MakeModel, batch: Inputs) -> None:
+def test_infinite_scores_are_an_error(make_model: MakeModel, batch: Inputs) -> None:
     model = make_model("bert")
     patterns, _ = choose_patterns(model, Layers(), "2:4")
 
-    def squares(leaders: dict[str, str]) -> dict[str, Tensor]:
-        return {name: torch.full((model.get_submodule(name).in_features,), torch.inf) for name in leaders}
+    def squares(owners: dict[str, str]) -> dict[str, Tensor]:
+        return {name: torch.full((model.get_submodule(name).in_features,), torch.inf) for name in owners}
 
     with raises_code("non-finite"):
         permute_(model, batch, patterns, Wanda(), squares)
 
 
-def test_sparsegpt_is_ordered_by_wanda_s_scores() -> None:
+def test_sparsegpt_orders_by_wandas_scores() -> None:
     x = torch.randn(10, 8)
     weight = torch.randn(4, 8)
     torch.testing.assert_close(SparseGPT().score(weight, x.T @ x), Wanda().score(weight, x.square().sum(0)))
     assert (SparseGPT().score_name, Magnitude().score_name) == ("wanda", "magnitude")
 
 
-def caught(model: nn.Module, inputs: Inputs) -> QKV:
+def record_qkv(model: nn.Module, inputs: Inputs) -> QKV:
     """q, k and v of the last block."""
     seen: dict[str, Tensor] = {}
     names = find_qkv(model)
@@ -303,30 +303,30 @@ def caught(model: nn.Module, inputs: Inputs) -> QKV:
 
 
 @pytest.mark.parametrize("loss", [MiniLMv1(), MiniLMv2(), MiniLMv2(relation_heads=1)])
-def test_value_relations_do_not_see_the_order_within_a_head(
+def test_value_relations_ignore_the_order_within_a_head(
     loss: RelationLoss, make_model: MakeModel, batch: Inputs
 ) -> None:
     student, teacher = make_model("bert").double(), make_model("bert").double()
     permuted(student, batch)
     values = find_qkv(student)[2]
     assert not torch.equal(student.get_submodule(values).weight, teacher.get_submodule(values).weight)
-    assert abs(float(loss(caught(student, batch), caught(teacher, batch), batch["attention_mask"]))) < 1e-12
+    assert abs(float(loss(record_qkv(student, batch), record_qkv(teacher, batch), batch["attention_mask"]))) < 1e-12
     assert fixed_by_relation_heads(student, loss.relation_heads, None) == {}
 
 
-def test_relation_heads_that_cut_a_head_hold_its_values(make_model: MakeModel, batch: Inputs) -> None:
+def test_relation_heads_that_split_a_head_fix_its_values(make_model: MakeModel, batch: Inputs) -> None:
     student, teacher, loss = make_model("bert").double(), make_model("bert").double(), MiniLMv2(relation_heads=4)
     fixed = fixed_by_relation_heads(student, loss.relation_heads, None)
     assert list(fixed) == list(find_qkv(student))
     notes = permuted(student, batch, fixed=fixed)
     assert notes[-1].endswith("attention.self.value: distillation compares it in 4 relation heads")
-    assert abs(float(loss(caught(student, batch), caught(teacher, batch), batch["attention_mask"]))) < 1e-12
+    assert abs(float(loss(record_qkv(student, batch), record_qkv(teacher, batch), batch["attention_mask"]))) < 1e-12
     free = make_model("bert").double()
     permuted(free, batch)
-    assert float(loss(caught(free, batch), caught(teacher, batch), batch["attention_mask"])) > 1e-6
+    assert float(loss(record_qkv(free, batch), record_qkv(teacher, batch), batch["attention_mask"])) > 1e-6
 
 
-def test_reordering_is_undone_by_the_inverse() -> None:
+def test_the_inverse_order_undoes_a_reordering() -> None:
     model = Stack(Gated())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for group in find_channel_groups(model, X, LINEARS)[0]:
@@ -353,7 +353,7 @@ def test_a_stage_reads_its_first_rows_without_a_trace(make_model: MakeModel, bat
     assert all(module.training for module in model.modules())
 
 
-def test_names_of_one_reason_are_told_in_one_line(make_model: MakeModel, batch: Inputs) -> None:
+def test_layers_with_one_reason_share_a_note(make_model: MakeModel, batch: Inputs) -> None:
     notes = permuted(make_model("bert"), batch, fixed={"bert.encoder.layer.0.output.dense": "so"})
     assert notes[2] == "not permuted: the inputs of 1 layers, bert.encoder.layer.0.output.dense: so"
     assert all(a != b for a, b in pairwise(notes))

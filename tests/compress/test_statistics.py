@@ -1,4 +1,4 @@
-"""What criteria are given: sums over real positions, with the masks in place, the same for any number of processes."""
+"""Statistics are sums over real positions with the masks in place, whatever training draws."""
 
 from __future__ import annotations
 
@@ -97,16 +97,16 @@ def test_gradients_are_those_of_the_masked_weight(masked: nn.Module, average: st
     for name in OWNERS:
         module = masked.get_submodule(name)
         mask = module.parametrizations.weight[0].mask
-        original, wanted = original_weight(module), torch.zeros_like(mask, dtype=torch.float32)
+        original, expected = original_weight(module), torch.zeros_like(mask, dtype=torch.float32)
         for rows in batches.plan(0):
             masked.zero_grad()
             sum(loss(masked, batches.collate(rows)).values()).backward()
-            wanted += original.grad.square() if average == "squares" else original.grad
-        torch.testing.assert_close(found[name] * mask, wanted, rtol=1e-4, atol=1e-7)
-        assert found[name][~mask].abs().max() > 0, "pruned weights are judged too: they may regrow"
+            expected += original.grad.square() if average == "squares" else original.grad
+        torch.testing.assert_close(found[name] * mask, expected, rtol=1e-4, atol=1e-7)
+        assert found[name][~mask].abs().max() > 0, "pruned weights get a score too: they may regrow"
 
 
-def test_magnitude_gathers_nothing(masked: nn.Module) -> None:
+def test_magnitude_needs_no_statistics(masked: nn.Module) -> None:
     def refuse(*_: object) -> dict[str, Tensor]:
         raise AssertionError
 
@@ -114,7 +114,7 @@ def test_magnitude_gathers_nothing(masked: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("criterion", [Wanda(), SparseGPT(), Taylor()])
-def test_training_goes_on_as_if_nothing_had_been_gathered(masked: nn.Module, criterion: Criterion) -> None:
+def test_training_goes_on_as_if_nothing_had_been_collected(masked: nn.Module, criterion: Criterion) -> None:
     masked.bert.embeddings.eval()  # a part that stands still stays so
     modes = [module.training for module in masked.modules()]
     before, state = {k: v.clone() for k, v in masked.state_dict().items()}, torch.get_rng_state()
@@ -130,8 +130,8 @@ def test_training_goes_on_as_if_nothing_had_been_gathered(masked: nn.Module, cri
 def test_samples_bound_the_batches(masked: nn.Module) -> None:
     for samples, batches in ((1, 1), (4, 1), (5, 2), (8, 2), (100, 3)):
         found = collect(Wanda(samples=samples), masked, OWNERS, loss, make_batches())
-        wanted = collect(Wanda(), masked, OWNERS, loss, make_batches(batches))
-        assert all(torch.equal(found[name], wanted[name]) for name in OWNERS), samples
+        expected = collect(Wanda(), masked, OWNERS, loss, make_batches(batches))
+        assert all(torch.equal(found[name], expected[name]) for name in OWNERS), samples
 
 
 def test_layers_that_share_a_weight_are_summed(masked: nn.Module) -> None:
@@ -163,12 +163,12 @@ def test_convolutions_are_seen_by_their_windows() -> None:
     torch.testing.assert_close((columns @ gram * columns).sum(), net(images).square().sum(), rtol=1e-4, atol=1e-4)
 
 
-def test_no_rows_are_told(masked: nn.Module) -> None:
+def test_no_rows_are_an_error(masked: nn.Module) -> None:
     with raises_code("no-rows"):
         collect(Wanda(), masked, OWNERS, loss, make_batches(0))
 
 
-def test_a_layer_that_nothing_reaches_is_told(masked: nn.Module) -> None:
+def test_a_layer_that_no_gradient_reaches_is_an_error(masked: nn.Module) -> None:
     def first_layer(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {"task": model.bert(**batch.inputs, output_hidden_states=True).hidden_states[1].square().mean()}
 
@@ -176,7 +176,7 @@ def test_a_layer_that_nothing_reaches_is_told(masked: nn.Module) -> None:
         collect(Taylor(), masked, OWNERS, first_layer, make_batches())
 
 
-def test_figures_that_are_not_finite_are_told(masked: nn.Module) -> None:
+def test_statistics_that_are_not_finite_are_an_error(masked: nn.Module) -> None:
     with torch.no_grad():
         masked.bert.embeddings.word_embeddings.weight.fill_(torch.nan)
     with raises_code("non-finite", QUERY):
