@@ -60,11 +60,7 @@ class Candidate:
 
 
 def read_artifacts(words: Sequence[str]) -> list[Artifact]:
-    """Read artifacts given as ``PATH`` or ``NAME=PATH``; without a name, the last parts of the path are the name.
-
-    Raises:
-        SqatError: a path is no folder and no ONNX file, or two artifacts have one name.
-    """
+    """Read artifacts given as ``PATH`` or ``NAME=PATH``; without a name, the last parts of the path are the name."""
     pairs = [split_name(word) for word in words]
     names = short_names([path for _, path in pairs])
     labels = [label or name for (label, _), name in zip(pairs, names, strict=True)]

@@ -49,11 +49,7 @@ def run_bench(options: Options, reporter: Reporter) -> Report:
 
 
 def effort_of(options: Options) -> Effort:
-    """Return how long to measure.
-
-    Raises:
-        SqatError: a number that is not above zero.
-    """
+    """Return how long to measure."""
     values = {
         "--rounds": options.rounds,
         "--min-seconds": options.min_seconds,
@@ -67,11 +63,7 @@ def effort_of(options: Options) -> Effort:
 
 
 def numbers(text: str, flag: str) -> list[int]:
-    """Parse whole numbers above 0 separated by commas; each counts once.
-
-    Raises:
-        SqatError: the text holds something else.
-    """
+    """Parse whole numbers above 0 separated by commas; each counts once."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         problem = f"must be whole numbers above 0 separated by commas, got {text!r}"
@@ -80,11 +72,7 @@ def numbers(text: str, flag: str) -> list[int]:
 
 
 def find_baseline(candidates: Sequence[Candidate], name: str | None) -> str:
-    """Return the candidate that others are compared with: the first, or the one named ``label`` or ``label@backend``.
-
-    Raises:
-        SqatError: no candidate has the name, or several.
-    """
+    """Return the baseline: the first candidate, or the one named ``label`` or ``label@backend``."""
     if name is None:
         return candidates[0].name
     names = [each.name for each in candidates if name in (each.name, each.artifact.label)]
@@ -95,11 +83,7 @@ def find_baseline(candidates: Sequence[Candidate], name: str | None) -> str:
 
 
 def write_report(report: Report, json_file: Path | None, plot: Path | None) -> None:
-    """Write the report as JSON and as a plot, to the files that are given.
-
-    Raises:
-        SqatError: a file cannot be written, or matplotlib is not installed.
-    """
+    """Write the report as JSON and as a plot, to the files that are given."""
     if json_file is not None:
         replace_file(json_file, f"{report.model_dump_json(indent=1)}\n".encode())
     if plot is not None:

@@ -45,11 +45,7 @@ class Limits(NamedTuple):
 
 
 def draw_inputs(inputs: Iterable[Input], limits: Limits, batch: int, tokens: int | None) -> Feeds:
-    """Draw the values of every input, by name.
-
-    Raises:
-        SqatError: an input has another fixed batch size.
-    """
+    """Draw the values of every input, by name."""
     return {each.name: draw_input(each, limits, batch, tokens) for each in inputs}
 
 
@@ -72,11 +68,7 @@ def draw_input(each: Input, limits: Limits, batch: int, tokens: int | None) -> N
 
 
 def inputs_of_config(config: Mapping[str, Any], place: str) -> list[Input]:
-    """Return the inputs of a torch model by its config: text or image.
-
-    Raises:
-        SqatError: the config is of neither.
-    """
+    """Return the inputs of a torch model by its config: text or image."""
     if "vocab_size" in config:
         return [Input(name, (None, None), "int64") for name in ("input_ids", "attention_mask")]
     size, channels = config.get("image_size"), config.get("num_channels")

@@ -144,11 +144,7 @@ def measure_setting(
 
 
 def call_first(name: str, run: Run, feeds: Feeds, size: Size) -> Any:
-    """Run a candidate for the first time at a size.
-
-    Raises:
-        SqatError: the library refuses the size.
-    """
+    """Run a candidate for the first time at a size."""
     try:
         return run(feeds)
     except SqatError:
@@ -159,11 +155,7 @@ def call_first(name: str, run: Run, feeds: Feeds, size: Size) -> Any:
 
 
 def all_inputs(artifacts: Sequence[Artifact]) -> tuple[list[Input], Limits]:
-    """Return the inputs that any artifact takes, and the limits of all.
-
-    Raises:
-        SqatError: there is no ONNX file, and no config says its inputs.
-    """
+    """Return the inputs that any artifact takes, and the limits of all."""
     inputs = {each.name: each for artifact in reversed(artifacts) for each in artifact.inputs}
     graphs = [artifact for artifact in artifacts if artifact.is_graph]
     if graphs:  # the inputs of a folder are those of the ONNX files
@@ -176,11 +168,7 @@ def all_inputs(artifacts: Sequence[Artifact]) -> tuple[list[Input], Limits]:
 
 
 def all_sizes(inputs: Sequence[Input], limits: Limits, grid: Grid) -> list[Size]:
-    """Return batch and tokens of every setting.
-
-    Raises:
-        SqatError: the model has no tokens, or fewer positions than a length.
-    """
+    """Return batch and tokens of every setting."""
     has_tokens = any(each.has_tokens for each in inputs)
     if grid.sequences and not has_tokens:
         raise SqatError("no input has tokens", "leave it out", "--sequence", code="usage")
@@ -193,11 +181,7 @@ def all_sizes(inputs: Sequence[Input], limits: Limits, grid: Grid) -> list[Size]
 
 @contextmanager
 def pinned(threads: int) -> Iterator[None]:
-    """Pin this process to as many cores as it has threads, until the block ends.
-
-    Raises:
-        SqatError: there are fewer cores.
-    """
+    """Pin this process to as many cores as it has threads, until the block ends."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return

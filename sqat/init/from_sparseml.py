@@ -45,11 +45,7 @@ class Modifier:
     line: int
 
     def number(self, name: str, default: float) -> float:
-        """Return an argument that must be a number.
-
-        Raises:
-            SqatError: it is no number.
-        """
+        """Return an argument that must be a number."""
         value = self.values.get(name)
         if value is None:
             return default
@@ -141,11 +137,7 @@ def arguments(node: Node, variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def evaluate(value: Any, variables: Mapping[str, Any], depth: int = 0) -> Any:
-    """Return a value, or the number of an ``eval(...)``.
-
-    Raises:
-        SqatError: the expression has more than four operations on numbers and variables.
-    """
+    """Return a value, or the number of an ``eval(...)``."""
     match = re.fullmatch(r"\s*eval\((.*)\)\s*", value, re.DOTALL) if isinstance(value, str) else None
     if match is None:
         return value

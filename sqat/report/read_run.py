@@ -169,11 +169,7 @@ def read_run(directory: Path, reporter: Reporter) -> Run:
 
 
 def read_recipe(directory: Path) -> LoadedRecipe:
-    """Load the recipe that the newest stage keeps, with this folder as its run folder.
-
-    Raises:
-        SqatError: the folder holds no stage.
-    """
+    """Load the recipe that the newest stage keeps, with this folder as its run folder."""
     newest = newest_stage(directory)
     loaded = load_recipe(newest / RECIPE, load_manifest(newest).overrides)
     folder = directory.resolve()
