@@ -1,6 +1,6 @@
 """sqat: sparse quantization-aware training of transformers, from one recipe to an int8 2:4 ONNX file.
 
-For loops of one's own, `sqat.api` has the same things as functions; they are names of this package too.
+The functions of `sqat.api`, for a training loop of your own, are also names of this package.
 """
 
 from __future__ import annotations
@@ -9,54 +9,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sqat.api.callback import SparseCallback
-    from sqat.api.distil import distillation_loss
-    from sqat.api.export import export_onnx
-    from sqat.api.prune import Masks, Pruner, masked, prune
-    from sqat.api.quantize import Scales, calibrate, quantized
-    from sqat.errors import GateError, SqatError
+    from sqat.api.callback import SparseCallback as SparseCallback
+    from sqat.api.distil import distillation_loss as distillation_loss
+    from sqat.api.export import export_onnx as export_onnx
+    from sqat.api.prune import Masks as Masks
+    from sqat.api.prune import Pruner as Pruner
+    from sqat.api.prune import masked as masked
+    from sqat.api.prune import prune as prune
+    from sqat.api.quantize import Scales as Scales
+    from sqat.api.quantize import calibrate as calibrate
+    from sqat.api.quantize import quantized as quantized
+    from sqat.errors import GateError as GateError
+    from sqat.errors import SqatError as SqatError
 
 __version__ = "0.1.0"
-__all__ = [
-    "GateError",
-    "Masks",
-    "Pruner",
-    "Scales",
-    "SparseCallback",
-    "SqatError",
-    "calibrate",
-    "distillation_loss",
-    "export_onnx",
-    "masked",
-    "prune",
-    "quantized",
-]
+PUBLIC_NAMES = {
+    "sqat.api.callback": ("SparseCallback",),
+    "sqat.api.distil": ("distillation_loss",),
+    "sqat.api.export": ("export_onnx",),
+    "sqat.api.prune": ("Masks", "Pruner", "masked", "prune"),
+    "sqat.api.quantize": ("Scales", "calibrate", "quantized"),
+    "sqat.errors": ("GateError", "SqatError"),
+}
+MODULES = {name: module for module, names in PUBLIC_NAMES.items() for name in names}
+__all__ = sorted(MODULES)
 
 
 def __getattr__(name: str) -> object:
-    """Import a public name when it is first asked for: `import sqat` alone loads nothing heavy."""
-    if name not in HOMES:
+    """Import a public name at its first use: `import sqat` alone loads nothing heavy."""
+    if name not in MODULES:
         raise AttributeError(f"module 'sqat' has no attribute {name!r}")
-    found: object = getattr(import_module(HOMES[name]), name)
-    globals()[name] = found
-    return found
+    value: object = getattr(import_module(MODULES[name]), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
-
-HOMES = {
-    "GateError": "sqat.errors",
-    "SqatError": "sqat.errors",
-    "Masks": "sqat.api.prune",
-    "Pruner": "sqat.api.prune",
-    "masked": "sqat.api.prune",
-    "prune": "sqat.api.prune",
-    "Scales": "sqat.api.quantize",
-    "calibrate": "sqat.api.quantize",
-    "quantized": "sqat.api.quantize",
-    "distillation_loss": "sqat.api.distil",
-    "export_onnx": "sqat.api.export",
-    "SparseCallback": "sqat.api.callback",
-}
+    return sorted({*globals(), *MODULES})
