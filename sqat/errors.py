@@ -1,4 +1,7 @@
-"""The one exception a user sees: what is wrong, where, and what to do about it."""
+"""The exceptions that a user sees: where, what is wrong, and what to do.
+
+A user's mistake is a SqatError, a broken contract inside sqat a ValueError. Only the command line exits.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,22 @@ from typing import Literal
 
 ErrorCode = Literal[
     "unclassified",
-    "usage",  # a flag or an argument is wrong, or two exclude each other
-    "unknown-name",  # a name is none of those allowed
+    "usage",  # an option or an argument is wrong, or two exclude each other
+    "unknown-name",  # a name is not one of the allowed names
     "missing-file",  # a path does not exist
-    "unreadable-file",  # a file cannot be read, or is not of the format that it claims
+    "unreadable-file",  # a file cannot be read, or has another format than its name says
     "unwritable-file",  # a file or folder cannot be written
-    "output-exists",  # something else is where the output should go
+    "output-exists",  # the output exists already
     "invalid-recipe",  # a key, type or value of a recipe is not allowed
-    "recipe-conflict",  # parts of a recipe do not fit each other
+    "recipe-conflict",  # two parts of a recipe exclude each other
     "invalid-data",  # a row, column or label is wrong
-    "no-rows",  # a split, a sample or a batch holds nothing to work on
-    "not-a-checkpoint",  # the folder holds no checkpoint, or one without torch weights
+    "no-rows",  # a split, a sample or a batch is empty
+    "not-a-checkpoint",  # a folder holds no checkpoint, or one without torch weights
     "damaged-checkpoint",  # a digest, shape, mask or amax is not what the manifest says
-    "newer-format",  # a file was written by a newer sqat
-    "stale-checkpoint",  # the recipe would not make this checkpoint any more
-    "stage-order",  # a stage needs another stage before it, or must not follow one
-    "unsupported-model",  # the model cannot be loaded, pruned, quantized or distilled
+    "newer-format",  # a newer sqat wrote the file
+    "stale-checkpoint",  # the recipe has changed since the checkpoint was written
+    "stage-order",  # a stage needs another stage before it, or cannot follow one
+    "unsupported-model",  # sqat cannot load, prune, quantize or distil the model
     "model-mismatch",  # weights, config, head or tokenizer do not belong together
     "no-layer",  # a glob or a name selects no layer
     "unsupported-target",  # an export target cannot express the model or the recipe
@@ -32,33 +35,33 @@ ErrorCode = Literal[
     "broken-rule",  # an exported file breaks a rule of its target
     "parity",  # an exported file does not compute what the torch model computes
     "missed-gate",  # a stage's result misses a quality gate
-    "dense-layer",  # an engine runs a layer dense that should run sparse
+    "dense-layer",  # an engine runs a sparse layer as a dense one
     "missing-package",  # an optional package is not installed
-    "missing-hardware",  # this machine cannot run what was asked for
+    "missing-hardware",  # this machine cannot run it
     "non-finite",  # NaN or Inf in a loss, a gradient, a scale or a statistic
     "locked",  # another run holds the folder
-    "lost-process",  # another process of a distributed run has ended
-    "stopped",  # the user or the system asked the run to stop
+    "lost-process",  # another process has ended or does not answer
+    "stopped",  # the user or the system stops the run
 ]
 
 
 class SqatError(Exception):
-    """A user's mistake (recipe, data, checkpoint, flag), reported in one line.
+    """A user's mistake in a recipe, data, checkpoint or option, reported in one line.
 
     Args:
-        problem: what is wrong and what is allowed, one sentence without a full stop.
-        hint: what to do about it; empty where the problem says it all.
-        place: where, e.g. ``recipe.yaml:12`` or ``train.jsonl.gz:7``; empty for a flag.
-        code: the kind of the mistake; tests and callers compare it, never the wording.
+        problem: what is wrong and what is allowed, without a full stop.
+        hint: what to do; empty if the problem says it.
+        place: where, e.g. ``recipe.yaml:12`` or ``train.jsonl.gz:7``; may be empty.
+        code: the type of the mistake; tests and callers compare it, not the wording.
     """
 
     exit_code = 2
 
     def __init__(self, problem: str, hint: str = "", place: str = "", *, code: ErrorCode = "unclassified") -> None:
         super().__init__(problem)
-        self.problem = printable(problem)
-        self.hint = printable(hint)
-        self.place = printable(place)
+        self.problem = escape_control(problem)
+        self.hint = escape_control(hint)
+        self.place = escape_control(place)
         self.code = code
 
     def __str__(self) -> str:
@@ -67,24 +70,24 @@ class SqatError(Exception):
 
 
 class GateError(SqatError):
-    """The work was done but its result missed a quality gate."""
+    """The result of the work misses a quality gate."""
 
     exit_code = 3
 
 
 class StoppedError(SqatError):
-    """The user or the system asked a run to stop, and it has saved what it had."""
+    """The user or the system has stopped a run, which has saved its state."""
 
     exit_code = 130
 
 
-def printable(text: str) -> str:
-    """Text whose line breaks and control characters are written as Python writes them: names come from users' files."""
+def escape_control(text: str) -> str:
+    """Escape line breaks and control characters: names come from users' files."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def first_line(error: Exception) -> str:
-    """First line of a library's message that says anything; the class's name where none does."""
+    """Return the first line of a library's message that is not empty, or else the class name."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -97,8 +100,8 @@ def suggest(got: str, allowed: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}? {listed}" if close else listed
 
 
-def near_files(path: Path) -> str:
-    """A hint that names the nearest file to one that is not there."""
+def suggest_file(path: Path) -> str:
+    """Return a hint that names the file nearest to a missing one."""
     folder = path.parent
     if not folder.is_dir():
         return f"there is no folder {folder}"
@@ -107,4 +110,4 @@ def near_files(path: Path) -> str:
     recipes = [name for name in names if name.endswith(tuple(path.suffixes[:1]) or (".yaml", ".yml"))]
     if close:
         return f"did you mean {folder / close[0]}?"
-    return f"{folder} holds {', '.join(recipes[:5])}" if recipes else f"nothing like it is in {folder.resolve()}"
+    return f"{folder} holds {', '.join(recipes[:5])}" if recipes else f"{folder.resolve()} holds no similar file"

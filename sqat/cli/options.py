@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sqat.errors import SqatError, near_files
+from sqat.errors import SqatError, suggest_file
 
 if TYPE_CHECKING:
     from sqat.recipe.schema import LoadedRecipe
@@ -77,7 +77,7 @@ def load(recipe: Path, overrides: Sequence[str] | None) -> LoadedRecipe:
 def check_exists(path: Path) -> None:
     """Raise SqatError if there is no such file or folder."""
     if not path.exists():
-        raise SqatError("no such file or folder", near_files(path), str(path), code="missing-file")
+        raise SqatError("no such file or folder", suggest_file(path), str(path), code="missing-file")
 
 
 def check_artifact(path: Path) -> None:

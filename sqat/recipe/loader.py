@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
 
-from sqat.errors import SqatError, near_files, suggest
+from sqat.errors import SqatError, suggest, suggest_file
 from sqat.recipe.cross_checks import check_recipe
 from sqat.recipe.json_schema import KeyPath, describe, is_open, schema_at, union_of, variant
 from sqat.recipe.schema import LoadedRecipe, Recipe
@@ -55,7 +55,7 @@ def read_text(path: Path) -> str:
         hint = f"name a file in it: {', '.join(files[:5])}" if files else "name a YAML file"
         raise SqatError("is a folder, not a recipe", hint, str(path), code="unreadable-file")
     if not path.exists():
-        raise SqatError("no such recipe", near_files(path), str(path), code="missing-file")
+        raise SqatError("no such recipe", suggest_file(path), str(path), code="missing-file")
     if path.stat().st_size > MAX_BYTES:
         problem = f"is larger than {MAX_BYTES // 1_000_000} MB, which no recipe is"
         raise SqatError(problem, place=str(path), code="unreadable-file")
@@ -194,5 +194,5 @@ def find_missing_files(recipe: Recipe, tree: Node, folder: Path) -> list[Finding
             continue
         if not (split.streaming and glob(split.path, root_dir=folder)):
             text = f"data.{name}: no file {split.path}"
-            findings.append(make_finding(tree, ("data", name, "path"), text, near_files(folder / split.path)))
+            findings.append(make_finding(tree, ("data", name, "path"), text, suggest_file(folder / split.path)))
     return findings
