@@ -26,7 +26,7 @@ from sqat.data.batch import Batch
 from sqat.models.layer_selection import choose_layers, encoder_blocks
 from sqat.models.loading import load_pretrained
 from sqat.modules.activation_quantizers import Quantizers, insert_quantizers_
-from sqat.modules.parametrize import insert_weights_, layer
+from sqat.modules.parametrize import get_layer, insert_weights_
 from sqat.modules.site_discovery import discover_sites
 from sqat.quantization.fake_quant import ACTIVATION_LOW, HIGH, SMALLEST_AMAX
 from sqat.quantization.placement import PLACEMENTS
@@ -87,7 +87,7 @@ class Step:
 def masks_of(model: nn.Module) -> dict[str, Tensor]:
     """2:4 masks of what a prune stage prunes."""
     chosen = choose_layers(model, Layers(), "prune").chosen
-    return {name: nm_mask(layer(model, name).weight.detach().abs(), TWO_OF_FOUR) for name in chosen}
+    return {name: nm_mask(get_layer(model, name).weight.detach().abs(), TWO_OF_FOUR) for name in chosen}
 
 
 def quantize_(model: nn.Module, scales: Scales, masks: dict[str, Tensor]) -> nn.Module:

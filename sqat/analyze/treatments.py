@@ -18,7 +18,7 @@ from sqat.compress.patterns import choose_patterns
 from sqat.compress.quantize import quantized_model
 from sqat.data.batch import Processor
 from sqat.models.layer_selection import choose_layers
-from sqat.modules.parametrize import layer, original_weight
+from sqat.modules.parametrize import get_layer, original_weight
 from sqat.recipe.stages import CalibrateConfig, PruneConfig
 from sqat.sparsity.schedules.per_group import PerGroup
 from sqat.stages.calibrate import calibrate_on_rows
@@ -63,14 +63,14 @@ def treated_(
 
 def copy_weights(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Copies of the named layers' weights."""
-    return {name: layer(model, name).weight.detach().clone() for name in names}
+    return {name: get_layer(model, name).weight.detach().clone() for name in names}
 
 
 @torch.no_grad()
 def set_weights_(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Write weights into their layers, bit by bit."""
     for name, weight in weights.items():
-        layer(model, name).weight.copy_(weight)
+        get_layer(model, name).weight.copy_(weight)
 
 
 def find_pruning(model: nn.Module, config: PruneConfig, context: StageContext, processor: Processor) -> Pruning:
@@ -79,10 +79,10 @@ def find_pruning(model: nn.Module, config: PruneConfig, context: StageContext, p
     patterns, _ = choose_patterns(model, config.layers, config.pattern, config.patterns)
     batches = context.training_batches(config, processor)
     masks, _ = start_pruning(at_once, model, patterns, {0: 0}, batches, task_loss(context.task), context, {})
-    before = {name: original_weight(layer(model, name)).detach().clone() for name in patterns}
+    before = {name: original_weight(get_layer(model, name)).detach().clone() for name in patterns}
     try:
         masks.before_step(0)
-        chosen, after = masks.masks, {name: original_weight(layer(model, name)).detach() for name in patterns}
+        chosen, after = masks.masks, {name: original_weight(get_layer(model, name)).detach() for name in patterns}
         corrected = {name: weight.clone() for name, weight in after.items() if not torch.equal(weight, before[name])}
     finally:
         masks.remove()

@@ -24,7 +24,7 @@ from sqat.export.qdq import insert_qdq
 from sqat.export.quantized_model import QuantizedModel
 from sqat.lint.apply_rules import verify
 from sqat.models.attention import use_eager
-from sqat.modules.parametrize import layer
+from sqat.modules.parametrize import get_layer
 from sqat.quantization.fake_quant import quantize_weight
 from sqat.quantization.placement import PLACEMENTS
 from sqat.runtime.sessions import parity
@@ -99,14 +99,14 @@ def choose_target(target: Target | None, scales: Scales | None) -> Target:
 def check_zeros(model: nn.Module, masks: Masks) -> None:
     """Raise unless pruned weights are 0, as they are where the masks held during training."""
     for name, mask in masks.kept.items():
-        if grown := int((layer(model, name).weight[~mask.cpu()] != 0).sum()):
+        if grown := int((get_layer(model, name).weight[~mask.cpu()] != 0).sum()):
             raise SqatError(f"{grown} pruned weights of {name} are not 0", "train inside sqat.masked or sqat.quantized",
                             code="model-mismatch")  # fmt: skip
 
 
 def quantize_for_onnx(model: nn.Module, scales: Scales) -> QuantizedModel:
     """Int8 weights, and the amax of every site that ONNX operators have."""
-    weights = {name: quantize_weight(layer(model, name).weight.detach()) for name in scales.layers}
+    weights = {name: quantize_weight(get_layer(model, name).weight.detach()) for name in scales.layers}
     shared_with = drop_kernel_sites(scales).shared_with
     return QuantizedModel(weights, {site: float(scales.amax[owner]) for site, owner in shared_with.items()})
 

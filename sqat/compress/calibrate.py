@@ -17,10 +17,10 @@ from sqat.compress.quantize import attention_for
 from sqat.distributed import all_reduce_max, all_reduce_sum
 from sqat.errors import SqatError
 from sqat.models.layer_selection import encoder_blocks
-from sqat.modules.batch_norm import fold_batch_norms_, foldable
+from sqat.modules.batch_norm import find_foldable_norms, fold_batch_norms_
 from sqat.modules.hooks import hook_sites
 from sqat.modules.site_discovery import discover_sites
-from sqat.modules.sites import Site, Sites, observed_rows
+from sqat.modules.sites import Site, Sites, align_positions
 from sqat.quantization.fake_quant import check_amax
 from sqat.quantization.histogram import Histogram
 from sqat.quantization.placement import PLACEMENTS
@@ -95,7 +95,7 @@ def observe(model: nn.Module, sites: Sites, blocks: list[str], batches: Iterable
         if site in histograms:
             limits = sites.rectifier_limits
             read = x.clamp(0, limits[site]) if site in limits else x
-            histograms[site].observe(*observed_rows(site, read, attention_mask))
+            histograms[site].observe(*align_positions(site, read, attention_mask))
         return x
 
     hooks = hook_sites(model, hook, histograms, blocks)
@@ -157,7 +157,7 @@ def fold_norms_(model: nn.Module, inputs: Inputs) -> None:
     Raises:
         SqatError: it does not. A norm then follows another convolution than the one before it in its module.
     """
-    if not foldable(model):
+    if not find_foldable_norms(model):
         return
     before: Tensor = model.eval()(**inputs).logits
     norms = fold_batch_norms_(model)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sqat.compress.eval_mode import eval_mode
 from sqat.models.layer_selection import encoder_blocks, linear_layers
-from sqat.modules.parametrize import linear
+from sqat.modules.parametrize import get_linear
 from sqat.sparsity.pattern import Pattern
 from sqat.training.health import float_tensors
 
@@ -68,11 +68,11 @@ class ChannelGroup:
 @torch.no_grad()
 def reorder_(model: nn.Module, group: ChannelGroup, order: Tensor) -> None:
     """Put channels in another order [heads, width]; ``order.argsort(1)`` undoes it."""
-    consumer = linear(model, group.consumer)
+    consumer = get_linear(model, group.consumer)
     consumer.weight.copy_(consumer.weight[:, group.columns(order)])
     rows = group.rows(order)
     for name in group.producers:
-        producer = linear(model, name)
+        producer = get_linear(model, name)
         for parameter in (producer.weight, producer.bias):
             if parameter is not None:
                 parameter.copy_(parameter[rows])
@@ -160,8 +160,8 @@ class BlockTrial:
         if consumer not in self.call_order:
             return iter(())
         before = self.call_order[: self.call_order.index(consumer)]
-        sizes = {name: linear(self.block, name).out_features for name in before}
-        return candidate_groups(consumer, linear(self.block, consumer).in_features, sizes, heads)
+        sizes = {name: get_linear(self.block, name).out_features for name in before}
+        return candidate_groups(consumer, get_linear(self.block, consumer).in_features, sizes, heads)
 
     def accepts(self, group: ChannelGroup) -> bool:
         """Whether rows and columns may be shuffled together, and columns alone may not."""

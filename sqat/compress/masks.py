@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sqat.data.batch import Batch
 from sqat.distributed import uses_fsdp
 from sqat.errors import SqatError
-from sqat.modules.parametrize import WeightTransform, insert_weights_, layer, original_weight, remove_weights_
+from sqat.modules.parametrize import WeightTransform, get_layer, insert_weights_, original_weight, remove_weights_
 from sqat.sparsity.criteria import Criterion
 from sqat.sparsity.masks import count_violations
 from sqat.sparsity.pattern import Pattern
@@ -44,7 +44,7 @@ class MaskSchedule:
     ) -> None:
         self.model, self.patterns, self.criterion, self.schedule = model, dict(patterns), criterion, schedule
         self.mask_steps, self.collect = mask_steps, collect
-        keep_all = {name: torch.ones_like(layer(model, name).weight, dtype=torch.bool) for name in patterns}
+        keep_all = {name: torch.ones_like(get_layer(model, name).weight, dtype=torch.bool) for name in patterns}
         learn_all = patterns if schedule.every_step else ()
         self.transforms = insert_weights_(model, {**keep_all, **(masks or {})}, (), learn_all)
 
@@ -65,7 +65,7 @@ class MaskSchedule:
 
     def set_mask(self, name: str, statistics: Tensor | None, index: int) -> None:
         """Choose the mask of one layer, and correct its weights where the criterion does."""
-        weight, mask = original_weight(layer(self.model, name)).detach(), mask_of(self.transforms[name])
+        weight, mask = original_weight(get_layer(self.model, name)).detach(), mask_of(self.transforms[name])
         pattern = self.patterns[name]
         sparsity = self.schedule.sparsities(pattern)[index]
 
@@ -93,7 +93,7 @@ class MaskSchedule:
 
     def remove(self) -> dict[str, Tensor]:
         """Take all masks off and return them; weights are plain then, pruned ones +0.0. A second call does nothing."""
-        inserted = {name: it for name, it in self.transforms.items() if it in layer(self.model, name).modules()}
+        inserted = {name: it for name, it in self.transforms.items() if it in get_layer(self.model, name).modules()}
         return {name: mask.cpu() for name, mask in remove_weights_(self.model, inserted).items()}
 
 
@@ -106,7 +106,7 @@ def mask_of(transform: WeightTransform) -> Tensor:
 def weight_owners(model: nn.Module, layers: Mapping[str, object]) -> dict[str, str]:
     """Layer -> the first layer with the same weight, itself for most; a shared weight is scored once."""
     first: dict[int, str] = {}
-    return {name: first.setdefault(id(original_weight(layer(model, name))), name) for name in layers}
+    return {name: first.setdefault(id(original_weight(get_layer(model, name))), name) for name in layers}
 
 
 def add_decay(loss: Loss, masks: MaskSchedule) -> Loss:
@@ -121,7 +121,7 @@ def add_decay(loss: Loss, masks: MaskSchedule) -> Loss:
 
     def with_decay(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         parts = [
-            schedule.decay_loss(original_weight(layer(masks.model, name)), mask_of(masks.transforms[name]))
+            schedule.decay_loss(original_weight(get_layer(masks.model, name)), mask_of(masks.transforms[name]))
             for name in owners
         ]
         return {**loss(model, batch), "decay": torch.stack(parts).sum()}

@@ -9,7 +9,7 @@ from torch import nn
 
 from sqat.errors import SqatError
 from sqat.models.layer_selection import Choice, choose_layers, weighted_layers
-from sqat.modules.parametrize import layer
+from sqat.modules.parametrize import get_layer
 from sqat.recipe.stages import Layers
 from sqat.sparsity.pattern import Pattern, parse_pattern
 
@@ -49,7 +49,7 @@ def check_shared_weights(model: nn.Module, texts: Mapping[str, str]) -> None:
     """Raise where layers that share a weight have two patterns."""
     first: dict[int, str] = {}
     for name, text in texts.items():
-        other = first.setdefault(id(layer(model, name).weight), name)
+        other = first.setdefault(id(get_layer(model, name).weight), name)
         if texts[other] != text:
             problem = f"patterns: {other} and {name} share one weight, which cannot be both {texts[other]} and {text}"
             raise SqatError(problem, "give both one pattern", code="recipe-conflict")

@@ -22,10 +22,10 @@ from sqat.compress.channels import (
 from sqat.compress.masks import Collect
 from sqat.errors import SqatError
 from sqat.models.layer_selection import find_qkv
-from sqat.modules.parametrize import linear
+from sqat.modules.parametrize import get_linear
 from sqat.sparsity.criteria import Criterion
 from sqat.sparsity.pattern import Pattern
-from sqat.sparsity.permutation import find_order, kept_score
+from sqat.sparsity.permutation import find_order, sum_kept_scores
 from sqat.training.health import first_names
 
 
@@ -55,11 +55,13 @@ def permute_(
     statistics = collect({group.consumer: group.consumer for group in groups}) if groups else {}
     before, orders, kept = run_model(model, inputs), [], []
     for group in groups:
-        pattern, weight = patterns[group.consumer], linear(model, group.consumer).weight.detach()
+        pattern, weight = patterns[group.consumer], get_linear(model, group.consumer).weight.detach()
         scores = criterion.score(weight, statistics.get(group.consumer)).cpu()
         order = find_group_order(group, scores, pattern, criterion.score_name)
         reordered = scores[:, group.columns(order)]
-        kept.append((kept_score(scores, pattern), kept_score(reordered, pattern), float(scores.double().sum())))
+        kept.append(
+            (sum_kept_scores(scores, pattern), sum_kept_scores(reordered, pattern), float(scores.double().sum()))
+        )
         reorder_(model, group, order)
         orders.append(order)
     change = relative_change(before, run_model(model, inputs))

@@ -18,8 +18,8 @@ from sqat.data.batch import Batch
 from sqat.distributed import all_reduce_sum, broadcast_from, process_state
 from sqat.errors import SqatError
 from sqat.modules.hooks import hook_linears
-from sqat.modules.parametrize import layer
-from sqat.modules.sites import Site, observed_rows
+from sqat.modules.parametrize import get_layer
+from sqat.modules.sites import Site, align_positions
 from sqat.sparsity.columns import input_windows
 from sqat.sparsity.criteria import Criterion
 from sqat.training.batches import Batches, seed_torch
@@ -51,7 +51,7 @@ def collect_statistics(
         return {}
     state = process_state()
     with eval_mode(model, seed):
-        sums = {owner: zeros_for(criterion, layer(model, owner)) for owner in owners.values()}
+        sums = {owner: zeros_for(criterion, get_layer(model, owner)) for owner in owners.values()}
         remaining = iter(batches)
         while any(holders := processes_with_batch(batch := next(remaining, None))):
             own = sums if state.num_processes == 1 else {name: torch.zeros_like(total) for name, total in sums.items()}
@@ -111,7 +111,7 @@ def add_inputs_(
     attention_mask = batch.inputs.get("attention_mask")
 
     def hook(site: Site, x: Tensor) -> Tensor:
-        inputs = input_rows(layer(model, site.module), site, x, attention_mask).float()
+        inputs = input_rows(get_layer(model, site.module), site, x, attention_mask).float()
         sums[owners[site.module]].add_(inputs.T @ inputs if gram else inputs.square().sum(0))
         return x
 
@@ -127,7 +127,7 @@ def input_rows(module: nn.Linear | nn.Conv2d, site: Site, x: Tensor, attention_m
     """The rows [N,C] that a layer multiplies with its weight."""
     if isinstance(module, nn.Conv2d):
         return input_windows(module, x)
-    rows, real = observed_rows(site, x, attention_mask)
+    rows, real = align_positions(site, x, attention_mask)
     return rows[real]
 
 
@@ -136,7 +136,7 @@ def add_gradients_(
 ) -> None:
     """Add the gradients (or their squares) of the loss by the layers' masked weights, pruned ones included."""
     with parametrize.cached():  # the weight read here is the very tensor that the model multiplies
-        weights = {name: layer(model, name).weight for name in owners}
+        weights = {name: get_layer(model, name).weight for name in owners}
         total = torch.stack([*loss(model, batch).values()]).sum()
         found = torch.autograd.grad(total, [*weights.values()], allow_unused=True)
     gradients = {owner: torch.zeros_like(statistic) for owner, statistic in sums.items()}

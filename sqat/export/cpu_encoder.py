@@ -19,7 +19,7 @@ from sqat.export.quantized_model import QuantizedModel
 from sqat.models.attention import attention_heads
 from sqat.models.layer_selection import encoder_blocks
 from sqat.models.loading import PreTrainedModel
-from sqat.modules.parametrize import linear
+from sqat.modules.parametrize import get_linear
 from sqat.quantization.fake_quant import HIGH
 
 Floats = NDArray[np.float32]

@@ -1,8 +1,7 @@
 """Attention with a hook on each operand of its two products: q, k, softmax and v.
 
-The arithmetic is that of eager attention, which transformers calls through its attention interface. `byte_attention`
-keeps the weight of a key as a byte, as the kernels of target cpu-sparse do: round(255 exp(s - max)), 0 where masked.
-The product's sum is divided by that of the bytes, so these need neither a scale nor a hook.
+The arithmetic is that of eager attention. `byte_attention` keeps the weight of a key as a byte, as the kernels of
+target cpu-sparse do; its sum is divided by that of the bytes, so that these need no scale.
 
 Shapes: B batch, h heads, T queries, S keys, d head width.
 """

@@ -1,8 +1,7 @@
-"""Batch norms folded into the convolutions before them, as runtimes do, and convolution biases that runtimes can hold.
+"""Batch norms folded into the convolutions before them, and convolution biases rounded, as runtimes do both.
 
-The convolution's weight absorbs gamma / sqrt(var + eps) per output channel, and a `FoldedNorm` adds what remains, one
-number a channel. Masks keep: zeros times a factor are zeros. Scales belong to the folded weight, so that calibration
-folds first; from then on the norm is frozen, in training mode too.
+The convolution's weight absorbs gamma / sqrt(var + eps) per output channel; a `FoldedNorm` adds what remains. Masks
+keep: zeros times a factor are zeros. Calibration folds first, since scales belong to the folded weight.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class FoldedNorm(nn.Module):
         return x + self.bias[:, None, None]
 
 
-def foldable(model: nn.Module) -> dict[str, str]:
+def find_foldable_norms(model: nn.Module) -> dict[str, str]:
     """Return the names of batch norms that can be folded -> the convolution before each.
 
     It is the child registered right before the norm in the same module, of as many channels: every family of
@@ -72,7 +71,7 @@ def fold_batch_norms_(model: nn.Module) -> dict[str, str]:
 
     In evaluation mode the model computes what it did, up to float rounding. A folded model stays as it is.
     """
-    pairs = foldable(model)
+    pairs = find_foldable_norms(model)
     with torch.no_grad():
         for name, source in pairs.items():
             norm, convolution = model.get_submodule(name), model.get_submodule(source)
@@ -96,14 +95,14 @@ def fold_norm_(norm: nn.BatchNorm2d, convolution: nn.Conv2d, name: str) -> Folde
     return FoldedNorm(norm, bias.clone(), name).train(norm.training)
 
 
-def folded_norms(model: nn.Module) -> dict[str, str]:
+def find_folded_norms(model: nn.Module) -> dict[str, str]:
     """Return convolution -> its folded norm, by name: the layer's output is the norm's."""
     return {module.convolution: name for name, module in model.named_modules() if isinstance(module, FoldedNorm)}
 
 
 def absorb_folded_norms_(model: nn.Module) -> None:
     """Add each folded norm's bias to that of its convolution and remove the norm; an export does, without way back."""
-    for source, name in folded_norms(model).items():
+    for source, name in find_folded_norms(model).items():
         norm, convolution = model.get_submodule(name), model.get_submodule(source)
         assert isinstance(norm, FoldedNorm)
         assert isinstance(convolution, nn.Conv2d)
@@ -125,7 +124,7 @@ def round_conv_biases_(
         amax: site -> amax.
         shared_with: site -> the site whose amax it uses.
     """
-    norms = folded_norms(model)
+    norms = find_folded_norms(model)
     for name in layers:
         convolution = model.get_submodule(name)
         bias = model.get_submodule(norms.get(name, name)).bias

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from sqat.modules.batch_norm import folded_norms
+from sqat.modules.batch_norm import find_folded_norms
 from sqat.modules.sites import PRODUCT_ROLES, Site
 
 Hook = Callable[[Site, Tensor], Tensor]
@@ -55,7 +55,7 @@ def hook_linears(
 ) -> Hooks:
     """Hook inputs and outputs of the named linears and convolutions; a folded norm's bias belongs to the output."""
     hooks = hooks or Hooks()
-    norms = folded_norms(model)
+    norms = find_folded_norms(model)
 
     def on_input(site: Site, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (hook(site, args[0]), *args[1:])

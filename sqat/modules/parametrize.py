@@ -36,7 +36,7 @@ class WeightTransform(nn.Module):
         return weight if self.mask is None else apply_mask(weight, self.mask, self.straight_through)
 
 
-def layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
+def get_layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
     """Return the linear layer or convolution of a name; TypeError where it is neither."""
     module = model.get_submodule(name)
     if not isinstance(module, nn.Linear | nn.Conv2d):
@@ -44,7 +44,7 @@ def layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
     return module
 
 
-def linear(model: nn.Module, name: str) -> nn.Linear:
+def get_linear(model: nn.Module, name: str) -> nn.Linear:
     """Return the linear layer of a name; TypeError where it is none."""
     module = model.get_submodule(name)
     if not isinstance(module, nn.Linear):
@@ -72,7 +72,7 @@ def insert_weights_(
         AttributeError, TypeError: no such layer, or it is neither a linear nor a convolution; nothing is changed.
     """
     quantized = set(quantized)
-    layers = {name: layer(model, name) for name in dict.fromkeys((*masks, *sorted(quantized)))}
+    layers = {name: get_layer(model, name) for name in dict.fromkeys((*masks, *sorted(quantized)))}
     transforms = {}
     for name, module in layers.items():
         mask = masks[name].to(module.weight.device, copy=True) if name in masks else None
@@ -86,7 +86,7 @@ def remove_weights_(model: nn.Module, transforms: Mapping[str, WeightTransform])
     """Take the parametrizations off, leave plain masked weights, and return the masks."""
     masks = {}
     for name, transform in transforms.items():
-        module = layer(model, name)
+        module = get_layer(model, name)
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
         if transform.mask is not None:
             masks[name] = transform.mask

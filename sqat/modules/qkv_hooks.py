@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sqat.distillation.relations import QKV
 from sqat.errors import SqatError
-from sqat.modules.parametrize import linear
+from sqat.modules.parametrize import get_linear
 
 
 class QkvHooks:
@@ -36,7 +36,7 @@ class QkvHooks:
     ) -> None:
         self.names, self.heads, self.causal = tuple(names), heads, causal
         self.groups = heads // (key_heads or heads)
-        self.widths = [linear(model, name).out_features for name in names]
+        self.widths = [get_linear(model, name).out_features for name in names]
         if len(names) == 1:
             self.widths = split_fused_width(names[0], self.widths[0], heads, heads // self.groups)
         self.outputs: dict[str, Tensor] = {}

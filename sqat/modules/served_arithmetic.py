@@ -1,8 +1,7 @@
 """What the kernels of target `cpu-sparse` compute, in torch and bit for bit, while a model is in eval mode.
 
-A value whose last bit differs may fall on another int8 step, which later layers multiply: without this, a dev metric
-would not be that of the served model. In training mode nothing is replaced. The order of every operation is that of
-``sqat/runtime/source``; a test compares the two.
+A value whose last bit differs may fall on another int8 step, which later layers multiply. The order of every operation
+is that of ``sqat/runtime/source``.
 
 Shapes: B batch, h heads, T queries, S keys, d head width, H channels.
 """
@@ -92,13 +91,13 @@ def multiply_as_kernels(input_step: Callable[[], Tensor], module: nn.Linear, x: 
         x: multiples of the step, at most 127.
     """
     step = input_step()
-    integers, scale = quantize_weight(masked_weight(module))
-    sums = exact_product(to_integers(x, step), integers.float().t())
+    integers, scale = quantize_weight(mask_weight(module))
+    sums = multiply_exactly(to_integers(x, step), integers.float().t())
     y = sums * (scale * step)
     return y if module.bias is None else y + module.bias
 
 
-def masked_weight(module: nn.Linear) -> Tensor:
+def mask_weight(module: nn.Linear) -> Tensor:
     """Return the weight before it is quantized, pruned entries 0."""
     if not parametrize.is_parametrized(module, "weight"):
         return module.weight
@@ -113,7 +112,7 @@ def to_integers(x: Tensor, step: Tensor) -> Tensor:
     return (x.float() * (1 / step)).round()
 
 
-def exact_product(left: Tensor, right: Tensor, largest: int = HIGH * HIGH) -> Tensor:
+def multiply_exactly(left: Tensor, right: Tensor, largest: int = HIGH * HIGH) -> Tensor:
     """Return the product [..., M,N] of integers [..., M,K] and [..., K,N], each sum rounded to float32 once.
 
     Args:
@@ -130,8 +129,8 @@ def exact_product(left: Tensor, right: Tensor, largest: int = HIGH * HIGH) -> Te
 def normalize_as_kernels(module: nn.LayerNorm, x: Tensor) -> Tensor:
     """Compute a layer norm over the last dimension."""
     channels = x.shape[-1]
-    centred = x - row_sums(x) / channels
-    variance = row_sums(centred * centred) / channels + module.eps
+    centred = x - sum_rows(x) / channels
+    variance = sum_rows(centred * centred) / channels + module.eps
     deviation = 1 / exact_sqrt(variance)
     y: Tensor = centred * deviation * module.weight + module.bias
     return y
@@ -144,7 +143,7 @@ def exact_sqrt(x: Tensor) -> Tensor:
     return wide.double().sqrt().float().to(x.device)
 
 
-def row_sums(x: Tensor) -> Tensor:
+def sum_rows(x: Tensor) -> Tensor:
     """Return sums [..., 1] of rows [..., H]: channel c goes into part c % 16, and a tree adds the parts."""
     lanes = nn.functional.pad(x, (0, -x.shape[-1] % LANES)).unflatten(-1, (-1, LANES))
     sums: Tensor = lanes[..., 0, :]
@@ -167,7 +166,7 @@ def attend_as_kernels(
     """
     steps = [step(role) for role in ("query", "key", "value")]
     queries, keys, values = (to_integers(x, s) for x, s in zip((query, key, value), steps, strict=True))
-    scores = exact_product(queries, keys.transpose(2, 3))
+    scores = multiply_exactly(queries, keys.transpose(2, 3))
     kept = torch.ones_like(scores, dtype=torch.bool) if attention_mask is None else ~is_masked(attention_mask)
     scores = scores.masked_fill(~kept, -torch.inf)
     largest = scores.amax(-1, keepdim=True)
@@ -175,7 +174,7 @@ def attend_as_kernels(
     bytes_ = power_of_two((scores - largest).masked_fill(~kept, 0.0) * (scale * LOG2_E)).round()
     bytes_ = bytes_.masked_fill(~kept, 0.0)
     total = bytes_.sum(-1, keepdim=True).clamp(min=1)
-    output = exact_product(bytes_, values, LARGEST_BYTE * HIGH) / total * steps[2]
+    output = multiply_exactly(bytes_, values, LARGEST_BYTE * HIGH) / total * steps[2]
     return output.transpose(1, 2).contiguous(), bytes_ / total
 
 

@@ -56,7 +56,7 @@ def discover_sites(
     convolutions = [name for name in layers if isinstance(model.get_submodule(name), nn.Conv2d)]
     hook_linears(model, record, inputs=layers, outputs=convolutions, hooks=hooks)
     if placement.attention:
-        hook_attention(model, record, inner_modules(model, blocks), hooks=hooks)
+        hook_attention(model, record, list_inner_modules(model, blocks), hooks=hooks)
     if placement.outputs:
         hook_linears(model, record, outputs=[name for name in layers if name not in convolutions], hooks=hooks)
         hook_adds(model, record, blocks, hooks=hooks)
@@ -88,7 +88,7 @@ def version_of(x: Tensor) -> StorageVersion:
     return (x.untyped_storage().data_ptr(), tensor_version(x))
 
 
-def inner_modules(model: nn.Module, blocks: Sequence[str]) -> list[str]:
+def list_inner_modules(model: nn.Module, blocks: Sequence[str]) -> list[str]:
     """Return every module with children inside the blocks; the attention modules are among them."""
     return [
         name

@@ -124,7 +124,7 @@ def output_groups(shared_with: Mapping[Site, Site]) -> list[tuple[Site, ...]]:
     return [tuple(group) for group in groups.values() if len(group) > 1]
 
 
-def observed_rows(site: Site, x: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def align_positions(site: Site, x: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Bring a site's tensor and the real (unpadded) positions into one shape.
 
     Args:

@@ -1,8 +1,7 @@
 """Fake quantization to int8: values on the integer grid, with straight-through gradients.
 
-Q(x) = clamp(round_half_even(x / s), lo, hi) * s with s = amax / 127: activations per tensor in [-128, 127] (or from
--127, for kernels that multiply magnitudes), weights per output channel in [-127, 127]. Computed in float32 (float64
-for float64) and returned in the type of the input.
+Q(x) = clamp(round_half_even(x / s), lo, hi) * s with s = amax / 127. Activations: per tensor, lo = -128 or -127;
+weights: per output channel, lo = -127. Computed in float32 (float64 for float64), returned in the input's type.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A histogram of |x| that needs no first look at the data and adds up over batches and processes.
 
-Bins start at 0 and are 2**exponent wide. Where a value lies beyond the last bin, neighbouring bins are merged and the
-width doubles. Widths are powers of two, so that the result depends neither on the order of batches nor on processes.
+Bins start at 0 and are 2**exponent wide. Where a value lies beyond the last bin, neighbouring bins are merged. Widths
+are powers of two: the result depends neither on the order of batches nor on processes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Custom ops of ONNX Runtime that run int8 encoders with 2:4 weights on ordinary CPUs.
 
-`session` opens a file of the target ``cpu-sparse`` as an `onnxruntime.InferenceSession`. `library` is the shared
-library of the ops, for C, C++, C# and Java. The sources are in ``source/``; installing sqat compiles them where there
-is a compiler. The library holds the kernels of training too (`sqat.runtime.kernels`).
+`session` opens a file of the target ``cpu-sparse``. `library` is the shared library of the ops, for C, C++, C# and
+Java; it holds the kernels of training too (`sqat.runtime.kernels`). Installing sqat compiles it from ``source/``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The compiled kernels of training, called on tensors: masking, fake quantization, ranks and histograms on a CPU.
 
-A chain of torch's operators reads and writes a tensor once for each operator; a kernel does once, and keeps a byte a
-value for the backward pass. The bits are those of the chain. Where `is_supported` says no (a GPU, another type, a
-compiled graph, several threads), the callers run the chain.
+A chain of torch's operators reads and writes a tensor for each operator; a kernel does once, with the same bits. Where
+`is_supported` says no (a GPU, another type, a compiled graph, several threads), the callers run the chain.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """A weight as a matrix [O,C], and the inputs of its layer in the same order of columns.
 
-O outputs, C columns: the inputs of a linear, and of a convolution [out,in,h,w] the unfolded window in the order
-(h, w, in), so that a group of M neighbours along the input channels is M neighbouring columns. Grouped convolutions
-have no masks: their outputs do not all see the same inputs.
+O outputs, C columns: the inputs of a linear, or the unfolded window of a convolution [out,in,h,w] in the order
+(h, w, in): M neighbouring columns are M neighbouring input channels. Grouped convolutions have no masks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """N:M masks: which weights of each group of M are kept, how a mask is applied, and masks as bits.
 
-A group is M neighbours along one dimension, aligned to its start (Linear [out, in] and Conv [out, in, kh, kw]:
-dimension 1). The N largest scores are kept and ties keep the lower index, so that a mask is the same on every device.
+A group is M neighbours along one dimension (1 of Linear [out, in] and Conv [out, in, kh, kw]), aligned to its start.
+The N largest scores are kept and ties keep the lower index: a mask is the same on every device.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def split_groups(tensor: Tensor, m: int, dim: int) -> Tensor:
     return tensor.reshape(*shape[:dim], shape[dim] // m, m, *shape[dim + 1 :])
 
 
-def group_ranks(scores: Tensor, m: int, dim: int = 1) -> Tensor:
+def rank_groups(scores: Tensor, m: int, dim: int = 1) -> Tensor:
     """Rank the scores of each group: 0 for the largest, m - 1 for the smallest, lower index first.
 
     Args:
@@ -89,7 +89,7 @@ def nm_mask(scores: Tensor, pattern: Pattern, dim: int = 1) -> Tensor:
     Raises:
         ValueError: the size does not fit, or a score is NaN.
     """
-    return group_ranks(scores, pattern.m, dim).lt_(pattern.n).view(torch.bool)
+    return rank_groups(scores, pattern.m, dim).lt_(pattern.n).view(torch.bool)
 
 
 def mark_smallest(losses: Tensor, count: int) -> Tensor:

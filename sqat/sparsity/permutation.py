@@ -19,7 +19,7 @@ MIN_GAIN = 1e-6  # of what a column keeps: a smaller gain may be rounding
 CHUNK = 1 << 19  # floats handled at once, to stay in a processor's cache
 
 
-def kept_score(scores: Tensor, pattern: Pattern) -> float:
+def sum_kept_scores(scores: Tensor, pattern: Pattern) -> float:
     """Return the sum of the scores that N:M keeps, in float64.
 
     Args:
@@ -48,11 +48,11 @@ def find_order(scores: Tensor, pattern: Pattern, seed: int = 0) -> Tensor:
     columns = scores.detach().float().cpu().t().contiguous()
     size, generator = len(columns), torch.Generator().manual_seed(seed)
     best = torch.arange(size)
-    most = kept_score(columns.t(), pattern)
+    most = sum_kept_scores(columns.t(), pattern)
     for start in range(max(1, COLUMNS_TRIED // max(size, 1)) if size > pattern.m else 0):
         first = torch.arange(size) if start == 0 else torch.randperm(size, generator=generator)
         order = swap_columns(columns, first, pattern)
-        kept = kept_score(columns[order].t(), pattern)
+        kept = sum_kept_scores(columns[order].t(), pattern)
         if kept > most:
             best, most = order, kept
     return best

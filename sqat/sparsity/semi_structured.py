@@ -1,10 +1,9 @@
 """2:4 weights as sparse tensor cores read them: the kept values and, for each, its place in its group of four.
 
-Torch's own packing for CUTLASS silently drops values of a weight that is not 2:4, and cuSPARSELt packs on a GPU only.
-This packs anywhere, to the same bits (rule C23), and refuses what it would lose.
+Unlike torch's packing for CUTLASS, which drops values of a weight that is not 2:4, this refuses them; the bits are the
+same (rule C23).
 
-A weight [N,K] becomes values [N,K/2] of its type and metadata: int32 [N,K/32] beside int8 values, int16 [N,K/16]
-beside float16 and bfloat16.
+Shapes: a weight [N,K] becomes values [N,K/2] and metadata, int32 [N,K/32] or int16 [N,K/16].
 """
 
 from __future__ import annotations

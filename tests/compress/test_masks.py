@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sqat.compress.masks import MaskSchedule, add_decay, weight_owners
 from sqat.compress.statistics import collect_statistics, first_batches
 from sqat.data.batch import Batch
-from sqat.modules.parametrize import layer, original_weight
+from sqat.modules.parametrize import get_layer, original_weight
 from sqat.recipe.stages import PruneConfig
 from sqat.sparsity.masks import count_violations, nm_mask
 from sqat.sparsity.pattern import Pattern
@@ -69,14 +69,14 @@ def test_convolutions_and_shared_weights_reach_the_pattern(criterion: str) -> No
     masks = make_masks(net, criterion=criterion, schedule="per-group")
     assert weight_owners(net, ALIKE) == {**ALIKE, "second": "first"}
     for step, zeros in enumerate((0.25, 0.25, 0.25, 0.5)):
-        before = {name: original_weight(layer(net, name)).detach().clone() for name in ALIKE}
+        before = {name: original_weight(get_layer(net, name)).detach().clone() for name in ALIKE}
         masks.before_step(step)
-        corrected = [name for name in ALIKE if not torch.equal(original_weight(layer(net, name)), before[name])]
+        corrected = [name for name in ALIKE if not torch.equal(original_weight(get_layer(net, name)), before[name])]
         assert corrected == (list(ALIKE) if criterion == "sparsegpt" and step in (0, 3) else [])
         assert all(float((~transform.mask).float().mean()) == zeros for transform in masks.transforms.values())
     assert masks.is_finished
     final = masks.remove()
-    assert all(count_violations(layer(net, name).weight, PATTERN) == 0 for name in ALIKE)
+    assert all(count_violations(get_layer(net, name).weight, PATTERN) == 0 for name in ALIKE)
     assert torch.equal(final["first"], final["second"])
 
 
@@ -106,7 +106,7 @@ def test_sr_ste_decays_a_shared_weight_once() -> None:
     part = add_decay(loss, masks)(net, collate([0]))["decay"]
     part.backward()
     for name in ("kernel", "first"):
-        weight = original_weight(layer(net, name))
+        weight = original_weight(get_layer(net, name))
         mask = nm_mask(weight.detach().abs(), PATTERN)
         torch.testing.assert_close(weight.grad, 0.5 * weight.detach() * ~mask)
     assert add_decay(loss, make_masks(Net(), schedule="per-group")) is loss

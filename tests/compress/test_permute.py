@@ -26,7 +26,7 @@ from sqat.sparsity.criteria.magnitude import Magnitude
 from sqat.sparsity.criteria.sparsegpt import SparseGPT
 from sqat.sparsity.criteria.wanda import Wanda
 from sqat.sparsity.pattern import Pattern
-from sqat.sparsity.permutation import kept_score
+from sqat.sparsity.permutation import sum_kept_scores
 from sqat.stages.prune import example_inputs
 from sqat.training.batches import Batches
 from tests.errors import raises_code
@@ -127,7 +127,9 @@ def test_each_layer_keeps_more_and_the_others_as_much(make_model: MakeModel, bat
     patterns, _ = choose_patterns(model, Layers(), "2:4")
 
     def kept() -> dict[str, float]:
-        return {name: kept_score(model.get_submodule(name).weight.detach().abs(), TWO_OF_FOUR) for name in patterns}
+        return {
+            name: sum_kept_scores(model.get_submodule(name).weight.detach().abs(), TWO_OF_FOUR) for name in patterns
+        }
 
     before, again = kept(), copy.deepcopy(model)
     consumers = {group.consumer for group in find_channel_groups(model, batch, patterns)[0]}

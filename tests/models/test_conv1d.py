@@ -26,7 +26,7 @@ from sqat.models.attention import hook_last_qkv
 from sqat.models.conv1d import to_conv1d_, to_linears_
 from sqat.models.layer_selection import LinearOfConv1D, choose_layers, find_qkv
 from sqat.models.loading import build, serialize_model
-from sqat.modules.parametrize import layer
+from sqat.modules.parametrize import get_layer
 from sqat.recipe.stages import Layers
 from sqat.sparsity.masks import apply_mask, nm_mask
 from sqat.sparsity.pattern import parse_pattern
@@ -47,9 +47,9 @@ def pruned(linears: PreTrainedModel, make_checkpoint: Callable[..., Checkpoint],
     """The linears pruned 2:4 and calibrated, as a stage hands them on."""
     encoder = make_checkpoint("bert")
     names = choose_layers(linears, Layers(), "prune").chosen
-    masks = {name: nm_mask(layer(linears, name).weight.detach().abs(), parse_pattern("2:4")) for name in names}
+    masks = {name: nm_mask(get_layer(linears, name).weight.detach().abs(), parse_pattern("2:4")) for name in names}
     for name, mask in masks.items():
-        layer(linears, name).weight.data = apply_mask(layer(linears, name).weight.detach(), mask)
+        get_layer(linears, name).weight.data = apply_mask(get_layer(linears, name).weight.detach(), mask)
     files, weights = serialize_model(linears, TextProcessor(tokenizer))
     record, site = (
         encoder.manifest.layers["bert.encoder.layer.1.output.dense"],
@@ -70,7 +70,7 @@ def test_a_linear_computes_what_its_conv1d_does(
         wanted = model(**batch).logits
         to_linears_(model)
         assert not any(isinstance(module, Conv1D) for module in model.modules())
-        assert layer(model, f"{LAST}.attn.c_attn").weight.shape == (96, 32)
+        assert get_layer(model, f"{LAST}.attn.c_attn").weight.shape == (96, 32)
         torch.testing.assert_close(model(**batch).logits, wanted, rtol=0, atol=20 * torch.finfo(dtype).eps)
         to_conv1d_(model)
         assert torch.equal(model(**batch).logits, wanted)
@@ -87,7 +87,7 @@ def test_no_random_number_is_drawn(make_model: MakeModel) -> None:
 def test_q_k_and_v_lie_side_by_side(linears: PreTrainedModel, batch: dict[str, Tensor]) -> None:
     assert find_qkv(linears) == (f"{LAST}.attn.c_attn",)
     capture, seen = hook_last_qkv(linears), []
-    handle = layer(linears, f"{LAST}.attn.c_attn").register_forward_hook(lambda *a: seen.append(a[2]))
+    handle = get_layer(linears, f"{LAST}.attn.c_attn").register_forward_hook(lambda *a: seen.append(a[2]))
     with torch.no_grad():
         linears(**batch)
     caught = capture.pop()

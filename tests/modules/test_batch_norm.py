@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sqat.modules.batch_norm import absorb_folded_norms_, fold_batch_norms_, foldable, folded_norms
+from sqat.modules.batch_norm import absorb_folded_norms_, find_foldable_norms, find_folded_norms, fold_batch_norms_
 from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import parse_pattern
 
@@ -51,13 +51,13 @@ def x() -> torch.Tensor:
 
 
 def test_pairs_are_norms_that_follow_a_convolution(net: nn.Module) -> None:
-    assert foldable(net) == {"first_norm": "first", "second.1": "second.0"}
+    assert find_foldable_norms(net) == {"first_norm": "first", "second.1": "second.0"}
 
 
 def test_folded_model_computes_the_same(net: nn.Module, x: torch.Tensor) -> None:
     before = net(x)
     assert fold_batch_norms_(net) == {"first_norm": "first", "second.1": "second.0"}
-    assert folded_norms(net) == {"first": "first_norm", "second.0": "second.1"}
+    assert find_folded_norms(net) == {"first": "first_norm", "second.0": "second.1"}
     torch.testing.assert_close(net(x), before, rtol=1e-5, atol=1e-5)
 
 

@@ -15,7 +15,7 @@ from sqat.models.attention import use_eager, use_hooked_attention
 from sqat.models.layer_selection import encoder_blocks, linear_layers
 from sqat.modules.attention import hooked_attention
 from sqat.modules.hooks import ATTENTION_HOOK, Hooks, hook_adds, hook_attention, hook_linears
-from sqat.modules.site_discovery import inner_modules
+from sqat.modules.site_discovery import list_inner_modules
 
 MakeModel = Callable[..., PreTrainedModel]
 HOOKS = (
@@ -35,7 +35,7 @@ def hook_all(model: nn.Module, hook: Callable[[str, Tensor], Tensor]) -> Hooks:
     blocks = encoder_blocks(model)
     names = [name for name in linear_layers(model) if name.startswith(tuple(blocks))]
     hooks = hook_linears(model, hook, names, names)
-    hook_attention(model, hook, inner_modules(model, blocks), hooks)
+    hook_attention(model, hook, list_inner_modules(model, blocks), hooks)
     return hook_adds(model, hook, blocks, hooks)
 
 

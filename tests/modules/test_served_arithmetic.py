@@ -20,12 +20,12 @@ from sqat.modules.parametrize import insert_weights_, remove_weights_
 from sqat.modules.served_arithmetic import (
     EXACT,
     attend_as_kernels,
-    exact_product,
-    masked_weight,
+    mask_weight,
     multiply_as_kernels,
+    multiply_exactly,
     normalize_as_kernels,
     power_of_two,
-    row_sums,
+    sum_rows,
 )
 
 LOWEST = torch.finfo(torch.float32).min
@@ -45,15 +45,15 @@ def test_products_are_integers_rounded_once(inputs: int) -> None:
     left[0], right[:, 0] = 127, 127  # the largest sum there can be
     wanted = (left.long() @ right.long()).numpy()
     assert inputs < 1041 or wanted.max() > EXACT
-    assert np.array_equal(exact_product(left, right).numpy(), wanted.astype(np.float32))
+    assert np.array_equal(multiply_exactly(left, right).numpy(), wanted.astype(np.float32))
 
 
 @pytest.mark.parametrize("inputs", [48, 1041])
 def test_products_are_exact_under_autocast_too(inputs: int) -> None:
     left, right = whole(5, inputs), whole(inputs, 7, seed=1)
-    plain = exact_product(left, right)
+    plain = multiply_exactly(left, right)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = exact_product(left, right)
+        mixed = multiply_exactly(left, right)
     assert mixed.dtype == torch.float32
     assert torch.equal(mixed, plain)
 
@@ -89,7 +89,7 @@ def test_the_power_is_255_times_that_of_two() -> None:
 @pytest.mark.parametrize("channels", [1, 15, 16, 40, 384])
 def test_rows_are_summed_in_sixteen_parts(channels: int) -> None:
     x = drawn(3, channels)
-    for row, got in zip(x.numpy(), row_sums(x)[:, 0].numpy(), strict=True):
+    for row, got in zip(x.numpy(), sum_rows(x)[:, 0].numpy(), strict=True):
         parts = [np.float32(0)] * 16
         for channel, value in enumerate(row):
             parts[channel % 16] += value
@@ -118,9 +118,9 @@ def test_a_linear_is_an_integer_product(pruned: bool, bias: bool) -> None:
     integers = whole(5, 48)
     with torch.no_grad():
         got = multiply_as_kernels(lambda: step, module, integers * step).numpy()
-        assert torch.equal(masked_weight(module), plain * mask)
+        assert torch.equal(mask_weight(module), plain * mask)
         remove_weights_(model, transforms)
-        assert torch.equal(masked_weight(module), plain * mask)
+        assert torch.equal(mask_weight(module), plain * mask)
     kept = (plain * mask).numpy()
     scale = np.abs(kept).max(1) / np.float32(127)
     sums = integers.long().numpy() @ np.rint(kept * (np.float32(1) / scale)[:, None]).astype(np.int64).T

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from sqat.models.attention import use_hooked_attention
 from sqat.models.layer_selection import choose_layers, encoder_blocks
 from sqat.modules.site_discovery import discover_sites
-from sqat.modules.sites import Site, Sites, observed_rows
+from sqat.modules.sites import Site, Sites, align_positions
 from sqat.quantization.placement import PLACEMENTS
 from sqat.recipe.stages import Layers
 
@@ -218,7 +218,7 @@ def test_discovery_does_not_change_the_model(make_model: MakeModel, batch: dict[
 def test_padding_does_not_count(site: str, shape: tuple[int, ...], batch: dict[str, Tensor]) -> None:
     x = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
     real = batch["attention_mask"].bool()
-    values, keep = observed_rows(Site(site), x, batch["attention_mask"])
+    values, keep = align_positions(Site(site), x, batch["attention_mask"])
     wanted: list[float] = []
     for b in range(3):
         for t in range(12):
@@ -235,5 +235,5 @@ def test_padding_does_not_count(site: str, shape: tuple[int, ...], batch: dict[s
 @pytest.mark.parametrize("shape", [(3, 8), (1, 16, 8)])
 def test_tensors_without_tokens_count_as_a_whole(shape: tuple[int, ...], batch: dict[str, Tensor]) -> None:
     x = torch.randn(shape)
-    values, keep = observed_rows(Site("pooler:input"), x, batch["attention_mask"])
+    values, keep = align_positions(Site("pooler:input"), x, batch["attention_mask"])
     assert values[keep].numel() == x.numel()

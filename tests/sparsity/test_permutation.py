@@ -17,8 +17,8 @@ from sqat.sparsity.pattern import Pattern
 from sqat.sparsity.permutation import (
     choose_swaps,
     find_order,
-    kept_score,
     nth_largest_of_others,
+    sum_kept_scores,
     sum_maxima,
     swap_columns,
 )
@@ -47,7 +47,7 @@ def partitions(columns: Sequence[int], m: int) -> Iterator[list[int]]:
 def test_kept_score_is_the_sum_under_the_mask() -> None:
     for pattern in PATTERNS:
         scores = draw(5, 3 * pattern.m, 0)
-        assert kept_score(scores, pattern) == pytest.approx(float(scores.double()[nm_mask(scores, pattern)].sum()))
+        assert sum_kept_scores(scores, pattern) == pytest.approx(float(scores.double()[nm_mask(scores, pattern)].sum()))
 
 
 @pytest.mark.parametrize(("columns", "count", "share"), [(8, 35, 1.0), (12, 5775, 0.999)])
@@ -60,7 +60,7 @@ def test_the_order_is_the_best_of_all_partitions(columns: int, count: int, share
         scores = draw(6, columns, seed).double()
         groups = scores[:, orders].unflatten(2, (-1, 4))
         best = float(groups.topk(pattern.n, dim=3).values.sum((0, 2, 3)).max())
-        assert kept_score(scores[:, find_order(scores, pattern)], pattern) >= share * best - 1e-9, seed
+        assert sum_kept_scores(scores[:, find_order(scores, pattern)], pattern) >= share * best - 1e-9, seed
 
 
 @settings(max_examples=25)
@@ -69,7 +69,7 @@ def test_the_order_never_keeps_less_and_is_deterministic(seed: int, pattern: Pat
     scores = draw(rows, groups * pattern.m, seed)
     order = find_order(scores, pattern)
     assert order.sort().values.tolist() == list(range(scores.shape[1]))
-    assert kept_score(scores[:, order], pattern) >= kept_score(scores, pattern)
+    assert sum_kept_scores(scores[:, order], pattern) >= sum_kept_scores(scores, pattern)
     assert torch.equal(find_order(scores, pattern), order)
 
 
@@ -84,7 +84,7 @@ def test_sums_give_the_gain_of_every_swap(pattern: Pattern) -> None:
             continue
         order = torch.arange(3 * m)
         order[[i, j]] = order[[j, i]]
-        gain = kept_score(scores[:, order], pattern) - kept_score(scores, pattern)
+        gain = sum_kept_scores(scores[:, order], pattern) - sum_kept_scores(scores, pattern)
         assert float(sums[i, j] + sums[j, i] - sums[i, i] - sums[j, j]) == pytest.approx(gain, abs=1e-5)
 
 
@@ -102,25 +102,25 @@ def test_swaps_of_a_round_touch_each_group_once() -> None:
     assert len(touched) == len(set(touched)) > 4
     order = torch.arange(64)
     order[swaps] = order[swaps.flip(1)]
-    assert kept_score(scores[:, order], TWO_OF_FOUR) > kept_score(scores, TWO_OF_FOUR)
+    assert sum_kept_scores(scores[:, order], TWO_OF_FOUR) > sum_kept_scores(scores, TWO_OF_FOUR)
 
 
 def test_random_weights_keep_more() -> None:
     scores = draw(64, 256, 0)
     before, after = (
-        kept_score(scores[:, order], TWO_OF_FOUR) for order in (slice(None), find_order(scores, TWO_OF_FOUR))
+        sum_kept_scores(scores[:, order], TWO_OF_FOUR) for order in (slice(None), find_order(scores, TWO_OF_FOUR))
     )
     assert after > 1.025 * before
     one_by_one = swap_columns(scores.t().contiguous(), torch.arange(256), TWO_OF_FOUR)
-    assert after >= kept_score(scores[:, one_by_one], TWO_OF_FOUR)
+    assert after >= sum_kept_scores(scores[:, one_by_one], TWO_OF_FOUR)
 
 
 def test_competing_columns_are_separated() -> None:
     """Pairs of groups whose columns are large in the same rows: all of them can be kept."""
     scores = torch.full((2, 8), 0.01)
     scores[0, :4], scores[1, 4:] = 1.0, 1.0
-    assert kept_score(scores, TWO_OF_FOUR) == pytest.approx(4.04)
-    assert kept_score(scores[:, find_order(scores, TWO_OF_FOUR)], TWO_OF_FOUR) == pytest.approx(8.0)
+    assert sum_kept_scores(scores, TWO_OF_FOUR) == pytest.approx(4.04)
+    assert sum_kept_scores(scores[:, find_order(scores, TWO_OF_FOUR)], TWO_OF_FOUR) == pytest.approx(8.0)
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
@@ -138,5 +138,5 @@ def test_all_minilm_l6_keeps_more() -> None:
     weights = load_file(f"{package.get_model_path()}/model.safetensors")
     scores = weights["encoder.layer.0.output.dense.weight"].abs()
     whole = float(scores.double().sum())
-    assert kept_score(scores, TWO_OF_FOUR) / whole == pytest.approx(0.753, abs=1e-3)
-    assert kept_score(scores[:, find_order(scores, TWO_OF_FOUR)], TWO_OF_FOUR) / whole > 0.767
+    assert sum_kept_scores(scores, TWO_OF_FOUR) / whole == pytest.approx(0.753, abs=1e-3)
+    assert sum_kept_scores(scores[:, find_order(scores, TWO_OF_FOUR)], TWO_OF_FOUR) / whole > 0.767

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sqat.sparsity.columns import from_columns, to_columns
 from sqat.sparsity.criteria.magnitude import Magnitude
-from sqat.sparsity.criteria.sparsegpt import SparseGPT, inverse_factor, sweep
+from sqat.sparsity.criteria.sparsegpt import SparseGPT, factor_inverse, sweep
 from sqat.sparsity.criteria.wanda import Wanda
 from sqat.sparsity.masks import count_violations, nm_mask
 from sqat.sparsity.pattern import Pattern
@@ -54,7 +54,7 @@ def test_the_sweep_is_the_loop(pattern: Pattern, block: int) -> None:
     weight, x = weights(5, 24).double(), activations(40, 24).double()
     counts = torch.full((5, 24 // pattern.m), pattern.n, dtype=torch.uint8)
     counts[0, 0] += 1  # a group that the schedule left one more
-    factor = inverse_factor(x.T @ x, 0.01)
+    factor = factor_inverse(x.T @ x, 0.01)
     mask, swept = sweep(weight, factor, pattern.m, counts, torch.ones_like(weight, dtype=torch.bool), block)
     wanted_mask, wanted = loop(weight, x.T @ x, 0.01, pattern.m, counts.tolist())
     assert torch.equal(mask, wanted_mask)
@@ -64,7 +64,7 @@ def test_the_sweep_is_the_loop(pattern: Pattern, block: int) -> None:
 def test_the_factor_holds_the_inverses_of_the_remaining_hessians() -> None:
     x = activations(30, 8).double()
     gram = x.T @ x
-    factor = inverse_factor(gram, 0.05)
+    factor = factor_inverse(gram, 0.05)
     hessian = gram + 0.05 * gram.diagonal().mean() * torch.eye(8, dtype=torch.double)
     assert not factor.tril(-1).any()
     for j in range(8):
@@ -113,7 +113,7 @@ def test_both_the_choice_and_the_correction_help() -> None:
     weight, x = weights(48, 64), activations(1024, 64)
     mask, swept = prune(weight, x)
     assert output_error(x, weight, swept) < 0.9 * output_error(x, weight, weight * mask)
-    factor = inverse_factor((x.T @ x).double(), 0.01)
+    factor = factor_inverse((x.T @ x).double(), 0.01)
     by_magnitude = nm_mask(weight.abs(), Pattern(2, 4))
     corrected = weight.double().clone()
     for i in range(64):  # the same correction for masks that magnitude chose

@@ -13,7 +13,7 @@ import sqat
 from scripts.benchmarks.beside_modelopt.chain import Made, Phases
 from scripts.benchmarks.beside_modelopt.sets import Trial
 from sqat.compress.distil import distilled_loss
-from sqat.modules.parametrize import layer
+from sqat.modules.parametrize import get_layer
 from sqat.quantization.calibrators.maximum import Maximum
 from sqat.quantization.calibrators.percentile import Percentile
 from sqat.recipe.stages import DistillConfig
@@ -49,7 +49,7 @@ def sparse(trial: Trial, teacher: nn.Module, learning_rate: float) -> Phases:
 
 def effective(model: nn.Module, name: str) -> Tensor:
     """The weight that is multiplied."""
-    weight = layer(model, name).weight
+    weight = get_layer(model, name).weight
     assert isinstance(weight, torch.Tensor)
     return weight.detach()
 

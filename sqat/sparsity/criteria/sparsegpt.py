@@ -1,7 +1,7 @@
 """SparseGPT (arXiv:2301.00774): prune what costs least and let the other weights make up for it.
 
-A layer computes x W'. With H = X'X over its inputs, removing weight w_j of a row and moving the weights behind it as
-well as possible costs w_j^2 / [H^-1]_jj (Optimal Brain Surgeon).
+A layer computes x W'. With H = X'X over its inputs, removing weight w_j and moving the weights behind it costs
+w_j^2 / [H^-1]_jj (Optimal Brain Surgeon).
 
 Shapes: O outputs, C columns (see `sqat.sparsity.columns`), B columns of one block.
 """
@@ -69,7 +69,7 @@ class SparseGPT(Criterion):
         weight = weight.detach() * mask
         precise = torch.float32 if weight.device.type == "mps" else torch.float64
         columns = to_columns(weight).to(precise)
-        factor = inverse_factor(require(statistics).to(precise), self.damping)
+        factor = factor_inverse(require(statistics).to(precise), self.damping)
         costs = from_columns((columns / factor.diagonal()).square(), weight.shape)
         wanted = to_columns(choose(costs if regrow else costs.masked_fill(~mask, 0.0)))
         counts = split_groups(wanted, pattern.m, 1).sum(2, dtype=torch.uint8)
@@ -78,7 +78,7 @@ class SparseGPT(Criterion):
         return from_columns(chosen, weight.shape), from_columns(swept, weight.shape).to(weight.dtype)
 
 
-def inverse_factor(gram: Tensor, damping: float) -> Tensor:
+def factor_inverse(gram: Tensor, damping: float) -> Tensor:
     """Return the upper triangular U [C,C] with U'U = H^-1.
 
     H is ``gram`` [C,C] plus ``damping`` times its mean diagonal. Row j of U times U_jj is the first row of the inverse
@@ -106,7 +106,7 @@ def sweep(
 
     Args:
         weight: [O,C].
-        factor: of `inverse_factor`.
+        factor: of `factor_inverse`.
         counts: uint8 [O, C / m], weights that each group keeps.
         allowed: bool [O,C], False where a weight must not be kept.
 
@@ -128,7 +128,7 @@ def sweep_block(
     weight: Tensor, factor: Tensor, m: int, counts: Tensor, allowed: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sweep one block and return mask, weights and the errors for the columns behind it, [O,B] each."""
-    from sqat.sparsity.masks import group_ranks
+    from sqat.sparsity.masks import rank_groups
 
     weight, mask, errors = weight.clone(), allowed.new_zeros(allowed.shape), weight.new_zeros(weight.shape)
     scales = factor.diagonal()
@@ -136,7 +136,7 @@ def sweep_block(
         if i % m == 0:
             group = slice(i, i + m)
             costs = (weight[:, group] / scales[group]).square().masked_fill(~allowed[:, group], -math.inf)
-            mask[:, group] = group_ranks(costs, m) < counts[:, i // m, None]
+            mask[:, group] = rank_groups(costs, m) < counts[:, i // m, None]
         errors[:, i] = weight[:, i].masked_fill(mask[:, i], 0.0) / scales[i]
         weight[:, i:] -= errors[:, i, None] * factor[i, i:]
     return mask, weight, errors

@@ -29,9 +29,9 @@ class GroupFraction(Progressive):
 
     def grow_mask(self, scores: Tensor, pattern: Pattern, sparsity: float, dim: int) -> Tensor:
         """Return the mask in which ``sparsity / pattern.sparsity`` of the groups are N:M."""
-        from sqat.sparsity.masks import group_ranks, mark_smallest, split_groups
+        from sqat.sparsity.masks import mark_smallest, rank_groups, split_groups
 
-        pruned = split_groups(group_ranks(scores, pattern.m, dim), pattern.m, dim) >= pattern.n
+        pruned = split_groups(rank_groups(scores, pattern.m, dim), pattern.m, dim) >= pattern.n
         losses = split_groups(scores, pattern.m, dim).masked_fill(~pruned, 0.0).sum(dim + 1)
         count = round(sparsity / pattern.sparsity * losses.numel())
         return ~(pruned & mark_smallest(losses, count).unsqueeze(dim + 1)).flatten(dim, dim + 1)

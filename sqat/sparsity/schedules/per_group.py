@@ -28,9 +28,9 @@ class PerGroup(Progressive):
         """Return the mask of ``round(sparsity * scores.numel())`` zeros, as many in every group as possible."""
         import torch
 
-        from sqat.sparsity.masks import group_ranks, mark_smallest, split_groups
+        from sqat.sparsity.masks import mark_smallest, rank_groups, split_groups
 
-        ranks = split_groups(group_ranks(scores, pattern.m, dim), pattern.m, dim)
+        ranks = split_groups(rank_groups(scores, pattern.m, dim), pattern.m, dim)
         groups = scores.numel() // pattern.m
         zeros, extra = divmod(round(sparsity * scores.numel()), max(groups, 1))
         kept = pattern.m - zeros
