@@ -112,7 +112,7 @@ class Encoder:
 
     def fuse(self, *names: str) -> FusedLinear:
         """Fuse linears that read one tensor."""
-        linears = [linear(self.model, name) for name in names]
+        linears = [get_linear(self.model, name) for name in names]
         parts = [self.quantized.weights[name] for name in names]
         scales = [scale.numpy() * np.float32(self.step(f"{name}:input"))
                   for name, (_, scale) in zip(names, parts, strict=True)]  # fmt: skip
