@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -52,14 +51,11 @@ def assert_pruned(model: nn.Module, masks: sqat.Masks) -> None:
         assert int((weight[~mask] != 0).sum()) == 0
 
 
-def train(
-    model: nn.Module, batches: Batches, add_loss: Callable[..., Tensor] | None = None, optimizer: Any = None
-) -> None:
+def train(model: nn.Module, batches: Batches, optimizer: Any = None) -> None:
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-2)
     model.train()
     for batch in batches:
-        loss = model(**batch).loss + (0 if add_loss is None else add_loss(batch))
-        loss.backward()
+        model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.eval()

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, EarlyStoppingCallba
 from transformers import TrainingArguments as Arguments
 
 import sqat
+from tests.api.conftest import assert_pruned, copy_weights
 from tests.errors import raises_code
 from tests.tiny import VOCABULARY, MakeModel
 
@@ -50,33 +51,21 @@ def make_trainer(model: Any, folder: Path, *callbacks: Any, **arguments: Any) ->
                    eval_dataset=Rows(), callbacks=[*callbacks])  # fmt: skip
 
 
-def assert_pruned(model: Any, masks: sqat.Masks) -> None:
-    assert len(masks.kept) == 12
-    assert not any("parametrizations" in name for name in model.state_dict())
-    for name in masks.kept:
-        weight = model.get_submodule(name).weight
-        assert bool((weight.detach().reshape(-1, 4).count_nonzero(1) <= 2).all())
-        assert not bool(weight[weight == 0].signbit().any())
-
-
 def test_it_prunes_over_the_trainers_steps_and_leaves_plain_weights(make_model: MakeModel, tmp_path: Path) -> None:
     model, zeros = make_model(), Zeros()
     callback = sqat.SparseCallback(model, recovery_fraction=0.5)
     trainer = make_trainer(model, tmp_path, callback, zeros, gradient_accumulation_steps=2)
-    dense = {name: layer.weight.detach().clone() for name, layer in linears(model)}
+    dense = copy_weights(model, callback.masks)
     trainer.train()
     assert zeros.seen == [0.25] * 4 + [0.5] * 4
     assert_pruned(model, callback.masks)
-    assert any(not torch.equal(layer.weight, dense[name]) for name, layer in linears(model))
+    assert len(callback.masks.kept) == 12
+    assert all(not torch.equal(model.get_submodule(name).weight, weight) for name, weight in dense.items())
     trainer.save_model(str(tmp_path / "saved"))
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
     with raises_code("usage"):
         trainer.train()
-
-
-def linears(model: Any) -> list[tuple[str, torch.nn.Linear]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
 
 
 @pytest.mark.parametrize("stop", [2, 6])
