@@ -1,4 +1,4 @@
-"""Quality gates over whole stages: what misses one is set aside, what was better stays, nothing is trained twice."""
+"""Quality gates: a result that misses one is set aside, a better one stays, and nothing is trained twice."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from sqat.pipeline.quality_gates import gate_limit
 from sqat.pipeline.stage_run import STAGES
 from sqat.recipe.loader import load_recipe
 from sqat.recipe.stages import Gate
+from tests.errors import raises_code
 from tests.tiny import Project, Recorder
 
 pytestmark = pytest.mark.pipeline
@@ -39,7 +40,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_gates_change_no_key_and_are_judged_from_recorded_figures(copy: Project) -> None:
+def test_gates_change_no_fingerprint_and_read_the_recorded_metrics(copy: Project) -> None:
     assert run(copy, DROP)[:2] == ["train: unchanged", "prune: unchanged"]
     before = content(copy.stage("prune"))
     with pytest.raises(GateError, match=r"prune misses a gate: dev accuracy 1\.0000, allowed from 1\.1000 \(min\)"):
@@ -54,28 +55,25 @@ def test_a_worse_result_does_not_replace_a_better_one(copy: Project) -> None:
         run(copy, WRECK, DROP, last="calibrate")
     got = load_manifest(rejected(copy)).metrics["dev"]["accuracy"]
     assert got < 0.9
-    assert str(caught.value) == (
-        f"stage prune misses a gate: dev accuracy {got:.4f}, allowed from 0.9900 (train 1.0000 - 0.01); kept in "
-        f"{rejected(copy)}, the older result stays in place; improve the stage, or change stages.prune.gates: "
-        "that only checks the result again"
-    )
+    assert str(rejected(copy)) in str(caught.value)
+    assert f"{got:.4f}, allowed from 0.9900 (train 1.0000 - 0.01)" in str(caught.value)
     assert content(copy.stage("prune")) == before, "the better one is as it was"
     assert not list(copy.stage("prune").parent.glob(".*"))
 
 
-def test_what_was_set_aside_is_neither_trained_again_nor_a_parent(
+def test_a_rejected_result_is_neither_trained_again_nor_a_parent(
     copy: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(GateError):
         run(copy, WRECK, DROP)
     worse = content(rejected(copy))
-    with pytest.raises(SqatError, match="starts from stage prune, whose checkpoint is of another configuration"):
+    with raises_code("stale-checkpoint"):
         run(copy, WRECK, DROP, first="calibrate", last="calibrate")
     monkeypatch.setitem(STAGES, "prune", lambda *_: pytest.fail("trained"))
     with pytest.raises(GateError):
         run(copy, WRECK, DROP)
     lines = run(copy, WRECK, "stages.prune.gates={accuracy: {max_drop: 1}}")
-    assert lines[1] == f"prune: the result that was set aside passes the gates now -> {copy.stage('prune')}"
+    assert str(copy.stage("prune")) in lines[1]
     assert content(copy.stage("prune")) == worse
     assert not rejected(copy).exists()
 
@@ -120,7 +118,7 @@ def test_a_retry_goes_on_where_only_the_first_attempt_was_made(copy: Project) ->
     assert lines[1] != "prune: unchanged", "without retry the recipe does not make the longer attempt"
 
 
-def test_an_attempt_with_another_factor_on_its_steps_is_none_of_this_recipe(copy: Project) -> None:
+def test_an_attempt_with_another_steps_multiplier_does_not_count(copy: Project) -> None:
     with pytest.raises(GateError):
         run(copy, *FEW)
     manifest = load_manifest(rejected(copy))
@@ -138,7 +136,7 @@ def test_an_attempt_with_another_factor_on_its_steps_is_none_of_this_recipe(copy
     assert load_manifest(copy.stage("prune")).steps == 3
 
 
-def test_every_file_of_an_export_is_judged(copy: Project) -> None:
+def test_every_file_of_an_export_must_pass(copy: Project) -> None:
     checkpoint = load_checkpoint(copy.stage("export"))
     metrics = {**checkpoint.manifest.metrics, "dev onnx-int8": {"accuracy": 0.5}}
     spoiled = checkpoint.manifest.model_copy(update={"metrics": metrics})
@@ -160,7 +158,7 @@ def test_the_plan_and_the_exit_code(copy: Project, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("known", [{"max_drop": 0.1}, {"min": 0.5, "max_drop": 0.1}])
-def test_a_figure_that_is_no_number_is_nothing_to_compare_with(copy: Project, known: dict[str, float]) -> None:
+def test_nan_is_nothing_to_compare_with(copy: Project, known: dict[str, float]) -> None:
     parent = load_manifest(copy.stage("train")).model_copy(update={"metrics": {"dev": {"accuracy": float("nan")}}})
     graph = resolve_graph(load_recipe(copy.recipe))
     with pytest.raises(
@@ -169,8 +167,8 @@ def test_a_figure_that_is_no_number_is_nothing_to_compare_with(copy: Project, kn
         gate_limit(graph, graph.nodes["prune"], "accuracy", Gate(**known), parent)  # type: ignore[arg-type]
 
 
-def test_what_a_gate_compares_with_must_have_run(copy: Project) -> None:
+def test_the_stage_that_a_gate_compares_with_must_have_run(copy: Project) -> None:
     gate = "stages.calibrate.gates={accuracy: {max_drop: 0.1, against: prune}}"
     changed = ("stages.calibrate.samples=32", "stages.calibrate.from=train", "stages.prune.epochs=1", gate)
-    with pytest.raises(SqatError, match="compares with stage prune, which has not run with this recipe; run it first"):
+    with raises_code("stage-order", "prune"):
         run(copy, *changed, first="calibrate", last="calibrate")

@@ -21,10 +21,10 @@ from sqat.recipe.loader import load_recipe
 from sqat.runtime.sessions import count_operators, find_float_products, optimized_graph
 from sqat.sparsity.masks import count_violations
 from sqat.sparsity.pattern import parse_pattern
+from tests.pipeline.shipped import RECIPES, run_shipped
 from tests.tiny import Recorder
 
 pytestmark = pytest.mark.pipeline
-ROOT = Path(__file__).parents[2]
 SIDE = 16
 NETS: dict[str, dict[str, Any]] = {
     "resnet": {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic",
@@ -33,7 +33,8 @@ NETS: dict[str, dict[str, Any]] = {
     "vit": {"patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
             "intermediate_size": 64},
 }  # fmt: skip
-DISTILL = {"resnet": "{weight: 0, logits: 1}", "mobilenet_v1": "{weight: 0, logits: 1}", "vit": "{loss: minilm-v2}"}
+OUTPUTS_ONLY = "{minilm_weight: 0, output_weight: 1}"
+DISTILL = {"resnet": OUTPUTS_ONLY, "mobilenet_v1": OUTPUTS_ONLY, "vit": "{loss: minilm-v2}"}
 RECIPE = """model: {config: CONFIG}
 task: image-classification
 data: {train: train.npz, dev: dev.npz, test: test.npz, columns: {image: x, label: y}, augment: {shift: 1}}
@@ -157,14 +158,11 @@ def test_inspect_says_how_the_file_runs(made: Made, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("recipe", ["digits", "emoji-vit"])
 def test_shipped_image_recipes_run(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The recipe as shipped but for the data files, the depth of a transformer and the length of its fits."""
+    """The recipe as shipped but for the data files, the depth of a transformer and the number of steps."""
     torch.set_num_threads(1)
-    path = ROOT / "recipes" / f"{recipe}.yaml"
-    loaded = load_recipe(path).recipe
+    loaded = load_recipe(RECIPES[recipe]).recipe
     assert loaded.model.config is not None
-    overrides = [f"output={tmp_path / 'runs'}"]
-    if "num_hidden_layers" in loaded.model.config:
-        overrides.append("model.config.num_hidden_layers=1")
+    overrides = ["model.config.num_hidden_layers=1"] if "num_hidden_layers" in loaded.model.config else []
     for seed, split in enumerate(("train", "dev", "test")):
         file = tmp_path / f"{split}.npz"
         write_images(file, 48, seed, loaded.model.config["image_size"], loaded.model.config["num_channels"])
@@ -172,13 +170,5 @@ def test_shipped_image_recipes_run(recipe: str, tmp_path: Path, capsys: pytest.C
             names = {"x": arrays["x"].squeeze(), loaded.data.columns.label: arrays["y"]}
         np.savez(file, **names)
         overrides.append(f"data.{split}.path={file}")
-    for name, config in loaded.stages.items():
-        if config.type in ("train", "prune", "qat"):
-            overrides += [f"stages.{name}.epochs=null", f"stages.{name}.steps=3"]
-        if config.type == "export":
-            overrides.append(f"stages.{name}.max_disagreement=0.5")
-    arguments = [part for override in overrides for part in ("--set", override)]
-    assert main(["run", str(path), "--json", "--quiet", *arguments]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [row["label"] for row in rows] == list(loaded.results)
-    assert all(0 <= row["metrics"]["accuracy"] <= 1 and Path(row["path"]).exists() for row in rows)
+    rows = run_shipped(recipe, tmp_path, overrides, capsys, max_disagreement=0.5)
+    assert all(0 <= row["metrics"]["accuracy"] <= 1 for row in rows)

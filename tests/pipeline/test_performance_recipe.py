@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,17 @@ import onnx.numpy_helper
 import pytest
 import torch
 
-from sqat.cli import main
 from sqat.recipe.loader import load_recipe
 from sqat.recipe.schema import Recipe
 from sqat.recipe.stages import PruneConfig, QatConfig, TrainConfig
 from sqat.sparsity.pattern import parse_pattern
-from tests.tiny import BAD, FILLER, GOOD, write_model, write_rows
+from tests.pipeline.shipped import RECIPES, replace_model, replace_rows, run_shipped
+from tests.tiny import BAD, FILLER, GOOD
 
 pytestmark = pytest.mark.pipeline
-RECIPES = Path(__file__).parents[2] / "recipes"
 
 
-def predicted(count: int, seed: int) -> list[dict[str, Any]]:
+def performance_rows(count: int, seed: int) -> list[dict[str, Any]]:
     """Queries that do as well as the share of good words among what was found for them."""
     choose = random.Random(seed)
     rows = []
@@ -35,26 +33,10 @@ def predicted(count: int, seed: int) -> list[dict[str, Any]]:
 
 def test_the_query_performance_recipe_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.set_num_threads(1)
-    write_model(tmp_path / "model", num_hidden_layers=1)
-    overrides = [
-        f"output={tmp_path / 'runs'}",
-        f"model.source={tmp_path / 'model'}",
-        "model.sha256=null",
-        "model.max_length=64",
-    ]
-    for seed, split in enumerate(("train", "dev", "test")):
-        write_rows(tmp_path / f"{split}.jsonl", predicted(24, seed))
-        overrides.append(f"data.{split}.path={tmp_path / f'{split}.jsonl'}")
-    recipe = load_recipe(RECIPES / "query-performance.yaml").recipe
-    for name, config in recipe.stages.items():
-        if isinstance(config, TrainConfig):
-            overrides += [f"stages.{name}.epochs=null", f"stages.{name}.steps=3"]
-        else:  # after three steps all predictions are nearly the same, and rounding is a large part of their spread
-            overrides.append(f"stages.{name}.max_disagreement=1")
-    arguments = [part for override in overrides for part in ("--set", override)]
-    assert main(["run", str(RECIPES / "query-performance.yaml"), "--json", "--quiet", *arguments]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [row["label"] for row in rows] == list(recipe.results)
+    overrides = replace_model(tmp_path, 64)
+    overrides += replace_rows(tmp_path, [performance_rows(24, seed) for seed in range(3)])
+    # after three steps all predictions are nearly the same, and rounding is a large part of their spread
+    rows = run_shipped("query-performance", tmp_path, overrides, capsys, max_disagreement=1)
     for row in rows:
         assert set(row["metrics"]) >= {"ndcg", "kendall", "spearman"}
         assert 0 < row["metrics"]["ndcg"] <= 1
@@ -88,9 +70,9 @@ def learns_labels(config: TrainConfig) -> bool:
 @pytest.mark.parametrize("name", ["query-performance", "relevance-pnr", "relevance-accuracy"])
 def test_the_students_have_equal_budgets(name: str) -> None:
     """Of steps and batches; a student without labels may have another rate."""
-    recipe = load_recipe(RECIPES / f"{name}.yaml").recipe
+    recipe = load_recipe(RECIPES[name]).recipe
     chains = students(recipe)
-    budgets = [[(s.stage, s.steps, s.batch_size) for s in chain] for chain in chains]  # type: ignore[attr-defined]
+    budgets = [[(s.type, s.steps, s.batch_size) for s in chain] for chain in chains]  # type: ignore[attr-defined]
     assert len(chains) == 3
     assert budgets[0] == budgets[1] == budgets[2]
     rates = [[s.learning_rate for s in chain] for chain in chains if all(learns_labels(s) for s in chain)]
@@ -107,4 +89,4 @@ def test_the_students_have_equal_budgets(name: str) -> None:
 def test_the_rows_are_called_as_every_application_calls_them(name: str, kind: str) -> None:
     ways = ("one-shot", "progressive", "progressive + distillation")
     wanted = ["dense fp32", f"dense {kind}", *(f"sparse {kind} ({way})" for way in ways)]
-    assert list(load_recipe(RECIPES / f"{name}.yaml").recipe.results) == wanted
+    assert list(load_recipe(RECIPES[name]).recipe.results) == wanted

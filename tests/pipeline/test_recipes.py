@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import shlex
 from pathlib import Path
@@ -13,14 +12,13 @@ import pytest
 import torch
 
 from sqat.cli import main
-from tests.tiny import classification_rows, relevance_rows, write_model, write_project, write_rows
+from tests.pipeline.shipped import RECIPES, ROOT, replace_model, replace_rows, run_shipped
+from tests.tiny import classification_rows, relevance_rows, write_project
 
 pytestmark = pytest.mark.pipeline
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 ELSEWHERE = {  # recipes of other tasks, whose tests have data of their own
     "digits": "pipeline/test_image_recipes.py",
     "emoji-vit": "pipeline/test_image_recipes.py",
@@ -31,31 +29,22 @@ ELSEWHERE = {  # recipes of other tasks, whose tests have data of their own
 
 
 def test_every_shipped_recipe_has_a_test() -> None:
-    assert set(ELSEWHERE) <= {path.stem for path in RECIPES}
+    assert set(ELSEWHERE) <= set(RECIPES)
     for name, file in ELSEWHERE.items():
         assert f'"{name}' in (ROOT / "tests" / file).read_text()
 
 
-@pytest.mark.parametrize("recipe", [path for path in RECIPES if path.stem not in ELSEWHERE], ids=lambda path: path.stem)
-def test_every_relevance_recipe_runs(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The recipe as shipped but for the model, the data files and the length of its fits."""
-    from sqat.recipe.loader import load_recipe
-
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in ELSEWHERE])
+def test_every_relevance_recipe_runs(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.set_num_threads(1)
-    write_model(tmp_path / "model", num_hidden_layers=1)
-    overrides = [f"output={tmp_path / 'runs'}", f"model.source={tmp_path / 'model'}", "model.sha256=null"]
-    overrides.append("model.max_length=32")
-    for seed, split in enumerate(("train", "dev", "test")):
-        write_rows(tmp_path / f"{split}.jsonl", relevance_rows(24, seed))
-        overrides.append(f"data.{split}.path={tmp_path / f'{split}.jsonl'}")
-    for name, config in load_recipe(recipe).recipe.stages.items():
-        if config.type in ("train", "prune", "qat"):
-            overrides += [f"stages.{name}.epochs=null", f"stages.{name}.steps=3"]
-    arguments = [part for override in overrides for part in ("--set", override)]
-    assert main(["run", str(recipe), "--json", "--quiet", *arguments]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [row["label"] for row in rows] == list(load_recipe(recipe).recipe.results)
-    assert all(0 <= row["metrics"]["ndcg@10"] <= 1 and Path(row["path"]).exists() for row in rows)
+    overrides = replace_model(tmp_path, 32)
+    overrides += replace_rows(tmp_path, [relevance_rows(24, seed) for seed in range(3)])
+    rows = run_shipped(recipe, tmp_path, overrides, capsys)
+    assert all(0 <= row["metrics"]["ndcg@10"] <= 1 for row in rows)
+
+
+COMMANDS = {"init", "run", "analyze", "qat", "export", "inspect"}
+COMMANDS |= {"engine", "evaluate", "schema", "doctor", "bench", "report"}
 
 
 def readme_commands() -> list[list[str]]:
@@ -82,20 +71,7 @@ def test_every_readme_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     text = text.replace("max_length: 128", "max_length: 32")
     (tmp_path / "old.yaml").write_text("modifiers:\n  - !ConstantPruningModifier {mask_type: '2:4'}\n")
     commands = readme_commands()
-    assert {command[0] for command in commands} >= {
-        "init",
-        "run",
-        "analyze",
-        "qat",
-        "export",
-        "inspect",
-        "engine",
-        "evaluate",
-        "schema",
-        "doctor",
-        "bench",
-        "report",
-    }
+    assert {command[0] for command in commands} >= COMMANDS
     if importlib.util.find_spec("tensorrt_rtx") is None:
         commands = [command for command in commands if command[0] != "engine"]
     for command in commands:

@@ -12,16 +12,15 @@ import pytest
 import torch
 
 from sqat.checkpoint.store import load_checkpoint
-from sqat.cli import main
 from sqat.errors import SqatError
 from sqat.evaluation.evaluate import evaluate_artifact
 from sqat.pipeline.runner import run
 from sqat.recipe.loader import load_recipe
 from sqat.runtime.sessions import session
 from sqat.tasks.splits import Splits
+from tests.pipeline.shipped import replace_model, replace_rows, run_shipped
 from tests.tiny import Recorder, relevance_rows, write_model, write_rows
 
-ROOT = Path(__file__).parents[2]
 STEPS, BATCH = 5, 8
 RECIPE = f"""
 model: {{source: model, max_length: 16}}
@@ -29,7 +28,7 @@ task: {{name: retrieval, negatives: 2}}
 data: {{train: train.jsonl, dev: dev.jsonl, test: dev.jsonl, columns: {{group: qid, candidates: candidates}}}}
 stages:
   train: {{steps: 0}}
-  prune: {{steps: {STEPS}, batch_size: {BATCH}, learning_rate: 1.0e-3, distill: {{task: 0, logits: 10}}}}
+  prune: {{steps: {STEPS}, batch_size: {BATCH}, learning_rate: 1.0e-3, distill: {{task_weight: 0, output_weight: 10}}}}
   calibrate: {{samples: 32}}
   export: {{targets: [onnx-int8, onnx-fp32]}}
 """
@@ -98,20 +97,7 @@ def test_the_source_s_modules_are_in_every_checkpoint(searched: Path) -> None:
 
 
 def test_the_shipped_recipe_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The recipe as shipped but for the model, the data files and the length of its fits."""
-    path = ROOT / "recipes" / "retrieval.yaml"
-    recipe = load_recipe(path).recipe
-    write_model(tmp_path / "model", num_hidden_layers=1)
-    overrides = [f"output={tmp_path / 'runs'}", f"model.source={tmp_path / 'model'}", "model.sha256=null"]
-    overrides.append("model.max_length=16")
-    for seed, split in enumerate(("train", "dev", "test")):
-        write_rows(tmp_path / f"{split}.jsonl", relevance_rows(12, seed))
-        overrides.append(f"data.{split}.path={tmp_path / f'{split}.jsonl'}")
-    for name, config in recipe.stages.items():
-        if config.type in ("train", "prune", "qat"):
-            overrides += [f"stages.{name}.epochs=null", f"stages.{name}.steps=2"]
-    arguments = [part for override in overrides for part in ("--set", override)]
-    assert main(["run", str(path), "--json", "--quiet", *arguments]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [row["label"] for row in rows] == list(recipe.results)
-    assert all(0 <= row["metrics"]["recall@10"] <= 1 and Path(row["path"]).exists() for row in rows)
+    overrides = replace_model(tmp_path, 16)
+    overrides += replace_rows(tmp_path, [relevance_rows(12, seed) for seed in range(3)])
+    rows = run_shipped("retrieval", tmp_path, overrides, capsys, steps=2)
+    assert all(0 <= row["metrics"]["recall@10"] <= 1 for row in rows)
