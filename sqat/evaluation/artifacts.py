@@ -1,11 +1,7 @@
-"""Whatever an export wrote, as a function from batches to logits, on this machine.
+"""Open whatever an export wrote as a function from batches to logits, on this machine.
 
-What: an ONNX file runs in ONNX Runtime (with the kernels of `sqat.runtime` where it asks for them), a
-semi-structured folder through its sparse linears, a compressed-tensors folder as its config says: integers times
-scales, inputs of the quantized linears rounded.
-
-Why not transformers for the last: it needs a package that not everyone has. Where it is there, a test shows that both
-compute the same.
+An ONNX file runs in ONNX Runtime, a semi-structured folder in its sparse linears, and a compressed-tensors folder as
+integers times scales with rounded inputs (transformers would need another package).
 """
 
 from __future__ import annotations
@@ -39,23 +35,26 @@ Forward = Callable[[Batch], Tensor]
 
 
 def config_of(artifact: Path) -> Path:
-    """The config.json that describes an ONNX file or a folder."""
+    """Find the config.json that describes an ONNX file or a folder."""
     return artifact.with_name(CONFIG) if artifact.suffix == ".onnx" else artifact / CONFIG
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder is one that an export wrote for a runtime, and no checkpoint."""
+    """Whether an export wrote a folder for a runtime; False for a checkpoint."""
     return (folder / PACKED).is_file() or "quantization_config" in read_config(folder / CONFIG)
 
 
 def open_artifact(artifact: Path, device: str | None = None) -> Forward:
-    """Logits [B,C] float32 of a batch by an exported file or folder.
+    """Open an exported file or folder.
 
     Args:
-        device: of a semi-structured folder; None takes a GPU, and its sparse kernels, where there is one.
+        device: of a semi-structured folder; None takes a GPU and its sparse kernels if there is one.
+
+    Returns:
+        A function from a batch to logits [B,C] float32.
 
     Raises:
-        SqatError: it cannot be read or run here.
+        SqatError: the artifact cannot be read or run here.
     """
     if artifact.suffix == ".onnx":
         return partial(onnx_logits, open_onnx(artifact))
@@ -66,13 +65,13 @@ def open_artifact(artifact: Path, device: str | None = None) -> Forward:
 
 
 def open_onnx(path: Path, threads: int = 0) -> Any:
-    """An ONNX Runtime session of a file, with the compiled kernels where it has nodes of their domain.
+    """Open an ONNX Runtime session of a file, with the compiled kernels if it needs them.
 
     Args:
-        threads: of one operator; 0 = one per core.
+        threads: of one operator; 0 for one per core.
 
     Raises:
-        SqatError: it cannot be loaded, or the kernels are not there.
+        SqatError: the file cannot be loaded, or the kernels are missing.
     """
     if not file_needs_kernels(path):
         return session(path, threads=threads)
@@ -82,23 +81,25 @@ def open_onnx(path: Path, threads: int = 0) -> Any:
     try:
         return runtime.session(path, threads=threads)
     except Exception as error:  # onnxruntime's own classes are private and differ between versions
-        raise SqatError(f"ONNX Runtime cannot load the model: {first_line(error)}", place=str(path)) from error
+        raise SqatError(f"ONNX Runtime cannot load the model: {first_line(error)}", place=str(path),
+                        code="invalid-onnx") from error  # fmt: skip
 
 
 def onnx_logits(runtime: Any, batch: Batch) -> Tensor:
-    """Logits [B,C] of one batch by an ONNX Runtime session."""
+    """Compute logits [B,C] of one batch by an ONNX Runtime session."""
     arrays: Mapping[str, np.ndarray] = {name: tensor.numpy() for name, tensor in batch.inputs.items()}
     return torch.from_numpy(run_batches(runtime, [arrays]))
 
 
 def open_compressed(folder: Path) -> nn.Module:
-    """The model of a compressed-tensors folder with its integers and rounded inputs.
+    """Build the model of a compressed-tensors folder, with its integers and rounded inputs.
 
     Raises:
-        SqatError: the folder is not as rule C22 has it.
+        SqatError: the folder breaks rule C22.
     """
     if broken := check_compressed(folder):
-        raise SqatError(f"the compressed-tensors folder breaks rule C22: {broken[0]}", "export it again", str(folder))
+        raise SqatError(f"the compressed-tensors folder breaks rule C22: {broken[0]}", "export it again", str(folder),
+                        code="broken-rule")  # fmt: skip
     config = read_config(folder / CONFIG)
     config.pop("quantization_config", None)
     paths = [path for path in folder.rglob("*") if path.suffix in SIDE_FILES]
@@ -117,11 +118,11 @@ def open_compressed(folder: Path) -> nn.Module:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A config.json; empty where there is none."""
+    """Read a config.json; empty where there is none."""
     try:
         config: Any = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise SqatError(f"cannot be read as JSON ({error})", place=str(path)) from error
+        raise SqatError(f"cannot be read as JSON ({error})", place=str(path), code="unreadable-file") from error
     return config if isinstance(config, dict) else {}

@@ -1,4 +1,4 @@
-"""Measuring a finished artifact as it will be served: a checkpoint in torch, or an ONNX file in ONNX Runtime."""
+"""Measure a finished artifact as it is served: a checkpoint in torch, or an exported file in its runtime."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def served_model(checkpoint: Checkpoint) -> Iterator[tuple[nn.Module, Processor]
 
 
 def evaluate_artifact(artifact: Path, splits: Splits, split: SplitName) -> Metrics:
-    """The task's metrics of a checkpoint folder, or of an exported file or folder (with its processor beside it).
+    """Compute the task's metrics of a checkpoint folder, or of an exported file or folder with its processor.
 
     Raises:
-        SqatError: no such artifact, or a folder that holds only exported files.
+        SqatError: the artifact is missing or damaged, or a folder of exported files only.
     """
     task = splits.task
     if artifact.suffix == ".onnx" or is_export(artifact):

@@ -18,18 +18,18 @@ PATTERNS = ("1:4", "2:4", "4:8")
 
 
 def inspect_checkpoint(directory: Path) -> list[LayerRow]:
-    """A row per linear layer and convolution of a checkpoint, in the model's order.
+    """List a row for each linear and convolution of a checkpoint, in the model's order.
 
     Raises:
-        SqatError: not a sound checkpoint, or one that holds only ONNX files.
+        SqatError: the checkpoint is damaged, or holds only exported files.
     """
     checkpoint = load_checkpoint(directory)
     require_weights(checkpoint, directory)
-    return [report(checkpoint, name) for name in layer_names(checkpoint, str(directory))]
+    return [layer_row(checkpoint, name) for name in layer_names(checkpoint, str(directory))]
 
 
-def report(checkpoint: Checkpoint, name: str) -> LayerRow:
-    """The row of one layer."""
+def layer_row(checkpoint: Checkpoint, name: str) -> LayerRow:
+    """Make the row of one layer."""
     weight = checkpoint.weights[f"{name}.weight"]
     record = checkpoint.manifest.layers.get(name, LayerRecord(dense_because="no prune stage yet"))
     site = checkpoint.manifest.sites.get(f"{name}:input")
@@ -41,18 +41,18 @@ def report(checkpoint: Checkpoint, name: str) -> LayerRow:
     return LayerRow(
         name=name,
         shape=tuple(weight.shape),
-        pattern=found_pattern(weight, record.pattern),
+        pattern=measure_pattern(weight, record.pattern),
         zeros=float((weight == 0).double().mean()),
         weight_scale=scale,
         input_amax=None if site is None else float(checkpoint.amax[site.shared_with]),
         sqnr_db=sqnr,
         saturated=None if site is None else site.saturated,
-        reason=why_left(record),
+        reason=skip_reasons(record),
     )
 
 
-def found_pattern(weight: Tensor, claimed: str) -> str:
-    """The sparsest N:M that the weight obeys along its inputs, of the usual ones and the claimed, or ``dense``."""
+def measure_pattern(weight: Tensor, claimed: str) -> str:
+    """Find the sparsest N:M that a weight keeps along its inputs, of the usual and the claimed ones, or ``dense``."""
     patterns = [parse_pattern(text) for text in dict.fromkeys((claimed, *PATTERNS)) if text]
     for pattern in sorted(patterns, key=lambda pattern: -pattern.sparsity):
         if weight.shape[1] % pattern.m == 0 and not count_violations(weight, pattern):
@@ -60,8 +60,8 @@ def found_pattern(weight: Tensor, claimed: str) -> str:
     return "dense"
 
 
-def why_left(record: LayerRecord) -> str:
-    """Reasons to have left the layer dense or float, one text."""
+def skip_reasons(record: LayerRecord) -> str:
+    """Join the reasons why a layer is dense or float."""
     reasons = []
     if not record.pattern and record.dense_because:
         reasons.append(f"dense: {record.dense_because}")

@@ -42,12 +42,12 @@ CLASSES = {
 
 
 def model_card(manifest: Manifest, sizes: Mapping[str, int], kind: str, output: str) -> str:
-    """Markdown: what was written with sizes, dev metrics, what was pruned and quantized, how to run it.
+    """Write the model card in Markdown: files with sizes and dev metrics, what was done, and how to run them.
 
     Args:
         sizes: target -> bytes of its file or folder.
-        kind: of the architecture.
-        output: what an ONNX file's output is called.
+        kind: name of the architecture.
+        output: name of an ONNX file's output.
     """
     pruned = [name for name, record in manifest.layers.items() if record.pattern]
     quantized = [name for name, record in manifest.layers.items() if record.quantized]

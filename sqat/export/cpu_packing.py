@@ -1,14 +1,11 @@
-"""Int8 weights in the order in which the kernels of `sqat.runtime` read them: tiles of 16 outputs, no copy at load.
+"""Int8 weights in the order that the kernels of `sqat.runtime` read: tiles of 16 outputs, no copy at load.
 
-What: `pack_sparse` for weights of which at most 4 in 8 are not 0 (2:4 is the common case), `pack_dense` for all
-others. Rows are padded to 16 and columns to 16 with zeros. Legend: N outputs, K inputs, T tiles of 16 outputs, L the
-16 lanes of a tile, G groups of 8 inputs.
+Rows and columns are padded to 16 with zeros. N outputs, K inputs, T tiles of 16 outputs, L lanes of a tile, G groups of
+8 inputs.
 
     sparse  values int8 [T, G, 64]: byte 4 l + j is the j-th kept weight of lane l in the group;
             positions uint8 [T, G / 2, 64]: its place (0..7) in the group, the even group's in the low four bits
     dense   values int8 [T, K / 4, 64]: byte 4 l + j is the weight of lane l at input 4 k + j
-
-Left out: unpacking, which only the kernels and the tests do.
 """
 
 from __future__ import annotations
@@ -30,7 +27,7 @@ class Packed(NamedTuple):
 
 
 def pack(weight_NK: Int8) -> Packed:  # noqa: N803
-    """Pack a weight in the smaller of the forms that hold it."""
+    """Pack a weight as sparse if it can be, else as dense."""
     return pack_sparse(weight_NK) if is_sparse(weight_NK) else pack_dense(weight_NK)
 
 
@@ -43,7 +40,7 @@ def pack_sparse(weight_NK: Int8) -> Packed:  # noqa: N803
     """Pack the kept weights and their positions.
 
     Raises:
-        ValueError: a group keeps more than four.
+        ValueError: a group keeps more than four weights.
     """
     weight_TLGi = groups(weight_NK)  # noqa: N806
     if not is_sparse(weight_NK):
@@ -61,18 +58,18 @@ def pack_dense(weight_NK: Int8) -> Packed:  # noqa: N803
 
 
 def groups(weight_NK: Int8) -> Int8:  # noqa: N803
-    """[N,K] -> [T,L,G,8], padded."""
+    """Reshape [N,K], padded, to [T,L,G,8]."""
     padded = pad(weight_NK)
     return padded.reshape(-1, LANES, padded.shape[1] // GROUP, GROUP)
 
 
 def by_lane(array_TLGj: NDArray[Any]) -> NDArray[Any]:  # noqa: N803
-    """[T,L,G,4] -> [T,G,64], contiguous."""
+    """Reorder [T,L,G,4] to [T,G,64]."""
     tiles, _, count, _ = array_TLGj.shape
     return np.ascontiguousarray(array_TLGj.transpose(0, 2, 1, 3)).reshape(tiles, count, LANES * QUAD)
 
 
 def pad(weight_NK: Int8) -> Int8:  # noqa: N803
-    """Zeros up to whole tiles and pairs of groups."""
+    """Pad with zeros to whole tiles and pairs of groups."""
     outputs, inputs = weight_NK.shape
     return np.pad(weight_NK, ((0, -outputs % LANES), (0, -inputs % SIDE)))

@@ -1,13 +1,11 @@
-"""The folder of the target `torch-semi-structured`: what is in it, and reading it back verified.
+"""The folder of target `torch-semi-structured`: its content, its writer and its verifying reader.
 
-    sparse.safetensors   of each packed layer L: `L.values`, `L.metadata` as the kernels take them, and of int8 ones
-                         `L.weight_scale` [N] and `L.input_scale` []; the bounds `SITE.amax` of the activation sites
-                         that no packed layer quantizes itself; every other tensor of the model under its own name
-    sparse.json          below: format version, each layer's type, shape and backends, why the others are dense, sha256
+    sparse.safetensors   of each packed layer L: `L.values`, `L.metadata`, and of int8 ones `L.weight_scale` [N] and
+                         `L.input_scale` []; `SITE.amax` of the other activation sites; every other tensor of the model
+    sparse.json          `SparseManifest`
     config.json, tokenizer files
 
-Why not `model.safetensors`: transformers would load the dense half of such a file and invent the rest, with no more
-than a warning. Nothing is unpickled. Left out: files in shards.
+The name differs from `model.safetensors`, or transformers would load the dense half and invent the rest.
 """
 
 from __future__ import annotations
@@ -34,10 +32,7 @@ Type = Literal["int8", "float16", "bfloat16"]
 
 
 class PackedLayer(BaseModel):
-    """One packed linear of ``shape`` (N, K).
-
-    ``order`` is that of its metadata; ``backends`` can take it as far as its shape goes.
-    """
+    """One packed linear of ``shape`` (N, K); ``order`` is of its metadata, ``backends`` accept its shape."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -49,10 +44,10 @@ class PackedLayer(BaseModel):
 
 
 class SparseManifest(BaseModel):
-    """`sparse.json`.
+    """The content of `sparse.json`.
 
-    ``dense``: linears that are not packed, and why. ``sites``: activation site -> the site whose bound it has, of those
-    that stay fake-quantized. ``bytes``: of the packed layers' weights, as packed and in other types.
+    ``dense`` maps a linear that is not packed to the reason; ``sites`` an activation site that stays fake-quantized to
+    the site whose amax it shares; ``bytes`` a type to the size of the packed layers' weights.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -70,7 +65,7 @@ class SparseManifest(BaseModel):
 
 
 class Scales(NamedTuple):
-    """Of an int8 layer: ``input`` float32 [], ``weight`` float32 [N], all positive."""
+    """Scales of an int8 layer: ``input`` float32 [], ``weight`` float32 [N], all positive."""
 
     input: Tensor
     weight: Tensor
@@ -82,11 +77,11 @@ class Packed:
 
     Attributes:
         layers: packed weights by layer.
-        scales: of the int8 ones.
+        scales: of int8 layers.
         dense: the model's other tensors by its own names.
-        amax: leader site -> 0-d float32 bound.
+        amax: activation site -> 0-d float32.
         files: config and tokenizer files by name.
-        place: for messages.
+        place: of the tensors, for messages.
     """
 
     manifest: SparseManifest
@@ -149,7 +144,7 @@ def damaged(problem: str, place: Path) -> SqatError:
 
 
 def parse_manifest(content: bytes, path: Path) -> SparseManifest:
-    """`sparse.json` from its content."""
+    """Parse the content of `sparse.json`."""
     try:
         raw: Any = json.loads(content)
     except ValueError as error:
@@ -171,16 +166,16 @@ def parse_manifest(content: bytes, path: Path) -> SparseManifest:
 def sort_tensors(
     manifest: SparseManifest, tensors: Mapping[str, Tensor], files: dict[str, bytes], place: Path
 ) -> Packed:
-    """Tell the tensors apart and check each packed layer and each bound."""
+    """Sort the tensors by their use; check each packed layer and amax."""
     rest = dict(tensors)
     layers, scales, amax = {}, {}, {}
     try:
         for name, layer in manifest.layers.items():
-            layers[name] = take_weight(rest, name, layer)
+            layers[name] = pop_weight(rest, name, layer)
             if layer.type == "int8":
-                scales[name] = take_scales(rest, name, layer.shape[0])
-        for leader in dict.fromkeys(manifest.sites.values()):
-            amax[leader] = positive(rest.pop(f"{leader}.amax"), (), f"the bound of {leader}")
+                scales[name] = pop_scales(rest, name, layer.shape[0])
+        for site in dict.fromkeys(manifest.sites.values()):
+            amax[site] = positive(rest.pop(f"{site}.amax"), (), f"the amax of {site}")
     except KeyError as error:
         raise damaged(f"the tensor {error.args[0]} is missing", place) from error
     except ValueError as error:
@@ -188,9 +183,10 @@ def sort_tensors(
     return Packed(manifest, layers, scales, rest, amax, files, str(place))
 
 
-def take_weight(tensors: dict[str, Tensor], name: str, layer: PackedLayer) -> SemiStructured:
-    """Take a layer's packed weight out; ValueError if it is not the one described, or no 2:4 weight."""
-    weight = SemiStructured(tensors.pop(f"{name}.values"), tensors.pop(f"{name}.metadata"), layer.order)
+def pop_weight(tensors: dict[str, Tensor], name: str, layer: PackedLayer) -> SemiStructured:
+    """Remove a layer's packed weight from the tensors; ValueError if it is not the one described, or not 2:4."""
+    values, metadata = tensors.pop(f"{name}.values").clone(), tensors.pop(f"{name}.metadata").clone()  # off the file
+    weight = SemiStructured(values, metadata, layer.order)
     if weight.shape != layer.shape or weight.values.dtype != TYPES[layer.type]:
         raise ValueError(f"{name} is {weight.values.dtype} {list(weight.shape)}, {MANIFEST} says {layer.type} "
                          f"{list(layer.shape)}")  # fmt: skip
@@ -203,18 +199,18 @@ def take_weight(tensors: dict[str, Tensor], name: str, layer: PackedLayer) -> Se
     return weight
 
 
-def take_scales(tensors: dict[str, Tensor], name: str, outputs: int) -> Scales:
-    """Take an int8 layer's scales out."""
+def pop_scales(tensors: dict[str, Tensor], name: str, outputs: int) -> Scales:
+    """Remove an int8 layer's scales from the tensors."""
     weight, x = tensors.pop(f"{name}.weight_scale"), tensors.pop(f"{name}.input_scale")
     return Scales(positive(x, (), f"the input scale of {name}"), positive(weight, (outputs,), f"the scales of {name}"))
 
 
 def positive(tensor: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
-    """A float32 tensor of a shape, finite and above 0; else ValueError."""
+    """Copy a float32 tensor of a shape, finite and above 0; else ValueError."""
     sound = tensor.dtype == torch.float32 and tensor.shape == shape
     if not sound or not bool((tensor.isfinite() & (tensor > 0)).all()):
         raise ValueError(f"{what} must be float32 {list(shape)}, finite and positive")
-    return tensor
+    return tensor.clone()
 
 
 TYPES: dict[Type, torch.dtype] = {"int8": torch.int8, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -1,17 +1,11 @@
 """Three ways to multiply by a packed 2:4 weight, behind one interface.
 
     cusparselt  torch's cuSPARSELt operators: the fastest, on NVIDIA GPUs from compute capability 8.0 on
-    cutlass     torch's CUTLASS operators: compute capability 8.x only, larger smallest shapes (rule C23)
-    reference   any device, exact: what the other two must give, and what tests compare
+    cutlass     torch's CUTLASS operators: compute capability 8.x only (rule C23)
+    reference   any device, exact
 
-A backend computes y = x W^T for x [T,K], T a multiple of 16. Only a row-major weight can be sparse, so the operators
-compute y^T = W x^T: x^T is the transposed view of x, which is the one layout their int8 kernels take, and the
-result comes back as [T,N]. An int8 product leaves as exact int32 sums, for cuSPARSELt left to int8 saturates; for
-16-bit models cuSPARSELt multiplies each output channel by ``alpha`` itself and gives that type (rule C24).
-
-The operators are private to torch. Their schemas are those of torch 2.8 and later; tests bind every call to them.
-Left out: a bias inside int8 kernels (cuSPARSELt does not say its type there), split-K (the search's operator does
-not return it), ROCm.
+Only a row-major weight can be sparse, so the operators compute y^T = W x^T. They are private to torch: schemas of 2.8
+and later.
 """
 
 from __future__ import annotations
@@ -37,64 +31,60 @@ class Epilogue(NamedTuple):
 
     Attributes:
         name: ``none``, ``scale`` or ``bias``.
-        given: type of the result.
+        dtype: type of the result.
         alpha: float32 [N] that ``scale`` multiplies by.
         bias: [N] of the weight's type that ``bias`` adds.
     """
 
     name: str
-    given: torch.dtype
+    dtype: torch.dtype
     alpha: Tensor | None = None
     bias: Tensor | None = None
 
 
 class Backend(Protocol):
-    """What a sparse linear asks of a backend; T tokens, a weight [N,K]."""
+    """What a sparse linear needs of a backend; x has T tokens, T a multiple of 16, and a weight is [N,K]."""
 
     name: ClassVar[str]
-    scales_to: ClassVar[frozenset[torch.dtype]]  # types its int8 kernels write themselves, beside int32
+    scales_to: ClassVar[frozenset[torch.dtype]]  # types that its int8 kernels write themselves, beside int32
 
     @property
     def plans(self) -> PlanCache:
-        """Plans of the products run so far."""
+        """Plans of the products that ran so far."""
 
-    def unusable(self, device: torch.device) -> str:
-        """Why it cannot run on a device; empty if it can."""
+    def device_problem(self, device: torch.device) -> str:
+        """Say why it cannot run on a device; empty if it can."""
 
-    def refuses(self, shape: tuple[int, int], kind: torch.dtype) -> str:
-        """Why it cannot take a weight of a shape and type; empty if it can."""
+    def weight_problem(self, shape: tuple[int, int], dtype: torch.dtype) -> str:
+        """Say why it cannot take a weight of a shape and type; empty if it can."""
 
     def prepare(self, weight: SemiStructured) -> Operand:
-        """The weight as `multiply` reads it, on the weight's device."""
+        """Convert the weight to the form that `multiply` reads, on its device."""
 
     def plan(self, key: PlanKey, operand: Operand, x: Tensor, epilogue: Epilogue) -> Plan:
         """Choose how to run products of a size; ``x`` is the first of them."""
 
     def multiply(self, plan: Plan, operand: Operand, x: Tensor, epilogue: Epilogue) -> Tensor:
-        """Product [T,N] of x [T,K], contiguous, of the epilogue's type."""
+        """Compute x W^T [T,N] of x [T,K], contiguous, in the epilogue's type."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Exact int32 sums of int8 products; 16-bit products summed in float32 and rounded once, after the bias.
-
-    Integers are multiplied as floats, which hold them exactly: 2048 inputs have 1024 products of at most 128 x 127, so
-    that no partial sum leaves float32's 2**24, in whatever order it is summed. Longer rows are summed piece by piece
-    in int32. On CUDA, where float32 products may be computed with fewer bits, float64 is used.
-    """
+    """Exact int32 sums of int8 products; 16-bit products are summed in float32 and rounded once, after the bias."""
 
     name: ClassVar[str] = "reference"
     scales_to: ClassVar[frozenset[torch.dtype]] = frozenset()
     plans: PlanCache = field(default_factory=PlanCache)
 
-    def unusable(self, device: torch.device) -> str:
+    def device_problem(self, device: torch.device) -> str:
         return ""
 
-    def refuses(self, shape: tuple[int, int], kind: torch.dtype) -> str:
+    def weight_problem(self, shape: tuple[int, int], dtype: torch.dtype) -> str:
         return ""
 
     def prepare(self, weight: SemiStructured) -> Operand:
         dense = unpack(weight)
+        # CUDA may compute float32 products with fewer bits
         return (dense.to(torch.float64 if dense.is_cuda else torch.float32),)
 
     def plan(self, key: PlanKey, operand: Operand, x: Tensor, epilogue: Epilogue) -> Plan:
@@ -104,31 +94,30 @@ class Reference:
         (weight,) = operand
         x = x.to(weight.dtype)
         with torch.autocast(x.device.type, enabled=False):  # which would multiply, and round, in 16 bits
-            if plan.key.taken == torch.int8:
+            if plan.key.input_dtype == torch.int8:
                 return multiply_integers(x, weight)
             bias = None if epilogue.bias is None else epilogue.bias.to(weight.dtype)
-            return functional.linear(x, weight, bias).to(epilogue.given)
+            return functional.linear(x, weight, bias).to(epilogue.dtype)
 
 
-EXACT = 2048
+EXACT = 2048  # inputs with 1024 products of at most 128 x 127: no partial sum leaves float32's 2**24
 
 
 def multiply_integers(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T int32 [T,N] of integers held in floats, x [T,K] and W [N,K], in pieces that are summed exactly."""
-    pieces = zip(x.split(EXACT, dim=1), weight.split(EXACT, dim=1), strict=True)
-    total, *others = (functional.linear(*piece).to(torch.int32) for piece in pieces)
-    for part in others:
-        total += part
+    """Compute x W^T int32 [T,N] of integers held in floats, x [T,K] and W [N,K], in parts with exact sums."""
+    parts = zip(x.split(EXACT, dim=1), weight.split(EXACT, dim=1), strict=True)
+    total, *others = (functional.linear(*part).to(torch.int32) for part in parts)
+    for other in others:
+        total += other
     return total
 
 
 @dataclass(frozen=True)
 class CuSparseLt:
-    """torch's cuSPARSELt operators. The packed weight is unpacked on the GPU and compressed there by cuSPARSELt, whose
-    form is its own secret; the kernel of each size is the fastest it finds on the first product of that size.
+    """torch's cuSPARSELt operators, which compress the dense weight on the GPU into a form of their own.
 
     Args:
-        search: look for the fastest kernel, which takes long on a size's first product; else its default.
+        search: search the fastest kernel on a size's first product, which takes long; else use the default.
     """
 
     name: ClassVar[str] = "cusparselt"
@@ -136,13 +125,13 @@ class CuSparseLt:
     plans: PlanCache = field(default_factory=PlanCache)
     search: bool = True
 
-    def unusable(self, device: torch.device) -> str:
-        if reason := needs_gpu(device):
-            return reason
+    def device_problem(self, device: torch.device) -> str:
+        if problem := gpu_problem(device):
+            return problem
         return "" if torch.backends.cusparselt.is_available() else "this build of torch has no cuSPARSELt"
 
-    def refuses(self, shape: tuple[int, int], kind: torch.dtype) -> str:
-        return unsupported_reason(self.name, shape, kind)
+    def weight_problem(self, shape: tuple[int, int], dtype: torch.dtype) -> str:
+        return unsupported_reason(self.name, shape, dtype)
 
     def prepare(self, weight: SemiStructured) -> Operand:
         return (compress_2to4(unpack(weight).contiguous()),)
@@ -155,7 +144,7 @@ class CuSparseLt:
             x.t(),
             bias=epilogue.bias,
             alpha=epilogue.alpha,
-            out_dtype=given_by_int8(key, epilogue),
+            out_dtype=int8_output_type(key, epilogue),
             transpose_result=True,
         )
         return Plan(key, algorithm)
@@ -166,7 +155,7 @@ class CuSparseLt:
             x.t(),
             bias=epilogue.bias,
             alpha=epilogue.alpha,
-            out_dtype=given_by_int8(plan.key, epilogue),
+            out_dtype=int8_output_type(plan.key, epilogue),
             transpose_result=True,
             alg_id=plan.algorithm,
         )
@@ -174,15 +163,15 @@ class CuSparseLt:
 
 @dataclass(frozen=True)
 class Cutlass:
-    """torch's CUTLASS operators, which take the packed weight as it is stored in the order ``cutlass``."""
+    """torch's CUTLASS operators, which take a packed weight in the order ``cutlass`` as it is."""
 
     name: ClassVar[str] = "cutlass"
     scales_to: ClassVar[frozenset[torch.dtype]] = frozenset()
     plans: PlanCache = field(default_factory=PlanCache)
 
-    def unusable(self, device: torch.device) -> str:
-        if reason := needs_gpu(device):
-            return reason
+    def device_problem(self, device: torch.device) -> str:
+        if problem := gpu_problem(device):
+            return problem
         major, minor = torch.cuda.get_device_capability(device)
         return (
             ""
@@ -190,8 +179,8 @@ class Cutlass:
             else f"torch's CUTLASS kernels are for compute capability 8.x, {device} has {major}.{minor}"
         )
 
-    def refuses(self, shape: tuple[int, int], kind: torch.dtype) -> str:
-        return unsupported_reason(self.name, shape, kind)
+    def weight_problem(self, shape: tuple[int, int], dtype: torch.dtype) -> str:
+        return unsupported_reason(self.name, shape, dtype)
 
     def prepare(self, weight: SemiStructured) -> Operand:
         to_order = weight.to_order("cutlass")
@@ -202,18 +191,18 @@ class Cutlass:
 
     def multiply(self, plan: Plan, operand: Operand, x: Tensor, epilogue: Epilogue) -> Tensor:
         values, metadata = operand
-        given = given_by_int8(plan.key, epilogue)
-        product = multiply_2to4_cutlass(values, metadata, x.t(), epilogue.bias, given)
+        dtype = int8_output_type(plan.key, epilogue)
+        product = multiply_2to4_cutlass(values, metadata, x.t(), epilogue.bias, dtype)
         return product.t().contiguous()
 
 
-def given_by_int8(key: PlanKey, epilogue: Epilogue) -> torch.dtype | None:
-    """The type to ask an int8 kernel for; those of 16 bits give their own and refuse to be asked."""
-    return epilogue.given if key.taken == torch.int8 else None
+def int8_output_type(key: PlanKey, epilogue: Epilogue) -> torch.dtype | None:
+    """Choose the output type of an int8 kernel; 16-bit kernels take none."""
+    return epilogue.dtype if key.input_dtype == torch.int8 else None
 
 
-def needs_gpu(device: torch.device) -> str:
-    """Why no sparse tensor cores can be used on a device; empty if they can."""
+def gpu_problem(device: torch.device) -> str:
+    """Say why a device has no usable sparse tensor cores; empty if it has."""
     if device.type != "cuda" or torch.version.cuda is None:
         return f"it needs an NVIDIA GPU, Ampere or newer, and the model is on {device}"
     major, minor = torch.cuda.get_device_capability(device)
@@ -225,35 +214,40 @@ def needs_gpu(device: torch.device) -> str:
 ANYWHERE = "backend reference runs anywhere"
 
 
-class Choice:
-    """Backends for the layers of one model on one device, each made once, so that layers of a size share plans.
+class BackendChooser:
+    """Chooses backends for the layers of one model on one device; layers of a size share plans.
 
     Args:
         name: a key of `BACKENDS`, or ``auto``: for each layer the first of them that can run it.
 
     Raises:
-        SqatError: no such backend, or it cannot run on the device.
+        SqatError: the backend does not exist, or cannot run on the device.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
         if name not in (AUTO, *BACKENDS):
-            raise SqatError(f"there is no backend {name!r}", f"one of {', '.join((AUTO, *BACKENDS))}")
+            raise SqatError(f"no backend {name!r}", f"allowed: {', '.join((AUTO, *BACKENDS))}", code="unknown-name")
         self.name = name
-        made = [make() for key, make in BACKENDS.items() if name in (AUTO, key)]
-        self.unusable = {backend.name: reason for backend in made if (reason := backend.unusable(device))}
-        self.backends = [backend for backend in made if backend.name not in self.unusable]
+        backends = [create() for key, create in BACKENDS.items() if name in (AUTO, key)]
+        self.unusable = {backend.name: problem for backend in backends if (problem := backend.device_problem(device))}
+        self.backends = [backend for backend in backends if backend.name not in self.unusable]
         if not self.backends:
-            raise SqatError(f"backend {name} cannot be used: {self.unusable[name]}", ANYWHERE)
+            raise SqatError(f"backend {name} cannot be used: {self.unusable[name]}", ANYWHERE, code="missing-hardware")
 
-    def of(self, layer: str, shape: tuple[int, int], kind: torch.dtype) -> Backend:
-        """The backend of a layer; SqatError if the one asked for cannot take its weight."""
-        reasons = []
+    def choose(self, layer: str, shape: tuple[int, int], dtype: torch.dtype) -> Backend:
+        """Choose the first backend that can take a layer's weight.
+
+        Raises:
+            SqatError: none can.
+        """
+        problems = []
         for backend in self.backends:
-            reason = backend.refuses(shape, kind)
-            if not reason:
+            problem = backend.weight_problem(shape, dtype)
+            if not problem:
                 return backend
-            reasons.append(reason)
-        raise SqatError(f"{layer} cannot be run: {reasons[0]}", f"backend {AUTO} runs such layers otherwise")
+            problems.append(problem)
+        raise SqatError(f"{layer} cannot be run: {problems[0]}", f"backend {AUTO} runs such layers by another backend",
+                        code="unsupported-model")  # fmt: skip
 
 
 AUTO = "auto"

@@ -1,13 +1,8 @@
-"""A linear layer whose weight is packed 2:4, and how it goes into a model and out again.
+"""A linear layer with a packed 2:4 weight, and how it goes into a model and out again. Inference only.
 
-An int8 layer quantizes its input as the fake quantizer it was trained with does (times 1 / scale, ties to even,
-clamped to [-128,127]), multiplies integers and scales the sums by scale_x * scale_w[n]: the integers are those of the
-trained model, and what differs is how floats are rounded afterwards. A 16-bit layer rounds its input, its bias and
-its result to its type, as tensor cores do. Results come back in the type of the input.
-
-Inference only: nothing has a gradient. NaN in an int8 layer's input becomes some integer, as in any int8 kernel.
-
-Shapes: T tokens (all leading dimensions), K inputs, N outputs.
+An int8 layer quantizes its input as its fake quantizer did, multiplies integers, and scales the sums by
+scale_x * scale_w[n]. A 16-bit layer rounds input, bias and result to its type. T tokens (all leading dimensions), K
+inputs, N outputs.
 """
 
 from __future__ import annotations
@@ -26,18 +21,18 @@ from sqat.torch_sparse.backends import Backend, Epilogue, Operand
 from sqat.torch_sparse.plans import Plan, PlanKey, padded_tokens
 
 
-class Prepared(NamedTuple):
-    """What a layer needs on its device beside the input, made at the first product."""
+class Operands(NamedTuple):
+    """What a layer multiplies and adds on its device, computed at the first product."""
 
-    operand: Operand
+    weight: Operand
     alpha: Tensor | None
     bias: Tensor | None
 
 
 class SparseLinear(nn.Module):
-    """y = x W^T + b with a packed W; a plan per 16 tokens, the input padded to it and the result cut.
+    """Computes y = x W^T + b with a packed W; tokens are padded to the plan's size.
 
-    Moving the module moves its tensors and never casts them: `half()` must round neither scales nor values.
+    Moving the module never casts its tensors: `half()` must round neither scales nor values.
 
     Args:
         weight: of int8, float16 or bfloat16, [N,K].
@@ -46,7 +41,7 @@ class SparseLinear(nn.Module):
         bias: [N] float, or None.
 
     Raises:
-        ValueError: parts that do not fit each other.
+        ValueError: the parts do not fit each other.
     """
 
     values: Tensor
@@ -65,7 +60,7 @@ class SparseLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         if (weight.values.dtype == torch.int8) != (scales is not None):
-            raise ValueError(f"a weight of {weight.values.dtype} goes {'without' if scales else 'with'} scales")
+            raise ValueError(f"a weight of {weight.values.dtype} needs {'no' if scales else 'both'} scales")
         for name, tensor in (("bias", bias), ("weight scale", scales.weight if scales else None)):
             if tensor is not None and tensor.shape != (self.out_features,):
                 raise ValueError(f"the {name} {list(tensor.shape)} does not fit {self.out_features} outputs")
@@ -76,8 +71,8 @@ class SparseLinear(nn.Module):
         self.register_buffer("input_scale", None if scales is None else scales.input)
         self.register_buffer("weight_scale", None if scales is None else scales.weight)
         self.register_buffer("bias", None if bias is None else bias.detach())
-        self.prepared: Prepared | None = None
-        self.register_load_state_dict_post_hook(forget)  # type: ignore[no-untyped-call]
+        self.operands: Operands | None = None
+        self.register_load_state_dict_post_hook(drop_operands)  # type: ignore[no-untyped-call]
 
     @property
     def packed(self) -> SemiStructured:
@@ -85,52 +80,53 @@ class SparseLinear(nn.Module):
         return SemiStructured(self.values, self.metadata, self.order)
 
     def dense(self) -> Tensor:
-        """The weight [N,K] the layer computes with, float32."""
+        """Unpack the weight [N,K] to float32."""
         weight = unpack(self.packed).float()
         return weight if self.weight_scale is None else weight * self.weight_scale[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [...,K] of any float type to [...,N] of that type."""
+        """Compute [...,N] from x [...,K], in the float type of x."""
         return self.multiply(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def multiply(self, x: Tensor) -> Tensor:
-        """[T,K] to [T,N]."""
+        """Compute [T,N] from x [T,K]."""
         tokens = len(x)
         if not tokens:
             return x.new_empty(0, self.out_features)
-        parts = self.prepared = self.prepared or self.prepare()
-        taken = x.to(self.values.dtype) if self.input_scale is None else quantize(x, self.input_scale)
+        operands = self.operands = self.operands or self.prepare()
+        padded = x.to(self.values.dtype) if self.input_scale is None else quantize(x, self.input_scale)
         if missing := padded_tokens(tokens) - tokens:
-            taken = pad(taken, (0, 0, 0, missing))
-        epilogue = self.epilogue(parts, x.dtype)
-        key = PlanKey(self.out_features, self.in_features, len(taken), taken.dtype, epilogue.given, epilogue.name,
+            padded = pad(padded, (0, 0, 0, missing))
+        epilogue = self.epilogue(operands, x.dtype)
+        key = PlanKey(self.out_features, self.in_features, len(padded), padded.dtype, epilogue.dtype, epilogue.name,
                       str(x.device))  # fmt: skip
 
         def make(key: PlanKey) -> Plan:
-            return self.backend.plan(key, parts.operand, taken, epilogue)
+            return self.backend.plan(key, operands.weight, padded, epilogue)
 
-        product = self.backend.multiply(self.backend.plans.get(key, make), parts.operand, taken, epilogue)[:tokens]
-        if epilogue.name == "none" and parts.alpha is not None:
-            product = product * parts.alpha  # int32 times float32 is float32
-        if epilogue.name != "bias" and parts.bias is not None:
-            product += parts.bias
+        plan = self.backend.plans.get(key, make)
+        product = self.backend.multiply(plan, operands.weight, padded, epilogue)[:tokens]
+        if epilogue.name == "none" and operands.alpha is not None:
+            product = product * operands.alpha  # int32 times float32 is float32
+        if epilogue.name != "bias" and operands.bias is not None:
+            product += operands.bias
         return product.to(x.dtype)
 
-    def prepare(self) -> Prepared:
-        """The operand of the backend, alpha = scale_x * scale_w [N], and the bias: float32, or of a 16-bit weight."""
-        operand = self.backend.prepare(self.packed)
+    def prepare(self) -> Operands:
+        """Compute the weight of the backend, alpha = scale_x * scale_w [N], and the bias: float32 or 16-bit."""
+        weight = self.backend.prepare(self.packed)
         if self.input_scale is None or self.weight_scale is None:
-            return Prepared(operand, None, None if self.bias is None else self.bias.to(self.values.dtype))
+            return Operands(weight, None, None if self.bias is None else self.bias.to(self.values.dtype))
         bias = None if self.bias is None else self.bias.float()
-        return Prepared(operand, self.input_scale * self.weight_scale, bias)
+        return Operands(weight, self.input_scale * self.weight_scale, bias)
 
-    def epilogue(self, parts: Prepared, wanted: torch.dtype) -> Epilogue:
-        """What the kernel does itself."""
+    def epilogue(self, operands: Operands, dtype: torch.dtype) -> Epilogue:
+        """Choose what the kernel does itself for a result of a type."""
         if self.input_scale is None:
-            return Epilogue("none" if parts.bias is None else "bias", self.values.dtype, bias=parts.bias)
-        if wanted in self.backend.scales_to:
-            return Epilogue("scale", wanted, alpha=parts.alpha)
+            return Epilogue("none" if operands.bias is None else "bias", self.values.dtype, bias=operands.bias)
+        if dtype in self.backend.scales_to:
+            return Epilogue("scale", dtype, alpha=operands.alpha)
         return Epilogue("none", torch.int32)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
@@ -138,41 +134,41 @@ class SparseLinear(nn.Module):
             if tensor is not None:
                 moved = fn(tensor)
                 self._buffers[name] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-        self.prepared = None
+        self.operands = None
         return self
 
     def extra_repr(self) -> str:
-        kind = str(self.values.dtype).removeprefix("torch.")
-        return f"{self.in_features}, {self.out_features}, {kind}, backend={self.backend.name}"
+        dtype = str(self.values.dtype).removeprefix("torch.")
+        return f"{self.in_features}, {self.out_features}, {dtype}, backend={self.backend.name}"
 
 
-def forget(module: nn.Module, incompatible: Any) -> None:
-    """Drop what was prepared from tensors that were replaced."""
+def drop_operands(module: nn.Module, incompatible: Any) -> None:
+    """Drop the operands of tensors that were replaced."""
     assert isinstance(module, SparseLinear)
-    module.prepared = None
+    module.operands = None
 
 
 def quantize(x: Tensor, scale: Tensor) -> Tensor:
-    """The integers that `fake_quantize` rounds to, int8, for scale = amax / 127."""
-    computed = x.to(torch.promote_types(x.dtype, torch.float32)) * (1 / scale)
-    return computed.round_().clamp_(ACTIVATION_LOW, HIGH).to(torch.int8)
+    """Round to the int8 integers of `fake_quantize`, for scale = amax / 127; NaN becomes some integer."""
+    scaled = x.to(torch.promote_types(x.dtype, torch.float32)) * (1 / scale)
+    return scaled.round_().clamp_(ACTIVATION_LOW, HIGH).to(torch.int8)
 
 
 def insert_sparse_(model: nn.Module, layers: Mapping[str, SparseLinear]) -> None:
-    """Put sparse linears in the place of the model's layers of these names."""
+    """Replace the layers of these names by sparse linears."""
     for name, layer in layers.items():
         replace_(model, name, layer.train(model.get_submodule(name).training))
 
 
 def remove_sparse_(model: nn.Module, names: Iterable[str]) -> None:
-    """Put plain linears in the place of sparse ones: the same weights, on their grid, and inputs no longer rounded."""
+    """Replace sparse linears by plain ones with the same weights; inputs are rounded no more."""
     for name in names:
         sparse = model.get_submodule(name)
         if not isinstance(sparse, SparseLinear):
             raise TypeError(f"{name} is a {type(sparse).__name__}, not a SparseLinear")
-        kind = next((p.dtype for p in model.parameters()), torch.float32)
+        dtype = next((p.dtype for p in model.parameters()), torch.float32)
         weight = sparse.dense()
-        plain = nn.Linear(sparse.in_features, sparse.out_features, sparse.bias is not None, weight.device, kind)
+        plain = nn.Linear(sparse.in_features, sparse.out_features, sparse.bias is not None, weight.device, dtype)
         with torch.no_grad():
             plain.weight.copy_(weight)
             if sparse.bias is not None:

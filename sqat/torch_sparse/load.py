@@ -1,13 +1,7 @@
-"""Putting a packed folder into a transformers model, and taking it out again.
+"""Load a packed folder into a transformers model, and undo it.
 
-What a user gets by default is the model that was trained and measured: packed layers run sparse, and the activation
-sites that no packed layer quantizes itself (attention products, residual adds and outputs of the placements tensorrt*,
-inputs of layers that had to stay dense) keep their fake quantizers. Those cost time and save none in torch; with
-``sites="linears"`` only inputs of linears are rounded, which is faster and nearer to the float model, but is not
-what was measured.
-
-With taps at attention products or adds, one model serves one thread at a time; without them, several may share it.
-Left out: moving a loaded model to another kind of device, where another backend may be the right one: load it there.
+By default the model computes what was trained and measured: activation sites that no packed layer quantizes itself keep
+their fake quantizers, at some cost. With hooks at attention products or adds, one model serves one thread at a time.
 """
 
 from __future__ import annotations
@@ -28,21 +22,21 @@ from sqat.models.layer_selection import encoder_blocks
 from sqat.models.loading import assemble, load_weights
 from sqat.modules.activation_quantizers import Insertion, Quantizers, insert_quantizers_, remove_quantizers_
 from sqat.modules.sites import PRODUCT_ROLES, Site
-from sqat.torch_sparse.backends import AUTO, Backend, Choice
+from sqat.torch_sparse.backends import AUTO, Backend, BackendChooser
 from sqat.torch_sparse.linear import SparseLinear, insert_sparse_, remove_sparse_
 from sqat.torch_sparse.plans import PlanStatistics
 
-Kept = Literal["all", "linears"]
+KeptSites = Literal["all", "linears"]
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadResult:
     """What `load_sparse_` did to a model.
 
     Attributes:
         backends: packed layer -> the backend that runs it.
-        dense: linears that are not packed -> why.
-        unusable: backend -> why ``auto`` could not use it on the model's device.
+        dense: linear that is not packed -> the reason.
+        unusable: backend -> why ``auto`` cannot use it on the model's device.
     """
 
     backends: dict[str, Backend]
@@ -53,7 +47,7 @@ class Loaded:
 
     @property
     def plans(self) -> dict[str, PlanStatistics]:
-        """Statistics of the plan cache of each backend in use."""
+        """Statistics of each backend's plan cache."""
         return {backend.name: backend.plans.statistics for backend in self.backends.values()}
 
 
@@ -62,14 +56,15 @@ def load_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     backend: str = AUTO,
-    sites: Kept = "all",
+    sites: KeptSites = "all",
 ) -> tuple[nn.Module, Processor]:
-    """Model (eval mode) and processor of a folder.
+    """Load model (in eval mode) and processor from a folder.
 
     Args:
-        device: where it will run; None takes a GPU where torch sees one.
+        device: where the model runs; None takes a GPU if torch sees one.
         dtype: of all that is not packed; sparse kernels are fastest between layers of float16 or bfloat16.
-        backend, sites: as `load_sparse_` takes them.
+        backend: see `load_sparse_`.
+        sites: see `load_sparse_`.
 
     Raises:
         SqatError: as `load_sparse_`.
@@ -81,82 +76,85 @@ def load_model(
     return model, processor
 
 
-def load_sparse_(model: nn.Module, folder: Path | str, backend: str = AUTO, sites: Kept = "all") -> Loaded:
-    """Fill a model from the folder of the target torch-semi-structured, its pruned linears becoming sparse ones.
+def load_sparse_(model: nn.Module, folder: Path | str, backend: str = AUTO, sites: KeptSites = "all") -> LoadResult:
+    """Load a folder of target torch-semi-structured into a model; its pruned linears become sparse ones.
 
     Args:
-        model: built from the folder's config, on the device and of the type that it will run in; all its weights
-            are replaced.
+        model: built from the folder's config, on the device and in the type that it runs in; all its weights are
+            replaced. To run on another kind of device, load it there.
         backend: ``cusparselt``, ``cutlass``, ``reference``, or ``auto``: for each layer the first that can run it.
-        sites: ``all`` activation sites are rounded as in training, or just the inputs of ``linears``.
+        sites: round ``all`` activation sites as in training, or only the inputs of ``linears``, which is faster.
 
     Returns:
-        What was done, which `densify_` undoes.
+        What `densify_` needs to undo it.
 
     Raises:
-        SqatError: a folder that is damaged or not this model's, or a backend that cannot run here; the model's
-            layers are then as they were.
+        SqatError: the folder is damaged or not this model's, or the backend cannot run here. The model's layers stay.
     """
     return insert_packed_(model, read_folder(Path(folder)), backend, sites)
 
 
-def insert_packed_(model: nn.Module, packed: Packed, backend: str = AUTO, sites: Kept = "all") -> Loaded:
-    """Do as `load_sparse_` with a folder that is in memory."""
+def insert_packed_(model: nn.Module, packed: Packed, backend: str = AUTO, sites: KeptSites = "all") -> LoadResult:
+    """Do what `load_sparse_` does with a folder that is read already."""
     plain = {name: plain_linear(model, name, layer.shape, packed.place) for name, layer in packed.layers.items()}
-    choice = Choice(backend, next(model.parameters()).device)
-    backends = {name: choice.of(name, layer.shape, TYPES[layer.type]) for name, layer in packed.manifest.layers.items()}
+    chooser = BackendChooser(backend, next(model.parameters()).device)
+    described = packed.manifest.layers.items()
+    backends = {name: chooser.choose(name, layer.shape, TYPES[layer.type]) for name, layer in described}
     blocks = encoder_blocks(model)
-    kept = {
-        site: leader for site, leader in packed.manifest.sites.items() if sites == "all" or Site(site).role == "input"
-    }
+    kept = {site: shared_with for site, shared_with in packed.manifest.sites.items()
+            if sites == "all" or Site(site).role == "input"}  # fmt: skip
     load_weights(model, packed.dense | {f"{name}.weight": layer.weight for name, layer in plain.items()}, packed.place)
     attention = switch_attention_(model, kept)
     insert_sparse_(model, {name: sparse_linear(packed, name, plain[name], backends[name]) for name in plain})
-    insertion = insert_taps_(model, packed, kept, blocks)
-    return Loaded(backends, packed.manifest.dense, choice.unusable, insertion, attention)
+    insertion = insert_site_quantizers_(model, packed, kept, blocks)
+    return LoadResult(backends, packed.manifest.dense, chooser.unusable, insertion, attention)
 
 
-def densify_(model: nn.Module, loaded: Loaded) -> None:
-    """Take sparse linears and fake quantizers out: a plain model with the weights as they were served."""
-    if loaded.insertion is not None:
-        remove_quantizers_(model, loaded.insertion)
-    remove_sparse_(model, loaded.backends)
-    if loaded.attention is not None:
-        use_attention(model, loaded.attention)
+def densify_(model: nn.Module, result: LoadResult) -> None:
+    """Replace sparse linears by plain ones with the same weights, and remove fake quantizers."""
+    if result.insertion is not None:
+        remove_quantizers_(model, result.insertion)
+    remove_sparse_(model, result.backends)
+    if result.attention is not None:
+        use_attention(model, result.attention)
 
 
 def plain_linear(model: nn.Module, name: str, shape: tuple[int, int], place: str) -> nn.Linear:
-    """The model's linear of a packed layer."""
+    """Get the model's linear of a packed layer."""
     try:
         module = model.get_submodule(name)
     except AttributeError as error:
-        raise SqatError(f"the model has no layer {name}", "build it from the folder's config.json", place) from error
+        raise SqatError(f"the model has no layer {name}", "build it from the folder's config.json", place,
+                        code="model-mismatch") from error  # fmt: skip
     if isinstance(module, SparseLinear):
-        raise SqatError(f"{name} is sparse already", "build the model anew, or densify_ it first", place)
+        raise SqatError(f"{name} is sparse already", "build the model again, or densify_ it first", place,
+                        code="model-mismatch")  # fmt: skip
     if not isinstance(module, nn.Linear) or tuple(module.weight.shape) != shape:
         got = list(module.weight.shape) if isinstance(module, nn.Linear) else type(module).__name__
         raise SqatError(f"{name} is {got} in the model, {list(shape)} in the folder",
-                        "build it from the folder's config.json", place)  # fmt: skip
+                        "build it from the folder's config.json", place, code="model-mismatch")  # fmt: skip
     return module
 
 
 def sparse_linear(packed: Packed, name: str, plain: nn.Linear, backend: Backend) -> SparseLinear:
-    """The sparse form of a layer, with the bias that was loaded into the plain one."""
+    """Make the sparse form of a layer with the folder's bias."""
     bias = packed.dense.get(f"{name}.bias")
     return SparseLinear(packed.layers[name], backend, packed.scales.get(name), bias).to(plain.weight.device)
 
 
 def switch_attention_(model: nn.Module, sites: Mapping[str, str]) -> str | None:
-    """Make attention products reachable where sites are there; returns the implementation that was in use."""
+    """Hook the attention products if they are sites; return the attention implementation that was in use."""
     if not any(Site(site).role in PRODUCT_ROLES for site in sites):
         return None
     before = current_attention(model)
     return before if use_hooked_attention(model) else None
 
 
-def insert_taps_(model: nn.Module, packed: Packed, sites: Mapping[str, str], blocks: list[str]) -> Insertion | None:
-    """Fake quantizers at the sites; None where there are none."""
+def insert_site_quantizers_(
+    model: nn.Module, packed: Packed, sites: Mapping[str, str], blocks: list[str]
+) -> Insertion | None:
+    """Insert fake quantizers at the sites; return None where there are none."""
     if not sites:
         return None
-    amax: dict[str, Tensor] = {leader: packed.amax[leader] for leader in dict.fromkeys(sites.values())}
+    amax: dict[str, Tensor] = {site: packed.amax[site] for site in dict.fromkeys(sites.values())}
     return insert_quantizers_(model, Quantizers(amax, sites), blocks)

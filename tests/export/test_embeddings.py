@@ -151,20 +151,23 @@ def test_two_lookups_share_what_is_stored_and_may_be_outputs(form: TableForm, wi
     graph("logits = Gather(table, ids)", width=12),
 ], ids=["read by something else", "columns", "narrow"])  # fmt: skip
 def test_what_is_no_table_stays_and_is_told(model: ModelProto) -> None:
-    with pytest.raises(SqatError, match=r"^the model looks up no embedding table; leave embeddings at fp32$"):
+    with pytest.raises(SqatError) as error:
         store_embeddings(model, "int8")
+    assert error.value.code == "unsupported-model"
     assert stored_tables(model, "int8") == {}
 
 
 def test_images_have_no_table(vit: ImageFamily) -> None:
-    with pytest.raises(SqatError, match="looks up no embedding table"):
+    with pytest.raises(SqatError) as error:
         store_embeddings(vit.graph, "fp16")
+    assert error.value.code == "unsupported-model"
 
 
 def test_what_is_stored_already_is_not_stored_again(bert: Family) -> None:
     model = store_embeddings(bert.graph, "int8")
-    with pytest.raises(SqatError, match="looks up no embedding table"):
+    with pytest.raises(SqatError) as error:
         store_embeddings(model, "int8")
+    assert error.value.code == "unsupported-model"
 
 
 def test_stored_tables_are_the_parameters(bert: Family) -> None:

@@ -282,8 +282,9 @@ def test_a_weight_beyond_half_is_named(value: float) -> None:
     weight = np.eye(4, dtype=np.float32)
     weight[1, 2] = value
     model = parsed(LOOKUP + "logits = MatMul(x, w)", "int64[N] ids", table=np.eye(4, dtype=np.float32), w=weight)
-    with pytest.raises(SqatError, match=r"^w holds .*, float16 ends at 65504; export it in float32$"):
+    with pytest.raises(SqatError) as error:
         to_float16(model)
+    assert error.value.code == "unsupported-model"
 
 
 def test_negative_weights_that_vanish_become_positive_zeros() -> None:

@@ -118,8 +118,9 @@ def test_data_that_is_gone_or_short_is_told(bert: Family, tmp_path: Path) -> Non
         data.unlink()
         if broken is not None:
             data.write_bytes(broken)
-        with pytest.raises(SqatError, match="its external data cannot be read") as caught:
+        with pytest.raises(SqatError) as caught:
             read_onnx(path)
+        assert caught.value.code == "unreadable-file"
         assert caught.value.place == str(path)
         assert "\n" not in str(caught.value)
         data.write_bytes(content)

@@ -252,21 +252,25 @@ def test_a_layer_that_runs_twice_is_quantized_twice() -> None:
 ])  # fmt: skip
 def test_a_site_that_is_not_in_the_graph_is_named(bert: Family, site: str) -> None:
     quantization = bert.quantization()
-    with pytest.raises(SqatError, match=f"^1 quantized layers or sites are not in the graph: {site}; "):
+    with pytest.raises(SqatError) as error:
         insert_qdq(bert.graph, QuantizedModel(quantization.weights, {**quantization.amax, site: 1.0}))
+    assert error.value.code == "model-mismatch"
 
 
 def test_a_layer_that_is_not_in_the_graph_is_named(bert: Family) -> None:
     layers = {"bert.no.such.layer": bert.weights[QUERY]}
-    with pytest.raises(SqatError, match=r"not in the graph: bert[.]no[.]such[.]layer"):
+    with pytest.raises(SqatError) as error:
         insert_qdq(bert.graph, QuantizedModel(layers, {}))
+    assert error.value.code == "model-mismatch"
 
 
 def test_a_layer_quantized_on_one_side_only_is_named(bert: Family) -> None:
-    with pytest.raises(SqatError, match=f"layer {QUERY} needs both an int8 weight and an input bound"):
+    with pytest.raises(SqatError) as error:
         insert_qdq(bert.graph, QuantizedModel({QUERY: bert.weights[QUERY]}, {}))
-    with pytest.raises(SqatError, match=f"layer {QUERY} needs both an int8 weight and an input bound"):
+    assert error.value.code == "model-mismatch"
+    with pytest.raises(SqatError) as error:
         insert_qdq(bert.graph, QuantizedModel({}, {f"{QUERY}:input": 1.0}))
+    assert error.value.code == "model-mismatch"
 
 
 @pytest.mark.parametrize("amax", [0.0, -1.0, float("inf"), float("nan")])

@@ -126,7 +126,8 @@ def test_parity_is_the_largest_difference_and_nan_is_no_agreement() -> None:
 def test_a_file_that_is_no_model(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(b"not a model")
-    with pytest.raises(SqatError, match="ONNX Runtime cannot load the model: ") as caught:
+    with pytest.raises(SqatError) as caught:
         session(path)
+    assert caught.value.code == "invalid-onnx"
     assert caught.value.place == str(path)
     assert "\n" not in str(caught.value)

@@ -153,12 +153,14 @@ def test_a_float_layer_and_a_false_claim_are_errors(project: Project) -> None:
     model, _ = build(checkpoint)
     layer = "bert.encoder.layer.1.output.dense"
     weights = {name: pair for name, pair in quantize_model(checkpoint).weights.items() if name != layer}
-    with pytest.raises(SqatError, match=rf"every linear of the layers in int8, and {layer} is float; calibrate with"):
+    with pytest.raises(SqatError) as error:
         read_encoder(model, QuantizedModel(weights, {}))
+    assert error.value.code == "unsupported-model"
     claimed = dict(checkpoint.manifest.layers) | {layer: LayerRecord(pattern="1:4", quantized=True)}
     known = checkpoint.manifest.model_copy(update={"layers": claimed})
-    with pytest.raises(SqatError, match=rf"break rule B6: {layer}.weight is said to be 1:4"):
+    with pytest.raises(SqatError) as error:
         encoder_of(source_of(replace(checkpoint, manifest=known)))
+    assert error.value.code == "broken-rule"
 
 
 @pytest.mark.parametrize(("family", "settings", "part"), [
@@ -178,16 +180,18 @@ def test_a_model_that_the_kernels_do_not_compute_is_one_line(
 
 
 def test_a_model_of_plain_modules_is_one_line() -> None:
-    with pytest.raises(SqatError, match="this model is of type Sequential"):
+    with pytest.raises(SqatError) as error:
         check_encoder(nn.Sequential(nn.Linear(16, 16)))
+    assert error.value.code == "unsupported-model"
 
 
 def test_calibrate_refuses_a_model_that_could_not_be_served(project: Project, tmp_path: Path) -> None:
     other = write_project(tmp_path / "modern", "modernbert", placement="cpu")
     head = other.recipe.read_text().partition("stages:")[0]
     other.recipe.write_text(f"{head}stages:\n  calibrate: {{placement: cpu, samples: 16}}\n")
-    with pytest.raises(SqatError, match="this model is of type modernbert"):
+    with pytest.raises(SqatError) as error:
         run_stage(load_recipe(other.recipe), "calibrate", Recorder())
+    assert error.value.code == "unsupported-model"
 
 
 def test_inspect_tells_where_to_look(project: Project, capfd: pytest.CaptureFixture[str]) -> None:
@@ -204,5 +208,6 @@ def test_a_damaged_file_is_one_line(project: Project, tmp_path: Path) -> None:
     content = (project.stage("export") / path.name).read_bytes()
     path.write_bytes(content[: len(content) // 2])
     assert not names.file_needs_kernels(path)
-    with pytest.raises(SqatError, match="ONNX Runtime cannot load the model"):
+    with pytest.raises(SqatError) as error:
         open_onnx(path)
+    assert error.value.code == "invalid-onnx"

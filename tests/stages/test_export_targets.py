@@ -124,8 +124,9 @@ def test_a_wrong_packed_weight_misses_parity(project: Project, monkeypatch: pyte
 
 
 def test_tensorrt_asks_for_its_profile(project: Project, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SqatError, match="target tensorrt needs activation placement tensorrt or tensorrt-full"):
+    with pytest.raises(SqatError) as error:
         exported(project, "stages.export.targets=[tensorrt]", "stages.calibrate.placement=linear")
+    assert error.value.code == "unsupported-target"
     other = write_project(project.folder / "linear")
     run(load_recipe(other.recipe, QUICK), Recorder(), last="calibrate")
     code = main(["export", str(project.recipe), "--target", "tensorrt", "--from", str(other.stage("calibrate")),
@@ -183,5 +184,6 @@ def test_a_damaged_compressed_folder_is_one_line(project: Project, everything: P
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["format"] = "pack-quantized"
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SqatError, match=r"the compressed-tensors folder breaks rule C22: .*; export it again$"):
+    with pytest.raises(SqatError) as error:
         evaluate(load_recipe(project.recipe, QUICK), folder, "dev", Recorder())
+    assert error.value.code == "broken-rule"

@@ -63,7 +63,7 @@ def test_the_one_unused_longest_goes(capacity: int, asked: list[int]) -> None:
 
 def test_keys_differ_in_every_entry() -> None:
     first = key(16)
-    changes = {"outputs": 1, "inputs": 1, "tokens": 32, "taken": torch.half, "given": torch.half}
+    changes = {"outputs": 1, "inputs": 1, "tokens": 32, "input_dtype": torch.half, "output_dtype": torch.half}
     changes |= {"epilogue": "scale", "device": "cuda:1"}
     others = [first._replace(**{name: value}) for name, value in changes.items()]
     assert set(changes) == set(PlanKey._fields)

@@ -147,7 +147,7 @@ class ScalesItself(Reference):
     def multiply(self, plan: Plan, operand: Operand, x: Tensor, epilogue: Epilogue) -> Tensor:
         self.asked.append(epilogue)
         sums = super().multiply(plan, operand, x, epilogue)
-        return sums if epilogue.alpha is None else (sums * epilogue.alpha).to(epilogue.given)
+        return sums if epilogue.alpha is None else (sums * epilogue.alpha).to(epilogue.dtype)
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_a_backend_that_scales_itself_gets_alpha_and_the_bias_comes_after(
     x = torch.randn(20, 64).to(kind)
     y = int8_layer(linear, backend=scaling)(x)
     asked = scaling.asked[0]
-    assert (asked.name, asked.given, asked.bias) == ("scale", kind, None)
+    assert (asked.name, asked.dtype, asked.bias) == ("scale", kind, None)
     assert torch.equal(asked.alpha, AMAX / 127 * quantize_weight(linear.weight)[1])
     assert y.dtype == kind
     eps = torch.finfo(kind).eps
@@ -194,7 +194,7 @@ def test_casting_a_model_moves_a_layer_but_rounds_nothing() -> None:
         assert (sparse.values.dtype, sparse.weight_scale.dtype) == (torch.int8, torch.float32)
         assert torch.equal(sparse(x), wanted)
     assert sparse.to("meta").values.is_meta
-    assert sparse.prepared is None, "made for the device it was on"
+    assert sparse.operands is None, "made for the device it was on"
 
 
 def test_copies_and_state_dicts_compute_the_same() -> None:
@@ -247,9 +247,9 @@ def test_it_goes_into_a_model_and_out_again() -> None:
 def test_parts_that_do_not_fit_are_refused() -> None:
     linear = plain_layer()
     integers, scale = quantize_weight(linear.weight)
-    with pytest.raises(ValueError, match=r"weight of torch.int8 goes with scales"):
+    with pytest.raises(ValueError, match=r"weight of torch.int8 needs both scales"):
         SparseLinear(pack(integers), Reference())
-    with pytest.raises(ValueError, match=r"weight of torch.float16 goes without scales"):
+    with pytest.raises(ValueError, match=r"weight of torch.float16 needs no scales"):
         SparseLinear(pack(linear.weight.half()), Reference(), Scales(AMAX, scale))
     with pytest.raises(ValueError, match=r"the bias \[64\] does not fit 96 outputs"):
         SparseLinear(pack(integers), Reference(), Scales(AMAX, scale), torch.zeros(64))
