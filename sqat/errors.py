@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 ErrorCode = Literal[
-    "unclassified",
     "usage",  # an option or an argument is wrong, or two exclude each other
     "unknown-name",  # a name is not one of the allowed names
     "missing-file",  # a path does not exist
@@ -57,7 +56,7 @@ class SqatError(Exception):
 
     exit_code = 2
 
-    def __init__(self, problem: str, hint: str = "", place: str = "", *, code: ErrorCode = "unclassified") -> None:
+    def __init__(self, problem: str, hint: str = "", place: str = "", *, code: ErrorCode) -> None:
         super().__init__(problem)
         self.problem = escape_control(problem)
         self.hint = escape_control(hint)

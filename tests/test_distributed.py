@@ -153,7 +153,7 @@ def test_only_a_broken_connection_to_another_rank_is_a_lost_process(monkeypatch:
     with pytest.raises(RuntimeError, match="Connection closed by peer"), raise_on_lost_peer():
         raise broken  # this run has one rank
     with pytest.raises(SqatError, match="of the user"), raise_on_lost_peer():
-        raise SqatError("of the user")
+        raise SqatError("of the user", code="usage")
     monkeypatch.setattr("sqat.distributed.process_state", lambda: SimpleNamespace(num_processes=2))
     with pytest.raises(SqatError) as error, raise_on_lost_peer():
         raise broken

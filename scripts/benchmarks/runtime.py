@@ -265,13 +265,17 @@ def size_of(path: Path) -> Size:
     try:
         graph = onnx.load(path, format="protobuf").graph
     except (OSError, DecodeError) as error:
-        raise SqatError("cannot be read as ONNX", "name a file of target cpu-sparse", str(path)) from error
+        raise SqatError(
+            "cannot be read as ONNX", "name a file of target cpu-sparse", str(path), code="unreadable-file"
+        ) from error
     dims = {each.name: each.dims for each in graph.initializer}
     for node in graph.node:
         if node.op_type in POSITIONS:
             word, position = dims[node.input[3]], dims[node.input[POSITIONS[node.op_type]]]
             return Size(word[0], position[0], word[1])
-    raise SqatError("has no embeddings of sqat's", "name a file of target cpu-sparse", str(path))
+    raise SqatError(
+        "has no embeddings of sqat's", "name a file of target cpu-sparse", str(path), code="unreadable-file"
+    )
 
 
 def quantize_dynamically(path: Path, folder: Path) -> Path:
@@ -335,19 +339,21 @@ def read_rows(path: Path) -> list[Row]:
     try:
         return [Row(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError) as error:
-        raise SqatError("holds no rows of this benchmark", "name what --json wrote", str(path)) from error
+        raise SqatError(
+            "holds no rows of this benchmark", "name what --json wrote", str(path), code="unreadable-file"
+        ) from error
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure with each number of threads."""
     for path in (arguments.float32, arguments.int8):
         if path is not None and not path.is_file():
-            raise SqatError("there is no such file", place=str(path))
+            raise SqatError("there is no such file", place=str(path), code="missing-file")
     runtime.instruction_set()
     size, longest = size_of(arguments.sparse), max(sequence for _, sequence in arguments.shapes)
     if longest > size.tokens:
         problem = f"--shapes asks for {longest} tokens, and the model has positions for {size.tokens}"
-        raise SqatError(problem, "leave the longer ones out", str(arguments.sparse))
+        raise SqatError(problem, "leave the longer ones out", str(arguments.sparse), code="usage")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         wanted = arguments.dynamic and arguments.float32

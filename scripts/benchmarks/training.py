@@ -173,7 +173,9 @@ def read_report(path: Path) -> Report:
         known = json.loads(path.read_text(encoding="utf-8"))
         return Report(**{**known, "rows": [Row(**row) for row in known["rows"]]})
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise SqatError("holds no rows of this benchmark", "name what --json wrote", str(path)) from error
+        raise SqatError(
+            "holds no rows of this benchmark", "name what --json wrote", str(path), code="unreadable-file"
+        ) from error
 
 
 def shape_of(text: str) -> tuple[int, int]:

@@ -96,7 +96,7 @@ def do_page(arguments: argparse.Namespace) -> int:
         results = collect_all(arguments.recipes, arguments.output, results)
         write(results, path)
     if results is None:
-        raise SqatError("no such file", "run without --render where the runs are", str(path))
+        raise SqatError("no such file", "run without --render where the runs are", str(path), code="missing-file")
     tries = read_tries(arguments.folder / "tried.jsonl")
     replace_file(arguments.folder / "RESULTS.md", render(results, tries).encode())
     for name, application in results.applications.items():

@@ -73,7 +73,12 @@ def collect_seed(loaded: LoadedRecipe) -> tuple[Seed, dict[str, str]]:
             rows[label] = Row(made_by=made_by, metrics=entry["metrics"], size_bytes=artifact_size(artifact),
                               packed_bytes=packed_bytes(node, artifact))  # fmt: skip
     if len(digests) > 1:
-        raise SqatError("rows were measured on different data", "run it once more", str(folder / RESULTS_FILE))
+        raise SqatError(
+            "rows were measured on different data",
+            "run it once more",
+            str(folder / RESULTS_FILE),
+            code="stale-checkpoint",
+        )
     found = {name: node.manifest for name, node in graph.nodes.items() if node.manifest is not None}
     stages = {name: Stage(kind=each.type, steps=each.steps, seconds=each.seconds) for name, each in found.items()}
     record = read(RunRecord, folder / RECORD)
@@ -161,7 +166,9 @@ def collect(runs: list[Run]) -> Application:
             reasons = [reason for reason in lacking.values() if reason != UNMEASURED]
             missing.append(f"seed {run.seed}: no row ({[*reasons, UNMEASURED][0]})")
     if len({seed.data_digest for seed in seeds.values()}) > 1:
-        raise SqatError("seeds were measured on different data", "run them once more", runs[0].recipe.name)
+        raise SqatError(
+            "seeds were measured on different data", "run them once more", runs[0].recipe.name, code="stale-checkpoint"
+        )
     labels = result_artifacts(resolve_graph(first))
     missing += [f"the recipe has no row {label!r}" for label in display.rows if label not in labels]
     known = {metric for seed in seeds.values() for row in seed.rows.values() for metric in row.metrics}

@@ -73,7 +73,9 @@ def run_one(run: Run, threads: int, again: bool = False) -> str:
     write(record.model_copy(update={"seconds": round(seconds, 1), "exit": done.returncode}), folder / RECORD)
     if done.returncode:
         lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise SqatError(lines[-1] if lines else f"exit code {done.returncode}", place=str(folder / LOG))
+        raise SqatError(
+            lines[-1] if lines else f"exit code {done.returncode}", place=str(folder / LOG), code="lost-process"
+        )
     return f"done in {seconds:.0f} s"
 
 
@@ -94,7 +96,7 @@ def locked(folder: Path) -> Iterator[int]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise SqatError("this seed is running in another process", place=str(folder)) from None
+            raise SqatError("this seed is running in another process", place=str(folder), code="locked") from None
         yield file.fileno()
 
 

@@ -215,7 +215,9 @@ def read(kind: type[Parsed], path: Path) -> Parsed | None:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise SqatError(f"{where}: {first['msg']}", "was it written by scripts/results?", str(path)) from None
+        raise SqatError(
+            f"{where}: {first['msg']}", "was it written by scripts/results?", str(path), code="unreadable-file"
+        ) from None
 
 
 def write(value: BaseModel, path: Path) -> None:

@@ -48,7 +48,9 @@ def measure(run: Run, rounds: int) -> str:
     loaded = run.load()
     files, left_out = files_of(loaded)
     if not files:
-        raise SqatError("no row of this seed is an ONNX file to time", "run the recipe", str(loaded.run_directory))
+        raise SqatError(
+            "no row of this seed is an ONNX file to time", "run the recipe", str(loaded.run_directory), code="no-rows"
+        )
     before = digests(loaded, files)
     cpu, load = describe_processor().name, os.getloadavg()[0]
     with pinned():
@@ -140,6 +142,7 @@ def draw(random: np.random.Generator, entry: Any, ids: int, batch: int, tokens: 
         raise SqatError(
             f"input {entry.name} has a dimension of tokens: {entry.shape}",
             "give the application's sizes in scripts/results/applications.py",
+            code="usage",
         )
     shape = [size if isinstance(size, int) else tokens or 1 for size in entry.shape]
     if entry.shape and not isinstance(entry.shape[0], int):

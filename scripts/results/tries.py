@@ -39,7 +39,7 @@ def parse_try(line: str, place: str) -> Try:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the line"
-        raise SqatError(f"{where}: {first['msg']}", place=place) from None
+        raise SqatError(f"{where}: {first['msg']}", place=place, code="unreadable-file") from None
 
 
 def add_try(entry: Try, path: Path) -> None:
@@ -64,7 +64,12 @@ def try_of(run: Path, recipe: Path, verdict: str, stage: str | None = None) -> T
     measured = [name for name, manifest in manifests.items() if manifest.metrics.get("dev")]
     name = stage or (measured[-1] if measured else "")
     if name not in measured:
-        raise SqatError(f"no stage {name!r} with figures on dev", f"stages: {', '.join(measured) or 'none'}", str(run))
+        raise SqatError(
+            f"no stage {name!r} with figures on dev",
+            f"stages: {', '.join(measured) or 'none'}",
+            str(run),
+            code="unknown-name",
+        )
     manifest = manifests[name]
     folder = next(path for path in stage_folders(run) if path.name[3:] == name)
     tried = load_recipe(folder / RECIPE, manifest.overrides).recipe
@@ -84,7 +89,12 @@ def stage_folders(run: Path) -> list[Path]:
     """Folders of a run's stages, in order."""
     found = sorted(path for path in run.glob("[0-9][0-9]-*") if path.is_dir())
     if not found:
-        raise SqatError("no finished stage is in the folder", "give a run's folder, such as runs/NAME", str(run))
+        raise SqatError(
+            "no finished stage is in the folder",
+            "give a run's folder, such as runs/NAME",
+            str(run),
+            code="not-a-checkpoint",
+        )
     return found
 
 

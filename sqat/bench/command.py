@@ -58,7 +58,7 @@ def effort_of(options: Options) -> Effort:
     }
     for flag, value in values.items():
         if not 0 < value < float("inf"):
-            raise SqatError(f"must be above 0, got {value:g}", place=flag)
+            raise SqatError(f"must be above 0, got {value:g}", place=flag, code="usage")
     return Effort(options.rounds, options.min_seconds, options.within / 100, options.max_seconds)
 
 

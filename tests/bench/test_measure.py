@@ -260,7 +260,7 @@ def test_memory_that_was_not_measured_says_why(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> int:
-        raise SqatError("its process ended with exit code -9")
+        raise SqatError("its process ended with exit code -9", code="lost-process")
 
     monkeypatch.setitem(measure.__kwdefaults__, "memory", refuse)
     write_classifier(tmp_path / "m.onnx")

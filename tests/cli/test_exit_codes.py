@@ -56,8 +56,8 @@ def test_a_mistake_is_one_line_and_code_2(
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (SqatError("bad row", "mend it", "train.jsonl:7"), 2, "error: train.jsonl:7: bad row; mend it\n"),
-        (GateError("parity lost", "", "export"), 3, "error: export: parity lost\n"),
+        (SqatError("bad row", "mend it", "train.jsonl:7", code="usage"), 2, "error: train.jsonl:7: bad row; mend it\n"),
+        (GateError("parity lost", "", "export", code="missed-gate"), 3, "error: export: parity lost\n"),
         (KeyboardInterrupt(), 130, "interrupted; run the same command again to resume from the last saved state\n"),
         (OSError(28, "No space left on device", "runs/r"), 2, "error: runs/r: No space left on device\n"),
         (ZeroDivisionError("oh\nno"), 1,
@@ -73,7 +73,7 @@ def test_every_end_has_its_code_and_line(
 
 
 def test_tracebacks_only_on_demand(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(pipeline, "run", raising(SqatError("bad")))
+    monkeypatch.setattr(pipeline, "run", raising(SqatError("bad", code="usage")))
     monkeypatch.setenv("SQAT_DEBUG", "1")
     code, _, err = call(capsys, "run", "r.yaml")
     assert code == 2

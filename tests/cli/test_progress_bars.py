@@ -109,7 +109,9 @@ def test_the_cursor_comes_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -
 def test_errors_are_one_line_in_a_file_and_wrapped_at_words_in_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    error = SqatError("unknown key 'x' [bold] in stages.train", "allowed: " + ", ".join(["epochs"] * 20), "r.yaml:7")
+    error = SqatError(
+        "unknown key 'x' [bold] in stages.train", "allowed: " + ", ".join(["epochs"] * 20), "r.yaml:7", code="usage"
+    )
     printing.print_error(error)
     assert capsys.readouterr().err == f"error: {error}\n"
     file = io.StringIO()

@@ -92,7 +92,7 @@ def test_a_missing_library_comes_with_how_to_build_it(monkeypatch: pytest.Monkey
 
 def test_an_instruction_set_that_is_none_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> str:
-        raise SqatError("SQAT_RUNTIME_ISA is mmx")
+        raise SqatError("SQAT_RUNTIME_ISA is mmx", code="usage")
 
     monkeypatch.setattr(runtime, "instruction_set", refuse)
     assert find_kernels() == Kernels(problem="SQAT_RUNTIME_ISA is mmx")

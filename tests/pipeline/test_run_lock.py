@@ -59,7 +59,7 @@ def test_a_second_run_is_told_the_holder_and_replaces_a_killed_one(tmp_path: Pat
     assert not list(runs.iterdir())
 
 
-@pytest.mark.parametrize("end", [SqatError("x"), KeyboardInterrupt()])
+@pytest.mark.parametrize("end", [SqatError("x", code="usage"), KeyboardInterrupt()])
 def test_it_is_released_however_the_run_ends(tmp_path: Path, end: BaseException, recorder: Any) -> None:
     def hold_twice() -> None:
         with run_lock(tmp_path, recorder):

@@ -252,7 +252,7 @@ def test_what_the_kernels_do_not_support() -> None:
 
 
 def no_library() -> Path:
-    raise SqatError("this installation of sqat has no compiled runtime")
+    raise SqatError("this installation of sqat has no compiled runtime", code="missing-package")
 
 
 def test_an_installation_without_the_library_works(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,8 +192,8 @@ def test_the_fuzzer_tells_what_is_no_line(tmp_path: Path) -> None:
 
         return read
 
-    assert fuzzing.outcome(fail(SqatError("a")), tmp_path) == "refused"
-    assert fuzzing.outcome(fail(GateError("a")), tmp_path).startswith("not one line")
+    assert fuzzing.outcome(fail(SqatError("a", code="usage")), tmp_path) == "refused"
+    assert fuzzing.outcome(fail(GateError("a", code="missed-gate")), tmp_path).startswith("not one line")
     assert fuzzing.outcome(fail(KeyError("k")), tmp_path) == "KeyError: 'k'"
 
 

@@ -112,7 +112,7 @@ def test_the_precision_beside_a_model_is_its_own(monkeypatch: pytest.MonkeyPatch
 
     def stop(*arguments: object, **options: object) -> None:
         calls.append({"shapes": arguments[2], **options})
-        raise SqatError("stop")
+        raise SqatError("stop", code="usage")
 
     machine(monkeypatch, "tensorrt_rtx")
     monkeypatch.setattr(command, "build_engine", stop)

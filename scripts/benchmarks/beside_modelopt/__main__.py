@@ -93,13 +93,23 @@ def begin(path: Path, budget: Budget, model: str) -> Comparison:
         return Comparison(budget=budget, model=model, versions=versions, machine=describe_processor().name)
     old = read(path)
     if old.model != model:
-        raise SqatError(f"the file has rows of {old.model}", "name another file, or that model", str(path))
+        raise SqatError(
+            f"the file has rows of {old.model}", "name another file, or that model", str(path), code="usage"
+        )
     if old.budget != budget:
         raise SqatError(
-            "the file has rows of another budget", "name another file, or the steps it was made with", str(path)
+            "the file has rows of another budget",
+            "name another file, or the steps it was made with",
+            str(path),
+            code="usage",
         )
     if old.versions != versions:
-        raise SqatError("the file has rows of other versions", "name another file, or install what it names", str(path))
+        raise SqatError(
+            "the file has rows of other versions",
+            "name another file, or install what it names",
+            str(path),
+            code="usage",
+        )
     return old
 
 

@@ -45,7 +45,11 @@ def chains(names: tuple[str, ...]) -> dict[str, Sparse]:
     if not wanted:
         return found
     if find_spec("modelopt") is None:
-        raise SqatError("NVIDIA Model Optimizer is not installed", "pip install nvidia-modelopt, or --chains sqat")
+        raise SqatError(
+            "NVIDIA Model Optimizer is not installed",
+            "pip install nvidia-modelopt, or --chains sqat",
+            code="missing-package",
+        )
     from scripts.benchmarks.beside_modelopt import theirs
 
     return found | {name: partial(theirs.sparse, mode) for name, mode in wanted.items()}
@@ -81,7 +85,9 @@ class Comparing:
         """
         known = self.record.data
         if changed := [name for name, digest in digests.items() if known.get(name, digest) != digest]:
-            raise SqatError(f"the file has rows of another {changed[0]}", "name another file", str(self.path))
+            raise SqatError(
+                f"the file has rows of another {changed[0]}", "name another file", str(self.path), code="usage"
+            )
         self.record = self.record.model_copy(update={"data": {**known, **digests}})
 
     def has(self, trial: Trial, name: str) -> bool:
@@ -150,7 +156,9 @@ class Comparing:
         known = [row for row in self.record.results if (row.set, row.chain) == (trial.name, name)]
         if not known:
             raise SqatError(
-                f"no settings of {name} on {trial.name} are chosen yet", "run the first seed before the others"
+                f"no settings of {name} on {trial.name} are chosen yet",
+                "run the first seed before the others",
+                code="usage",
             )
         begun, settings = time.monotonic(), known[0].settings
         phases = self.chains[name](trial, teacher, settings.learning_rate)
@@ -181,6 +189,10 @@ def zeros_of(weights: list[torch.Tensor]) -> float:
     """
     pattern = parse_pattern("2:4")
     if broken := sum(count_violations(weight, pattern) for weight in weights):
-        raise SqatError(f"{broken} groups of the finished model are not 2:4", "report it: the comparison would be none")
+        raise SqatError(
+            f"{broken} groups of the finished model are not 2:4",
+            "report it: the comparison would be none",
+            code="broken-rule",
+        )
     zeros, whole = sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
     return round(zeros / whole, 4)

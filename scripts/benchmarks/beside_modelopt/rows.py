@@ -108,11 +108,15 @@ def read(path: Path) -> Comparison:
     try:
         return Comparison.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise SqatError(f"cannot be read: {error.strerror}", "name a file of --json", str(path)) from None
+        raise SqatError(
+            f"cannot be read: {error.strerror}", "name a file of --json", str(path), code="unreadable-file"
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise SqatError(f"{where}: {first['msg']}", "name a file of this script's --json", str(path)) from None
+        raise SqatError(
+            f"{where}: {first['msg']}", "name a file of this script's --json", str(path), code="unreadable-file"
+        ) from None
 
 
 def write(comparison: Comparison, path: Path) -> None:

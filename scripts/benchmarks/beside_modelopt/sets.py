@@ -138,7 +138,7 @@ def files_of(name: str, folder: Path) -> Sequence[Path]:
     missing = next((path for path in files if not path.is_file()), None)
     if missing is not None:
         how = "scripts/data/wikiqa.py writes it" if name == "wikiqa" else f"--{name} FOLDER names where it is"
-        raise SqatError("no such file", how, str(missing))
+        raise SqatError("no such file", how, str(missing), code="missing-file")
     return files
 
 
