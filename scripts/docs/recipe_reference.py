@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from sqat import errors
 from sqat.recipe.json_schema import SCHEMA_FILE, describe, recipe_schema, schema_text, union_of, variants
 from sqat.recipe.stages import STAGE_TYPES
 
@@ -47,7 +48,15 @@ def page() -> str:
         parts += [f"## {title}", *mapping(properties[key], 3)]
     parts += ["## Tasks", "The key `name` says which one it is.", *union(properties["task"], 3)]
     parts += ["## Stages", *stages(properties["stages"])]
+    parts += ["## Error codes", "A `SqatError` has one of these as `code`.", error_codes()]
     return "\n\n".join(part.strip() for part in without_repeats(parts)) + "\n"
+
+
+def error_codes() -> str:
+    """A table of the codes of `SqatError`, from the comments beside them."""
+    source = Path(errors.__file__).read_text(encoding="utf-8")
+    rows = re.findall(r'^    "([a-z-]+)",  # (.+)$', source, re.MULTILINE)
+    return "\n".join(["| code | meaning |", "| --- | --- |", *(f"| `{code}` | {text} |" for code, text in rows)])
 
 
 def mapping(schema: Schema, level: int) -> Iterator[str]:
