@@ -73,9 +73,9 @@ def test_a_mask_of_a_narrow_type_hides_the_same_keys(dtype: torch.dtype) -> None
 def test_a_model_that_is_not_float32_is_refused_unchanged(make_model: Callable[..., Any]) -> None:
     model = make_model("bert").bfloat16()
     before = [name for name, _ in model.named_modules()]
-    line = r"^placement cpu computes in float32, and bert\.\S+ is torch.bfloat16; call model.float\(\) first$"
-    with pytest.raises(SqatError, match=line):
+    with pytest.raises(SqatError) as error:
         insert_quantizers_(model, Quantizers({}, {}, kernels=True), encoder_blocks(model))
+    assert error.value.code == "unsupported-model"
     assert [name for name, _ in model.named_modules()] == before
 
 

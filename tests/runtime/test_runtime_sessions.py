@@ -58,7 +58,7 @@ def test_a_library_that_does_not_load_is_an_error(monkeypatch: pytest.MonkeyPatc
     if other is not None:
         monkeypatch.setattr(ctypes, "CDLL", lambda path, load=ctypes.CDLL: load(other))
         broken.touch()
-        with pytest.raises(SqatError, match=r"cannot be loaded: .*undefined symbol: SqatInstructionSet; "):
+        with pytest.raises(SqatError, match="undefined symbol: SqatInstructionSet"):
             runtime.instruction_set()
 
 
@@ -89,7 +89,7 @@ def test_unknown_and_missing_instruction_sets_are_refused(monkeypatch: pytest.Mo
     assert error.value.code == "missing-hardware"
     if "avx512_vnni" not in available():
         monkeypatch.setenv("SQAT_RUNTIME_ISA", "avx512_vnni")
-        with pytest.raises(SqatError, match="SQAT_RUNTIME_ISA=avx512_vnni: this processor lacks it"):
+        with pytest.raises(SqatError, match="this processor lacks it"):
             runtime.instruction_set()
 
 
