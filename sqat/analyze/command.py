@@ -111,11 +111,11 @@ def analyze(context: StageContext, parent: Checkpoint, sections: Sections, optio
     measure = choose_measure(context.task, metric, plain, rows)  # raises for an unknown metric, before the longer work
     quantization, pruning = Quantization(), Pruning()
     if sections.calibrate is not None:
-        context.reporter.info(f"calibrating as stage {sections.calibrate[0]} does")
-        quantization = find_quantization(model, sections.calibrate[1], context, processor)
+        context.reporter.info(f"calibrating as stage {sections.calibrate_stage} does")
+        quantization = find_quantization(model, sections.calibrate, context, processor)
     if sections.prune is not None:
-        context.reporter.info(f"choosing masks as stage {sections.prune[0]} does")
-        pruning = find_pruning(model, sections.prune[1], context, processor)
+        context.reporter.info(f"choosing masks as stage {sections.prune_stage} does")
+        pruning = find_pruning(model, sections.prune, context, processor)
     probe = Probe(model, processor, rows, pruning, quantization, measure, context.reporter)
     tries = 0 if options.budget is None else max_tries(len(pruning.masks) + len(quantization.layers))
     context.reporter.start("analyze layers", 3 * len(probe.layers) + 3 + tries)
@@ -125,8 +125,8 @@ def analyze(context: StageContext, parent: Checkpoint, sections: Sections, optio
     context.reporter.finish()
     return Findings(
         checkpoint="",
-        prune=None if sections.prune is None else sections.prune[0],
-        calibrate=None if sections.calibrate is None else sections.calibrate[0],
+        prune=sections.prune_stage,
+        calibrate=sections.calibrate_stage,
         measure=metric,
         split=split,
         rows=len(rows),
@@ -168,12 +168,10 @@ def choose_within(
     pruned = [name for name in probe.pruning.masks if name not in dense]
     int8 = [name for name in probe.quantization.layers if name not in float_layers]
     recipe: dict[str, str | None] = {}
-    if sections.prune is not None:
-        stage, prune = sections.prune
-        recipe[stage] = format_layers(prune.layers, dense) if pruned else None
-    if sections.calibrate is not None:
-        stage, calibrate = sections.calibrate
-        recipe[stage] = format_layers(calibrate.layers, float_layers) if int8 else None
+    if sections.prune_stage and sections.prune:
+        recipe[sections.prune_stage] = format_layers(sections.prune.layers, dense) if pruned else None
+    if sections.calibrate_stage and sections.calibrate:
+        recipe[sections.calibrate_stage] = format_layers(sections.calibrate.layers, float_layers) if int8 else None
     return BudgetChoice(
         budget=budget,
         dense=dense,

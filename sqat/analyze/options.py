@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from sqat.checkpoint.manifest import load_manifest
 from sqat.errors import SqatError, suggest
@@ -32,16 +31,18 @@ class Options:
 
 @dataclass(frozen=True)
 class Sections:
-    """The sections of the recipe that say how layers are pruned and quantized, with the names of their stages."""
+    """The stages of the recipe that say how layers are pruned and quantized; None where there is none."""
 
-    prune: tuple[str, PruneConfig] | None
-    calibrate: tuple[str, CalibrateConfig] | None
+    prune_stage: str | None
+    prune: PruneConfig | None
+    calibrate_stage: str | None
+    calibrate: CalibrateConfig | None
 
     def notes(self) -> list[str]:
         """What the analysis ignores of them."""
         notes = ["nothing is trained after pruning or quantizing: a stage's training recovers most of the loss"]
-        if self.calibrate is not None and (placement := self.calibrate[1].placement) != "linear":
-            notes.append(f"int8 is that of placement linear: sites that {placement} adds stay float")
+        if self.calibrate is not None and self.calibrate.placement != "linear":
+            notes.append(f"int8 is that of placement linear: sites that {self.calibrate.placement} adds stay float")
         return notes
 
 
@@ -74,10 +75,11 @@ def choose_sections(recipe: Recipe, start: str | None, options: Options) -> Sect
     if prune is None and calibrate is None:
         raise SqatError("the recipe has neither a prune nor a calibrate stage: there is nothing to analyze",
                         f"its stages: {', '.join(recipe.stages)}", recipe.name, code="stage-order")  # fmt: skip
-    return Sections(
-        None if prune is None else (prune, cast("PruneConfig", recipe.stages[prune])),
-        None if calibrate is None else (calibrate, cast("CalibrateConfig", recipe.stages[calibrate])),
-    )
+    prune_config = recipe.stages[prune] if prune else None
+    calibrate_config = recipe.stages[calibrate] if calibrate else None
+    assert prune_config is None or isinstance(prune_config, PruneConfig)
+    assert calibrate_config is None or isinstance(calibrate_config, CalibrateConfig)
+    return Sections(prune, prune_config, calibrate, calibrate_config)
 
 
 def choose_stage(recipe: Recipe, kind: str, name: str | None, after: Sequence[str | None]) -> str | None:

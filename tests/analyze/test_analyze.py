@@ -226,7 +226,7 @@ def test_a_budget_is_kept_by_the_recipe_it_proposes(loaded: LoadedRecipe) -> Non
 def test_the_decrease_of_a_metric_with_a_prune_stage_alone(project: Project, loaded: LoadedRecipe) -> None:
     context, sections = context_of(project, loaded), choose_sections(loaded.recipe, "train", Options())
     parent, options = load_checkpoint(project.stage("train")), Options(samples=ALL, metric="accuracy", budget=1.0)
-    found = analyze(context, parent, replace(sections, calibrate=None), options)
+    found = analyze(context, parent, replace(sections, calibrate_stage=None, calibrate=None), options)
     assert found.measure == "accuracy"
     assert all(
         layer.sensitivity.int8 is None and layer.sensitivity.both == layer.sensitivity.pruned for layer in found.layers
