@@ -102,7 +102,7 @@ def reasons_dense(weight: Weight) -> list[str]:
     return [] if is_sparse(weight) else ["not 2:4 along its inputs"]
 
 
-def layer_parts(view: GraphView, weight: Weight) -> set[str]:
+def layer_parts(view: GraphView, weight: Weight) -> list[str]:
     """Labels of a layer's product and weight, of the pair before it, and of the bias behind it."""
     pair = [view.producer(weight.node.input[0], DEQUANTIZE), view.quantizer_before(weight.node.input[0])]
     readers = view.consumers_of(weight.node)
@@ -112,7 +112,7 @@ def layer_parts(view: GraphView, weight: Weight) -> set[str]:
     bias = [name for node in (weight.node, *adds) for name in node.input if view.is_constant(name)]
     adds += [node for name in bias if (node := view.producer(name, DEQUANTIZE, QUANTIZE)) is not None]
     nodes = [weight.node, *weight.steps, *adds, *(node for node in pair if node is not None)]
-    return {weight.name, *(label(node) for node in nodes)}
+    return list(dict.fromkeys([*(label(node) for node in nodes), weight.name]))
 
 
 def reading_obstacle(view: GraphView, by_node: Mapping[str, list[Finding]], target: Target) -> str:
