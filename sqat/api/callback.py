@@ -70,7 +70,7 @@ class SparseCallback(TrainerCallback):
         self.pruner.plan(state.max_steps)
         self.pruner.steps_taken = state.global_step
         masks = self.pruner.masks.kept.values()
-        if state.global_step > min(self.pruner.schedule.mask_steps) and all(bool(mask.all()) for mask in masks):
+        if state.global_step > min(self.pruner.mask_schedule.mask_steps) and all(bool(mask.all()) for mask in masks):
             raise SqatError(f"the checkpoint of step {state.global_step} holds no masks: it was written without "
                             "SparseCallback", "load it as a model, and train from the start",
                             code="damaged-checkpoint")  # fmt: skip
@@ -85,7 +85,7 @@ class SparseCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Give the model its plain weights back."""
-        last = max(self.pruner.schedule.mask_steps)
+        last = max(self.pruner.mask_schedule.mask_steps)
         if not self.pruner.done:
             reason = f"training stopped, or the best checkpoint was written, before the last masks of step {last}"
             warnings.warn(f"{reason}: they are set now, and nothing was trained after them", stacklevel=2)

@@ -146,7 +146,7 @@ class Pruner:
         self.patterns, self.skipped = choose_patterns(model, select_layers(include, exclude), pattern)
         mask_steps = plan_mask_steps(schedule, steps, recovery_fraction)
         self.notes = self.permute() if permute else []
-        self.schedule = MaskSchedule(model, self.patterns, self.criterion, schedule, mask_steps, self.collect)
+        self.mask_schedule = MaskSchedule(model, self.patterns, self.criterion, schedule, mask_steps, self.collect)
         self.steps_taken = 0
 
     def permute(self) -> list[str]:
@@ -160,7 +160,7 @@ class Pruner:
 
     def plan(self, steps: int) -> None:
         """Spread the masks over another number of training steps; masks that are already set stay."""
-        self.schedule.mask_steps = plan_mask_steps(self.schedule.schedule, steps, self.recovery_fraction)
+        self.mask_schedule.mask_steps = plan_mask_steps(self.mask_schedule.schedule, steps, self.recovery_fraction)
 
     def step(self, number: int | None = None) -> None:
         """Set the masks of the next training step, if the schedule changes them there.
@@ -169,19 +169,19 @@ class Pruner:
             number: of that step, from 0; default: one more than the last.
         """
         number = self.steps_taken if number is None else number
-        self.schedule.before_step(number)
+        self.mask_schedule.before_step(number)
         self.steps_taken = number + 1
 
     @property
     def done(self) -> bool:
         """Whether the masks are N:M."""
-        return self.schedule.is_finished
+        return self.mask_schedule.is_finished
 
     @property
     def masks(self) -> Masks:
         """Copies of the current masks, on the CPU."""
         patterns = {name: str(pattern) for name, pattern in self.patterns.items()}
-        return Masks(self.schedule.masks, patterns, self.skipped, self.notes)
+        return Masks(self.mask_schedule.masks, patterns, self.skipped, self.notes)
 
     def finish(self) -> Masks:
         """Give plain weights back, pruned ones +0.0; a second call changes nothing.
@@ -191,14 +191,14 @@ class Pruner:
         """
         self.remove()
         if not self.done:
-            last = max(self.schedule.mask_steps)
+            last = max(self.mask_schedule.mask_steps)
             raise SqatError(f"pruning ended after {self.steps_taken} steps, before the last masks of step {last}",
                             "call step() before each training step, or plan fewer steps", code="usage")  # fmt: skip
         return self.masks
 
     def remove(self) -> None:
         """Take the current masks off; the pruned weights are +0.0."""
-        self.schedule.remove()
+        self.mask_schedule.remove()
 
     def collect(self, owners: Mapping[str, str]) -> dict[str, Tensor]:
         """Collect the criterion's statistics over all batches."""
