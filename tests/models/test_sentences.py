@@ -225,7 +225,7 @@ def weight_missing(folder: Path) -> None:
         (lower_case, "do_lower_case"),
         (prompt_before_all, "the prompt 'query' before every text"),
         (no_json, "is not JSON"),
-        (weight_missing, "1 are missing, the first is encoder.layer.0.output.dense.weight"),
+        (weight_missing, "1 are missing or of another shape, the first is encoder.layer.0.output.dense.weight"),
     ],
 )
 def test_what_cannot_be_read_is_one_error(damage: Callable[[Path], None], told: str, source: Path) -> None:
