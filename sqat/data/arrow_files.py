@@ -1,7 +1,6 @@
-"""Rows out of Parquet and Arrow files, all of them or a piece: a row group, a record batch.
+"""Rows of Parquet and Arrow files: all of them, or one row group or record batch.
 
-A source is a path, or an address that fsspec opens (``hf://...``). Rows are numbered from 1 within the file. At most a
-row group is in memory, and 4,096 rows of it as Python's own values.
+A source is a path, or an address that fsspec opens (``hf://...``). Rows are numbered from 1 within the file.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ def read_parquet(source: str, shown: str, piece: Extent | None = None, skip: int
         SqatError: it cannot be read.
     """
     group, first, _ = piece or (None, 1, 0)
-    with told("Parquet", shown), opened(source) as file, pq.ParquetFile(file) as parquet:
+    with arrow_errors("Parquet", shown), open_source(source) as file, pq.ParquetFile(file) as parquet:
         batches = parquet.iter_batches(AT_ONCE, row_groups=None if group is None else [group])
-        yield from numbered(batches, shown, first, skip)
+        yield from placed_rows(batches, shown, first, skip)
 
 
 def row_groups(source: str, shown: str) -> Iterator[Extent]:
-    """The row groups of a file, by its metadata alone."""
-    with told("Parquet", shown), opened(source) as file, pq.ParquetFile(file) as parquet:
+    """Yield the row groups of a file, by its metadata."""
+    with arrow_errors("Parquet", shown), open_source(source) as file, pq.ParquetFile(file) as parquet:
         first = 1
         for group in range(parquet.num_row_groups):
             rows = parquet.metadata.row_group(group).num_rows
@@ -46,8 +45,8 @@ def row_groups(source: str, shown: str) -> Iterator[Extent]:
 
 
 def parquet_schema(source: str, shown: str) -> Any:
-    """The Arrow schema of a Parquet file."""
-    with told("Parquet", shown), opened(source) as file, pq.ParquetFile(file) as parquet:
+    """Return the Arrow schema of a Parquet file."""
+    with arrow_errors("Parquet", shown), open_source(source) as file, pq.ParquetFile(file) as parquet:
         return parquet.schema_arrow
 
 
@@ -58,7 +57,7 @@ def read_arrow(source: str, shown: str, piece: Extent | None = None, skip: int =
         SqatError: it cannot be read.
     """
     where, first, _ = piece or (None, 1, 0)
-    with told("Arrow", shown), opened(source) as file:
+    with arrow_errors("Arrow", shown), open_source(source) as file:
         if has_mark(file):
             reader = pa.ipc.open_file(file)
             chosen = range(reader.num_record_batches) if where is None else [where]
@@ -66,17 +65,17 @@ def read_arrow(source: str, shown: str, piece: Extent | None = None, skip: int =
         else:
             stream = pa.ipc.open_stream(file)
             batches = stream if where is None else [batch_at(file, where, stream.schema)]
-        yield from numbered(batches, shown, first, skip)
+        yield from placed_rows(batches, shown, first, skip)
 
 
 def record_batches(source: str, shown: str) -> Iterator[Extent]:
-    """The record batches of an Arrow file (by number) or stream (by the byte each begins at).
+    """Yield the record batches of an Arrow file (by number) or stream (by the byte that each begins at).
 
     Raises:
         SqatError: it cannot be read, or is a stream with dictionaries, whose batches do not stand alone.
     """
     first = 1
-    with told("Arrow", shown), opened(source) as file:
+    with arrow_errors("Arrow", shown), open_source(source) as file:
         if has_mark(file):
             reader = pa.ipc.open_file(file)
             numbers = range(reader.num_record_batches)
@@ -89,7 +88,7 @@ def record_batches(source: str, shown: str) -> Iterator[Extent]:
 
 
 def batches_of_stream(file: Any, shown: str) -> Iterator[tuple[int, int]]:
-    """First byte and rows of each batch of an Arrow stream."""
+    """Yield the first byte and the number of rows of each batch of an Arrow stream."""
     stream = pa.ipc.open_stream(file)
     if any(pa.types.is_dictionary(field.type) for field in stream.schema):
         problem = "the batches of an Arrow stream with dictionaries do not stand alone"
@@ -103,13 +102,13 @@ def batches_of_stream(file: Any, shown: str) -> Iterator[tuple[int, int]]:
 
 
 def batch_at(file: Any, where: int, schema: Any) -> Any:
-    """The batch of an Arrow stream that begins at a byte."""
+    """Read the batch of an Arrow stream that begins at a byte."""
     file.seek(where)
     return pa.ipc.read_record_batch(pa.ipc.read_message(file), schema)
 
 
-def numbered(batches: Iterable[Any], shown: str, first: int, skip: int) -> Iterator[Placed]:
-    """Rows of batches as Python's own values, with their places."""
+def placed_rows(batches: Iterable[Any], shown: str, first: int, skip: int) -> Iterator[Placed]:
+    """Yield the rows of batches as Python values, with their places."""
     for batch in batches:
         for start in range(min(skip, batch.num_rows), batch.num_rows, AT_ONCE):
             for number, row in enumerate(batch.slice(start, AT_ONCE).to_pylist(), first + start):
@@ -118,20 +117,20 @@ def numbered(batches: Iterable[Any], shown: str, first: int, skip: int) -> Itera
 
 
 def has_mark(file: Any) -> bool:
-    """Whether an open Arrow file is one for random access; it is left at its beginning."""
-    found = file.read(len(FILE_MARK)) == FILE_MARK
+    """Say whether an open Arrow file is one for random access; the position is set back to the beginning."""
+    is_marked = file.read(len(FILE_MARK)) == FILE_MARK
     file.seek(0)
-    return bool(found)
+    return bool(is_marked)
 
 
-def opened(source: str) -> Any:
-    """An Arrow handle of a path or an address, to be closed."""
+def open_source(source: str) -> Any:
+    """Open a path or an address as an Arrow file."""
     return pa.PythonFile(fsspec.open(source, "rb").open()) if "://" in source else pa.OSFile(source)
 
 
 @contextmanager
-def told(kind: str, shown: str) -> Iterator[None]:
-    """What the library finds wrong with a file, as a user's mistake."""
+def arrow_errors(kind: str, shown: str) -> Iterator[None]:
+    """Raise the library's errors as `SqatError`."""
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

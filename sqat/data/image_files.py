@@ -1,10 +1,7 @@
-"""Reading images: arrays out of a .npz, and image files through Pillow.
+"""Images: arrays out of a .npz, which is never unpickled, and image files through Pillow.
 
-A .npz is a table whose arrays are the columns, one row an image; it is never unpickled. In all other files the image
-column holds the path of an image file, relative to the file that names it and in its folder, links followed: rows come
-from strangers, who may not choose what else is read on this machine. Either way a picture is [H,W,C], uint8 or float32
-from 0 to 1, grey or RGB. Nothing is resized or cropped here. Left out: alpha (it is laid over white), moving pictures,
-and a .npz larger than memory.
+An image is [H,W,C], uint8 or float32 from 0 to 1, grey or RGB. An image file must lie in the folder of the file that
+names it, links followed: rows come from strangers, who may not choose what else is read on this machine.
 """
 
 from __future__ import annotations
@@ -35,15 +32,15 @@ def read_npz(path: Path, shown: str) -> Iterator[tuple[str, dict[str, Any]]]:
     first = next(iter(arrays))
     for name, array in arrays.items():
         if array.ndim == 0 or len(array) != len(arrays[first]):
-            have = f'"{first}" has {len(arrays[first])} rows, "{name}" has {len(array) if array.ndim else "none"}'
-            raise SqatError(have, "all arrays of the file need one row an image", shown, code="invalid-data")
+            problem = f'"{first}" has {len(arrays[first])} rows, "{name}" has {len(array) if array.ndim else "none"}'
+            raise SqatError(problem, "all arrays of the file need one row an image", shown, code="invalid-data")
     columns = {name: array if array.ndim > 1 else array.tolist() for name, array in arrays.items()}
     for number in range(len(arrays[first])):
         yield f"{shown}:row {number + 1}", {name: values[number] for name, values in columns.items()}
 
 
 def load_arrays(path: Path, shown: str) -> dict[str, Array]:
-    """The arrays of a .npz by name."""
+    """Read the arrays of a .npz by name."""
     try:
         file = np.load(path, allow_pickle=False)
         if isinstance(file, np.ndarray):
@@ -63,21 +60,21 @@ def load_arrays(path: Path, shown: str) -> dict[str, Array]:
 def check_same_size(picture: Array, first: Array, name: str, place: str) -> None:
     """Refuse an image that differs in size, channels or type from the first of the split."""
     if picture.shape != first.shape or picture.dtype != first.dtype:
-        problem = f'"{name}" is {described(picture)}, the first row\'s is {described(first)}'
+        problem = f'"{name}" is {describe_size(picture)}, the first row\'s is {describe_size(first)}'
         raise SqatError(
             problem, "bring all images to one size, depth and number of channels", place, code="invalid-data"
         )
 
 
-def described(picture: Array) -> str:
-    """``32 x 32 with 3 channels``, and the type where it is not uint8."""
+def describe_size(picture: Array) -> str:
+    """Return ``32 x 32 with 3 channels``, and the type where it is not uint8."""
     height, width, channels = picture.shape
     depth = "" if picture.dtype == np.uint8 else f" of {picture.dtype}"
     return f"{height} x {width} with {channels} channel{'s' if channels > 1 else ''}{depth}"
 
 
 def picture_of(value: Any, name: str, folder: Path | None, place: str) -> Array:
-    """The pixels [H,W,C] of a row's image, uint8 or float32 in 0..1, C 1 or 3.
+    """Return the pixels [H,W,C] of a row's image, uint8 or float32 in 0..1, C 1 or 3.
 
     Args:
         value: an array [H,W] or [H,W,C], or the path of an image file.
@@ -88,7 +85,7 @@ def picture_of(value: Any, name: str, folder: Path | None, place: str) -> Array:
         SqatError: neither of the two, another shape or type, NaN or numbers beyond the range.
     """
     if isinstance(value, str):
-        return opened(image_file(value, folder, place), value, place)
+        return read_image(image_file(value, folder, place), value, place)
     if not isinstance(value, np.ndarray):
         raise SqatError(f'"{name}" must be an array or the path of an image file, got {type(value).__name__}',
                         "set data.columns.image", place, code="invalid-data")  # fmt: skip
@@ -113,7 +110,7 @@ def picture_of(value: Any, name: str, folder: Path | None, place: str) -> Array:
 
 
 def image_file(name: str, folder: Path | None, place: str) -> Path:
-    """Where the image file of a row lies: in the folder of the file that has the row, or deeper; links are followed.
+    """Return the path of a row's image file, in the folder of the file that has the row or deeper.
 
     Raises:
         SqatError: it lies elsewhere, is a folder or a pipe, or the name is none that a file can have.
@@ -139,8 +136,8 @@ def image_file(name: str, folder: Path | None, place: str) -> Path:
     return path
 
 
-def opened(path: Path, shown: str, place: str) -> Array:
-    """The pixels [H,W,C] uint8 of an image file: grey stays one channel, all else becomes RGB."""
+def read_image(path: Path, shown: str, place: str) -> Array:
+    """Read the pixels [H,W,C] uint8 of an image file; grey stays one channel, all else becomes RGB."""
     try:
         from PIL import Image
     except ImportError:

@@ -1,7 +1,6 @@
-"""From pixels to what an image model reads: scaled to 0..1, normalised, channels first; augmented while it trains.
+"""Pixels to what an image model reads: scaled to 0..1, normalized, channels first; augmented while it trains.
 
-A prepared row holds its pixels as bytes, row by row and channels last, with height, width and channels beside them:
-one byte a pixel for uint8 0..255, four for float32 0..1. Left out: resizing, cropping, colour.
+A prepared row holds its pixels as bytes, channels last: one byte a value for uint8, four for float32.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class ImageProcessor:
         return len(self.mean)
 
     def prepare(self, rows: Rows, max_length: int) -> Rows:
-        """Add ``length``; the first row speaks for all, since those of a split are of one size.
+        """Add ``length``; only the first row is checked, since all rows of a split have one size.
 
         Raises:
             SqatError: the images have another size or other channels than the model reads.
@@ -75,11 +74,8 @@ class ImageProcessor:
         (folder / PREPROCESSOR).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
 
 
-def augmented(batch: Batch, shift: int, flip: bool) -> Batch:
-    """Move each image by up to ``shift`` pixels both ways, edges repeated, and mirror half of them.
-
-    Torch's own generator decides, which a resumed run finds as it was.
-    """
+def augment_images(batch: Batch, shift: int, flip: bool) -> Batch:
+    """Shift each image by up to ``shift`` pixels both ways, edges repeated, and mirror half of them."""
     images = batch.inputs["pixel_values"]
     count, _, height, width = images.shape
     down, right = torch.randint(-shift, shift + 1, (2, count, 1))

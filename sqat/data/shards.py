@@ -1,9 +1,7 @@
-"""Shards: the files of one data set, cut into pieces that can be read by themselves and in any order.
+"""Shards: the files of one data set, cut into pieces that can be read alone and in any order.
 
-A piece is what its format can seek to: a row group of Parquet, a record batch of Arrow, a run of lines of JSONL. A file
-of any other kind (CSV, or compressed by gzip) is one piece, read from its beginning. Where pieces begin and how many
-rows they have comes from the metadata of Parquet and Arrow; other files are read through once, and 32 bytes a piece
-are kept. Left out: images.
+A piece is a row group of Parquet, a record batch of Arrow, or a run of lines of JSONL. Any other file (CSV, gzip) is
+one piece. Metadata tells the pieces of Parquet and Arrow; other files are read through once.
 """
 
 from __future__ import annotations
@@ -33,14 +31,14 @@ class Shard:
 
     @property
     def format(self) -> Format:
-        """How it is cut and read, by its ending."""
+        """How it is cut and read, by its suffix."""
         name = self.path.lower()
         return next((how for ending, how in FORMATS.items() if name.endswith(ending)), WHOLE)
 
 
 @dataclass(frozen=True)
 class Format:
-    """What can be sought in a kind of file.
+    """How a kind of file is cut into pieces and read.
 
     Attributes:
         cut: the pieces of a file, given its path and what it is called.
@@ -64,14 +62,14 @@ class Pieces:
         return int(self.table[:, ROWS].sum())
 
     def read(self, number: int, skip: int = 0) -> Iterator[Placed]:
-        """(place, row) for the rows of a piece, but the first ``skip``."""
-        share, where, first, rows = self.table[number].tolist()
-        shard = self.shards[share]
+        """Yield (place, row) for the rows of a piece, but the first ``skip``."""
+        number_of_shard, where, first, rows = self.table[number].tolist()
+        shard = self.shards[number_of_shard]
         return islice(shard.format.read(shard.path, shard.shown, (where, first, rows), skip), rows - skip)
 
 
 def shard_paths(pattern: str, folder: Path) -> list[Path]:
-    """The file that is called so, else all that match, by name.
+    """Return the file of this name, else all that match, sorted by name.
 
     Args:
         pattern: path or glob, relative to ``folder``.
@@ -89,11 +87,11 @@ def shard_paths(pattern: str, folder: Path) -> list[Path]:
 
 
 def local_shards(pattern: str, folder: Path) -> list[Shard]:
-    """The shards that a recipe's path names; errors as of `shard_paths`."""
+    """Return the shards that a recipe's path names; errors as of `shard_paths`."""
     return [Shard(str(path), path.relative_to(folder).as_posix()) for path in shard_paths(pattern, folder)]
 
 
-def cut(shards: list[Shard], limit: int | None = None) -> Pieces:
+def find_pieces(shards: list[Shard], limit: int | None = None) -> Pieces:
     """Find the pieces of shards.
 
     Args:
@@ -115,18 +113,18 @@ def cut(shards: list[Shard], limit: int | None = None) -> Pieces:
 
 
 def read_lines(path: str, shown: str, piece: Extent, skip: int) -> Iterator[Placed]:
-    """Rows of a run of JSONL lines."""
+    """Yield the rows of a run of JSONL lines."""
     where, first, _ = piece
     return islice(read_jsonl(Path(path), shown, where, first), skip, None)
 
 
 def count_rows(path: str, shown: str) -> Iterator[Extent]:
-    """A file that can only be read from its beginning, as one piece."""
+    """Yield a whole file as one piece."""
     yield 0, 1, sum(1 for _ in read_rows(Path(path), shown))
 
 
 def read_whole(path: str, shown: str, piece: Extent, skip: int) -> Iterator[Placed]:
-    """Rows of such a file."""
+    """Yield the rows of a whole file."""
     return islice(read_rows(Path(path), shown), skip, None)
 
 

@@ -1,12 +1,8 @@
-"""Streaming: a train split that is read while it is trained on, so that memory does not grow with its rows.
+"""Training batches from a stream of rows that need not fit into memory.
 
-The pieces of the shards (`sqat.data.shards`) are put in a new order in every epoch and read one after the other; each
-window of that sequence, ``buffer`` rows, is checked, shuffled and cut into batches of like length as a whole split
-would be (arXiv:2206.05830 is about how near this comes to shuffling all rows). Pieces, windows and batches are
-functions of (seed, epoch, number), and how many batches an epoch has follows from the number of rows alone: a resumed
-run, or one of several processes, opens the very piece it needs. Batches are made of like numbers of characters and
-tokenized one by one, so that a process tokenizes only its own. Left out: rows that must share a batch (queries), and
-reading ahead.
+The pieces of the shards have a random order in every epoch. Each window of that sequence, ``buffer`` rows, is checked,
+shuffled and cut into batches of similar length. Pieces, windows and batches are functions of seed, epoch and number,
+so a resumed run opens the piece that it needs.
 """
 
 from __future__ import annotations
@@ -24,7 +20,7 @@ import pyarrow.compute as pc
 from sqat.data.batch import plan_batches
 from sqat.data.hub import hub_files, with_class_names
 from sqat.data.rows import Rows, take_rows
-from sqat.data.shards import ROWS, Pieces, Shard, cut, local_shards
+from sqat.data.shards import ROWS, Pieces, Shard, find_pieces, local_shards
 from sqat.data.sources import split_place
 from sqat.data.text_files import Placed
 from sqat.errors import SqatError
@@ -35,10 +31,10 @@ ORDER = 2  # of an epoch's pieces: other numbers than plan_batches and the tasks
 
 @dataclass
 class Stream:
-    """The rows of a split in an order of their own for every epoch.
+    """The rows of a split, in another random order in every epoch.
 
     Attributes:
-        check: rows as read to rows as `sqat.data.rows` has them.
+        check: makes checked rows of rows as they are read.
         buffer: rows that are shuffled together.
     """
 
@@ -55,13 +51,13 @@ class Stream:
         return self.pieces.rows
 
     def read(self, epoch: int, start: int, count: int) -> Rows:
-        """Rows from ``start`` on of an epoch, ``count`` or as many as it has; reading on from there is quick.
+        """Return ``count`` rows of an epoch from ``start`` on, or as many as it has; reading on from there is quick.
 
         Raises:
             SqatError: at the first bad row, or where a shard has changed since its pieces were counted.
         """
         if (epoch, start) != self.position:
-            self.source = self.placed(epoch, start)
+            self.source = self.rows_from(epoch, start)
         count = min(count, self.rows - start)
         rows = self.check(islice(self.source, count))
         if len(rows) != count:
@@ -73,8 +69,8 @@ class Stream:
         self.position = (epoch, start + count)
         return rows
 
-    def placed(self, epoch: int, start: int) -> Iterator[Placed]:
-        """Rows from ``start`` on of an epoch as they are read."""
+    def rows_from(self, epoch: int, start: int) -> Iterator[Placed]:
+        """Yield the rows of an epoch from ``start`` on as they are read."""
         order = np.random.default_rng((self.seed, epoch, ORDER)).permutation(len(self.pieces.table))
         ends = self.pieces.table[order, ROWS].cumsum()
         first = int(np.searchsorted(ends, start, side="right"))
@@ -101,7 +97,7 @@ def stream_split(split: SplitConfig, folder: Path, seed: int, check: Callable[[I
         place = split_place(split, "train")
         addresses, names = hub_files(split, "train", place)
         shards = [Shard(address, f"{place}/{address.rpartition('/')[2]}") for address in addresses]
-    pieces = cut(shards, split.limit)
+    pieces = find_pieces(shards, split.limit)
     return Stream(pieces, seed, split.buffer, lambda source: check(with_class_names(source, names)))
 
 
@@ -110,7 +106,7 @@ class StreamedBatches:
 
     Args:
         encode: checked rows to rows with numeric labels.
-        at_once: batches that are planned before the first of them is used up.
+        at_once: batches that are planned before the first of them is used.
     """
 
     def __init__(self, stream: Stream, size: int, encode: Callable[[Rows], Rows], at_once: int = 1) -> None:
@@ -121,11 +117,11 @@ class StreamedBatches:
         self.plan_of = lru_cache(kept)(self._plan_of)
 
     def plan(self, epoch: int) -> Plan:
-        """The batches of an epoch, each a list of numbers for `pick`; none is made before it is asked for."""
+        """Return the batches of an epoch, each a list of numbers for `pick`; they are planned when asked for."""
         return Plan(self, epoch)
 
     def pick(self, numbers: list[int]) -> Rows:
-        """The rows of a batch, encoded."""
+        """Return the rows of a batch, encoded."""
         epoch, row = divmod(numbers[0], self.stream.rows)
         window = row // self.window
         start = epoch * self.stream.rows + window * self.window
@@ -137,8 +133,8 @@ class StreamedBatches:
     def _plan_of(self, epoch: int, window: int) -> list[list[int]]:
         rows = self.rows_of(epoch, window)
         start = epoch * self.stream.rows + window * self.window
-        units = [[row] for row in range(len(rows))]
-        planned = plan_batches(characters(rows), units, self.size, self.stream.seed, epoch, window)
+        alone = [[row] for row in range(len(rows))]
+        planned = plan_batches(characters(rows), alone, self.size, self.stream.seed, epoch, window)
         return [[start + row for row in batch] for batch in planned]
 
 
@@ -169,7 +165,7 @@ class Plan(Sequence[list[int]]):
 
 
 def characters(rows: Rows) -> list[int]:
-    """Characters of every row's texts."""
+    """Return the number of characters of every row."""
     table = rows.data.table
     texts = [table[name] for name in ("text", "text_pair") if name in table.column_names]
     lengths: list[int] = np.sum([pc.utf8_length(text).to_numpy() for text in texts], axis=0).tolist()

@@ -1,9 +1,7 @@
-"""Rows out of files: JSONL, CSV, Parquet, Arrow and .npz, one row at a time, each with the place it came from.
+"""Rows of files (JSONL, CSV, Parquet, Arrow, .npz), one at a time, each with its place.
 
-A row is a dict as the file has it, its place is ``file:line`` (``file:row N`` in Parquet and Arrow, where lines do not
-exist), so that whatever is wrong with a row can be told where it stands. Lines are decoded one by one: a bad
-byte, a broken object or a truncated gzip stream is reported at its own line. Left out: delimiters other than
-the comma, JSON arrays, nested CSV.
+A row is a dict as the file has it; its place is ``file:line``, or ``file:row N`` where there are no lines. A bad byte,
+a broken object or a truncated gzip stream is reported at its own line.
 """
 
 from __future__ import annotations
@@ -66,7 +64,7 @@ def _nearest_file(path: Path) -> str:
 
 
 def _lines(path: Path, shown: str, where: int = 0, first: int = 1) -> Iterator[str]:
-    """Decoded lines with their ends; whatever breaks is told with the number of the line it breaks in."""
+    """Yield decoded lines with their ends; an error names the number of its line."""
     number = first - 1
     opener = gzip.open if path.name.lower().endswith(".gz") else open
     try:
@@ -123,7 +121,7 @@ def read_jsonl(path: Path, shown: str, where: int = 0, first: int = 1) -> Iterat
 
 
 def line_runs(path: str, shown: str, size: int = LINES) -> Iterator[tuple[int, int, int]]:
-    """Runs of ``size`` rows of a JSONL file: the byte and number of the first line of each, and its rows.
+    """Yield runs of ``size`` rows of a JSONL file: byte and number of the first line, and the number of rows.
 
     Nothing is parsed, and lines without anything in them are no rows.
     """
@@ -187,12 +185,12 @@ def _checked_header(fields: list[str], place: str) -> list[str]:
 
 
 def listed(names: set[str] | list[str]) -> str:
-    """Names in quotes with commas between: ``"a", "b"``."""
+    """Join names in quotes: ``"a", "b"``."""
     return ", ".join(f'"{name}"' for name in sorted(names))
 
 
 def kind(value: object) -> str:
-    """What a value is, in the words of the file: ``null``, ``true``, ``the number 3``, ``the text "x"``."""
+    """Describe a value in the words of the file: ``null``, ``true``, ``the number 3``, ``the text "x"``."""
     if value is None:
         return "null"
     if isinstance(value, bool):

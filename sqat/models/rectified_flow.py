@@ -25,50 +25,49 @@ EARLY, SPREAD = -1.2, 1.4  # mean and deviation of the logits of the times train
 
 
 def signals(rows: Mapping[str, Sequence[Any]]) -> Tensor:
-    """Pixels of rows as [B,C,H,W] from -1 to 1.
+    """Return the pixels of rows as [B,C,H,W] from -1 to 1.
 
     Args:
         rows: columns pixels (bytes, channels last: one a pixel for 0..255, or float32 0..1), height, width, channels.
     """
     shape = (len(rows["pixels"]), rows["height"][0], rows["width"][0], rows["channels"][0])
     data = bytearray(b"".join(rows["pixels"]))
-    whole = len(data) == prod(shape)
-    flat = torch.frombuffer(data, dtype=torch.uint8 if whole else torch.float32).view(shape)
-    return (flat.float() / (127.5 if whole else 0.5) - 1).permute(0, 3, 1, 2).contiguous()
+    are_bytes = len(data) == prod(shape)
+    flat = torch.frombuffer(data, dtype=torch.uint8 if are_bytes else torch.float32).view(shape)
+    return (flat.float() / (127.5 if are_bytes else 0.5) - 1).permute(0, 3, 1, 2).contiguous()
 
 
 def pixels(signal: Tensor) -> Tensor:
-    """Pictures [B,C,H,W] from -1 to 1, clipped, as pixels [B,H,W,C] uint8."""
+    """Clip images [B,C,H,W] from -1 to 1 and return pixels [B,H,W,C] uint8."""
     return ((signal.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def on_path(picture: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-    """The point [B, ...] of each straight path at its time [B]."""
-    share = along(time, picture)
+    """Return the point [B, ...] of each straight path at its time [B]."""
+    share = expand_times(time, picture)
     return (1 - share) * noise + share * picture
 
 
-def along(time: Tensor, like: Tensor) -> Tensor:
-    """Times [B] as [B, 1, ...], to multiply with ``like`` [B, ...]."""
+def expand_times(time: Tensor, like: Tensor) -> Tensor:
+    """Reshape times [B] to [B, 1, ...], to multiply with ``like`` [B, ...]."""
     return time.reshape(-1, *[1] * (like.dim() - 1))
 
 
 def remaining(time: Tensor) -> Tensor:
-    """What is left of the way at a time, which divides a picture's error into a velocity's; never below 0.05."""
+    """Return 1 - t, by which an image's error becomes a velocity's; never below 0.05."""
     return (1 - time).clamp(min=1 - LATEST)
 
 
 def draw_times(count: int) -> Tensor:
-    """Times [count] in (0, 1) to train on: logit-normal (arXiv:2403.03206), a tenth of them before 0.05.
+    """Draw times [count] in (0, 1) to train on: logit-normal (arXiv:2403.03206), a tenth of them before 0.05.
 
-    There the caption alone decides; a model that seldom sees such times takes noise for the outline of a picture, and
-    the caption then only colours it. Torch's own generator decides, which a resumed run finds as it was.
+    At such early times only the caption decides what is drawn.
     """
     return torch.sigmoid(torch.randn(count) * SPREAD + EARLY)
 
 
 def fixed_draws(numbers: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Noise [B, *shape] and times [B] for measuring: a function of each row's number alone.
+    """Return noise [B, *shape] and times [B] for measuring, a function of each row's number.
 
     The times of numbers that follow each other are spread evenly over 0..0.95 (multiples of the golden ratio), so that
     even a small split is measured at all of them.
@@ -78,12 +77,12 @@ def fixed_draws(numbers: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, T
 
 
 def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Normal noise [B, *shape], each row from its own seed: the same in every batch and order."""
+    """Draw normal noise [B, *shape], each row from its own seed."""
     return torch.stack([torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def captioned(forward: Forward, states: Tensor, mask: Tensor, scale: float) -> Drawing:
-    """What a model draws for captions, with classifier-free guidance.
+    """Return a function that predicts images for captions, with classifier-free guidance.
 
     Args:
         forward: picture [B,C,H,W] from a model's inputs by name, by torch or by any runtime.
@@ -94,11 +93,11 @@ def captioned(forward: Forward, states: Tensor, mask: Tensor, scale: float) -> D
 
     def drawing(x: Tensor, time: Tensor) -> Tensor:
         inputs = {"sample": x, "timestep": time[:, None]}
-        known = forward({**inputs, "encoder_hidden_states": states, "encoder_attention_mask": mask})
+        guided = forward({**inputs, "encoder_hidden_states": states, "encoder_attention_mask": mask})
         if scale == 1:
-            return known
+            return guided
         free = forward({**inputs, "encoder_hidden_states": nothing, "encoder_attention_mask": unmasked})
-        return free + scale * (known - free)
+        return free + scale * (guided - free)
 
     return drawing
 

@@ -24,7 +24,7 @@ from sqat.pipeline.stage_run import prepare_run
 from sqat.progress import Reporter
 from sqat.recipe.schema import LoadedRecipe
 from sqat.tasks.splits import Splits
-from sqat.training.tracking import tracked
+from sqat.training.tracking import open_trackers
 
 STAGE_FOLDER = re.compile(r"\d{2,}-")
 
@@ -39,7 +39,7 @@ def run(
 ) -> Results:
     """Run the stages from ``first`` to ``last`` that are not current, and measure the results."""
     folder = loaded.run_directory
-    with raise_on_lost_peer(), run_lock(folder, reporter), tracked(loaded.recipe, folder, reporter) as tracker:
+    with raise_on_lost_peer(), run_lock(folder, reporter), open_trackers(loaded.recipe, folder, reporter) as tracker:
         graph, splits = resolve_graph(loaded), Splits(loaded.recipe, loaded.path.parent)
         pending = pending_stages(graph, first, last, force)
         for node in graph.select(first, last):
@@ -78,7 +78,11 @@ def run_stage(
     if output is not None and not force:
         check_output(output, name)
     folder, file = lock_location(loaded.run_directory, directory)
-    with raise_on_lost_peer(), run_lock(folder, reporter, file), tracked(loaded.recipe, folder, reporter) as tracker:
+    with (
+        raise_on_lost_peer(),
+        run_lock(folder, reporter, file),
+        open_trackers(loaded.recipe, folder, reporter) as tracker,
+    ):
         graph = resolve_graph(loaded)
         node = graph.nodes[name]
         may_skip = parent is None and output is None and not force

@@ -30,7 +30,7 @@ from sqat.tasks.splits import Splits
 from sqat.training.health import saturation_warnings
 from sqat.training.metrics_log import METRICS_FILE, MetricsLog
 from sqat.training.resume_state import ResumeState
-from sqat.training.tracking import Tracked
+from sqat.training.tracking import TrackedReporter
 
 STAGES: dict[str, Callable[[Any, Checkpoint | None, StageContext], Checkpoint]] = {
     "train": train.run,
@@ -61,7 +61,7 @@ class StageRun:
     input_digests: dict[str, str]
     limits: list[Limit]
     splits: Splits
-    reporter: Tracked
+    reporter: TrackedReporter
 
     @property
     def state(self) -> Path:
@@ -186,7 +186,12 @@ class StageRun:
 
 
 def prepare_run(
-    graph: StageGraph, node: StageNode, directory: Path, parent: Checkpoint | None, splits: Splits, reporter: Tracked
+    graph: StageGraph,
+    node: StageNode,
+    directory: Path,
+    parent: Checkpoint | None,
+    splits: Splits,
+    reporter: TrackedReporter,
 ) -> StageRun:
     """Prepare the run of a stage from a checkpoint into a folder.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sqat.data.batch import Batch, Processor, plan_batches
-from sqat.data.pixels import augmented
+from sqat.data.pixels import augment_images
 from sqat.data.rows import column
 from sqat.data.streaming import Stream, StreamedBatches
 from sqat.tasks.splits import Splits
@@ -30,7 +30,7 @@ def make_batches(
 
     def collate(indices: list[int]) -> Batch:
         batch = processor.collate(rows, indices)
-        return batch if augment is None else augmented(batch, augment.shift, augment.flip)
+        return batch if augment is None else augment_images(batch, augment.shift, augment.flip)
 
     return Batches(plan, collate)
 

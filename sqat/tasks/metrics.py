@@ -1,8 +1,7 @@
-"""Metrics: what they mean exactly, and whose code counts them.
+"""Metrics of classification, regression and ranking.
 
-Accuracy, F1, NDCG, AUC and the correlations are scikit-learn's and SciPy's; the positive-negative ratio is ours,
-and so are the two lines of MRR and top-1 accuracy (the libraries loop over queries in Python). Ties never
-help the model: among passages of equal score the less relevant one comes first. Left out: Recall@k, MAP.
+Accuracy, F1, NDCG, AUC and correlations are scikit-learn's and SciPy's. Ties never help the model: among passages of
+equal score the less relevant one ranks first.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ Integers = NDArray[np.int64]
 
 
 def ranking(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, relevant_from: float) -> dict[str, float]:
-    """Quality of the ranking of each query's passages.
+    """Measure the ranking of each query's passages.
 
     - ``ndcg@10``: gain 2^grade - 1, mean over the queries whose passages differ in grade.
     - ``pnr``: pairs of passages of one query with different grades, rightly ordered / wrongly ordered, over
@@ -48,14 +47,14 @@ def ranking(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, relevant_fr
     mixed = np.minimum.reduceat(grade, starts) < np.maximum.reduceat(grade, starts)
     relevant = grade >= relevant_from
     first = np.minimum.reduceat(np.where(relevant, position, len(query)), starts)
-    judged = np.logical_or.reduceat(relevant, starts) & ~np.logical_and.reduceat(relevant, starts)
-    if not judged.any():
+    mixed_relevance = np.logical_or.reduceat(relevant, starts) & ~np.logical_and.reduceat(relevant, starts)
+    if not mixed_relevance.any():
         raise ValueError(f"none of {len(starts)} queries has grades on both sides of {relevant_from}")
     return {
         "ndcg@10": _ndcg(grade, starts[mixed], sizes[mixed], k=10),
         "pnr": _positive_negative_ratio(grade, score, query, int(sizes.max())),
-        "mrr": float((1.0 / (1 + first[judged])).mean()),
-        "accuracy": float((first[judged] == 0).mean()),
+        "mrr": float((1.0 / (1 + first[mixed_relevance])).mean()),
+        "accuracy": float((first[mixed_relevance] == 0).mean()),
         "queries": float(mixed.sum()),
         "queries_skipped": float((~mixed).sum()),
     }
@@ -116,7 +115,7 @@ def regression(labels: ArrayLike, predictions: ArrayLike) -> dict[str, float]:
 
 
 def performance(labels: ArrayLike, predictions: ArrayLike) -> dict[str, float]:
-    """How well predictions order queries by how well a ranker does on them.
+    """Measure how well predictions order queries by a ranker's quality on them.
 
     - ``ndcg``: all N queries as one ranking by prediction, no cut-off; a query's gain is its label itself, its discount
       log2(rank + 1), and 1 is the order of the labels. Among equal predictions the lower label comes first.
@@ -146,7 +145,7 @@ def performance(labels: ArrayLike, predictions: ArrayLike) -> dict[str, float]:
 
 
 def pair_auc(relevant: ArrayLike, scores: ArrayLike) -> float:
-    """Area under the ROC curve over passages of all queries together: bool [N] against scores [N].
+    """Return the area under the ROC curve over the passages of all queries: bool [N] against scores [N].
 
     The chance that a relevant passage of any query scores above an irrelevant one of any query, a tie counting half:
     unlike PNR it asks whether scores mean the same from query to query.
@@ -164,10 +163,10 @@ def pair_auc(relevant: ArrayLike, scores: ArrayLike) -> float:
 
 
 def finite(scores: ArrayLike) -> Floats:
-    """Scores as float64, none of them infinite or not a number.
+    """Return scores as float64.
 
     Raises:
-        SqatError: training has diverged.
+        SqatError: a score is NaN or Inf, since training has diverged.
     """
     values = np.asarray(scores, np.float64)
     bad = int((~np.isfinite(values)).sum())

@@ -54,7 +54,7 @@ class Relevance(Task):
         return {"id2label": {0: "relevance"}, "label2id": {"relevance": 0}, "problem_type": problem}
 
     def training_groups(self, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
-        """Passages of one epoch: alone for pointwise, a query's together for pairwise.
+        """Return the passages of one epoch: alone for pointwise, a query's together for pairwise.
 
         With ``candidates`` set, a query keeps at most that many: those above its lowest grade first (in all
         places but one), then a sample, new in every epoch, of the lowest. Pairwise leaves out queries of one
@@ -62,7 +62,9 @@ class Relevance(Task):
         """
         labels, groups = column(rows, "label"), column(rows, "group")
         kept = (
-            np.arange(len(rows)) if self.candidates is None else _sample(labels, groups, self.candidates, seed, epoch)
+            np.arange(len(rows))
+            if self.candidates is None
+            else sample_candidates(labels, groups, self.candidates, seed, epoch)
         )
         if self.loss_name == "pointwise":
             return [[int(row)] for row in kept]
@@ -72,8 +74,8 @@ class Relevance(Task):
         return [query.tolist() for query, mixed in zip(queries, lowest < highest, strict=True) if mixed]
 
     def evaluation_rows(self, rows: Rows) -> Rows:
-        """Rows of the queries whose passages differ in grade; in a ranking of the others nothing can be wrong."""
-        mixed = _mixed(column(rows, "label"), column(rows, "group"))
+        """Return the rows of the queries whose passages differ in grade."""
+        mixed = has_mixed_grades(column(rows, "label"), column(rows, "group"))
         return rows if mixed.all() else rows.select(np.flatnonzero(mixed))
 
     def data_warnings(self, rows: Rows) -> list[str]:
@@ -84,7 +86,7 @@ class Relevance(Task):
         return [f"{same} of {len(lowest)} queries have passages of one grade only: left out"] if same else []
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Loss of logits [B, 1]; 0, with a gradient of 0, where a batch has no pair to compare."""
+        """Return the loss of outputs [B, 1]; 0 with a gradient of 0 where a batch has no pair to compare."""
         scores = logits.squeeze(1).float()
         if self.loss_name == "pointwise":
             return binary_cross_entropy_with_logits(scores, (batch.labels / self.highest).clamp(max=1))
@@ -95,21 +97,21 @@ class Relevance(Task):
     def metrics(self, logits: Tensor, rows: Rows) -> dict[str, float]:
         grades, groups, scores = column(rows, "label"), column(rows, "group"), logits.squeeze(1)
         ranked = metrics.ranking(grades, scores, groups, self.relevant_from)
-        figures = {name: ranked[name] for name in ("ndcg@10", "pnr", "mrr", "accuracy")}  # without the query counts
-        figures["auc"] = metrics.pair_auc(grades >= self.relevant_from, scores)
+        values = {name: ranked[name] for name in ("ndcg@10", "pnr", "mrr", "accuracy")}  # without the query counts
+        values["auc"] = metrics.pair_auc(grades >= self.relevant_from, scores)
         if self.loss_name == "pointwise":
             right = (grades >= self.highest / 2) == (scores.numpy() >= 0)
-            figures["pair-accuracy"] = float(right.mean())
-        return figures
+            values["pair-accuracy"] = float(right.mean())
+        return values
 
     def decisions(self, logits: Tensor, rows: Rows) -> Tensor:
-        """Row of each query's top passage (the first of equals), int64 [queries]."""
+        """Return the row of each query's top passage (the first of equals), int64 [queries]."""
         groups = column(rows, "group")
         order = np.lexsort((-metrics.finite(logits.squeeze(1)), groups))
         return torch.from_numpy(order[np.flatnonzero(np.diff(groups, prepend=groups[:1] - 1))])
 
     def same_decision(self, reference: Tensor, other: Tensor, rows: Rows) -> Tensor:
-        """Bool [queries]: the same top passage, or one that the reference scores as high but for its `tie_margin`."""
+        """Return bool [queries]: the same top passage, or one whose score in the reference is within the margin."""
         scores = reference.squeeze(1)
         return scores[self.decisions(reference, rows)] - scores[self.decisions(other, rows)] <= tie_margin(reference)
 
@@ -167,16 +169,16 @@ def build(settings: RelevanceTask, train_rows: Rows) -> Relevance:
     return Relevance(settings.loss, settings.relevant_from, settings.candidates, settings.metric, highest)
 
 
-def _mixed(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Bool [N]: whether the passages of a row's query differ in grade."""
+def has_mixed_grades(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Return bool [N]: whether the passages of a row's query differ in grade."""
     lowest, highest = grade_range(labels, groups)
     _, query = np.unique(groups, return_inverse=True)
     mixed: np.ndarray = (lowest < highest)[query]
     return mixed
 
 
-def _sample(labels: np.ndarray, groups: np.ndarray, candidates: int, seed: int, epoch: int) -> np.ndarray:
-    """Rows, in order, of at most ``candidates`` passages a query, as `Relevance.training_groups` says."""
+def sample_candidates(labels: np.ndarray, groups: np.ndarray, candidates: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the rows, in order, of at most ``candidates`` passages a query, as `Relevance.training_groups` says."""
     _, query = np.unique(groups, return_inverse=True)
     lowest, _ = grade_range(labels, groups)
     better = labels > lowest[query]

@@ -57,20 +57,20 @@ class Retrieval(Task):
         return {} if self.pooling is None else {"pooling": self.pooling}
 
     def training_groups(self, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
-        """A query, one of its positives and some of its negatives, drawn by (seed, epoch); others stay out."""
+        """Return groups of a query, one positive and some negatives, drawn by (seed, epoch)."""
         random = np.random.default_rng((seed, epoch, 1))  # 1: other numbers than plan_batches draws
-        units = []
+        groups = []
         for query, passages, grades in self.queries(rows):
             positives = passages[grades >= self.relevant_from]
             if len(positives):
                 negatives = passages[grades < self.relevant_from]
                 count = min(self.negatives, len(negatives))
                 chosen = random.choice(negatives, count, replace=False).tolist()
-                units.append([query, int(random.choice(positives)), *chosen])
-        return units
+                groups.append([query, int(random.choice(positives)), *chosen])
+        return groups
 
     def queries(self, rows: Rows) -> Iterator[tuple[int, Integers, np.ndarray]]:
-        """Row of each query, rows of its passages and their grades."""
+        """Yield the row of each query, the rows of its passages and their grades."""
         labels, groups = column(rows, "label"), column(rows, "group")
         starts = np.flatnonzero(labels == QUERY)
         ends = np.searchsorted(groups, groups[starts], side="right")
@@ -78,12 +78,12 @@ class Retrieval(Task):
             yield start, np.arange(start + 1, end), labels[start + 1 : end]
 
     def evaluation_rows(self, rows: Rows) -> Rows:
-        """All passages, and the queries that have a positive: the others say nothing of a search."""
+        """Return all passages, and the queries that have a positive."""
         unanswered = [query for query, _, grades in self.queries(rows) if not (grades >= self.relevant_from).any()]
         return rows.select(np.setdiff1d(np.arange(len(rows)), unanswered)) if unanswered else rows
 
     def data_warnings(self, rows: Rows) -> list[str]:
-        """Queries without a positive, passages that stand twice under one query, texts without a query."""
+        """Report queries without a positive, passages twice under one query, texts without a query."""
         labels, groups, texts = column(rows, "label"), column(rows, "group"), rows["text"][:]
         queries = int((labels == QUERY).sum())
         unanswered = sum(not (grades >= self.relevant_from).any() for _, _, grades in self.queries(rows))
@@ -95,19 +95,19 @@ class Retrieval(Task):
             f"{twice} passages stand more than once under one query: they count once": twice,
             f"{loose} texts have no query: they serve distillation, and as passages to search": loose,
         }
-        return [remark for remark, count in found.items() if count]
+        return [line for line, count in found.items() if count]
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """InfoNCE of embeddings [B, H], mean over (query, positive); 0, with a gradient, where a batch has none."""
+        """Return InfoNCE of embeddings [B, H], mean over (query, positive); 0 with a gradient where there is none."""
         embeddings = normalize(logits.float(), dim=-1)
         is_query, is_passage = batch.labels == QUERY, batch.labels >= 0
         scores = embeddings[is_query] @ embeddings[is_passage].T / self.temperature
         own = batch.groups[is_query][:, None] == batch.groups[is_passage]
         positive = own & (batch.labels[is_passage] >= self.relevant_from)
-        alike = same_texts(batch.inputs["input_ids"][is_passage])
-        spared = (positive.float() @ alike.float()) > 0  # positives and whatever reads like one
+        same = same_texts(batch.inputs["input_ids"][is_passage])
+        excluded = (positive.float() @ same.float()) > 0  # positives, and texts that the model reads as one
         lowest = torch.finfo(scores.dtype).min
-        others = scores.masked_fill(spared, lowest).logsumexp(dim=1, keepdim=True)
+        others = scores.masked_fill(excluded, lowest).logsumexp(dim=1, keepdim=True)
         losses = softplus(others - scores).masked_fill(~positive, 0.0)
         return losses.sum() / positive.sum().clamp(min=1)
 
@@ -122,11 +122,11 @@ class Retrieval(Task):
         for query, passages, labels in self.queries(rows):
             queries.append(query)
             grades.append(dict(zip(numbers[passages].tolist(), labels.tolist(), strict=True)))
-        found = retrieval(vectors[queries], vectors[corpus], grades, self.relevant_from)
-        return found | self.reranked(vectors, rows)
+        values = retrieval(vectors[queries], vectors[corpus], grades, self.relevant_from)
+        return values | self.rerank_metrics(vectors, rows)
 
-    def reranked(self, vectors: Floats, rows: Rows) -> dict[str, float]:
-        """Order of each query's own candidates; empty where no query has both good and bad ones."""
+    def rerank_metrics(self, vectors: Floats, rows: Rows) -> dict[str, float]:
+        """Measure the order of each query's own candidates; empty where no query has both good and bad ones."""
         numbers = corpus_of(rows)[1]
         scores, labels, groups = [], [], []
         for group, (query, passages, grades) in enumerate(self.queries(rows)):
@@ -137,8 +137,8 @@ class Retrieval(Task):
                 groups += [group] * len(own)
         if not groups:
             return {}
-        figures = metrics.ranking(labels, scores, groups, self.relevant_from)
-        return {"rerank-ndcg@10": figures["ndcg@10"], "pnr": figures["pnr"]}
+        values = metrics.ranking(labels, scores, groups, self.relevant_from)
+        return {"rerank-ndcg@10": values["ndcg@10"], "pnr": values["pnr"]}
 
     def same_decision(self, reference: Tensor, other: Tensor, rows: Rows) -> Tensor:
         """Bool [Q]: the same passage comes first, or one that the reference scores as high but for its `tie_margin`."""
@@ -206,30 +206,30 @@ def build(settings: RetrievalTask, train_rows: Rows) -> Retrieval:
 
 
 def cosines(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cosines [Q, P] of the queries among embeddings [N, H] with all other texts."""
+    """Return the cosines [Q, P] of the queries among embeddings [N, H] with all other texts."""
     embeddings = normalize(logits.double(), dim=-1)
     return embeddings[labels == QUERY] @ embeddings[labels != QUERY].T
 
 
 def corpus_of(rows: Rows) -> tuple[Integers, Integers]:
-    """Row of each different passage [C], and for every row [N] the number of its passage in it; -1 for queries."""
-    known: dict[str, int] = {}
+    """Return the row of each different passage [C], and for every row [N] its number in that; -1 for queries."""
+    number_of: dict[str, int] = {}
     first: list[int] = []
     labels = column(rows, "label")
     numbers = np.full(len(rows), -1, np.int64)
     for row, text in enumerate(rows["text"][:]):
         if labels[row] == QUERY:
             continue
-        numbers[row] = known.setdefault(text, len(known))
-        if len(known) > len(first):
+        numbers[row] = number_of.setdefault(text, len(number_of))
+        if len(number_of) > len(first):
             first.append(row)
     return np.array(first), numbers
 
 
 def same_texts(token_ids: Tensor) -> Tensor:
-    """Bool [P, P]: which of the padded texts [P, T] the model reads as one."""
-    alike: Tensor = (token_ids[:, None] == token_ids[None]).all(dim=-1)
-    return alike
+    """Return bool [P, P]: which padded texts [P, T] have the same tokens."""
+    same: Tensor = (token_ids[:, None] == token_ids[None]).all(dim=-1)
+    return same
 
 
 RERANKING = ("rerank-ndcg@10", "pnr")

@@ -1,11 +1,8 @@
-"""Search over a corpus of embeddings: what is found among the first, and what that is worth.
+"""Metrics of exact search over a corpus of embeddings.
 
-Every query is compared with every passage by one exact product, no index that guesses. Embeddings come in float32,
-and the same text in another batch differs in the last bits; so scores are rounded to six decimals before they are
-ranked, and ties never help the model: among passages of equal score the less relevant one comes first. Passages that
-nobody judged for a query count as grade 0. Left out: an approximate index, cut-offs other than 1 and 10.
-
-Shapes: Q queries, C passages, H width.
+Every query is compared with every passage. Scores are rounded to six decimals, since float32 embeddings differ in
+their last bits from batch to batch. Of equal scores the less relevant passage ranks first. Passages without a label
+count as grade 0. Shapes: Q queries, C passages, H width.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ from sqat.tasks.metrics import finite
 Floats = NDArray[np.float64]
 DEPTH = 10
 DECIMALS = 6
-AT_ONCE = 256  # queries scored together: a block of 256 x 100,000 scores is 200 MB
+QUERIES_AT_ONCE = 256  # queries scored together: a block of 256 x 100,000 scores is 200 MB
 
 
 def retrieval(
@@ -30,55 +27,55 @@ def retrieval(
 
     - ``recall@1``, ``recall@10``: share of a query's relevant passages (grade >= ``relevant_from``) among the first.
     - ``mrr@10``: 1 / rank of the first relevant passage, 0 where it is not among the first ten.
-    - ``ndcg@10``: gain 2^grade - 1, the ideal taken over all that was judged for the query.
+    - ``ndcg@10``: gain 2^grade - 1, the ideal taken over all labelled passages of the query.
 
     Args:
         queries: embeddings [Q, H].
         corpus: embeddings [C, H].
-        grades: for each query the grade of the passages judged for it, by their number in the corpus.
+        grades: for each query the grade of the passages labelled for it, by their number in the corpus.
 
     Raises:
         SqatError: an embedding is not finite.
         ValueError: no query has a relevant passage.
     """
-    judged = [number for number, row in enumerate(grades) if max(row.values(), default=-1.0) >= relevant_from]
-    if not judged:
+    answered = [number for number, row in enumerate(grades) if max(row.values(), default=-1.0) >= relevant_from]
+    if not answered:
         raise ValueError(f"none of {len(grades)} queries has a passage of grade {relevant_from:g} or more")
-    figures = np.zeros((len(judged), len(NAMES)))
-    scores = similarities(finite(queries)[judged], finite(corpus))
-    for place, (number, row) in enumerate(zip(judged, scores, strict=True)):
-        known = grades[number]
+    values = np.zeros((len(answered), len(NAMES)))
+    scores = similarities(finite(queries)[answered], finite(corpus))
+    for place, (number, row) in enumerate(zip(answered, scores, strict=True)):
+        labels = grades[number]
         all_grades = np.zeros(len(row))
-        all_grades[list(known)] = list(known.values())
-        found = all_grades[first(row, all_grades)]
-        relevant = found >= relevant_from
-        total = sum(grade >= relevant_from for grade in known.values())
+        all_grades[list(labels)] = list(labels.values())
+        ranked = all_grades[best_passages(row, all_grades)]
+        relevant = ranked >= relevant_from
+        total = sum(grade >= relevant_from for grade in labels.values())
         top = np.flatnonzero(relevant)
-        ideal = np.sort(list(known.values()))[::-1][:DEPTH]
-        figures[place] = (
+        ideal = np.sort(list(labels.values()))[::-1][:DEPTH]
+        values[place] = (
             relevant[:1].sum() / total,
             relevant.sum() / total,
             1 / (1 + top[0]) if len(top) else 0.0,
-            gain(found) / gain(ideal),
+            discounted_gain(ranked) / discounted_gain(ideal),
         )
-    return dict(zip(NAMES, figures.mean(axis=0).tolist(), strict=True))
+    return dict(zip(NAMES, values.mean(axis=0).tolist(), strict=True))
 
 
 def similarities(queries: Floats, corpus: Floats) -> Iterator[Floats]:
-    """Rounded cosines [C] of each query with every passage."""
-    left, right = unit(queries), unit(corpus).T
-    for start in range(0, len(left), AT_ONCE):
-        yield from np.round(left[start : start + AT_ONCE] @ right, DECIMALS)
+    """Yield the rounded cosines [C] of each query with every passage."""
+    rows, columns = normalize_rows(queries), normalize_rows(corpus).T
+    for start in range(0, len(rows), QUERIES_AT_ONCE):
+        yield from np.round(rows[start : start + QUERIES_AT_ONCE] @ columns, DECIMALS)
 
 
-def unit(vectors: Floats) -> Floats:
-    """Rows of length 1; a row of zeros stays one."""
+def normalize_rows(vectors: Floats) -> Floats:
+    """Scale rows to length 1; a row of zeros stays zero."""
     scaled: Floats = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return scaled
 
 
-def first(scores: Floats, grades: Floats) -> NDArray[np.int64]:
-    """Numbers of the ten best passages, best first; of equal scores the lower grade is taken."""
+def best_passages(scores: Floats, grades: Floats) -> NDArray[np.int64]:
+    """Return the numbers of the ten best passages, best first; of equal scores the lower grade is first."""
     depth = min(DEPTH, len(scores))
     lowest = np.partition(scores, -depth)[-depth]
     kept = np.flatnonzero(scores >= lowest)
@@ -86,8 +83,8 @@ def first(scores: Floats, grades: Floats) -> NDArray[np.int64]:
     return kept[order[:depth]]
 
 
-def gain(grades: Floats) -> float:
-    """Discounted cumulative gain of passages in this order."""
+def discounted_gain(grades: Floats) -> float:
+    """Return the discounted cumulative gain of passages in this order."""
     return float(((2.0**grades - 1) / np.log2(2 + np.arange(len(grades)))).sum())
 
 

@@ -19,7 +19,7 @@ from sqat.data.batch import Batch
 from sqat.data.fields import read_pixels, text_of
 from sqat.data.rows import Record, Rows, SplitName
 from sqat.data.text_files import Placed
-from sqat.models.rectified_flow import CUT, NUMBER, along, fixed_draws, remaining, signals
+from sqat.models.rectified_flow import CUT, NUMBER, expand_times, fixed_draws, remaining, signals
 from sqat.recipe.inputs import Columns
 from sqat.recipe.tasks import TextToImageTask
 from sqat.tasks import metrics
@@ -34,7 +34,7 @@ class TextToImage(Task):
     architecture: ClassVar[str] = "diffusion"
 
     def evaluation_rows(self, rows: Rows) -> Rows:
-        """All rows, numbered: their noise and time are drawn from it, and no caption is dropped."""
+        """Return all rows with their numbers, from which noise and time are drawn."""
         return rows.add_column(NUMBER, list(range(len(rows))))
 
     def data_warnings(self, rows: Rows) -> list[str]:
@@ -45,20 +45,20 @@ class TextToImage(Task):
         return velocity_error(logits.float(), batch.labels, batch.inputs["timestep"].flatten())
 
     def output_loss(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """Mean squared error; a picture has no temperature."""
+        """Return the mean squared error; an image has no temperature."""
         return mse_loss(student.float(), teacher.float())
 
     def metrics(self, logits: Tensor, rows: Rows) -> dict[str, float]:
         metrics.finite(logits)
-        known = rows.select_columns(["pixels", "height", "width", "channels", NUMBER])[:]
-        picture = signals(known).double()
-        noise, time = fixed_draws(known[NUMBER], picture.shape[1:])
+        columns = rows.select_columns(["pixels", "height", "width", "channels", NUMBER])[:]
+        picture = signals(columns).double()
+        noise, time = fixed_draws(columns[NUMBER], picture.shape[1:])
         error = float(velocity_error(logits.double(), picture, time.double()))
         variance = float((picture - noise).var(unbiased=False))
         return {"explained": 1 - error / variance, "velocity-mse": error}
 
     def same_decision(self, reference: Tensor, other: Tensor, rows: Rows) -> Tensor:
-        """Bool [N]: pictures whose root mean square difference is at most the reference's `tie_margin`."""
+        """Return bool [N]: the root mean square difference is at most the `tie_margin`."""
         difference: Tensor = (reference - other).double().square().flatten(1).mean(dim=1).sqrt()
         return difference <= tie_margin(reference)
 
@@ -81,6 +81,6 @@ def build(settings: TextToImageTask, train_rows: Rows) -> TextToImage:
     return TextToImage(settings.metric)
 
 
-def velocity_error(drawn: Tensor, picture: Tensor, time: Tensor) -> Tensor:
-    """Mean squared error [] of the velocities that pictures [B, ...] stand for at times [B]."""
-    return ((drawn - picture) / along(remaining(time), picture)).square().mean()
+def velocity_error(predicted: Tensor, picture: Tensor, time: Tensor) -> Tensor:
+    """Return the mean squared error [] of the velocities to images [B, ...] at times [B]."""
+    return ((predicted - picture) / expand_times(remaining(time), picture)).square().mean()

@@ -1,11 +1,7 @@
-"""Losses and metrics for TensorBoard, W&B, MLflow or trackio, through Accelerate's trackers; off unless a recipe asks.
+"""Losses and metrics for TensorBoard, W&B, MLflow or trackio, through Accelerate's trackers, where a recipe asks.
 
-A watched reporter: what a fit tells its watcher goes to the trackers too, as ``stage/loss part``, over steps that count
-on from stage to stage, since some trackers refuse to go back. Metrics follow as ``stage/dev/metric`` and
-``results/row/metric``. A tracker that fails on the way is told and given up; a training is worth more than its curves.
-What trackers print goes to standard error, for standard output is the results'. MLflow takes fewer characters in names
-than recipes and metrics have (``recall@10``); there, and there alone, others become ``_``.
-Left out: pictures, weights and system load, which the trackers' own tools have.
+Names are ``stage/loss``, ``stage/dev/metric`` and ``results/row/metric``. Steps count on from stage to stage. A
+tracker that fails is dropped and the run goes on.
 """
 
 from __future__ import annotations
@@ -34,8 +30,8 @@ REFUSED = re.compile(r"[^\w. :/-]")  # in names, by MLflow
 
 
 @dataclass
-class Tracked:
-    """A reporter whose figures go to trackers as well.
+class TrackedReporter:
+    """A reporter that also logs losses and metrics to trackers.
 
     Attributes:
         steps: of the stages that are over.
@@ -56,27 +52,27 @@ class Tracked:
 
     def advance(self, step: int, values: Mapping[str, float], rate: float) -> None:
         self.reporter.advance(step, values, rate)
-        figures = {**values, "samples per second": rate}
-        self.log({f"{self.title}/{name}": value for name, value in figures.items()}, step)
+        logged = {**values, "samples per second": rate}
+        self.log({f"{self.title}/{name}": value for name, value in logged.items()}, step)
 
     def finish(self) -> None:
         self.steps, self.total = self.steps + self.total, 0
         self.reporter.finish()
 
-    def log(self, figures: Mapping[str, float], step: int = 0) -> None:
-        """Hand figures to every tracker, at a step of the stage under way; curves take no infinity."""
-        finite = {name: float(value) for name, value in figures.items() if math.isfinite(value)}
+    def log(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Log finite values to every tracker, at a step of the running stage."""
+        finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
         for tracker in [*self.trackers]:
             try:
                 tracker.log(names_for(tracker.name, finite), step=self.steps + step)
             except Exception as error:  # noqa: PERF203  # each library has classes of its own, and a network
                 self.trackers.remove(tracker)
-                self.info(f"{tracker.name} is given up, the run goes on: {first_line(error)}")
+                self.info(f"{tracker.name} failed and is dropped, the run goes on: {first_line(error)}")
 
 
 @contextmanager
-def tracked(recipe: Recipe, directory: Path, reporter: Reporter) -> Iterator[Tracked]:
-    """The reporter of a run, watched by the trackers that the recipe names; the first process alone has any.
+def open_trackers(recipe: Recipe, directory: Path, reporter: Reporter) -> Iterator[TrackedReporter]:
+    """Open the trackers that the recipe names, on rank 0, and yield a reporter that logs to them.
 
     Args:
         directory: of the run.
@@ -92,7 +88,7 @@ def tracked(recipe: Recipe, directory: Path, reporter: Reporter) -> Iterator[Tra
                 "trackers",
                 code="missing-package",
             )
-    watched = Tracked(reporter)
+    watched = TrackedReporter(reporter)
     try:
         for name in recipe.trackers:
             watched.trackers += start_tracker(name, recipe, directory)
@@ -107,19 +103,19 @@ def tracked(recipe: Recipe, directory: Path, reporter: Reporter) -> Iterator[Tra
 
 
 def is_installed(name: str) -> bool:
-    """Whether a package is there; a folder of its name, as W&B leaves where it ran, is none."""
+    """Say whether a package is installed; a folder of its name, as W&B leaves, does not count."""
     found = find_spec(name)
     return found is not None and found.origin is not None
 
 
 def start_tracker(name: str, recipe: Recipe, directory: Path) -> list[Any]:
-    """A tracker of the first process, told what the recipe says; none in the others.
+    """Start a tracker on rank 0 with the recipe as its config; returns none on other ranks.
 
     Raises:
         SqatError: it cannot begin.
     """
     process_state()  # before Accelerator, which would not find gloo by itself
-    config = names_for(name, flat(recipe.model_dump(mode="json", by_alias=True)))
+    config = names_for(name, flatten(recipe.model_dump(mode="json", by_alias=True)))
     try:
         with redirect_stdout(sys.stderr):
             accelerator = Accelerator(mixed_precision="no", log_with=name, project_dir=directory / FOLDER)
@@ -132,21 +128,21 @@ def start_tracker(name: str, recipe: Recipe, directory: Path) -> list[Any]:
 
 
 def first_sentence(error: Exception) -> str:
-    """The first sentence of a library's message, which may be a page."""
+    """Return the first sentence of a library's message."""
     return re.split(r"(?<=\w)[.;] ", first_line(error))[0]
 
 
 def names_for(tracker: str, values: Mapping[str, Value]) -> dict[str, Value]:
-    """The values under names that a tracker takes."""
+    """Replace the characters in names that a tracker refuses."""
     return {REFUSED.sub("_", name) if tracker == "mlflow" else name: value for name, value in values.items()}
 
 
-def flat(values: Mapping[str, Any], before: str = "") -> dict[str, str | float | bool]:
-    """Nested values by dotted names, as trackers take them."""
+def flatten(values: Mapping[str, Any], before: str = "") -> dict[str, str | float | bool]:
+    """Flatten nested values to dotted names."""
     found: dict[str, str | float | bool] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            found |= flat(value, f"{before}{name}.")
+            found |= flatten(value, f"{before}{name}.")
         elif value is not None:
             found[f"{before}{name}"] = value if isinstance(value, (bool, int, float)) else str(value)[:LONGEST]
     return found

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sqat.data.pixels import ImageProcessor, augmented
+from sqat.data.pixels import ImageProcessor, augment_images
 from sqat.data.rows import Rows
 from sqat.data.sources import split_digest
 from sqat.errors import SqatError
@@ -287,15 +287,15 @@ def test_augmentation_moves_and_mirrors_and_follows_torch_s_generator(tmp_path: 
     images = pictures(40)
     batch = PROCESSOR.collate(PROCESSOR.prepare(prepared(tmp_path, images), 128), list(range(40)))
     torch.manual_seed(1)
-    once = augmented(batch, 1, True).inputs["pixel_values"]
+    once = augment_images(batch, 1, True).inputs["pixel_values"]
     torch.manual_seed(1)
-    assert torch.equal(augmented(batch, 1, True).inputs["pixel_values"], once)
+    assert torch.equal(augment_images(batch, 1, True).inputs["pixel_values"], once)
     seen = set()
     for before, after in zip(batch.inputs["pixel_values"], once, strict=True):
         seen.add(next(how for how in candidates() if torch.equal(moved(before, *how), after)))
     assert len({flip for *_, flip in seen}) == 2
     assert len({how[:2] for how in seen}) == 9
-    assert torch.equal(augmented(batch, 0, False).inputs["pixel_values"], batch.inputs["pixel_values"])
+    assert torch.equal(augment_images(batch, 0, False).inputs["pixel_values"], batch.inputs["pixel_values"])
 
 
 def candidates() -> list[tuple[int, int, bool]]:

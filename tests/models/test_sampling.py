@@ -15,9 +15,9 @@ from sqat.models.rectified_flow import (
     LATEST,
     Drawing,
     Method,
-    along,
     captioned,
     draw_times,
+    expand_times,
     fixed_draws,
     on_path,
     pixels,
@@ -32,7 +32,7 @@ def gaussian(mean: float, spread: float) -> Drawing:
     """The best guess of x1 ~ N(mean, spread^2) from x = (1 - t) x0 + t x1: linear regression of jointly normal ones."""
 
     def drawing(x: Tensor, time: Tensor) -> Tensor:
-        t = along(time, x)
+        t = expand_times(time, x)
         slope = t * spread**2 / ((1 - t) ** 2 + t**2 * spread**2)
         return mean + slope * (x - t * mean)
 
@@ -82,9 +82,9 @@ def test_a_pictures_error_over_what_remains_is_the_velocitys() -> None:
     picture, noise, guess = torch.randn(3, 4, 5, 5).unbind()
     time = torch.rand(4) * LATEST
     x = on_path(picture, noise, time)
-    velocity = (guess - x) / along(1 - time, x)
+    velocity = (guess - x) / expand_times(1 - time, x)
     torch.testing.assert_close(
-        (guess - picture) / along(remaining(time), x), velocity - (picture - noise), atol=1e-4, rtol=0
+        (guess - picture) / expand_times(remaining(time), x), velocity - (picture - noise), atol=1e-4, rtol=0
     )
 
 

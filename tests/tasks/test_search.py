@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import ndcg_score
 
 from sqat.errors import SqatError
-from sqat.tasks.retrieval_metrics import AT_ONCE, retrieval
+from sqat.tasks.retrieval_metrics import QUERIES_AT_ONCE, retrieval
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -73,7 +73,7 @@ def test_the_length_of_a_vector_means_nothing() -> None:
 
 
 def test_more_queries_than_are_scored_at_once() -> None:
-    count = AT_ONCE + 3
+    count = QUERIES_AT_ONCE + 3
     vectors = np.random.default_rng(0).normal(size=(count, 16))
     found = retrieval(vectors, vectors, [{number: 1.0} for number in range(count)], 1.0)
     assert set(found.values()) == {1.0}

@@ -17,7 +17,7 @@ from sqat.progress import SilentReporter
 from sqat.recipe.loader import load_recipe
 from sqat.recipe.schema import Recipe
 from sqat.training import tracking
-from sqat.training.tracking import Tracked, flat, tracked
+from sqat.training.tracking import TrackedReporter, flatten, open_trackers
 from tests.tiny import Project, Recorder, write_project
 
 
@@ -38,7 +38,7 @@ class Kept:
         self.over = True
 
 
-def fit_twice(watched: Tracked) -> None:
+def fit_twice(watched: TrackedReporter) -> None:
     for title in ("train", "qat"):
         watched.start(title, 2)
         watched.advance(1, {"task": 1.0}, 8.0)
@@ -49,7 +49,7 @@ def fit_twice(watched: Tracked) -> None:
 
 def test_steps_count_on_from_stage_to_stage() -> None:
     kept = Kept()
-    fit_twice(Tracked(SilentReporter(), [kept]))
+    fit_twice(TrackedReporter(SilentReporter(), [kept]))
     assert kept.seen == [
         (1, {"train/task": 1.0, "train/samples per second": 8.0}),
         (2, {"train/task": 0.5, "train/samples per second": 8.0}),
@@ -62,8 +62,8 @@ def test_steps_count_on_from_stage_to_stage() -> None:
 
 def test_a_tracker_that_fails_is_given_up_and_told() -> None:
     lines, failing, kept = Recorder(), Kept(fails_at=2), Kept()
-    fit_twice(Tracked(lines, [failing, kept]))
-    assert lines.lines == ["kept is given up, the run goes on: no route"]
+    fit_twice(TrackedReporter(lines, [failing, kept]))
+    assert lines.lines == ["kept failed and is dropped, the run goes on: no route"]
     assert [step for step, _ in failing.seen] == [1]
     assert [step for step, _ in kept.seen] == [1, 2, 2, 3, 4, 4]
 
@@ -75,7 +75,7 @@ def test_trackers_are_closed_whatever_ends_the_run(
     monkeypatch.setattr(tracking, "start_tracker", lambda *_: [kept])
     monkeypatch.setattr(tracking, "is_installed", lambda _: True)
     recipe = load_recipe(pipeline.recipe, ["trackers=[wandb]"]).recipe
-    with pytest.raises(KeyboardInterrupt), tracked(recipe, tmp_path, SilentReporter()):
+    with pytest.raises(KeyboardInterrupt), open_trackers(recipe, tmp_path, SilentReporter()):
         raise KeyboardInterrupt
     assert kept.over
 
@@ -96,7 +96,7 @@ def test_one_that_cannot_begin_is_named_in_a_line_and_the_others_are_closed(
     monkeypatch.setattr(tracking, "is_installed", lambda _: True)
     monkeypatch.setattr(tracking, "Accelerator", refuse)
     recipe = load_recipe(pipeline.recipe, ["trackers=[wandb,mlflow]"]).recipe
-    with pytest.raises(SqatError) as raised, tracked(recipe, tmp_path, SilentReporter()):
+    with pytest.raises(SqatError) as raised, open_trackers(recipe, tmp_path, SilentReporter()):
         pass
     assert raised.value.problem == "mlflow cannot begin: no store at v1.2 of it"
     assert kept.over
@@ -120,7 +120,7 @@ def test_what_trackers_print_is_not_among_the_results(
 
     monkeypatch.setattr(tracking, "is_installed", lambda _: True)
     monkeypatch.setattr(tracking, "Accelerator", Loud)
-    with tracked(load_recipe(pipeline.recipe, ["trackers=[trackio]"]).recipe, tmp_path, SilentReporter()):
+    with open_trackers(load_recipe(pipeline.recipe, ["trackers=[trackio]"]).recipe, tmp_path, SilentReporter()):
         print("a result")
     assert capsys.readouterr() == ("a result\n", "tiny begins\nand ends\n")
 
@@ -131,7 +131,7 @@ def test_mlflow_gets_names_that_it_takes() -> None:
     figures = {"results/sparse int8 (a + b)/recall@10": 0.5, f"dev/{string.printable}": 1.0}
     mlflow, other = Kept(), Kept()
     mlflow.name = "mlflow"
-    Tracked(SilentReporter(), [mlflow, other]).log(figures)
+    TrackedReporter(SilentReporter(), [mlflow, other]).log(figures)
     ((_, logged),) = mlflow.seen
     assert [*logged.values()] == [0.5, 1.0]
     assert all(map(takes.match, logged))
@@ -184,7 +184,7 @@ def test_tensorboard_has_the_losses_and_the_metrics(pipeline: Project) -> None:
 
 def test_values_are_flat_and_short() -> None:
     values = {"seed": 3, "stages": {"train": {"epochs": 1.5, "from": None, "bf16": True, "targets": ["x" * 400]}}}
-    assert flat(values) == {
+    assert flatten(values) == {
         "seed": 3,
         "stages.train.epochs": 1.5,
         "stages.train.bf16": True,
