@@ -11,11 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 
 from sqat.checkpoint.manifest import load_manifest
 from sqat.checkpoint.store import Checkpoint, load_checkpoint, save_checkpoint
 from sqat.cli import main
+from sqat.lint.apply_rules import parse_target
+from sqat.lint.repair_file import lint_file
 from sqat.report.latencies import read_latencies
 from tests.bench.graphs import write_classifier
 from tests.report.run_folder import RECIPE, Page, write_run
@@ -110,6 +114,21 @@ def test_graphs_are_linted_by_their_targets(whole: tuple[str, Page]) -> None:
     text = whole[1].text
     assert "1 of 1 layer will run in float32 on onnx-fp32" in re.sub(r"\s+", " ", text)
     assert "05-export/model.int8.onnx" in text
+
+
+def test_a_finding_has_its_advice(run: Path) -> None:
+    """The file has a weight that no node reads."""
+    model = onnx.load(run / "05-export" / "model.fp32.onnx")
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(2, np.float32), "unused"))
+    folder = run / "05-export"
+    checkpoint = load_checkpoint(folder)
+    broken = folder.parent / "broken.onnx"
+    onnx.save(model, broken)
+    save_again(folder, files={**checkpoint.files, "model.fp32.onnx": broken.read_bytes()})
+    findings = lint_file(folder / "model.fp32.onnx", parse_target("onnx-fp32")).findings
+    text = re.sub(r"\s+", " ", page_of(run)[1].text)
+    assert [finding.advice for finding in findings if finding.advice]
+    assert all(finding.advice in text for finding in findings)
 
 
 def test_how_to_make_it_again(shared: Path, whole: tuple[str, Page]) -> None:
