@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from torch import nn
@@ -83,39 +82,3 @@ def test_reranking_needs_something_to_rank(tmp_path: Path) -> None:
     load_rows(SplitConfig(path="dev.jsonl"), "dev", Columns(), RetrievalTask(), tmp_path)
     with pytest.raises(SqatError, match=r"task\.metric pnr compares a query's own passages"):
         load_rows(SplitConfig(path="dev.jsonl"), "dev", Columns(), RetrievalTask(metric="pnr"), tmp_path)
-
-
-def test_calibration_draws_the_same_whatever_ran_before(tmp_path: Path) -> None:
-    """Noise and times of the pictures that calibrate observes."""
-    import torch
-
-    from sqat.recipe.stages import CalibrateConfig
-    from sqat.stages.calibrate import sample_batches
-
-    class Drawing:
-        def collate(self, rows: Any, indices: list[int]) -> Any:
-            drawn.append(torch.randn(2))
-            return self
-
-        def to(self, device: Any) -> Any:
-            return self
-
-    class Rows(dict[str, Any]):
-        def __len__(self) -> int:
-            return 4
-
-        def with_format(self, *_: Any, **__: Any) -> Any:
-            return self
-
-        def __getitem__(self, _: Any) -> Any:
-            return {"length": np.ones(4, np.int64)}
-
-    class Job:
-        recipe = type("Recipe", (), {"seed": 3})
-        splits = type("Splits", (), {"prepared": staticmethod(lambda split, processor: Rows())})
-
-    drawn: list[torch.Tensor] = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        sample_batches(CalibrateConfig(), Job(), Drawing())  # type: ignore[arg-type]
-    assert torch.equal(drawn[0], drawn[1])
