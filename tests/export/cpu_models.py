@@ -17,21 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sqat import runtime
-from sqat.checkpoint.manifest import LayerRecord, Manifest, SiteRecord
 from sqat.checkpoint.store import Checkpoint
 from sqat.errors import SqatError
 from sqat.evaluation.evaluate import served_model
 from sqat.export.source import Source
 from sqat.export.targets import write_target
-from sqat.models.attention import use_eager, use_hooked_attention
-from sqat.models.layer_selection import choose_layers, encoder_blocks
-from sqat.models.loading import serialize_model
-from sqat.modules.hooks import hook_sites
-from sqat.modules.site_discovery import discover_sites
-from sqat.quantization.placement import PLACEMENTS
-from sqat.recipe.stages import ExportConfig, Layers
-from sqat.sparsity.masks import apply_mask, nm_mask
-from sqat.sparsity.pattern import parse_pattern
+from sqat.models.attention import use_eager
+from sqat.recipe.stages import ExportConfig
 from tests.export.cpu_oracle import interpret
 
 Inputs = dict[str, Tensor]
@@ -46,41 +38,6 @@ def texts(lengths: Sequence[int], vocabulary: int = 65, typed: bool = False, see
     ids = torch.randint(5, vocabulary, (rows, tokens), generator=generator) * mask
     types = {"token_type_ids": torch.randint(0, 2, (rows, tokens), generator=generator)} if typed else {}
     return {"input_ids": ids, "attention_mask": mask, **types}
-
-
-def calibrated(
-    model: Any, processor: Any, inputs: Inputs, dense: Sequence[str] = (), layers: Layers | None = None
-) -> Checkpoint:
-    """Prune to 2:4 all chosen linears but those whose name ends as one of ``dense``, and quantize them; bounds are 0.9
-    of the largest |x| of one batch, so that something is clipped."""
-    chosen = choose_layers(model, layers or Layers(), "quantize")
-    masks = {}
-    for name in chosen.chosen:
-        if not name.endswith(tuple(dense)) or not dense:
-            weight = model.get_submodule(name).weight
-            masks[name] = nm_mask(weight.detach().abs(), parse_pattern("2:4"))
-            weight.data = apply_mask(weight.detach(), masks[name])
-    use_hooked_attention(model, "cpu")
-    blocks = encoder_blocks(model)
-    sites = discover_sites(model, inputs, chosen.chosen, blocks, PLACEMENTS["cpu"])
-    amax: dict[str, Tensor] = {}
-
-    def watch(site: str, x: Tensor) -> Tensor:
-        leader = sites.shared_with[site]
-        amax[leader] = torch.maximum(amax.get(leader, torch.tensor(0.0)), 0.9 * x.abs().max())
-        return x
-
-    hooks = hook_sites(model, watch, sites.shared_with, blocks)
-    with torch.no_grad():
-        model(**inputs)
-    hooks.remove()
-    files, weights = serialize_model(model, processor)
-    known = {name: LayerRecord(pattern="2:4" if name in masks else "", quantized=True) for name in chosen.chosen}
-    known |= {name: LayerRecord(dense_because=why, float_because=why) for name, why in chosen.skipped.items()}
-    records = {site: SiteRecord(shared_with=leader, saturated=0.0) for site, leader in sites.shared_with.items()}
-    manifest = Manifest(stage="qat", type="qat", fingerprint="k" * 16, base_model="tiny", seed=0, placement="cpu",
-                        layers=known, sites=records)  # fmt: skip
-    return Checkpoint(manifest, files, weights, masks, amax)
 
 
 def exported(checkpoint: Checkpoint, model: nn.Module, inputs: Inputs, folder: Path) -> tuple[Path, Path]:

@@ -22,12 +22,12 @@ from sqat.export.onnx_files import check_file
 from sqat.models.sentence import Pooling, SentenceProcessor, add_pooling_
 from sqat.recipe.stages import Layers
 from sqat.runtime.sessions import count_operators
+from tests.calibrated_encoders import calibrate
 from tests.export.cpu_models import (
     ENGINES,
     Inputs,
     by_kernels,
     by_torch,
-    calibrated,
     close,
     exported,
     states_by_torch,
@@ -71,7 +71,8 @@ def made(make_model: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFacto
         if family not in known:
             inputs = texts(LENGTHS, typed=family == "bert")
             model = make_model(family, **FAMILIES[family])
-            checkpoint = calibrated(model, TextProcessor(tokenizer), inputs, DENSE.get(family, ()), LAYERS.get(family))
+            checkpoint = calibrate(model, TextProcessor(tokenizer), inputs, "cpu", purpose="quantize",
+                                   layers=LAYERS.get(family), dense=DENSE.get(family, ()))  # fmt: skip
             known[family] = Made(
                 checkpoint, inputs, *exported(checkpoint, model, inputs, tmp_path_factory.mktemp(family))
             )
@@ -168,7 +169,9 @@ def test_pooled_embeddings(engine: str, tokenizer: Any, tmp_path: Path) -> None:
     config = transformers.BertConfig(**{**BASE, "num_hidden_layers": 1})
     model = add_pooling_(transformers.AutoModel.from_config(config).eval(), Pooling())
     inputs = texts(LENGTHS)
-    checkpoint = calibrated(model, SentenceProcessor(tokenizer, Pooling(), 32, 16, {}), inputs)
+    checkpoint = calibrate(
+        model, SentenceProcessor(tokenizer, Pooling(), 32, 16, {}), inputs, "cpu", purpose="quantize"
+    )
     file, _ = exported(checkpoint, model, inputs, tmp_path)
     (got,) = ENGINES[engine](file, inputs)
     assert close(by_torch(checkpoint, inputs), got)

@@ -10,10 +10,12 @@ import torch
 import transformers
 from torch import Tensor
 
+from sqat.data.tokens import TextProcessor
 from sqat.evaluation.evaluate import served_model
 from sqat.export.packed_folder import MANIFEST
 from sqat.torch_sparse.load import load_model
-from tests.torch_sparse.conftest import WriteFolder, calibrate, texts
+from tests.calibrated_encoders import calibrate
+from tests.torch_sparse.conftest import WriteFolder, texts
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +29,9 @@ def test_the_packed_model_is_the_served_one(placement: str, write_folder: WriteF
     batches = [texts(rows, tokens, tokens) for rows, tokens in ((1, 16), (4, 32), (2, 77))]
     with torch.no_grad():
         full = torch.cat([model(**batch).logits.flatten() for batch in batches])
-    checkpoint = calibrate(model, transformers.AutoTokenizer.from_pretrained(source), placement)
+    checkpoint = calibrate(
+        model, TextProcessor(transformers.AutoTokenizer.from_pretrained(source)), texts(3, 12), placement
+    )
     folder = write_folder(checkpoint)
     entries = json.loads((folder / MANIFEST).read_text())
     assert {entry["order"] for entry in entries["layers"].values()} == {"cutlass"}
