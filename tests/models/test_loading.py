@@ -1,4 +1,4 @@
-"""Models: where they come from, which layers are chosen and why, how they turn into checkpoints and back."""
+"""Pretrained models and checkpoints: what is loaded, and what is refused."""
 
 from __future__ import annotations
 
@@ -21,47 +21,20 @@ from transformers import PreTrainedModel
 from sqat.checkpoint.manifest import Manifest
 from sqat.checkpoint.store import Checkpoint
 from sqat.data.tokens import TextProcessor
-from sqat.errors import SqatError
 from sqat.models.attention import use_hooked_attention
-from sqat.models.layer_selection import choose_layers, encoder_blocks, find_qkv
 from sqat.models.loading import build, load_pretrained, serialize_model
 from sqat.models.sources import resolve_source, source_digest
 from sqat.models.text import load_tokenizer, set_dropout
 from sqat.recipe.inputs import ModelConfig
-from sqat.recipe.stages import Layers
+from tests.models.loading import MakeModel, problem
 
-MakeModel = Callable[..., PreTrainedModel]
 MakeSource = Callable[..., Path]
+
+
 HEAD = {"num_labels": 2}
-BLOCKS = {
-    "bert": "bert.encoder.layer",
-    "roberta": "roberta.encoder.layer",
-    "distilbert": "distilbert.transformer.layer",
-    "electra": "electra.encoder.layer",
-    "mpnet": "mpnet.encoder.layer",
-    "modernbert": "model.layers",
-    "deberta-v2": "deberta.encoder.layer",
-    "deberta": "deberta.encoder.layer",
-    "llama": "model.layers",
-}
-QKV = {
-    "bert": ("attention.self.query", "attention.self.key", "attention.self.value"),
-    "roberta": ("attention.self.query", "attention.self.key", "attention.self.value"),
-    "distilbert": ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
-    "electra": ("attention.self.query", "attention.self.key", "attention.self.value"),
-    "mpnet": ("attention.attn.q", "attention.attn.k", "attention.attn.v"),
-    "modernbert": ("attn.Wqkv",),
-    "llama": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "deberta-v2": ("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
-}
+
+
 MANIFEST = Manifest(stage="t", type="train", fingerprint="k", base_model="b", seed=0)
-
-
-def problem(call: Callable[..., Any], *arguments: Any) -> str:
-    with pytest.raises(SqatError) as caught:
-        call(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def load(source: Path | str, folder: Path, seed: int = 0, **config: Any) -> tuple[PreTrainedModel, Any]:
@@ -75,139 +48,6 @@ def load(source: Path | str, folder: Path, seed: int = 0, **config: Any) -> tupl
 def edit_config(folder: Path, **entries: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **entries}))
-
-
-# --- which layers
-
-
-@pytest.mark.parametrize("family", list(BLOCKS))
-def test_blocks_are_found(family: str, make_model: MakeModel) -> None:
-    assert encoder_blocks(make_model(family)) == [f"{BLOCKS[family]}.0", f"{BLOCKS[family]}.1"]
-
-
-@pytest.mark.parametrize("family", list(QKV))
-def test_qkv_of_the_last_block_are_found(family: str, make_model: MakeModel) -> None:
-    assert find_qkv(make_model(family)) == tuple(f"{BLOCKS[family]}.1.{name}" for name in QKV[family])
-
-
-class Block(nn.Module):
-    def __init__(self, *names: str) -> None:
-        super().__init__()
-        for name in names:
-            self.add_module(name, nn.Linear(16, 16))
-
-
-class MadeUp(nn.Module):
-    """Blocks of linears by any names, and a longer list of unlike modules that is no encoder."""
-
-    def __init__(self, *names: str) -> None:
-        super().__init__()
-        self.heads = nn.ModuleList([nn.Linear(64, 64), nn.Sequential(nn.Linear(64, 64))])
-        self.blocks = nn.ModuleList([Block(*names), Block(*names)])
-
-
-def test_blocks_are_alike() -> None:
-    assert encoder_blocks(MadeUp("a")) == ["blocks.0", "blocks.1"]
-
-
-def test_a_model_without_blocks_is_refused() -> None:
-    assert problem(encoder_blocks, nn.Sequential(nn.Linear(4, 4))) == (
-        "no encoder blocks with linear layers were found in the model; "
-        "Sequential is not a transformer encoder that sqat can treat"
-    )
-
-
-@pytest.mark.parametrize(
-    "names",
-    [("to_q", "to_k", "to_v"), ("query", "key"), ("q", "query", "k", "v"), ("query_key_value",), ("qkv", "q")],
-)
-def test_qkv_that_cannot_be_told_name_the_candidates(names: tuple[str, ...]) -> None:
-    candidates = ", ".join(f"blocks.1.{name}" for name in names)
-    assert problem(find_qkv, MadeUp(*names)) == (
-        "which linears make q, k and v of the last block cannot be told from their names; "
-        f"set distill.qkv to three (or one fused) of: {candidates}"
-    )
-
-
-def test_interleaved_heads_are_not_taken_for_fused_qkv(make_model: MakeModel) -> None:
-    assert "deberta.encoder.layer.1.attention.self.in_proj" in problem(find_qkv, make_model("deberta"))
-
-
-@pytest.mark.parametrize("names", [("q_proj", "k_proj", "v_proj"), ("w_q", "w_k", "w_v"), ("Wq", "Wk", "Wv")])
-def test_ordinary_names_of_qkv(names: tuple[str, ...]) -> None:
-    assert find_qkv(MadeUp("out", *reversed(names))) == tuple(f"blocks.1.{name}" for name in names)
-
-
-def test_the_recipe_may_name_qkv() -> None:
-    model = MadeUp("to_q", "to_k", "to_v")
-    wanted = [f"blocks.0.to_{x}" for x in "qkv"]
-    assert find_qkv(model, wanted) == tuple(wanted)
-    assert problem(find_qkv, model, ["blocks.0.to_q", "blocks.0.x", "blocks.0.to_v"]) == (
-        "distill.qkv names blocks.0.x; give three linear layers or one fused"
-    )
-    assert problem(find_qkv, model, wanted[:2]) == "distill.qkv names 2; give three linear layers or one fused"
-
-
-def test_rule_b8_with_its_reasons(make_model: MakeModel) -> None:
-    model = make_model("bert", hidden_size=40, intermediate_size=36, num_attention_heads=2)
-    layer = "bert.encoder.layer.0"
-    for_pruning = "is not a multiple of [8, 16] (rule B8)"
-    choice = choose_layers(make_model("bert", intermediate_size=48), Layers(), "prune")
-    assert [name.removeprefix("bert.encoder.layer.") for name in choice.chosen] == [
-        f"{i}.{name}"
-        for i in (0, 1)
-        for name in (
-            "attention.self.query",
-            "attention.self.key",
-            "attention.self.value",
-            "attention.output.dense",
-            "intermediate.dense",
-            "output.dense",
-        )
-    ]
-    outside = "outside the encoder blocks (rule B8)"
-    assert choice.skipped == {"bert.pooler.dense": outside, "classifier": outside}
-    assert problem(choose_layers, model, Layers(), "prune") == (
-        f"no layer is left to prune: [40, 40] {for_pruning}; widen layers.include"
-    )
-    quantize = choose_layers(model, Layers(exclude=("*.output.dense",)), "quantize")
-    assert f"{layer}.intermediate.dense" in quantize.chosen
-    assert quantize.skipped[f"{layer}.output.dense"] == "excluded by the recipe"
-
-
-def test_small_layers_stay_as_they_are(make_model: MakeModel) -> None:
-    model = make_model("bert", intermediate_size=12)
-    pruned = choose_layers(model, Layers(), "prune").skipped
-    assert pruned["bert.encoder.layer.0.intermediate.dense"] == "[12, 32] is not a multiple of [8, 16] (rule B8)"
-    assert pruned["bert.encoder.layer.0.output.dense"] == "[32, 12] is not a multiple of [8, 16] (rule B8)"
-    quantized = choose_layers(model, Layers(), "quantize").skipped
-    assert quantized["bert.encoder.layer.0.intermediate.dense"] == "[12, 32] is smaller than 16 (rule B8)"
-    assert quantized["bert.encoder.layer.0.output.dense"] == "[32, 12] is smaller than 16 (rule B8)"
-
-
-def test_inputs_must_hold_whole_groups(make_model: MakeModel) -> None:
-    left = choose_layers(make_model("bert", intermediate_size=48), Layers(), "prune", 32).skipped
-    assert left["bert.encoder.layer.0.output.dense"] == "[32, 48] is not a multiple of [8, 32] (rule B8)"
-
-
-def test_globs_choose(make_model: MakeModel) -> None:
-    layers = Layers(include=("*.query", "bert.pooler.*"), exclude=("*.layer.1.*",))
-    choice = choose_layers(make_model("bert"), layers, "quantize")
-    assert choice.chosen == ["bert.encoder.layer.0.attention.self.query", "bert.pooler.dense"]
-    assert choice.skipped["bert.encoder.layer.1.attention.self.query"] == "excluded by the recipe"
-    assert choice.skipped["bert.encoder.layer.0.attention.self.key"] == "not included by the recipe"
-
-
-@pytest.mark.parametrize("field", ["include", "exclude"])
-def test_a_glob_that_matches_nothing(field: str, make_model: MakeModel) -> None:
-    layers = Layers(**{field: ("*.query", "*.queri")})
-    start = "bert.encoder.layer.0.attention.self."
-    assert problem(choose_layers, make_model("bert"), layers, "prune") == (
-        f"layers: '*.queri' matches no layer; the model has {start}query, {start}key, {start}value, ... (14 in all)"
-    )
-
-
-# --- sources
 
 
 @pytest.fixture
@@ -280,9 +120,6 @@ def test_the_sha256_of_the_weights(make_source: MakeSource, tmp_path: Path) -> N
     assert problem(lambda: load(source, tmp_path, sha256=wrong)) == (
         "model.sha256 is given, but the source has no local model.safetensors; drop it or use a folder"
     )
-
-
-# --- pretrained models that do not fit
 
 
 def test_a_pretrained_model_is_loaded_with_a_seeded_head(make_source: MakeSource, tmp_path: Path) -> None:
@@ -454,9 +291,6 @@ def test_rates_of_zero_are_replaced_and_switches_are_not(make_model: MakeModel) 
     assert config.use_stable_dropout is True
     set_dropout(config, None)
     assert config.hidden_dropout_prob == 0.2
-
-
-# --- checkpoints
 
 
 def test_a_model_comes_back_from_its_checkpoint(
