@@ -124,7 +124,7 @@ def test_a_finding_has_its_advice(run: Path) -> None:
     checkpoint = load_checkpoint(folder)
     broken = folder.parent / "broken.onnx"
     onnx.save(model, broken)
-    save_again(folder, files={**checkpoint.files, "model.fp32.onnx": broken.read_bytes()})
+    save_again(folder, artifacts={**checkpoint.artifacts, "model.fp32.onnx": broken})
     findings = lint_file(folder / "model.fp32.onnx", parse_target("onnx-fp32")).findings
     text = re.sub(r"\s+", " ", page_of(run)[1].text)
     assert [finding.advice for finding in findings if finding.advice]
