@@ -126,7 +126,7 @@ def test_a_wrong_packed_weight_misses_parity(project: Project, monkeypatch: pyte
 def test_tensorrt_asks_for_its_profile(project: Project, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SqatError) as error:
         exported(project, "stages.export.targets=[tensorrt]", "stages.calibrate.placement=linear")
-    assert error.value.code == "unsupported-target"
+    assert error.value.code == "recipe-conflict"
     other = write_project(project.folder / "linear")
     run(load_recipe(other.recipe, QUICK), Recorder(), last="calibrate")
     code = main(["export", str(project.recipe), "--target", "tensorrt", "--from", str(other.stage("calibrate")),
