@@ -34,7 +34,7 @@ def run(config: CalibrateConfig, parent: Checkpoint | None, context: StageContex
     choice = choose_layers(model, config.layers, "quantize")
     if PLACEMENTS[config.placement].kernels:
         check_encoder(model)
-    notes = [] if parent is None else list(parent.manifest.notes)
+    notes = []
     found = calibrate_on_rows(config, config.placement, model, processor, choice.chosen, context)
     if not found.has_attention:
         notes.append(f"{type(model).__name__} has no attention interface: its attention products stay float")

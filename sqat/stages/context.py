@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +33,7 @@ from sqat.training.loop import Evaluation, Metrics, TrainResult, fit, resolve_ac
 from sqat.training.metrics_log import MetricsLog
 from sqat.training.resume_state import ResumeState
 
-INHERITED = ("layers", "sites", "skipped", "placement", "notes")  # entries of a manifest that children keep
+INHERITED = ("layers", "sites", "skipped", "placement")  # entries of a manifest that children keep
 
 
 @dataclass(frozen=True)
@@ -149,24 +149,29 @@ class StageContext:
         return shared
 
     def manifest(
-        self, config: StageConfig, parent: Checkpoint | None, result: TrainResult | None = None, **entries: Any
+        self,
+        config: StageConfig,
+        parent: Checkpoint | None,
+        result: TrainResult | None = None,
+        notes: Sequence[str] = (),
+        **entries: Any,
     ) -> Manifest:
-        """Make the manifest of the stage's checkpoint; what is not in ``entries`` comes from the parent."""
-        known: dict[str, Any] = {
-            "base_model": self.recipe.model.label,
-            "seed": self.recipe.seed,
-            "versions": versions(),
-        }
+        """Make the manifest of the stage's checkpoint from the parent's, with more notes and other ``entries``."""
+        inherited: dict[str, Any] = {}
         if parent is not None:
-            known |= {name: getattr(parent.manifest, name) for name in INHERITED}
-        if result is not None:
-            known |= vars(result)
+            inherited = {name: getattr(parent.manifest, name) for name in INHERITED}
+            notes = [*parent.manifest.notes, *notes]
+        trained = {} if result is None else vars(result)
         return Manifest(
             stage=self.name,
             type=config.type,
             fingerprint=self.fingerprint,
             input_digests=self.input_digests,
-            **{**known, **entries},
+            base_model=self.recipe.model.label,
+            seed=self.recipe.seed,
+            versions=versions(),
+            notes=list(notes),
+            **{**inherited, **trained, **entries},
         )
 
 

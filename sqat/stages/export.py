@@ -61,7 +61,7 @@ def export(config: ExportConfig, parent: Checkpoint, context: StageContext, fold
         notes += [f"{target}: {result}", *(f"{target}: {note}" for note in file.notes)]
         context.reporter.info(f"{context.name}: {target}: {result}")
     metrics["dev"] = metrics[f"dev {config.targets[0]}"]
-    manifest = context.manifest(config, parent, metrics=metrics, notes=[*parent.manifest.notes, *notes])
+    manifest = context.manifest(config, parent, metrics=metrics, notes=notes)
     artifacts = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     sizes = {target: bytes_of(artifacts, TARGETS[target].file) for target in config.targets}
     card = model_card(manifest, sizes, context.task.architecture, output)

@@ -45,7 +45,6 @@ def run(config: PruneConfig, parent: Checkpoint | None, context: StageContext) -
     final = masks.remove()
     metrics = {"dev": context.measure(model, processor, "dev")}
     layers = record_layers(parent, patterns, skipped, old)
-    notes = [*([] if parent is None else parent.manifest.notes), *notes]
     files, weights = serialize_model(model, processor)
     manifest = context.manifest(config, parent, result, metrics=metrics, layers=layers, notes=notes)
     return Checkpoint(manifest, files, weights, final)
