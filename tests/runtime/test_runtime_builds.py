@@ -99,11 +99,11 @@ def test_kernels_and_fuzz_under_sanitizers(tmp_path: Path) -> None:
     preload = sanitizer_runtimes() if COMPILER else ""
     if not preload:
         pytest.skip("gcc has no sanitizers here")
-    flags = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recovery_fraction=all", "-fno-sanitize=vptr")
+    flags = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-sanitize=vptr")
     library = compile_library(tmp_path, *flags)
     environment = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(ROOT)}
 
-    def said(*words: str) -> str:
+    def output_of(*words: str) -> str:
         command = [sys.executable, "-m", *words]
         run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr[-3000:]
@@ -111,12 +111,12 @@ def test_kernels_and_fuzz_under_sanitizers(tmp_path: Path) -> None:
 
     for name in available():
         environment["SQAT_RUNTIME_ISA"] = name
-        assert said("tests.runtime.kernel_oracle", str(library)) == f"{len(SIZES)} sizes\n"
+        assert output_of("tests.runtime.kernel_oracle", str(library)) == f"{len(SIZES)} sizes\n"
     del environment["SQAT_RUNTIME_ISA"]
-    answer = said("tests.runtime.fuzz", str(library), "--rounds", "300")
-    told = re.fullmatch(r"300 rounds: (\d+) answers, (\d+) refusals\n", answer)
-    assert told is not None, answer
-    answers, refusals = map(int, told.groups())
+    answer = output_of("tests.runtime.fuzz", str(library), "--rounds", "300")
+    match = re.fullmatch(r"300 rounds: (\d+) answers, (\d+) refusals\n", answer)
+    assert match is not None, answer
+    answers, refusals = map(int, match.groups())
     assert answers + refusals == 300
     assert answers > 300 / 5
     assert refusals > 300 / 10, "little was damaged"
