@@ -49,7 +49,7 @@ def choose_backend(name: str) -> str:
     """
     if name not in BACKENDS:
         raise SqatError(f"no backend {name!r}", f"allowed: {', '.join(BACKENDS)}", "--backend", code="unknown-name")
-    has_rtx = importlib.util.find_spec("tensorrt_rtx") is not None
+    has_rtx = is_installed("tensorrt_rtx")
     if name == RTX and not has_rtx:
         raise SqatError("TensorRT-RTX is not installed", f"{INSTALL_RTX}, {BUILD_ELSEWHERE}", code="missing-package")
     problem = "" if name == RTX else tensorrt_problem()
@@ -66,9 +66,15 @@ def choose_backend(name: str) -> str:
     return TENSORRT
 
 
+def is_installed(module: str) -> bool:
+    """Whether a module can be imported; a folder of that name, which has no origin, is none."""
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None
+
+
 def tensorrt_problem() -> str:
     """What keeps TensorRT from building here; empty where nothing does."""
-    if importlib.util.find_spec("tensorrt") is None:
+    if not is_installed("tensorrt"):
         return "TensorRT is not installed (pip install tensorrt)"
     try:
         gpus = find_gpus()

@@ -36,7 +36,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, *packages: str, gpus: tuple[Gpu, ..
 
     def find_spec(name: str, package: str | None = None) -> ModuleSpec | None:
         if name in ("tensorrt", "tensorrt_rtx"):
-            return ModuleSpec(name, None) if name in packages else None
+            return ModuleSpec(name, None, origin=name) if name in packages else None
         return real_find_spec(name, package)
 
     def find_gpus() -> tuple[Gpu, ...]:
