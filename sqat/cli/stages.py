@@ -43,10 +43,10 @@ def stage_command(stage_type: str, summary: str, special: Sequence[str] = ()) ->
         quiet: Quiet = False,
         verbose: Verbose = 0,
     ) -> None:
-        chosen = list(overrides or ())
+        settings = list(overrides or ())
         if targets:
-            chosen += override_targets(recipe, targets, stage, parent, chosen)
-        run_stage(stage_type, recipe, parent, output, stage, chosen, force=force, quiet=quiet, distill=distill)
+            settings += override_targets(recipe, targets, stage, parent, settings)
+        run_stage(stage_type, recipe, parent, output, stage, settings, force=force, quiet=quiet, distill=distill)
 
     # Typer reads the options from the signature, so those that this stage type does not have are removed from it.
     signature = inspect.signature(command, eval_str=True)

@@ -1,7 +1,7 @@
 """What this machine is: CPU, NVIDIA GPUs, and the packages that run exported models.
 
-The NVIDIA driver is asked, not torch: a CPU build of torch sees no GPU that TensorRT could use, and a build for AMD
-calls its GPUs cuda. Only the probes that need torch or ONNX Runtime import them.
+GPUs come from the NVIDIA driver, not from torch: a CPU build of torch sees no GPU, and a build for AMD calls its GPUs
+cuda. Only the probes that need torch or ONNX Runtime import them.
 """
 
 from __future__ import annotations

@@ -34,7 +34,12 @@ class Need:
 
 @dataclass(frozen=True)
 class Subject:
-    """A backend or a target: what it runs, or what it is served by, and its needs in order of importance."""
+    """A backend or a target and its needs.
+
+    Attributes:
+        about: what a backend runs, or what a target is served by.
+        needs: in order of importance.
+    """
 
     about: str
     needs: tuple[Need, ...]

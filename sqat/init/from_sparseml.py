@@ -192,9 +192,9 @@ def make_stages(modifiers: Sequence[Modifier]) -> Translation:
         if end <= quantize_epoch:
             notes.append("qat: one epoch; the recipe only calibrates. Delete the stage to do the same")
     stages["export"] = {"targets": ["onnx-int8" if quantizing else "onnx-fp16"]}
-    known = [*pruning, *quantizing, *(each for each in modifiers if each.kind in KNOWN or is_distilling(each))]
+    translated = [*pruning, *quantizing, *(each for each in modifiers if each.kind in KNOWN or is_distilling(each))]
     notes += [f"line {each.line}: {each.kind} has no counterpart and is skipped"
-              for each in modifiers if each not in known]  # fmt: skip
+              for each in modifiers if each not in translated]  # fmt: skip
     result.notes = list(dict.fromkeys([*notes, *rates.notes]))
     return result
 
@@ -327,11 +327,11 @@ class Rates:
         before = [each for each in self.modifiers if each.start() <= epoch]
         if not before:
             return {"learning_rate": default}
-        chosen = max(before, key=Modifier.start)
-        steady = "constant" if chosen.kind == "SetLearningRateModifier" else "linear"
-        schedule = str(chosen.values.get("lr_func", chosen.values.get("lr_class", steady)))
+        last = max(before, key=Modifier.start)
+        steady = "constant" if last.kind == "SetLearningRateModifier" else "linear"
+        schedule = str(last.values.get("lr_func", last.values.get("lr_class", steady)))
         name = schedule if schedule in ("linear", "cosine", "constant") else "linear"
         if name != schedule:
-            self.notes.append(f"line {chosen.line}: learning-rate schedule {schedule} becomes linear in each stage")
-        rate = chosen.number("init_lr", chosen.number("learning_rate", default))
+            self.notes.append(f"line {last.line}: learning-rate schedule {schedule} becomes linear in each stage")
+        rate = last.number("init_lr", last.number("learning_rate", default))
         return {"learning_rate": rate, "lr_schedule": name}

@@ -203,6 +203,6 @@ def are_scores(values: Sequence[Any]) -> bool:
 
 
 def tokens_for(lengths: Sequence[int]) -> int:
-    """Return the power of two from 32 to 256 that holds 95 % of the texts, at four characters per token."""
+    """Return a maximum length, from 32 to 256, that holds 95 % of the texts; a token is four characters."""
     needed = sorted(lengths)[int(0.95 * (len(lengths) - 1))] / 4 + 3
     return next((size for size in (32, 64, 128) if size >= needed), 256)

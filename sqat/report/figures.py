@@ -179,7 +179,7 @@ def strip_prefix(names: Sequence[str]) -> list[str]:
 
 
 def mark_percentiles(panel: Any, activations: Sequence[Activation], end: float) -> None:
-    """Mark on each strip the |x| that 99.99 % of the values do not exceed, if it is on the strip."""
+    """Mark on each strip the |x| that 99.99 % of the values do not exceed."""
     points = [(each.percentile / each.amax, row + 0.5) for row, each in enumerate(activations)
               if each.percentile <= end * each.amax]  # fmt: skip
     if points:
@@ -189,7 +189,7 @@ def mark_percentiles(panel: Any, activations: Sequence[Activation], end: float) 
 
 
 def rebin(activation: Activation, edges: Floats) -> Floats:
-    """Return the share of a site's values [C] between edges [C + 1] of |x| / amax; the last holds all above it."""
+    """Return the share of values [C] between edges [C + 1] of |x| / amax; the last holds all above."""
     counts = np.asarray(activation.counts, np.float64)
     bins = np.arange(len(counts) + 1) * activation.width / activation.amax
     below = np.interp(edges, bins, np.concatenate([[0.0], counts.cumsum()]))

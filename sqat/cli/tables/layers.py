@@ -96,9 +96,9 @@ def print_engine(report: EngineReport, *, as_json: bool = False) -> None:
     footnotes = Footnotes(row.reason for row in rows)
     for row in rows:
         unknown = "on the GPU" if row.eligible and report.chosen_later else "-"
-        chosen = unknown if row.chosen is None else "yes" if row.chosen else "no"
+        kernel = unknown if row.chosen is None else "yes" if row.chosen else "no"
         cells = (format_shape(row.shape), row.pattern, row.weight_type or "-", "yes" if row.eligible else "no")
-        table.add_row(shorten(row.name, prefix), *cells, footnotes.mark(chosen, row.reason))
+        table.add_row(shorten(row.name, prefix), *cells, footnotes.mark(kernel, row.reason))
     console.print(table)
     footnotes.print(console, len(rows))
     if prefix:

@@ -70,9 +70,9 @@ def describe_measure(measure: str) -> str:
     return "output loss between treated and plain model: KL, squared difference or 1 - cosine, by task"
 
 
-def sensitivity_cells(found: Sensitivity) -> tuple[str, str, str]:
+def sensitivity_cells(sensitivity: Sensitivity) -> tuple[str, str, str]:
     """Return the cells of the three treatments."""
-    return format_value(found.pruned), format_value(found.int8), format_value(found.both)
+    return format_value(sensitivity.pruned), format_value(sensitivity.int8), format_value(sensitivity.both)
 
 
 def format_value(value: float | None) -> str:
