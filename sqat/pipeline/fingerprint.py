@@ -1,4 +1,4 @@
-"""What a stage's result depends on: its fingerprint by the recipe, and the checkpoints that it was made from.
+"""What a stage's result depends on: its fingerprint by the recipe, and the checkpoints of its inputs.
 
 Two runs of one recipe give the same fingerprint. So a manifest also holds the digests of the parent's and the
 teacher's manifests; a checkpoint is current only if both are what lies there now.

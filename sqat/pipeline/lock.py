@@ -1,7 +1,7 @@
 """One run at a time in a folder: an flock on a file in it, which names its holder to a second run.
 
 The kernel frees the lock when its holder ends, however it ends. Rank 0 of a distributed run holds the lock. Windows
-has no flock: runs are not kept apart there.
+has no flock, so two runs may share a folder there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Quality gates: whether a stage's result is good enough to take its place.
 
 Gates read the dev metrics that manifests hold. So a gate that is changed later is checked again without any work. A
-result that misses a gate is kept beside the stage's folder, where no later stage looks for a parent.
+result that misses a gate goes beside the stage's folder, where no later stage looks for a parent.
 """
 
 from __future__ import annotations

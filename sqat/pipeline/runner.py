@@ -20,7 +20,7 @@ from sqat.pipeline.lock import LOCK_FILE, run_lock
 from sqat.pipeline.plan import pending_stages
 from sqat.pipeline.quality_gates import first_failed_gate, gate_error, gate_limits
 from sqat.pipeline.results import Results, measure_results
-from sqat.pipeline.stage_run import prepare_run
+from sqat.pipeline.stage_run import StageRun
 from sqat.progress import Reporter
 from sqat.recipe.schema import LoadedRecipe
 from sqat.tasks.splits import Splits
@@ -47,7 +47,7 @@ def run(
                 continue
             if node.directory.exists() and node.manifest is None:
                 tracker.info(f"{node.name}: {node.directory} holds no valid checkpoint; running the stage again")
-            prepare_run(graph, node, node.directory, load_parent(node), splits, tracker).run(force)
+            StageRun(graph, node, node.directory, load_parent(node), splits, tracker).run(force)
             node.reload()
         results = measure_results(graph, splits, tracker)
         tracker.log(
@@ -90,7 +90,7 @@ def run_stage(
             return directory
         start = load_parent(node) if parent is None else load_checkpoint(parent)
         splits = Splits(loaded.recipe, loaded.path.parent)
-        prepare_run(graph, node, directory, start, splits, tracker).run(force)
+        StageRun(graph, node, directory, start, splits, tracker).run(force)
     return directory
 
 
@@ -158,7 +158,7 @@ def parent_manifest(loaded: LoadedRecipe, name: str, parent: Path | None) -> Man
 def lock_location(run_directory: Path, directory: Path) -> tuple[Path, str]:
     """Return the folder and file to lock for one stage: its run folder, or for a checkpoint elsewhere beside that.
 
-    The folder of another run's stage is told by its name, as that run may be about to start.
+    The name alone shows a folder of another run's stage, as that run may be about to start.
     """
     path = directory.resolve()
     if run_directory.resolve() in path.parents:

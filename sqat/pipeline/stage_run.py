@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from sqat.errors import SqatError
 from sqat.pipeline.fingerprint import input_digests, is_possible_attempt
 from sqat.pipeline.graph import StageGraph, StageNode, try_load_manifest
 from sqat.pipeline.quality_gates import Limit, first_failed_gate, gate_error, gate_limits, rejected_folder
-from sqat.recipe.schema import LoadedRecipe
 from sqat.recipe.stages import TrainConfig
 from sqat.stages import calibrate, export, prune, qat, train
 from sqat.stages.context import StageContext
@@ -48,20 +47,35 @@ class StageRun:
     Attributes:
         directory: where its result goes.
         parent: checkpoint that it starts from; None for the pretrained model.
-        fingerprint: of the result.
-        input_digests: of the manifests of its parent and teacher.
-        limits: what the result must reach.
     """
 
-    loaded: LoadedRecipe
+    graph: StageGraph
     node: StageNode
     directory: Path
     parent: Checkpoint | None
-    fingerprint: str
-    input_digests: dict[str, str]
-    limits: list[Limit]
     splits: Splits
     reporter: TrackedReporter
+
+    @property
+    def parent_manifest(self) -> Manifest | None:
+        """Manifest of the checkpoint that it starts from."""
+        return None if self.parent is None else self.parent.manifest
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Fingerprint of the result."""
+        parent, teacher = self.parent_manifest, self.node.teacher_manifest
+        return self.node.fingerprint_after(parent.fingerprint if parent else "", teacher.fingerprint if teacher else "")
+
+    @cached_property
+    def input_digests(self) -> dict[str, str]:
+        """Digests of the manifests of parent and teacher."""
+        return input_digests(self.parent_manifest, self.node.teacher_manifest)
+
+    @cached_property
+    def limits(self) -> list[Limit]:
+        """What the result must reach."""
+        return gate_limits(self.graph, self.node, self.parent_manifest)
 
     @property
     def state(self) -> Path:
@@ -80,6 +94,7 @@ class StageRun:
 
         Raises:
             GateError: the result of the last attempt misses a gate.
+            SqatError: a metric that one of its gates compares with is missing.
         """
         process = process_state()
         if force and process.is_main_process:
@@ -131,12 +146,13 @@ class StageRun:
 
     def run_attempts(self, first: int) -> None:
         """Run attempts from ``first`` on until a result passes the gates."""
+        limits = self.limits  # read first: a missing metric is an error before any work
         last = self.node.config.max_attempts
         for attempt in range(first, last + 1):
             if attempt > 1:
                 self.info(f"attempt {attempt} of {last}, with more steps")
             checkpoint = self.run_attempt(attempt)
-            failure = broadcast_from_rank0(first_failed_gate(self.limits, checkpoint.manifest.metrics))
+            failure = broadcast_from_rank0(first_failed_gate(limits, checkpoint.manifest.metrics))
             folder = rejected_folder(self.directory) if failure else self.directory
             run_on_rank0(partial(self.save, checkpoint, folder))
             self.report(checkpoint.manifest, folder)
@@ -147,7 +163,7 @@ class StageRun:
 
     def run_attempt(self, attempt: int) -> Checkpoint:
         """Run one attempt and complete its manifest."""
-        loaded, config, start = self.loaded, self.node.config, time.monotonic()
+        loaded, config, start = self.graph.loaded, self.node.config, time.monotonic()
         factor = config.retry_multiplier(attempt)
         settings = config.for_attempt(attempt) if isinstance(config, TrainConfig) else config
         context = StageContext(
@@ -183,33 +199,6 @@ class StageRun:
         self.reporter.log({f"{self.node.name}/dev/{metric}": value for metric, value in figures.items()})
         shown = ", ".join(f"{metric} {value:.4f}" for metric, value in figures.items())
         self.info(f"{f'dev {shown}' if shown else 'done'} -> {folder}")
-
-
-def prepare_run(
-    graph: StageGraph,
-    node: StageNode,
-    directory: Path,
-    parent: Checkpoint | None,
-    splits: Splits,
-    reporter: TrackedReporter,
-) -> StageRun:
-    """Prepare the run of a stage from a checkpoint into a folder.
-
-    Raises:
-        SqatError: a figure that one of its gates compares with is missing.
-    """
-    start, teacher = None if parent is None else parent.manifest, node.teacher_manifest
-    return StageRun(
-        loaded=graph.loaded,
-        node=node,
-        directory=directory,
-        parent=parent,
-        fingerprint=node.fingerprint_after(start.fingerprint if start else "", teacher.fingerprint if teacher else ""),
-        input_digests=input_digests(start, teacher),
-        limits=gate_limits(graph, node, start),
-        splits=splits,
-        reporter=reporter,
-    )
 
 
 def load_teacher(node: StageNode) -> Checkpoint:

@@ -46,7 +46,7 @@ class Short:
 
 @dataclass(frozen=True)
 class OneOf:
-    """Allow the settings of each part in a table, told apart by ``name``; a bare text is ``{name: text}``."""
+    """Allow the settings of each part in a table, selected by ``name``; a bare text is ``{name: text}``."""
 
     parts: tuple[type, ...]
 

@@ -14,15 +14,9 @@ class ModelConfig(BaseModel):
 
     model_config = STRICT
 
-    source: str | None = Field(
-        default=None, description="a folder, a hub name, or package:NAME/FOLDER inside an installed package"
-    )
-    config: dict[str, Any] | None = Field(
-        default=None, description="the library's configuration of a model that starts from random weights"
-    )
-    text_encoder: str | None = Field(
-        default=None, description="encoder of the captions for text to image; a source like model.source"
-    )
+    source: str | None = Field(default=None, description="a folder, a hub name, or package:NAME/FOLDER")
+    config: dict[str, Any] | None = Field(default=None, description="library configuration; the weights are random")
+    text_encoder: str | None = Field(default=None, description="encoder of captions; a source like model.source")
     revision: str | None = Field(default=None, description="hub revision; a commit makes the run repeatable")
     sha256: Sha256 | None = Field(default=None, description="digest that the weights file must have")
     max_length: int = Field(default=128, ge=4, le=8192, description="tokens to which a text (or pair) is truncated")
@@ -54,12 +48,8 @@ class SplitConfig(BaseModel):
     config: str | None = Field(default=None, description="hub configuration name")
     split: str | None = Field(default=None, description="hub split name; default: this split's own name")
     revision: str | None = Field(default=None, description="hub revision")
-    limit: int | None = Field(
-        default=None, ge=1, description="keep the first N rows (queries, for relevance and retrieval)"
-    )
-    streaming: bool = Field(
-        default=False, description="read the train rows during training; memory does not grow with their number"
-    )
+    limit: int | None = Field(default=None, ge=1, description="keep the first N rows or queries")
+    streaming: bool = Field(default=False, description="read train rows during training, in constant memory")
     buffer: int = Field(default=16384, ge=1, description="rows that are shuffled together in a streamed split")
 
     @model_validator(mode="after")

@@ -94,23 +94,23 @@ def variant(schema: Schema, node: Node, name: str | int | None = None) -> Schema
 def union_of(schema: Schema) -> Schema | None:
     """Return the discriminator of a schema that is a tagged union, also in its short or optional form."""
     if "discriminator" in schema:
-        found: Schema = schema["discriminator"]
-        return found
+        discriminator: Schema = schema["discriminator"]
+        return discriminator
     return next((part["discriminator"] for part in schema.get("anyOf", ()) if "discriminator" in part), None)
 
 
 def schema_below(schema: Schema, key: str | int) -> Schema:
     """Return the schema of the value under ``key``; empty where there is none."""
-    found: Schema = {}
+    below: Schema = {}
     if isinstance(key, int):
-        found = schema.get("items") or next(iter(schema.get("prefixItems", ())), {})
+        below = schema.get("items") or next(iter(schema.get("prefixItems", ())), {})
     elif key in schema.get("properties", {}):
-        found = schema["properties"][key]
+        below = schema["properties"][key]
     elif "patternProperties" in schema:
-        found = next(iter(schema["patternProperties"].values()))
+        below = next(iter(schema["patternProperties"].values()))
     elif isinstance(schema.get("additionalProperties"), dict):
-        found = schema["additionalProperties"]
-    return found
+        below = schema["additionalProperties"]
+    return below
 
 
 def is_open(schema: Schema) -> bool:
@@ -151,10 +151,10 @@ def describe_variant(schema: Schema) -> str:
     names = choices(schema)
     if names:
         return f"one of {', '.join(names)}" if len(names) > 1 else names[0]
-    kind = schema.get("type")
-    if kind in ("integer", "number"):
-        return f"{'a whole number' if kind == 'integer' else 'a number'}{describe_bounds(schema)}"
-    if kind == "array":
+    json_type = schema.get("type")
+    if json_type in ("integer", "number"):
+        return f"{'a whole number' if json_type == 'integer' else 'a number'}{describe_bounds(schema)}"
+    if json_type == "array":
         least = f" with at least {schema['minItems']} entry" if "minItems" in schema else ""
         plural = {"string": "texts", "number": "numbers", "integer": "whole numbers"}
         if "prefixItems" in schema:
@@ -162,10 +162,10 @@ def describe_variant(schema: Schema) -> str:
         item = schema["items"]
         named = "enum" in item or "const" in item
         return f"a list{least}, each {describe(item)}" if named else f"a list{least} of {plural[item['type']]}"
-    if kind == "string":
+    if json_type == "string":
         return f"a text of {schema['words']}" if "words" in schema else "a text"
     least = f" with at least {schema['minProperties']} entry" if "minProperties" in schema else ""
-    return {"boolean": "true or false", "null": "null"}.get(str(kind), f"a mapping{least}")
+    return {"boolean": "true or false", "null": "null"}.get(str(json_type), f"a mapping{least}")
 
 
 def describe_bounds(schema: Schema) -> str:

@@ -88,9 +88,9 @@ def distill_override(
 
     It works before any check, since a recipe may be valid only without distillation.
     """
-    if distill is None or (found := find_stage(path, stage_type, stage, overrides)) is None:
+    if distill is None or (match := find_stage(path, stage_type, stage, overrides)) is None:
         return []
-    name, node = found
+    name, node = match
     if not distill:
         return [f"stages.{name}.distill=null"]
     given = node.child("distill")
@@ -100,8 +100,8 @@ def distill_override(
 
 def targets_override(path: Path, stage: str | None, overrides: Sequence[str], targets: Sequence[str]) -> list[str]:
     """Return what ``--target`` means for the export stage, as ``--set``; results, which name targets, are dropped."""
-    found = find_stage(path, "export", stage, overrides)
-    return [] if found is None else [f"stages.{found[0]}.targets=[{', '.join(targets)}]", "results={}"]
+    match = find_stage(path, "export", stage, overrides)
+    return [] if match is None else [f"stages.{match[0]}.targets=[{', '.join(targets)}]", "results={}"]
 
 
 def find_stage(path: Path, stage_type: str, stage: str | None, overrides: Sequence[str]) -> tuple[str, Node] | None:

@@ -43,8 +43,7 @@ class Recipe(BaseModel):
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="seed of row order, dropout and new weights")
     output: str = Field(default="runs", description="folder of the runs, relative to the working directory")
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
-        default=(),
-        description="where losses and metrics are logged; TensorBoard writes to tracking in the run folder",
+        default=(), description="where losses and metrics are logged; TensorBoard writes to tracking in the run folder"
     )
     model: ModelConfig = Field(description="model to start from")
     task: Task = Field(description="what the model learns; a bare text is its name")
@@ -52,12 +51,10 @@ class Recipe(BaseModel):
     stages: Annotated[
         dict[StageName, Annotated[StageConfig, Field(discriminator="type")]], BeforeValidator(fill_in_types)
     ] = Field(
-        min_length=1,
-        description="name -> stage, in order of execution; a stage named by its type needs no key 'type'",
+        min_length=1, description="name -> stage, in order of execution; a stage named by its type needs no key 'type'"
     )
     results: dict[str, str] = Field(
-        default={},
-        description="rows of the results table: label -> stage or stage/target; default: every last stage",
+        default={}, description="rows of the results table: label -> stage or stage/target; default: every last stage"
     )
 
     def parent_of(self, name: str) -> str | None:

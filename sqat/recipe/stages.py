@@ -55,9 +55,7 @@ class Retry(BaseModel):
     model_config = STRICT
 
     times: int = Field(default=1, ge=1, le=10, description="attempts after the first")
-    steps_multiplier: float = Field(
-        default=2.0, gt=1, le=100, description="factor on the steps from one attempt to the next"
-    )
+    steps_multiplier: float = Field(default=2.0, gt=1, le=100, description="factor on the steps per attempt")
 
 
 class BaseStage(BaseModel):
@@ -71,8 +69,7 @@ class BaseStage(BaseModel):
         description="stage to start from; default: the nearest earlier stage that is no export",
     )
     gates: dict[str, Gate] = Field(
-        default={},
-        description="metric -> limit on dev; a result below it is set aside and the run stops (exit code 3)",
+        default={}, description="metric -> limit on dev; a result below it is set aside and the run stops (exit code 3)"
     )
 
     @property
@@ -94,25 +91,15 @@ class TrainConfig(BaseStage):
     gradient_accumulation: int = Field(default=1, ge=1, description="batches summed up to one optimizer step")
     optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="optimizer of the weights")
     learning_rate: float = Field(default=5e-5, gt=0, description="highest learning rate")
-    lr_schedule: Literal["linear", "cosine", "constant"] = Field(
-        default="linear", description="learning rate after the warm-up"
-    )
+    lr_schedule: Literal["linear", "cosine", "constant"] = Field(default="linear", description="rate after the warm-up")
     warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps with a rising learning rate")
     weight_decay: float = Field(default=0.01, ge=0, description="decay of all weights but biases and norms")
     max_grad_norm: float | None = Field(default=1.0, gt=0, description="gradients are clipped to this norm; null: not")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16: autocast, weights stay fp32")
-    evaluate_every: int | None = Field(
-        default=None, ge=1, description="steps between dev evaluations; default: at the end"
-    )
-    early_stopping: int | None = Field(
-        default=None, ge=1, description="evaluations without improvement before the stage stops"
-    )
-    keep_checkpoint: Literal["last", "best"] = Field(
-        default="last", description="the step whose weights the stage returns"
-    )
-    save_every: float = Field(
-        default=60.0, ge=0, description="seconds between states to resume from; 0: after every step"
-    )
+    evaluate_every: int | None = Field(default=None, ge=1, description="steps between dev evaluations")
+    early_stopping: int | None = Field(default=None, ge=1, description="evaluations without improvement to wait")
+    keep_checkpoint: Literal["last", "best"] = Field(default="last", description="step whose weights are returned")
+    save_every: float = Field(default=60.0, ge=0, description="seconds between saved states; 0: every step")
     retry: Retry | None = Field(default=None, description="further attempts after a missed gate; default: none")
 
     @model_validator(mode="after")
@@ -155,9 +142,7 @@ class Layers(BaseModel):
 
     model_config = STRICT
 
-    include: tuple[str, ...] | None = Field(
-        default=None, description="default: every encoder linear that rule B8 allows"
-    )
+    include: tuple[str, ...] | None = Field(default=None, description="default: encoder linears that rule B8 allows")
     exclude: tuple[str, ...] = Field(default=(), description="removed from what include selects")
 
 
@@ -206,15 +191,10 @@ class PruneConfig(TrainConfig):
         description="first reorder channels so that pruning loses less; the dense model computes the same",
     )
     recovery_fraction: float = Field(
-        default=0.8,
-        ge=0,
-        lt=1,
-        description="share of the steps after the last mask; the masks share the rest",
+        default=0.8, ge=0, lt=1, description="share of the steps after the last mask; the masks share the rest"
     )
     layers: Layers = Field(default=Layers(), description="layers to prune")
-    distill: DistillConfig | None = Field(
-        default=None, description="learn from the dense ancestor; {} for the defaults"
-    )
+    distill: DistillConfig | None = Field(default=None, description="learn from the dense ancestor; {}: defaults")
 
     @field_serializer("patterns")
     def keep_order(self, patterns: dict[str, str]) -> list[tuple[str, str]]:
@@ -273,12 +253,8 @@ class ExportConfig(BaseStage):
 
     type: Literal["export"] = Field(default="export", description=TYPE_WORDS)
     targets: tuple[TargetName, ...] = Field(default=("onnx-int8",), min_length=1, description="files to write")
-    embeddings: Literal["fp32", "fp16", "int8"] = Field(
-        default="fp32", description="type of the embedding tables in ONNX files"
-    )
-    batch_range: Range = Field(
-        default=(1, 8, 32), description="smallest, usual and largest batch that an engine is built for"
-    )
+    embeddings: Literal["fp32", "fp16", "int8"] = Field(default="fp32", description="type of embedding tables")
+    batch_range: Range = Field(default=(1, 8, 32), description="smallest, usual and largest batch of an engine")
     sequence_range: Range | None = Field(
         default=None, description="the same for tokens; default: 16, half of model.max_length, model.max_length"
     )

@@ -180,7 +180,7 @@ def compose(text: str, source: str, *, is_flag: bool = False, tags: bool = False
     Args:
         source: name of the file, or the flag whose value ``text`` is.
         is_flag: ``source`` is a flag, so there are no lines.
-        tags: allow tags; they are kept as texts and construct nothing.
+        tags: allow tags; they stay texts and construct nothing.
 
     Raises:
         SqatError: YAML or this reader forbids something, at its line.
@@ -216,23 +216,11 @@ SYNTAX = (
     ("mapping values are not allowed", "a second ': ' on one line", "quote the value if it holds ': '"),
     ("cannot start any token", "a value cannot start with this character", "quote the value"),
     ("could not find expected ':'", "a line that is neither 'key: value' nor part of a value", "add the ':'"),
-    (
-        "while scanning a quoted scalar",
-        "a quotation mark is never closed",
-        "close it, or double it inside a text",
-    ),
-    (
-        "expected <block end>",
-        "does not fit the indentation of the lines above",
-        "align it with its neighbours",
-    ),
+    ("while scanning a quoted scalar", "a quotation mark is never closed", "close it, or double it inside a text"),
+    ("expected <block end>", "does not fit the indentation of the lines above", "align it with its neighbours"),
     ("',' or ']'", "a '[' is never closed, or a comma is missing in its list", ""),
     ("',' or '}'", "a '{' is never closed, or a comma is missing in its mapping", ""),
-    (
-        "unknown escape",
-        "an unknown escape in a text in double quotes",
-        "use single quotes for a literal backslash",
-    ),
+    ("unknown escape", "an unknown escape in a text in double quotes", "use single quotes for a literal backslash"),
 )
 
 

@@ -89,17 +89,17 @@ def test_padding_does_not_move_a_score(make_source: Callable[..., Path], tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("special", "told"),
+    ("special", "message"),
     [
         ({}, "the tokenizer has neither a padding token nor an end token to pad with"),
         ({"pad_token": "[MORE]"}, f"pads with '[MORE]', number {len(VOCABULARY)}, but the model has {len(VOCABULARY)}"),
     ],
 )
-def test_a_tokenizer_that_cannot_pad_is_told(
-    special: dict[str, str], told: str, make_source: Callable[..., Path], tmp_path: Path
+def test_a_tokenizer_that_cannot_pad_is_refused(
+    special: dict[str, str], message: str, make_source: Callable[..., Path], tmp_path: Path
 ) -> None:
     source = make_source("llama")
     without_padding(source, **special)
     with pytest.raises(SqatError) as caught:
         load_pretrained("texts", ModelConfig(source=str(source), max_length=16), tmp_path, {"num_labels": 2}, 0)
-    assert told in str(caught.value)
+    assert message in str(caught.value)

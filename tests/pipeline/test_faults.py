@@ -28,7 +28,7 @@ def test_a_damaged_checkpoint_is_not_unchanged(copy: Project, file: str) -> None
         pipeline.run(load_recipe(copy.recipe), Recorder())
 
 
-def test_a_damaged_manifest_is_said_and_its_stage_runs_again(copy: Project) -> None:
+def test_a_stage_with_a_damaged_manifest_runs_again(copy: Project) -> None:
     (copy.stage("prune") / "sqat.json").write_text("{")
     pipeline.run(load_recipe(copy.recipe), reporter := Recorder(), last="prune")
     assert reporter.lines[1] == f"prune: {copy.stage('prune')} holds no valid checkpoint; running the stage again"
@@ -45,12 +45,12 @@ class Signalled(Recorder):
 AFRESH = "damaged, or written by another configuration; restarting the stage"
 
 
-@pytest.mark.parametrize(("rate", "said"), [("3.0e-4", "prune: resumed at step 3 of 20"), ("2.0e-4", AFRESH)])
-def test_a_state_of_another_recipe_is_not_taken(copy: Project, rate: str, said: str) -> None:
+@pytest.mark.parametrize(("rate", "message"), [("3.0e-4", "prune: resumed at step 3 of 20"), ("2.0e-4", AFRESH)])
+def test_a_state_of_another_recipe_is_not_resumed(copy: Project, rate: str, message: str) -> None:
     """One of another number of processes is (`tests/test_distributed.py`)."""
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("signals reach the main thread only")
     with pytest.raises(StoppedError):
         pipeline.run(load_recipe(copy.recipe, ["stages.prune.learning_rate=3.0e-4"]), Signalled(), last="prune")
     pipeline.run(load_recipe(copy.recipe, [f"stages.prune.learning_rate={rate}"]), reporter := Recorder(), last="prune")
-    assert any(said in line for line in reporter.lines)
+    assert any(message in line for line in reporter.lines)

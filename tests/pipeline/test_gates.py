@@ -157,14 +157,14 @@ def test_the_plan_and_the_exit_code(copy: Project, capsys: pytest.CaptureFixture
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("known", [{"max_drop": 0.1}, {"min": 0.5, "max_drop": 0.1}])
-def test_nan_is_nothing_to_compare_with(copy: Project, known: dict[str, float]) -> None:
+@pytest.mark.parametrize("limits", [{"max_drop": 0.1}, {"min": 0.5, "max_drop": 0.1}])
+def test_nan_is_nothing_to_compare_with(copy: Project, limits: dict[str, float]) -> None:
     parent = load_manifest(copy.stage("train")).model_copy(update={"metrics": {"dev": {"accuracy": float("nan")}}})
     graph = resolve_graph(load_recipe(copy.recipe))
     with pytest.raises(
         SqatError, match="gate accuracy of stage prune compares with stage train, whose dev accuracy is NaN"
     ):
-        gate_limit(graph, graph.nodes["prune"], "accuracy", Gate(**known), parent)  # type: ignore[arg-type]
+        gate_limit(graph, graph.nodes["prune"], "accuracy", Gate(**limits), parent)  # type: ignore[arg-type]
 
 
 def test_the_stage_that_a_gate_compares_with_must_have_run(copy: Project) -> None:

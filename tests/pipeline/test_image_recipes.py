@@ -1,4 +1,4 @@
-"""Image classifiers from data to proven files: two convolutional nets and a ViT, every stage, every ONNX target."""
+"""Image classifiers through every stage and ONNX target: two convolutional nets and a ViT."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def write_images(path: Path, count: int, seed: int, side: int = SIDE, channels: 
     np.savez(path, x=images, y=labels)
 
 
-class Made:
-    """One net's finished run."""
+class ImageRun:
+    """The finished run of one network."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
@@ -82,38 +82,38 @@ class Made:
 
 
 @pytest.fixture(scope="module", params=NETS)
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """The export stage has proven each file against the torch model before this returns."""
+def image_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ImageRun:
+    """Run the recipe; its export stage compares each file with the torch model."""
     torch.set_num_threads(1)
-    return Made(request.param, tmp_path_factory.mktemp(request.param))
+    return ImageRun(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def test_the_task_is_learned_and_kept(made: Made) -> None:
-    if made.name != "mobilenet_v1":  # thirty steps are too few for its 27 layers
-        assert made.checkpoint("train").manifest.metrics["dev"]["accuracy"] > 0.5  # one in three by chance
-    metrics = made.checkpoint("export").manifest.metrics
+def test_the_task_is_learned(image_run: ImageRun) -> None:
+    if image_run.name != "mobilenet_v1":  # thirty steps are too few for its 27 layers
+        assert image_run.checkpoint("train").manifest.metrics["dev"]["accuracy"] > 0.5  # one in three by chance
+    metrics = image_run.checkpoint("export").manifest.metrics
     assert set(metrics) >= {"dev onnx-int8", "dev onnx-fp32", "dev onnx-fp16"}
 
 
-def test_every_quantized_convolution_is_int8_in_onnx_runtime(made: Made) -> None:
-    graph = optimized_graph(made.int8)
-    layers = made.checkpoint("export").manifest.layers
+def test_every_quantized_convolution_is_int8_in_onnx_runtime(image_run: ImageRun) -> None:
+    graph = optimized_graph(image_run.int8)
+    layers = image_run.checkpoint("export").manifest.layers
     quantized = [name for name, record in layers.items() if record.quantized]
     assert find_float_products(graph) == []
-    if made.name == "vit":
+    if image_run.name == "vit":
         assert len(quantized) == 12
     else:
         assert count_operators(graph)["QLinearConv"] == len(quantized) > 3
 
 
-def test_int8_weights_are_sparse_along_the_input_channels(made: Made) -> None:
-    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(made.int8).graph.initializer}
-    layers = made.checkpoint("export").manifest.layers
+def test_int8_weights_are_sparse_along_the_input_channels(image_run: ImageRun) -> None:
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(image_run.int8).graph.initializer}
+    layers = image_run.checkpoint("export").manifest.layers
     pruned = [name for name, record in layers.items() if record.pattern]
     assert pruned
     for name in pruned:
         weight = torch.from_numpy(stored[f"{name}.weight_int8"].copy()).float()
-        weight = weight if made.name != "vit" else weight.t()
+        weight = weight if image_run.name != "vit" else weight.t()
         assert not count_violations(weight, parse_pattern("2:4")), name
 
 
@@ -124,36 +124,36 @@ STEMS = {
 }
 
 
-def test_what_is_left_alone_says_why(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
-    records = made.checkpoint("export").manifest.layers
+def test_untreated_layers_have_a_reason(image_run: ImageRun, capsys: pytest.CaptureFixture[str]) -> None:
+    records = image_run.checkpoint("export").manifest.layers
     reasons = {name: (record.dense_because, record.float_because) for name, record in records.items()}
-    stem, reason = STEMS[made.name]
+    stem, reason = STEMS[image_run.name]
     assert all(text.startswith(reason) for text in reasons[stem])
     grouped = [name for name, texts in reasons.items() if all(text.startswith("grouped conv") for text in texts)]
-    assert len(grouped) == (13 if made.name == "mobilenet_v1" else 0)
-    assert main(["inspect", str(made.stages["prune"])]) == 0
+    assert len(grouped) == (13 if image_run.name == "mobilenet_v1" else 0)
+    assert main(["inspect", str(image_run.stages["prune"])]) == 0
     assert ("grouped convolution" in " ".join(capsys.readouterr().out.split())) == bool(grouped)
 
 
 @pytest.mark.parametrize("stage", ["prune", "qat"])
-def test_transformers_loads_the_checkpoint_and_computes_the_same(made: Made, stage: str) -> None:
-    theirs = AutoModelForImageClassification.from_pretrained(made.stages[stage]).eval()
-    ours, _ = build(made.checkpoint(stage))
+def test_transformers_loads_the_checkpoint_and_computes_the_same(image_run: ImageRun, stage: str) -> None:
+    theirs = AutoModelForImageClassification.from_pretrained(image_run.stages[stage]).eval()
+    ours, _ = build(image_run.checkpoint(stage))
     x = torch.randn(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        wanted, got = theirs(pixel_values=x).logits, ours(pixel_values=x).logits
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+        expected, got = theirs(pixel_values=x).logits, ours(pixel_values=x).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     names = {type(module).__name__ for module in ours.modules()}
-    assert ("FoldedNorm" in names) == (stage == "qat" and made.name != "vit")
+    assert ("FoldedNorm" in names) == (stage == "qat" and image_run.name != "vit")
 
 
-def test_inspect_says_how_the_file_runs(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
-    layers = made.checkpoint("export").manifest.layers.values()
-    assert main(["inspect", str(made.int8), "--target", "onnx-int8"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
+def test_inspect_says_how_the_file_runs(image_run: ImageRun, capsys: pytest.CaptureFixture[str]) -> None:
+    layers = image_run.checkpoint("export").manifest.layers.values()
+    assert main(["inspect", str(image_run.int8), "--target", "onnx-int8"]) == 0
+    output = " ".join(capsys.readouterr().out.split())
     count = sum(record.quantized for record in layers)
     total = len(layers)
-    assert f"{count} of {total} layers will run in int8" in said
+    assert f"{count} of {total} layers will run in int8" in output
 
 
 @pytest.mark.parametrize("recipe", ["digits", "emoji-vit"])

@@ -88,5 +88,5 @@ def test_the_students_have_equal_budgets(name: str) -> None:
 )
 def test_the_rows_are_called_as_every_application_calls_them(name: str, kind: str) -> None:
     ways = ("one-shot", "progressive", "progressive + distillation")
-    wanted = ["dense fp32", f"dense {kind}", *(f"sparse {kind} ({way})" for way in ways)]
-    assert list(load_recipe(RECIPES[name]).recipe.results) == wanted
+    expected = ["dense fp32", f"dense {kind}", *(f"sparse {kind} ({way})" for way in ways)]
+    assert list(load_recipe(RECIPES[name]).recipe.results) == expected

@@ -1,4 +1,4 @@
-"""The chain on a tiny model: golden metrics, what is skipped, what holds after every stage, resume after a kill."""
+"""All stages on a tiny model: golden metrics, what is skipped, what holds after every stage, resume after a kill."""
 
 from __future__ import annotations
 
@@ -147,11 +147,11 @@ def test_an_output_of_another_stage_is_not_replaced(copy: Project) -> None:
 
 
 def test_a_stage_runs_from_a_given_checkpoint_to_a_given_folder(copy: Project) -> None:
-    made = stage(copy, "calibrate", "stages.calibrate.placement=linear", parent=copy.stage("train"),
+    directory = stage(copy, "calibrate", "stages.calibrate.placement=linear", parent=copy.stage("train"),
                  output=copy.folder / "out")  # fmt: skip
-    manifest = load_checkpoint(made).manifest
+    manifest = load_checkpoint(directory).manifest
     assert manifest.input_digests == {"parent": load_checkpoint(copy.stage("train")).manifest.sha256}
-    assert not load_checkpoint(made).masks
+    assert not load_checkpoint(directory).masks
     assert {record.dense_because for record in manifest.layers.values()} == {"no prune stage"}
 
 
@@ -213,8 +213,8 @@ def sqat(project: Project, *arguments: str) -> subprocess.Popen[bytes]:
 
 
 def test_a_killed_run_resumes_to_the_same_weights(copy: Project) -> None:
-    """kill -9 inside prune, after a mid-stage state was written; the rest must not differ by a bit."""
-    whole = {name: load_file(copy.stage(name) / "model.safetensors") for name in ("prune",)}
+    """kill -9 inside prune, after a state was saved; the weights must not differ by a bit."""
+    expected = load_file(copy.stage("prune") / "model.safetensors")
     shutil.rmtree(copy.stage("prune"))
     state = copy.folder / "runs" / "tiny" / ".02-prune.state" / "state.json"
     process = sqat(copy, "--to", "prune")
@@ -229,7 +229,7 @@ def test_a_killed_run_resumes_to_the_same_weights(copy: Project) -> None:
     lines = run(copy, last="prune")
     assert any(line.startswith("prune: resumed at step ") for line in lines)
     resumed = load_file(copy.stage("prune") / "model.safetensors")
-    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole["prune"].items())
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in expected.items())
     assert not state.parent.exists()
 
 

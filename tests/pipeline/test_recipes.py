@@ -23,7 +23,7 @@ ELSEWHERE = {  # recipes of other tasks, whose tests have data of their own
     "digits": "pipeline/test_image_recipes.py",
     "emoji-vit": "pipeline/test_image_recipes.py",
     "query-performance": "pipeline/test_performance_recipe.py",
-    "retrieval": "pipeline/test_search_pipeline.py",
+    "retrieval": "pipeline/test_retrieval_recipe.py",
     "text-to-image": "models/test_diffusion.py",
 }
 

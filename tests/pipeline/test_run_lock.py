@@ -99,7 +99,7 @@ def test_a_file_that_is_no_longer_the_locked_one_stays(tmp_path: Path, recorder:
 def test_a_lock_file_that_cannot_be_removed_hides_no_error(
     tmp_path: Path, recorder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*known: Any, **more: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError("read-only")
 
     monkeypatch.setattr(Path, "unlink", refuse)

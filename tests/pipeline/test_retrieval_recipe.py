@@ -1,4 +1,4 @@
-"""A whole retrieval recipe on a tiny encoder, without labels but to measure: checkpoints, files and figures agree."""
+"""A retrieval recipe on a tiny encoder that learns without labels: checkpoints, files and metrics agree."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from sqat.checkpoint.store import load_checkpoint
-from sqat.errors import SqatError
 from sqat.evaluation.evaluate import evaluate_artifact
 from sqat.pipeline.runner import run
 from sqat.recipe.loader import load_recipe
 from sqat.runtime.sessions import session
 from sqat.tasks.splits import Splits
+from tests.errors import raises_code
 from tests.pipeline.shipped import replace_model, replace_rows, run_shipped
 from tests.tiny import Recorder, relevance_rows, write_model, write_rows
 
@@ -36,7 +36,7 @@ stages:
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a recipe that has run; train has texts without a query, dev a query without an answer."""
+    """Run a recipe; train has texts without a query, dev a query without an answer."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("search")
     write_model(folder / "model", "bert")
@@ -54,7 +54,7 @@ def stage(folder: Path, name: str) -> Path:
     return next((folder / "runs" / "search").glob(f"??-{name}"))
 
 
-def test_the_model_as_it_is_teaches_and_every_text_is_a_batch_row(searched: Path) -> None:
+def test_the_pretrained_model_teaches_and_every_text_is_a_row(searched: Path) -> None:
     dense, sparse = load_checkpoint(stage(searched, "train")), load_checkpoint(stage(searched, "prune"))
     assert (dense.manifest.steps, sparse.manifest.steps) == (0, STEPS)
     assert sparse.manifest.samples == 6 * (1 + 4) + 6  # one epoch: every text once
@@ -76,7 +76,7 @@ def test_the_graph_pools_and_normalises(searched: Path) -> None:
     assert [output.name for output in graph.output] == ["sentence_embedding"]
 
 
-def test_a_file_is_measured_as_the_export_did(searched: Path) -> None:
+def test_evaluate_measures_a_file_as_the_export_did(searched: Path) -> None:
     recipe = load_recipe(searched / "search.yaml").recipe
     found = evaluate_artifact(stage(searched, "export") / "model.int8.onnx", Splits(recipe, searched), "dev")
     assert found == load_checkpoint(stage(searched, "export")).manifest.metrics["dev onnx-int8"]
@@ -86,7 +86,7 @@ def test_a_file_is_measured_as_the_export_did(searched: Path) -> None:
 def test_a_batch_smaller_than_a_query_with_its_passages_is_refused(searched: Path) -> None:
     text = (searched / "search.yaml").read_text().replace(f"batch_size: {BATCH}", "batch_size: 3")
     (searched / "small.yaml").write_text(text)
-    with pytest.raises(SqatError, match="needs 4 texts of one batch"):
+    with raises_code("recipe-conflict", "batch_size|4 texts"):
         load_recipe(searched / "small.yaml")
 
 

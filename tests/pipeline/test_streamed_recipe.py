@@ -1,4 +1,4 @@
-"""A whole recipe over a streamed train split, stopped within an epoch of each stage that trains."""
+"""A recipe with a streamed train split, killed within an epoch of each stage that trains."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ STOPS = {"train": 19, "prune": 8, "qat": 20}  # in the second epoch, within a wi
 
 
 class KilledError(Exception):
-    """As if the process had gone."""
+    """Stands for the end of the process."""
 
 
 class Stopping(Recorder):
-    """Ends the process, as it were, at one step of a stage."""
+    """Raises at one step of a stage."""
 
     def __init__(self, stage: str) -> None:
         super().__init__()
@@ -45,8 +45,8 @@ class Stopping(Recorder):
             raise KilledError
 
 
-def streamed(folder: Path) -> Path:
-    """A project whose train split lies in three shards; returns its recipe."""
+def write_streamed(folder: Path) -> Path:
+    """Write a project whose train split is three shards; return its recipe."""
     project = write_project(folder)
     rows = classification_rows(ROWS, 0)
     for number, (start, end) in enumerate(((0, 50), (50, 53), (53, ROWS))):
@@ -62,10 +62,10 @@ def checkpoints(folder: Path) -> dict[str, Checkpoint]:
     return {path.name: load_checkpoint(path) for path in sorted((folder / "runs/tiny").glob("??-*"))}
 
 
-def test_a_run_that_was_stopped_within_an_epoch_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    recipe = streamed(tmp_path)
+def test_a_run_killed_within_an_epoch_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    recipe = write_streamed(tmp_path)
     pipeline.run(load_recipe(recipe), Recorder())
-    whole = checkpoints(tmp_path)
+    expected = checkpoints(tmp_path)
     shutil.rmtree(tmp_path / "runs")
 
     for stage, step in STOPS.items():
@@ -76,20 +76,24 @@ def test_a_run_that_was_stopped_within_an_epoch_goes_on_to_the_same_bits(tmp_pat
     pipeline.run(load_recipe(recipe), reporter := Recorder())
     assert "qat: resumed at step 19 of 26" in reporter.lines
     again = checkpoints(tmp_path)
-    assert list(again) == list(whole) == ["01-train", "02-prune", "03-calibrate", "04-qat"]
-    for name, known in whole.items():
-        ours = again[name]
-        for part, theirs in ((ours.weights, known.weights), (ours.masks, known.masks), (ours.amax, known.amax)):
-            assert part.keys() == theirs.keys()
-            assert all(torch.equal(part[key], value) for key, value in theirs.items()), name
-        assert ours.manifest.metrics == known.manifest.metrics
-        assert ours.manifest.samples == known.manifest.samples
-    assert whole["02-prune"].masks
-    assert whole["01-train"].manifest.samples == ROWS + 7 * BATCH
+    assert list(again) == list(expected) == ["01-train", "02-prune", "03-calibrate", "04-qat"]
+    for name, checkpoint in expected.items():
+        resumed = again[name]
+        for part, tensors in (
+            (resumed.weights, checkpoint.weights),
+            (resumed.masks, checkpoint.masks),
+            (resumed.amax, checkpoint.amax),
+        ):
+            assert part.keys() == tensors.keys()
+            assert all(torch.equal(part[key], value) for key, value in tensors.items()), name
+        assert resumed.manifest.metrics == checkpoint.manifest.metrics
+        assert resumed.manifest.samples == checkpoint.manifest.samples
+    assert expected["02-prune"].masks
+    assert expected["01-train"].manifest.samples == ROWS + 7 * BATCH
 
 
 def test_epochs_are_counted_in_the_rows_of_all_shards(tmp_path: Path) -> None:
-    recipe = streamed(tmp_path)
+    recipe = write_streamed(tmp_path)
     pipeline.run(load_recipe(recipe, ["stages.train.steps=null", "stages.train.epochs=1"]), Recorder(), last="train")
     manifest = checkpoints(tmp_path)["01-train"].manifest
     assert (manifest.steps, manifest.samples) == (17, ROWS)
