@@ -23,7 +23,7 @@ from sqat.data.rows import Rows
 from sqat.errors import SqatError, first_line
 from sqat.models.captions import Captions
 from sqat.models.rectified_flow import CUT, NUMBER, draw_times, fixed_draws, on_path, signals
-from sqat.models.sources import LOADING_ERRORS
+from sqat.models.sources import LOADING_ERRORS, check_loaded
 from sqat.recipe.inputs import ModelConfig
 
 CAPTIONS = "captions.json"
@@ -42,8 +42,8 @@ class Diffusion:
 
     def pretrained(
         self, config: ModelConfig, source: str, head: Mapping[str, Any]
-    ) -> tuple[nn.Module, CaptionedPictures]:
-        """The source's UNet, or one with random weights by ``model.config``, and what prepares its rows.
+    ) -> tuple[nn.Module, CaptionedImages]:
+        """Return the source's UNet, or one with random weights by ``model.config``, and its processor.
 
         Raises:
             SqatError: diffusers is not installed, no such model or text encoder, or they do not fit each other.
@@ -61,23 +61,23 @@ class Diffusion:
         captions = Captions.of(config.text_encoder, config.max_length)
         settings: Any = model.config
         check_width(settings, captions)
-        return drawing_(model), CaptionedPictures(side_of(settings), captions)
+        return add_patch_hooks_(model), CaptionedImages(side_of(settings), captions)
 
     def model(self, folder: Path) -> nn.Module:
-        return drawing_(from_config(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
+        return add_patch_hooks_(from_config(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
 
-    def processor(self, folder: Path, place: str) -> CaptionedPictures:
+    def processor(self, folder: Path, place: str) -> CaptionedImages:
         try:
             entries = json.loads((folder / CAPTIONS).read_text(encoding="utf-8"))
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            return CaptionedPictures(side_of(config), Captions(**entries["text_encoder"]))
+            return CaptionedImages(side_of(config), Captions(**entries["text_encoder"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             problem = f"no sound {CAPTIONS} lies beside the model"
             raise SqatError(problem, "keep its files together", place, code="model-mismatch") from error
 
 
 def unet_class() -> Any:
-    """diffusers' UNet2DConditionModel.
+    """Import diffusers' UNet2DConditionModel.
 
     Raises:
         SqatError: diffusers is not installed.
@@ -92,7 +92,7 @@ def unet_class() -> Any:
 
 
 def from_source(source: str, revision: str | None) -> nn.Module:
-    """A UNet with a source's weights, all of them.
+    """Load a UNet with all its weights.
 
     Raises:
         SqatError: some of its weights are missing.
@@ -100,17 +100,13 @@ def from_source(source: str, revision: str | None) -> nn.Module:
     model, report = unet_class().from_pretrained(
         source, revision=revision, use_safetensors=True, output_loading_info=True
     )
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise SqatError(f"the weights of {source!r} are not those its config.json describes: {len(missing)} are "
-                        f"missing, the first is {missing[0]}", "check model.source",
-                        code="model-mismatch")  # fmt: skip
+    check_loaded(sorted(report["missing_keys"]), source)
     unet: nn.Module = model
     return unet
 
 
 def from_config(entries: Mapping[str, Any]) -> nn.Module:
-    """A UNet with random weights.
+    """Make a UNet with random weights.
 
     Raises:
         SqatError: an entry that diffusers does not know, or sizes that do not fit.
@@ -126,14 +122,14 @@ def from_config(entries: Mapping[str, Any]) -> nn.Module:
 
 
 def side_of(entries: Mapping[str, Any]) -> int:
-    """Pixels of a side of the pictures that a UNet draws.
+    """Return the pixels of a side of the images that a UNet draws.
 
     Raises:
         SqatError: its channels are not those of square patches, or its levels cannot halve its side.
     """
-    side, channels, drawn = (entries.get(name, 4) for name in ("sample_size", "in_channels", "out_channels"))
-    if not isinstance(side, int) or not channels == drawn == COLOURS * patch_of(entries) ** 2:
-        problem = f"model.config has sample_size {side}, in_channels {channels}, out_channels {drawn}"
+    side, channels, outputs = (entries.get(name, 4) for name in ("sample_size", "in_channels", "out_channels"))
+    if not isinstance(side, int) or not channels == outputs == COLOURS * patch_of(entries) ** 2:
+        problem = f"model.config has sample_size {side}, in_channels {channels}, out_channels {outputs}"
         hint = "a picture of S pixels a side in patches of p: sample_size S / p, both channels 3 p^2"
         raise SqatError(problem, hint, code="invalid-recipe")
     halvings = len(entries.get("block_out_channels", range(4))) - 1
@@ -145,19 +141,19 @@ def side_of(entries: Mapping[str, Any]) -> int:
 
 
 def patch_of(entries: Mapping[str, Any]) -> int:
-    """Pixels of a side of a patch, which become the UNet's channels."""
+    """Return the pixels of a side of a patch, which become the UNet's channels."""
     return math.isqrt(int(entries.get("in_channels", 4)) // COLOURS)
 
 
 @dataclass(frozen=True)
-class Picture:
-    """What the model returns: ``logits``, the picture [B,3,H,W] with pixels in -1..1."""
+class ImageOutput:
+    """What the model returns: ``logits``, the image [B,3,H,W] with pixels in -1..1."""
 
     logits: Tensor
 
 
-def drawing_(model: nn.Module) -> nn.Module:
-    """Make a UNet take and return pictures, by hooks.
+def add_patch_hooks_(model: nn.Module) -> nn.Module:
+    """Hook a UNet so that it takes and returns images.
 
     Its inputs become sample [B,3,H,W], timestep [B,1] from 0 (noise) to 1 (picture), encoder_hidden_states [B,T,E] and
     encoder_attention_mask [B,T], float; all 0 without a caption.
@@ -168,14 +164,14 @@ def drawing_(model: nn.Module) -> nn.Module:
     def fold(
         module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        known = {"sample": pixel_unshuffle(inputs["sample"], patch),
+        folded = {"sample": pixel_unshuffle(inputs["sample"], patch),
                  "timestep": inputs["timestep"].flatten() * TIMESTEPS}  # fmt: skip
         if pooled:
-            known["class_labels"] = mean_state(inputs["encoder_hidden_states"], inputs["encoder_attention_mask"])
-        return args, inputs | known
+            folded["class_labels"] = mean_state(inputs["encoder_hidden_states"], inputs["encoder_attention_mask"])
+        return args, inputs | folded
 
-    def unfold(module: nn.Module, args: Any, output: Any) -> Picture:
-        return Picture(pixel_shuffle(output.sample, patch))
+    def unfold(module: nn.Module, args: Any, output: Any) -> ImageOutput:
+        return ImageOutput(pixel_shuffle(output.sample, patch))
 
     model.register_forward_pre_hook(fold, with_kwargs=True)
     model.register_forward_hook(unfold)
@@ -183,7 +179,7 @@ def drawing_(model: nn.Module) -> nn.Module:
 
 
 def mean_state(states: Tensor, mask: Tensor) -> Tensor:
-    """Mean [B,E] of the tokens that the mask [B,T] keeps; 0 where it keeps none."""
+    """Return the mean [B,E] of the tokens that the mask [B,T] keeps; 0 where it keeps none."""
     return (states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
@@ -198,11 +194,11 @@ def check_width(config: Mapping[str, Any], captions: Captions) -> None:
 
 
 @dataclass(frozen=True)
-class CaptionedPictures:
-    """From pictures with captions to points on the way from noise to them.
+class CaptionedImages:
+    """Turns images with captions into points on the path from noise to them.
 
     Attributes:
-        side: of the square pictures, in pixels.
+        side: of the square images, in pixels.
     """
 
     side: int
@@ -212,7 +208,7 @@ class CaptionedPictures:
         """Add the captions' states, and ``length``, the same for all.
 
         Raises:
-            SqatError: the pictures are not of the model's size, or not in colour.
+            SqatError: the images are not of the model's size, or not in colour.
         """
         first = rows.select_columns(["height", "width", "channels", "place"])[0]
         if (first["height"], first["width"], first["channels"]) != (self.side, self.side, COLOURS):
@@ -231,9 +227,9 @@ class CaptionedPictures:
         return rows.add_column("length", [self.captions.tokens] * len(rows))
 
     def collate(self, rows: Rows, indices: list[int]) -> Batch:
-        """Draw noise, time and dropped captions from torch's own generator, which a resumed run finds as it was.
+        """Draw noise and time and drop some captions, by torch's generator.
 
-        Rows with a ``number``, those that are measured, have noise and time of their own instead, and their captions.
+        Rows with a ``number``, those of dev and test, have noise and time of their own, and their captions.
         """
         picked = rows[indices]
         picture = signals(picked)
@@ -253,11 +249,11 @@ class CaptionedPictures:
         return Batch(inputs, picture, torch.full((len(indices),), -1, dtype=torch.int64))
 
     def save(self, folder: Path) -> None:
-        """Name the text encoder."""
+        """Write the name of the text encoder."""
         entries = {"text_encoder": asdict(self.captions)}
         (folder / CAPTIONS).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
 
 
 def floats(parts: Sequence[bytes], shape: tuple[int, ...]) -> Tensor:
-    """Rows of float32 bytes as one tensor."""
+    """Join rows of float32 bytes to one tensor."""
     return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.float32).view(shape)

@@ -26,7 +26,7 @@ from sqat.export.float16 import to_float16  # noqa: E402
 from sqat.export.graph import export_float  # noqa: E402
 from sqat.models import diffusion  # noqa: E402
 from sqat.models.captions import Captions  # noqa: E402
-from sqat.models.diffusion import CaptionedPictures, Diffusion, drawing_, from_config  # noqa: E402
+from sqat.models.diffusion import CaptionedImages, Diffusion, add_patch_hooks_, from_config  # noqa: E402
 from sqat.models.layer_selection import choose_layers, is_convolutional  # noqa: E402
 from sqat.models.loading import build, load_pretrained, serialize_model  # noqa: E402
 from sqat.models.rectified_flow import fixed_draws, on_path  # noqa: E402
@@ -78,9 +78,9 @@ def recipe_model(encoder: Path, **entries: Any) -> ModelConfig:
     return ModelConfig(config={**UNET, **entries}, text_encoder=encoder.name, max_length=TOKENS)
 
 
-def started(encoder: Path) -> tuple[torch.nn.Module, CaptionedPictures]:
+def started(encoder: Path) -> tuple[torch.nn.Module, CaptionedImages]:
     model, processor = load_pretrained("diffusion", recipe_model(encoder), encoder.parent, {}, 0)
-    assert isinstance(processor, CaptionedPictures)
+    assert isinstance(processor, CaptionedImages)
     return model.eval(), processor
 
 
@@ -108,7 +108,7 @@ def test_it_is_diffusers_unet_on_patches_with_the_mean_state_as_class() -> None:
     with torch.no_grad():
         expected = plain(patches, torch.tensor([0.0, 300.0, 900.0]), states, class_labels=means,
                          encoder_attention_mask=mask).sample  # fmt: skip
-        drawn = drawing_(hooked)(**given).logits
+        drawn = add_patch_hooks_(hooked)(**given).logits
     whole = expected.reshape(3, 3, 2, 2, 4, 4).permute(0, 1, 4, 2, 5, 3).reshape(3, 3, SIDE, SIDE)
     torch.testing.assert_close(drawn, whole)
 
@@ -152,7 +152,7 @@ def test_captions_are_read_as_the_encoder_reads_them_alone(encoder: Path) -> Non
 
 def test_captions_that_are_cut_are_counted_aloud(encoder: Path, rows: Dataset) -> None:
     """Four tokens: [CLS], two words, [SEP]; one caption has three words."""
-    prepared = CaptionedPictures(SIDE, Captions.of(str(encoder), 4)).prepare(rows, 99)
+    prepared = CaptionedImages(SIDE, Captions.of(str(encoder), 4)).prepare(rows, 99)
     assert TextToImage().data_warnings(prepared) == ["1 of 4 captions are longer than model.max_length: cut"]
     assert TextToImage().data_warnings(started(encoder)[1].prepare(rows, 99)) == []
 
@@ -333,7 +333,7 @@ def test_a_wrong_config_is_told(encoder: Path, entries: dict[str, Any], message:
 
 
 def test_pictures_of_another_size_are_told(encoder: Path, rows: Dataset) -> None:
-    processor = CaptionedPictures(16, Captions.of(str(encoder), TOKENS))
+    processor = CaptionedImages(16, Captions.of(str(encoder), TOKENS))
     with pytest.raises(SqatError, match="8 x 8 with 3 channels, the model draws 16 x 16") as caught:
         processor.prepare(rows, 99)
     assert caught.value.place == "some.npz:row 1"
