@@ -58,10 +58,10 @@ def compare_relations(
     with torch.autocast(attention_mask.device.type, enabled=False):
         for first, second in pairs:
             with torch.no_grad():
-                wanted = log_relation(getattr(teacher, first), getattr(teacher, second), heads, hidden)
-                probability = wanted.exp()
+                target = log_relation(getattr(teacher, first), getattr(teacher, second), heads, hidden)
+                probability = target.exp()
             actual = log_relation(getattr(student, first), getattr(student, second), heads, hidden)
-            total = total + (probability * (wanted - actual)).sum((1, 3))
+            total = total + (probability * (target - actual)).sum((1, 3))
         lengths = real.sum(1).clamp(min=1)
         return (total.masked_fill(~real, 0.0).sum(1) / (heads * lengths)).mean()
 

@@ -184,15 +184,15 @@ def is_masked(attention_mask: Tensor) -> Tensor:
 
 
 def power_of_two(x: Tensor) -> Tensor:
-    """Return 255 * 2^x of x <= 0, by a polynomial between whole powers."""
+    """Return 255 * 2^x of x <= 0, by a polynomial between integer powers."""
     inside = x.clamp(min=LOWEST_POWER)
-    whole = inside.round()
-    rest = inside - whole
-    square = rest * rest
-    low = (rest * POWER[1] + POWER[0]) + (rest * POWER[3] + POWER[2]) * square
-    total = low + (rest * POWER[5] + POWER[4]) * (square * square)
+    integer = inside.round()
+    fraction = inside - integer
+    square = fraction * fraction
+    low = (fraction * POWER[1] + POWER[0]) + (fraction * POWER[3] + POWER[2]) * square
+    total = low + (fraction * POWER[5] + POWER[4]) * (square * square)
     powers = torch.tensor([2.0**-n for n in range(1 - int(LOWEST_POWER))], device=x.device)
-    return total * powers[(-whole).long()]
+    return total * powers[(-integer).long()]
 
 
 class Polynomial(NamedTuple):

@@ -71,9 +71,9 @@ class SparseGPT(Criterion):
         columns = to_columns(weight).to(precise)
         factor = factor_inverse(require(statistics).to(precise), self.damping)
         costs = from_columns((columns / factor.diagonal()).square(), weight.shape)
-        wanted = to_columns(choose(costs if regrow else costs.masked_fill(~mask, 0.0)))
-        counts = split_groups(wanted, pattern.m, 1).sum(2, dtype=torch.uint8)
-        allowed = torch.ones_like(wanted) if regrow else to_columns(mask)
+        initial = to_columns(choose(costs if regrow else costs.masked_fill(~mask, 0.0)))
+        counts = split_groups(initial, pattern.m, 1).sum(2, dtype=torch.uint8)
+        allowed = torch.ones_like(initial) if regrow else to_columns(mask)
         chosen, swept = sweep(columns, factor, pattern.m, counts, allowed)
         return from_columns(chosen, weight.shape), from_columns(swept, weight.shape).to(weight.dtype)
 
