@@ -138,12 +138,12 @@ def verify_file(directory: Path, name: str, digest: str) -> Path:
     path, parts = directory / name, name.split("/")
     # A target's folder may hold a sentence encoder's folder. NUL and half a surrogate pair are in no path.
     if not name.isprintable() or len(parts) > 3 or {"", ".", ".."} & set(parts):
-        raise damaged(f"the manifest names a file outside the checkpoint: {name!r}", directory / MANIFEST)
+        raise damaged(f"the manifest names a file outside the folder: {name!r}", directory / MANIFEST)
     try:
-        found = file_digest(path)
+        actual = file_digest(path)
     except OSError as error:
-        raise damaged(f"a file of the checkpoint is missing or unreadable ({error.strerror})", path) from error
-    if found != digest:
+        raise damaged(f"the file is missing or unreadable ({error.strerror})", path) from error
+    if actual != digest:
         raise damaged("the content is not what the manifest's sha256 says: the file was changed or damaged", path)
     return path
 

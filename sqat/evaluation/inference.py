@@ -37,10 +37,10 @@ def predict(forward: Callable[[Batch], Tensor], rows: Rows, processor: Processor
     logits: Tensor | None = None
     with torch.no_grad():
         for number, counts in assigned_indices(len(batches)):
-            found = forward(processor.collate(rows, batches[number])).float().cpu()
+            output = forward(processor.collate(rows, batches[number])).float().cpu()
             if logits is None:
-                logits = found.new_zeros(len(rows), *found.shape[1:])
+                logits = output.new_zeros(len(rows), *output.shape[1:])
             if counts:
-                logits.index_copy_(0, torch.tensor(batches[number]), found)
+                logits.index_copy_(0, torch.tensor(batches[number]), output)
     assert logits is not None  # a split has rows
     return all_reduce_sum(logits)

@@ -104,7 +104,7 @@ def query_constants(operand: ir.Value | None) -> list[tuple[ir.Node, int]]:
         return [(node, 1)]
     bias: list[tuple[ir.Node, int]] = []
     if node.op_type == "Add":
-        linear = next((found for value in node.inputs if (found := producer(value, "MatMul")) is not None), None)
+        linear = next(filter(None, (producer(value, "MatMul") for value in node.inputs)), None)
         index = next((index for index, value in enumerate(node.inputs) if constant_value(value) is not None), None)
         if linear is None or index is None or len(linear.outputs[0].uses()) != 1:
             return []

@@ -20,7 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from sqat.checkpoint.manifest import file_digest, manifest_digest
+from sqat.checkpoint.manifest import damaged, file_digest, manifest_digest, verify_file
 from sqat.checkpoint.store import read_tensors, write_tensors
 from sqat.errors import SqatError
 from sqat.quantization.fake_quant import HIGH
@@ -122,25 +122,6 @@ def read_folder(folder: Path) -> Packed:
     tensors = read_tensors(paths.pop(TENSORS)) if TENSORS in paths else {}
     files = {name: path.read_bytes() for name, path in paths.items()}
     return sort_tensors(manifest, tensors, files, folder / TENSORS)
-
-
-def verify_file(folder: Path, name: str, digest: str) -> Path:
-    """Compare a file of the folder with its sha256; return its path."""
-    path, parts = folder / name, name.split("/")
-    if len(parts) > 2 or {"", ".", ".."} & set(parts):  # a sentence encoder has files one folder deeper
-        raise damaged(f"{MANIFEST} names a file outside the folder: {name!r}", folder)
-    try:
-        found = file_digest(path)
-    except OSError as error:
-        raise damaged(f"cannot be read: {error.strerror or error}", path) from error
-    if found != digest:
-        raise damaged(f"the content is not what the sha256 in {MANIFEST} says: the file was changed", path)
-    return path
-
-
-def damaged(problem: str, place: Path) -> SqatError:
-    """Make the error for a folder that is not what its manifest says."""
-    return SqatError(problem, "export it again", str(place), code="damaged-checkpoint")
 
 
 def parse_manifest(content: bytes, path: Path) -> SparseManifest:

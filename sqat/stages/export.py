@@ -1,6 +1,6 @@
 """The export stage: write each target, check it by its rules, and prove parity on dev rows.
 
-Files are written beside the checkpoint and linked into it; of a target that fails nothing is kept.
+Files are written beside the checkpoint and linked into it. An export with a failed target leaves no file.
 """
 
 from __future__ import annotations

@@ -101,12 +101,12 @@ def insert_packed_(model: nn.Module, packed: Packed, backend: str = AUTO, sites:
     described = packed.manifest.layers.items()
     backends = {name: chooser.choose(name, layer.shape, TYPES[layer.type]) for name, layer in described}
     blocks = encoder_blocks(model)
-    kept = {site: shared_with for site, shared_with in packed.manifest.sites.items()
+    sites_in_use = {site: shared_with for site, shared_with in packed.manifest.sites.items()
             if sites == "all" or Site(site).role == "input"}  # fmt: skip
     load_weights(model, packed.dense | {f"{name}.weight": layer.weight for name, layer in plain.items()}, packed.place)
-    attention = switch_attention_(model, kept)
+    attention = switch_attention_(model, sites_in_use)
     insert_sparse_(model, {name: sparse_linear(packed, name, plain[name], backends[name]) for name in plain})
-    insertion = insert_site_quantizers_(model, packed, kept, blocks)
+    insertion = insert_site_quantizers_(model, packed, sites_in_use, blocks)
     return LoadResult(backends, packed.manifest.dense, chooser.unusable, insertion, attention)
 
 

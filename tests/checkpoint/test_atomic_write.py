@@ -53,7 +53,7 @@ def test_pictures_of_each_kind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["plot.txt", "plot"])
-def test_another_kind_is_told_before_anything_is_timed(
+def test_another_kind_is_refused_before_anything_is_timed(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SqatError, match="matplotlib writes no"):

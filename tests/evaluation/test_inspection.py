@@ -62,7 +62,7 @@ def test_every_family_lists_its_linears_and_nothing_else(
     assert list(inspected(make_checkpoint(family), tmp_path)) == linears
 
 
-def test_the_figures(make_checkpoint: Callable[..., Checkpoint], tmp_path: Path) -> None:
+def test_a_row_holds_the_measured_values(make_checkpoint: Callable[..., Checkpoint], tmp_path: Path) -> None:
     checkpoint = make_checkpoint("bert")
     rows = inspected(checkpoint, tmp_path)
     quantized = [name for name, record in checkpoint.manifest.layers.items() if record.quantized]
@@ -82,7 +82,7 @@ def test_the_figures(make_checkpoint: Callable[..., Checkpoint], tmp_path: Path)
         assert row.reason == ""
 
 
-def test_what_was_left_alone_says_why(make_checkpoint: Callable[..., Checkpoint], tmp_path: Path) -> None:
+def test_what_is_skipped_says_why(make_checkpoint: Callable[..., Checkpoint], tmp_path: Path) -> None:
     rows = inspected(make_checkpoint("bert"), tmp_path)
     first = rows[FIRST]
     assert (first.pattern, first.reason) == ("2:4", "float: excluded by the recipe")

@@ -133,7 +133,7 @@ CONFIGS: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("problem", CONFIGS)
-def test_a_wrong_config_is_told(make_checkpoint: MakeCheckpoint, problem: str, tmp_path: Path) -> None:
+def test_a_wrong_config_is_an_error(make_checkpoint: MakeCheckpoint, problem: str, tmp_path: Path) -> None:
     path = write(make_checkpoint("bert"), tmp_path) / "config.json"
     config = json.loads(path.read_text())
     CONFIGS[problem](config["quantization_config"])
@@ -162,7 +162,7 @@ TENSORS: dict[str, Callable[[Tensors], object]] = {
 
 
 @pytest.mark.parametrize("problem", TENSORS)
-def test_wrong_tensors_are_told(make_checkpoint: MakeCheckpoint, problem: str, tmp_path: Path) -> None:
+def test_wrong_tensors_are_errors(make_checkpoint: MakeCheckpoint, problem: str, tmp_path: Path) -> None:
     checkpoint = make_checkpoint("bert")
     path = write(checkpoint, tmp_path) / "model.safetensors"
     tensors = load(path.read_bytes())

@@ -239,7 +239,7 @@ def test_a_dead_channel_keeps_its_bias() -> None:
     assert np.unique(got[..., 3]) == pytest.approx([np.rint(constants(model)["b"][3] / 0.03) * 0.03], abs=1e-5)
 
 
-def test_the_given_graph_is_left_alone(bert: Family) -> None:
+def test_the_given_graph_stays_unchanged(bert: Family) -> None:
     model = quantized(bert, *TENSORRT)
     before = model.SerializeToString(deterministic=True)
     to_conv1x1(model)

@@ -179,6 +179,6 @@ def test_pooled_embeddings(engine: str, tokenizer: Any, tmp_path: Path) -> None:
     assert not [node for node in nodes(file) if "pooler" in node.name], "nothing reads BERT's own pooler"
 
 
-def test_a_module_that_was_not_traced_is_one_line() -> None:
+def test_a_module_that_was_not_traced_is_one_line_of_error() -> None:
     with pytest.raises(GateError, match=r"has no MatMul of encoder\.gone, .*; .* please report it with the recipe"):
         first_node(GraphEditor(encoder()), "encoder.gone", "MatMul")

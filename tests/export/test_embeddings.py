@@ -150,7 +150,7 @@ def test_two_lookups_share_what_is_stored_and_may_be_outputs(form: TableForm, wi
     graph("a = Gather<axis = 1>(table, ids) logits = Transpose(a)"),
     graph("logits = Gather(table, ids)", width=12),
 ], ids=["read by something else", "columns", "narrow"])  # fmt: skip
-def test_what_is_no_table_stays_and_is_told(model: ModelProto) -> None:
+def test_what_is_no_table_stays_and_is_an_error(model: ModelProto) -> None:
     with pytest.raises(SqatError) as error:
         store_embeddings(model, "int8")
     assert error.value.code == "unsupported-model"

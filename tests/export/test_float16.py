@@ -158,7 +158,7 @@ def test_images_are_near(vit: ImageFamily) -> None:
 
 
 @pytest.mark.parametrize("name", ["bert", "modernbert"])
-def test_every_step_rounded_to_half(name: str) -> None:
+def test_every_step_rounded_to_float16(name: str) -> None:
     """ONNX Runtime computes in float32 between casts; numpy, behind ONNX's reference, does not."""
     family = build_family(name)
     model = to_float16(fold_attention_scale(family.graph))
@@ -204,7 +204,7 @@ def test_openvino_runs_them_in_int8(bert: Family) -> None:
     assert kinds["MatMul"] == 4 or kinds["Subgraph"] == 2
 
 
-def test_weights_are_half_and_zeros_positive(bert: Family) -> None:
+def test_weights_are_float16_and_zeros_positive(bert: Family) -> None:
     before, after = constants(bert.graph), constants(to_float16(bert.graph))
     assert sum(a.nbytes for a in after.values()) < 0.55 * sum(a.nbytes for a in before.values())
     for name, linear in bert.sites({}).linears().items():
@@ -268,7 +268,7 @@ def test_angles_of_far_positions_are_those_of_float32() -> None:
     assert np.abs(np.cos(positions.astype(np.float16)[:, None] * frequency.astype(np.float16)) - got).max() > 0.1
 
 
-def test_a_number_below_half_keeps_its_operation_in_float() -> None:
+def test_a_number_below_float16_keeps_its_operation_in_float() -> None:
     body = LOOKUP + "v = Mul(x, x) e = Add(v, epsilon) r = Sqrt(e) logits = Div(x, r)"
     table = np.array([[0.0, 1.0], [2.0, 3.0]], np.float32)
     model = to_float16(parsed(body, "int64[N] ids", table=table, epsilon=np.float32(1e-9)))
@@ -278,7 +278,7 @@ def test_a_number_below_half_keeps_its_operation_in_float() -> None:
 
 
 @pytest.mark.parametrize("value", [65505.0, -7e4, 1e30])
-def test_a_weight_beyond_half_is_named(value: float) -> None:
+def test_a_weight_beyond_float16_is_named(value: float) -> None:
     weight = np.eye(4, dtype=np.float32)
     weight[1, 2] = value
     model = parsed(LOOKUP + "logits = MatMul(x, w)", "int64[N] ids", table=np.eye(4, dtype=np.float32), w=weight)
@@ -341,7 +341,7 @@ def test_a_product_with_a_small_scale_stays_in_float(bert: Family) -> None:
     assert parity(expected, run_batches(session(model.SerializeToString(), threads=1), [arrays(inputs)])) < 0.3
 
 
-def test_the_given_graph_is_left_alone(bert: Family) -> None:
+def test_the_given_graph_stays_unchanged(bert: Family) -> None:
     model = quantized(bert)
     before = model.SerializeToString(deterministic=True)
     to_float16(model)

@@ -101,7 +101,7 @@ def test_without_a_pair_the_linear_is_scaled(bert: Family, weights: str) -> None
         assert np.array_equal(tensor(after, name), tensor(before, name))
 
 
-def test_the_given_graph_is_left_alone(bert: Family) -> None:
+def test_the_given_graph_stays_unchanged(bert: Family) -> None:
     model = quantized(bert, "tensorrt")
     before = model.SerializeToString(deterministic=True)
     fold_attention_scale(model)

@@ -109,7 +109,7 @@ def test_a_write_that_breaks_off_leaves_the_old_files(
 
 
 @pytest.mark.usefixtures("large")
-def test_data_that_is_gone_or_short_is_told(bert: Family, tmp_path: Path) -> None:
+def test_data_that_is_gone_or_short_is_an_error(bert: Family, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     write_onnx(bert.graph, path)
     data = tmp_path / "model.onnx.data"

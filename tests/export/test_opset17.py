@@ -27,7 +27,7 @@ def one_gelu(approximate: str) -> ModelProto:
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
-def test_gelu_spelled_out_is_gelu(approximate: str) -> None:
+def test_an_expanded_gelu_is_gelu(approximate: str) -> None:
     model = to_opset17(one_gelu(approximate))
     onnx.checker.check_model(model, full_check=True)
     assert model.opset_import[0].version == 17
@@ -52,7 +52,7 @@ def test_every_family_at_opset_17(family: Family) -> None:
     assert parity(expected, run_batches(session(older.SerializeToString(), threads=1), [inputs])) < 2e-2
 
 
-def test_the_original_is_left_alone_and_other_operators_are_refused() -> None:
+def test_the_original_stays_unchanged_and_other_operators_are_refused() -> None:
     model = one_gelu("none")
     before = model.SerializeToString()
     to_opset17(model)

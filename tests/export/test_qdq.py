@@ -54,7 +54,7 @@ def test_onnx_runtime_computes_what_the_fake_quantized_model_does(family: Family
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_images_too(vit: ImageFamily, placement: str) -> None:
+def test_images_compute_the_same(vit: ImageFamily, placement: str) -> None:
     quantization = vit.quantization(*PLACEMENTS[placement])
     model = insert_qdq(vit.graph, quantization)
     broken = [
@@ -201,7 +201,7 @@ def test_scales_are_those_of_the_fake_quantizer(bert: Family) -> None:
         assert stored == scale.item()
 
 
-def test_the_float_graph_is_left_alone(bert: Family) -> None:
+def test_the_float_graph_stays_unchanged(bert: Family) -> None:
     before = bert.graph.SerializeToString(deterministic=True)
     insert_qdq(bert.graph, bert.quantization(*PLACEMENTS["tensorrt"]))
     assert bert.graph.SerializeToString(deterministic=True) == before
@@ -274,7 +274,7 @@ def test_a_layer_quantized_on_one_side_only_is_named(bert: Family) -> None:
 
 
 @pytest.mark.parametrize("amax", [0.0, -1.0, float("inf"), float("nan")])
-def test_a_bound_that_is_no_bound(bert: Family, amax: float) -> None:
+def test_an_amax_that_is_not_positive(bert: Family, amax: float) -> None:
     with pytest.raises(ValueError, match=f"site {QUERY}:input has amax {amax}"):
         insert_qdq(bert.graph, QuantizedModel({QUERY: bert.weights[QUERY]}, {f"{QUERY}:input": amax}))
 

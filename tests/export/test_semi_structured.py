@@ -189,7 +189,7 @@ def test_a_weight_beyond_float16_stays_dense(make_checkpoint: MakeCheckpoint) ->
     assert torch.equal(tensors[f"{FIRST}.weight"], weight)
 
 
-def test_other_sites_go_along_with_their_bounds(make_checkpoint: MakeCheckpoint) -> None:
+def test_other_sites_go_along_with_their_amax(make_checkpoint: MakeCheckpoint) -> None:
     checkpoint = make_checkpoint()
     leader = f"{QUERY}:input"
     record = next(iter(checkpoint.manifest.sites.values()))
@@ -200,7 +200,7 @@ def test_other_sites_go_along_with_their_bounds(make_checkpoint: MakeCheckpoint)
     assert {name for name in tensors if name.endswith(".amax")} == {f"{leader}.amax"}
 
 
-def test_nothing_to_pack_is_one_line(make_checkpoint: MakeCheckpoint) -> None:
+def test_nothing_to_pack_is_one_line_of_error(make_checkpoint: MakeCheckpoint) -> None:
     checkpoint = make_checkpoint()
     layers = {
         name: record.model_copy(update={"pattern": "", "dense_because": "no prune stage"})

@@ -128,7 +128,7 @@ def test_auto_chooses_it_on_x86(project: Project, capfd: pytest.CaptureFixture[s
     (["stages.export.targets=[tensorrt]"],
      r"target tensorrt needs activation placement tensorrt or tensorrt-full, and the model is calibrated with cpu"),
 ])  # fmt: skip
-def test_a_recipe_that_cannot_be_served_is_told_at_once(project: Project, overrides: list[str], line: str) -> None:
+def test_a_recipe_that_cannot_be_served_is_refused_at_once(project: Project, overrides: list[str], line: str) -> None:
     with pytest.raises(SqatError, match=line):
         load_recipe(project.recipe, [*QUICK, *overrides])
 
@@ -170,7 +170,7 @@ def test_a_float_layer_and_a_false_claim_are_errors(project: Project) -> None:
     ("bert", {"hidden_act": "silu"}, "this model's is silu"),
     ("bert", {"is_decoder": True}, r"this model's is causal \(is_decoder\)"),
 ])  # fmt: skip
-def test_a_model_that_the_kernels_do_not_compute_is_one_line(
+def test_a_model_that_the_kernels_do_not_compute_is_one_line_of_error(
     family: str, settings: dict[str, Any], part: str, make_model: Callable[..., Any]
 ) -> None:
     with pytest.raises(SqatError, match=part) as caught:
@@ -179,7 +179,7 @@ def test_a_model_that_the_kernels_do_not_compute_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_of_plain_modules_is_one_line() -> None:
+def test_a_model_of_plain_modules_is_one_line_of_error() -> None:
     with pytest.raises(SqatError) as error:
         check_encoder(nn.Sequential(nn.Linear(16, 16)))
     assert error.value.code == "unsupported-model"
@@ -203,7 +203,7 @@ def test_inspect_tells_where_to_look(project: Project, capfd: pytest.CaptureFixt
     assert "2:4" in capfd.readouterr().out
 
 
-def test_a_damaged_file_is_one_line(project: Project, tmp_path: Path) -> None:
+def test_a_damaged_file_is_one_line_of_error(project: Project, tmp_path: Path) -> None:
     path = tmp_path / "model.cpu-sparse.onnx"
     content = (project.stage("export") / path.name).read_bytes()
     path.write_bytes(content[: len(content) // 2])

@@ -44,13 +44,13 @@ def export_wrong(project: Project, monkeypatch: pytest.MonkeyPatch, **changes: A
     return str(caught.value)
 
 
-def test_a_wrong_activation_scale_is_told(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_activation_scale_is_an_error(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     message = export_wrong(project, monkeypatch, amax=lambda q: {site: 0.7 * amax for site, amax in q.amax.items()})
     assert message.startswith("model.int8.onnx is off by ")
     assert message.endswith("; nothing was written")
 
 
-def test_a_weight_that_is_not_sparse_is_told_by_its_node(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dense_weight_is_an_error_with_its_node(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = "bert.encoder.layer.1.output.dense"
 
     def filled(quantization: QuantizedModel) -> dict[str, Any]:

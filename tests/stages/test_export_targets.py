@@ -83,7 +83,7 @@ def test_an_export_is_evaluated_as_it_is_served(project: Project, everything: Pa
 
 
 @pytest.mark.parametrize(("options", "embeddings"), FLAVOURS)
-def test_every_flavour_of_the_engine_file(project: Project, tmp_path: Path, options: str, embeddings: str) -> None:
+def test_every_form_of_the_engine_file(project: Project, tmp_path: Path, options: str, embeddings: str) -> None:
     made, _ = exported(project, "stages.export.targets=[tensorrt]", f"stages.export.tensorrt={{{options}}}",
                        f"stages.export.embeddings={embeddings}", output=tmp_path / "out")  # fmt: skip
     model = onnx.load(made / "model.tensorrt.onnx")
@@ -123,7 +123,7 @@ def test_a_wrong_packed_weight_misses_parity(project: Project, monkeypatch: pyte
     assert error.value.code == "parity"
 
 
-def test_tensorrt_asks_for_its_profile(project: Project, capfd: pytest.CaptureFixture[str]) -> None:
+def test_tensorrt_asks_for_its_placement(project: Project, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SqatError) as error:
         exported(project, "stages.export.targets=[tensorrt]", "stages.calibrate.placement=linear")
     assert error.value.code == "recipe-conflict"
@@ -153,7 +153,7 @@ def test_auto_explains_and_exports(project: Project, capfd: pytest.CaptureFixtur
     ("onnx-int4", "--target: no target 'onnx-int4'; did you mean 'onnx-int8'? allowed: onnx-int8, onnx-fp32, "),
     ("tensort", "--target: no target 'tensort'; did you mean 'tensorrt'?"),
 ])  # fmt: skip
-def test_an_unknown_target_is_one_line(
+def test_an_unknown_target_is_one_line_of_error(
     project: Project, capfd: pytest.CaptureFixture[str], name: str, line: str
 ) -> None:
     assert main(["export", str(project.recipe), "--target", name]) == 2
@@ -178,7 +178,7 @@ def test_parity_counts_what_is_not_a_number_as_infinite() -> None:
     assert parity(logits, logits) == float("inf")
 
 
-def test_a_damaged_compressed_folder_is_one_line(project: Project, everything: Path, tmp_path: Path) -> None:
+def test_a_damaged_compressed_folder_is_one_line_of_error(project: Project, everything: Path, tmp_path: Path) -> None:
     folder = tmp_path / "compressed-tensors"
     shutil.copytree(everything / "compressed-tensors", folder)
     config = json.loads((folder / "config.json").read_text())

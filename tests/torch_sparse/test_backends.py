@@ -260,7 +260,7 @@ def test_without_a_gpu_the_error_says_what_runs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["cusparselt", "cutlass"])
-def test_an_older_gpu_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_gpu_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, (7, 5))
     with pytest.raises(SqatError) as error:
         BackendChooser(name, GPU)
@@ -268,13 +268,13 @@ def test_an_older_gpu_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert BackendChooser("auto", GPU).choose("a", (64, 128), torch.int8).name == "reference"
 
 
-def test_other_makers_gpus_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_makers_gpus_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, (9, 4))
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "NVIDIA" in gpu_problem(GPU)
 
 
-def test_torch_without_cusparselt_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_without_cusparselt_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, (8, 6), cusparselt=False)
     with pytest.raises(SqatError) as error:
         BackendChooser("cusparselt", GPU)

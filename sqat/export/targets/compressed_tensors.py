@@ -119,10 +119,10 @@ def check_config(settings: Mapping[str, Any]) -> Iterator[str]:
     for title in groups:
         group = entry(groups, title)
         for part, expected in SCHEME.items():
-            given = entry(group, part)
+            scheme = entry(group, part)
             for key, value in expected.items():
-                if given.get(key) != value:
-                    yield f"{title}.{part}.{key} is {given.get(key)!r}, must be {value!r}"
+                if scheme.get(key) != value:
+                    yield f"{title}.{part}.{key} is {scheme.get(key)!r}, must be {value!r}"
         if group.get("output_activations"):
             yield f"{title}.output_activations are quantized, which only transformers computes"
 

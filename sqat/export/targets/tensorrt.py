@@ -28,7 +28,7 @@ def write(source: Source, path: Path) -> TargetFile:
     options, config = source.config.tensorrt, source.config
     conv1x1 = options.layers == "conv1x1"
     version_8 = conv1x1 and options.weights == "qdq"
-    fp16 = options.precision == "fp16" and not version_8  # version 8 is told by a flag to use float16
+    fp16 = options.precision == "fp16" and not version_8  # a flag lets version 8 use float16
     graph = fold_attention_scale(insert_qdq(source.graph, source.quantized, options.weights))
     graph = shrink_embeddings(source, to_conv1x1(graph) if conv1x1 else graph, "table")
     if version_8:
