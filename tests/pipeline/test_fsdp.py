@@ -70,7 +70,7 @@ def test_two_or_one_process_resume_after_a_kill(folder: Path, runs: Runs) -> Non
     exit_codes = json.loads((folder / "exit_codes.json").read_text())
     assert (exit_codes["killed"], exit_codes["sharded"], exit_codes["resumed"]) == ([2, -9], [0, 0], [0])
     lost = (folder / "sharded/killed").read_text()
-    assert lost.count("error: another process of this run has exit_codes") == 1
+    assert lost.count("error: another process of this run has ended") == 1
     how = "2 processes that share the model out (FSDP), an optimizer step sums up 2 batches"
     assert how in lost
     outputs = {name: (folder / name / "output0").read_text() for name in ("sharded", "resumed")}
@@ -87,5 +87,6 @@ def test_all_ranks_report_that_rank_0_has_no_room(folder: Path) -> None:
     assert json.loads((folder / "exit_codes.json").read_text())["full"] == [2, 2]
     for rank in (0, 1):
         *_, last = (folder / f"full/output{rank}").read_text().splitlines()
-        assert last.endswith("/01-train: cannot be written: File too large; free space or choose another folder")
+        assert "/01-train: cannot be written: " in last
+        assert "File too large" in last
     assert {path.name for path in (folder / "full/runs/tiny").iterdir()} == {"metrics.jsonl", "sqat.log"}
