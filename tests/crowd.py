@@ -1,4 +1,4 @@
-"""What several processes do that share a fit, run as a script: ``python -m tests.crowd FOLDER``.
+"""Train on several ranks, as a script: ``python -m tests.crowd FOLDER``.
 
 It imports everything once and forks each group of processes (1, 2, 4, ...), which are joined by gloo; what every
 process ends with is written to ``FOLDER/<group>-<rank>.pt``, for `tests/test_distributed.py` to compare.
@@ -42,7 +42,7 @@ from sqat.training.resume_state import ResumeState
 from tests import forks
 
 LIMIT = 240.0  # seconds for all groups
-TOGETHER = 4  # batches of an optimizer step, whoever has them
+ACCUMULATION_STEPS = 4  # batches of an optimizer step, whoever has them
 STEPS = 6
 STOP = 3
 QUERY = "bert.encoder.layer.0.attention.self.query"
@@ -55,7 +55,7 @@ class KilledError(Exception):
 
 
 class Watcher(SilentReporter):
-    """Keeps what is said and every step's losses, and raises at one step."""
+    """Records messages and losses, and raises at one step."""
 
     def __init__(self, stop: int) -> None:
         self.stop, self.said, self.losses = stop, list[str](), list[float]()
@@ -107,7 +107,7 @@ def hidden_loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     return {"task": seen[0].square().mean()}
 
 
-def fitted(state: Path, loss: Any = task_loss, stop: int = 0, **config: Any) -> Found:
+def train(state: Path, loss: Any = task_loss, stop: int = 0, **config: Any) -> Found:
     """A fit of `STEPS` steps, whose masks are set before the third; ``stop`` kills it."""
     torch.manual_seed(0)
     model, watcher = tiny_bert(), Watcher(stop)
@@ -136,7 +136,7 @@ def fitted(state: Path, loss: Any = task_loss, stop: int = 0, **config: Any) -> 
 
 
 class Filling(SilentReporter):
-    """The disk of the first process is full from one step on."""
+    """The disk of rank 0 is full from one step on."""
 
     def __init__(self, disk: ExitStack) -> None:
         self.disk = disk
@@ -146,8 +146,8 @@ class Filling(SilentReporter):
             self.disk.enter_context(forks.full_disk(1000))
 
 
-def starved(state: ResumeState) -> Found:
-    """How a fit ends that cannot save, and the step of the state that is there then."""
+def train_without_room(state: ResumeState) -> Found:
+    """Train without room to save; returns the error and the step of the last saved state."""
     config = TrainConfig(batch_size=5, save_every=0)
     with ExitStack() as disk:
         try:
@@ -160,26 +160,26 @@ def starved(state: ResumeState) -> Found:
 
 
 def accumulation() -> int:
-    return max(1, TOGETHER // process_state().num_processes)
+    return max(1, ACCUMULATION_STEPS // process_state().num_processes)
 
 
-def whole_fits(folder: Path, group: str) -> Found:
-    """Fits from start to end, and one that is killed."""
-    fitted(folder / f"{group}-state", stop=STOP, evaluate_every=2)
-    return {"fit": fitted(folder / f"{group}-whole", evaluate_every=2),
-            "hidden": fitted(folder / f"{group}-hidden", hidden_loss)}  # fmt: skip
+def train_and_kill(folder: Path, group: str) -> Found:
+    """Train from start to end, and once until killed."""
+    train(folder / f"{group}-state", stop=STOP, evaluate_every=2)
+    return {"fit": train(folder / f"{group}-whole", evaluate_every=2),
+            "hidden": train(folder / f"{group}-hidden", hidden_loss)}  # fmt: skip
 
 
 def other_work(folder: Path, group: str) -> Found:
-    """What the processes share beside training."""
+    """Compute what the ranks share beside training."""
     model, batches = tiny_bert(), batches_of(24, 5)
     insert_weights_(model, {name: torch.ones_like(model.get_submodule(name).weight) > 0 for name in LAYERS}, ())
     owners = dict(zip(LAYERS, LAYERS, strict=True))
     sums = {str(criterion): collect_statistics(criterion, model, owners, task_loss,
                                                first_batches(batches, criterion.samples, 0))
             for criterion in (Wanda(), SparseGPT(), Taylor(), Taylor(average="mean"))}  # fmt: skip
-    norm = {steps: normed(ResumeState(folder / f"{group}-normed", "key"), steps) for steps in (1, STEPS)}
-    full = starved(ResumeState(folder / f"{group}-full", "key"))
+    norm = {steps: train_batch_norm(ResumeState(folder / f"{group}-normed", "key"), steps) for steps in (1, STEPS)}
+    full = train_without_room(ResumeState(folder / f"{group}-full", "key"))
     return {"full": full, "norm": norm, "sums": sums, "histograms": histograms(), "logits": logits(),
             "indices": [*assigned_indices(3)]}  # fmt: skip
 
@@ -222,8 +222,8 @@ class Normed(nn.Module):
         return logits
 
 
-def normed(state: ResumeState, steps: int) -> Found:
-    """What the batch norm of a fit has seen: its buffers."""
+def train_batch_norm(state: ResumeState, steps: int) -> Found:
+    """Train with a batch norm; returns its buffers."""
     torch.manual_seed(0)
     model, config = Normed(), TrainConfig(batch_size=5, gradient_accumulation=accumulation(), learning_rate=0.01)
 
@@ -245,32 +245,32 @@ def normed(state: ResumeState, steps: int) -> Found:
 
 
 def first_part(folder: Path, group: str) -> Found:
-    return whole_fits(folder, group) | other_work(folder, group)
+    return train_and_kill(folder, group) | other_work(folder, group)
 
 
 def resumed(folder: Path, group: str) -> Found:
-    """Fits gone on with from the states of other numbers of processes; ``group`` is e.g. ``2 after 4``."""
+    """Resume from the states of other numbers of ranks; ``group`` is e.g. ``2 after 4``."""
     found = {}
     for before in ("1", "2", "4", "shards"):
         source, own = folder / f"{before}-state", folder / f"{group} after {before}"
         if process_state().is_main_process:
             shutil.copytree(source, own)
         process_state().wait_for_everyone()
-        found[before] = fitted(own, evaluate_every=2)
+        found[before] = train(own, evaluate_every=2)
     return found
 
 
-def in_pieces(folder: Path, group: str) -> Found:
-    """Fits of a model that is shared out."""
+def train_sharded(folder: Path, group: str) -> Found:
+    """Train a sharded model."""
     assert uses_fsdp()
-    return whole_fits(folder, group)
+    return train_and_kill(folder, group)
 
 
 GROUPS: dict[str, tuple[int, Callable[[Path, str], Found]]] = {
     "1": (1, first_part),
     "2": (2, first_part),
     "4": (4, first_part),
-    "shards": (2, in_pieces),
+    "shards": (2, train_sharded),
     "1 again": (1, resumed),
     "2 again": (2, resumed),
     "3 again": (3, resumed),
@@ -289,12 +289,12 @@ def run_group(group: str, folder: Path) -> None:
         sys.exit(f"group {group} ended with {ended}")
 
 
-def give_up(number: int, frame: object) -> None:
+def time_out(number: int, frame: object) -> None:
     raise TimeoutError
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGALRM, give_up)
+    signal.signal(signal.SIGALRM, time_out)
     signal.alarm(int(LIMIT))
     torch.set_num_threads(1)
     for name in GROUPS:

@@ -29,7 +29,7 @@ from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import parse_pattern
 from sqat.tasks import build_task
 from sqat.tasks.splits import load_rows
-from sqat.training import resume_state as mid_stage
+from sqat.training import resume_state
 from sqat.training.batches import Batches
 from sqat.training.loop import Evaluation, fit
 from sqat.training.resume_state import Progress, ResumeState
@@ -264,7 +264,7 @@ def test_a_failed_save_leaves_the_last_state(
         return fake
 
     if call == "write":
-        monkeypatch.setattr(mid_stage, "write_synced", failing(mid_stage.write_synced))
+        monkeypatch.setattr(resume_state, "write_synced", failing(resume_state.write_synced))
     if call == "fsync":
         monkeypatch.setattr(os, "fsync", failing(os.fsync))
     if call == "rename":
