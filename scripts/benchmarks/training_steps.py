@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from scripts.benchmarks.training import MODEL_OPTIMIZER, Group
+from scripts.benchmarks.training_rows import MODEL_OPTIMIZER, Group
 from sqat.api.quantize import Scales, calibrate
 from sqat.compress.calibrate import observe
 from sqat.compress.distil import distilled_loss, task_loss

@@ -1,16 +1,16 @@
 """Write the rule table of sqat/lint/README.md from the rules themselves.
 
-python scripts/docs/lint_rules.py
+python -m scripts.docs.lint_rules
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from scripts.docs.blocks import replace_block, table
 from sqat.lint.rules.table import RULES, TARGETS, Rule
 
 README = Path(__file__).parents[2] / "sqat" / "lint" / "README.md"
-START, END = "<!-- rules -->\n", "<!-- end of rules -->\n"
 SEVERITIES = {"E": "error", "W": "warning", "-": ""}
 
 
@@ -20,20 +20,13 @@ def main() -> None:
 
 
 def page(text: str) -> str:
-    """The page with today's table."""
-    head, _, rest = text.partition(START)
-    return f"{head}{START}{table()}{END}{rest.partition(END)[2]}"
-
-
-def table() -> str:
-    """A row per rule."""
+    """Return the page with today's table, a row for each rule."""
     columns = ["rule", "a file must have", *TARGETS, "what to do", "file"]
-    lines = [columns, ["---"] * len(columns), *(row(rule) for rule in RULES)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return replace_block(text, "rules", table(columns, [row(rule) for rule in RULES]) + "\n")
 
 
 def row(rule: Rule) -> list[str]:
-    """The cells of one rule."""
+    """Return the cells of one rule."""
     file = f"{rule.check.__module__.rpartition('.')[2]}.py"
     advice = rule.advice.replace("--fix", "`--fix`")
     return [rule.id, rule.requirement, *(SEVERITIES[severity] for severity in rule.severities), advice,

@@ -26,4 +26,4 @@ def test_repairs_have_an_order() -> None:
 def test_the_readme_shows_the_table() -> None:
     script = load_script("docs/lint_rules")
     text = script.README.read_text(encoding="utf-8")
-    assert text == script.page(text), "run python scripts/docs/lint_rules.py"
+    assert text == script.page(text), "run python -m scripts.docs.lint_rules"

@@ -1,4 +1,4 @@
-"""scripts/benchmarks/training: the README shows its rows, and candidates that do the same work."""
+"""scripts/benchmarks/training: ratios within rounds, and candidates that do the same work."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from scripts.benchmarks import training_steps as steps
+from scripts.benchmarks.training import MISSING, main
+from scripts.benchmarks.training_rows import Group, Report, Row, memory_row, rows_of, table, time_group
 from sqat.quantization.fake_quant import fake_quantize, fake_quantize_weight
 from sqat.sparsity.masks import nm_mask
 from tests.tiny import write_model
-
-ROOT = Path(__file__).parents[2]
-ROWS = ROOT / "recipes" / "training.json"
-
-from scripts.benchmarks import training_steps as steps  # noqa: E402
-from scripts.benchmarks.training import MISSING, Group, Report, Row, main, memory_row, rows_of, table, time_group  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +23,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
     write_model(folder, words=[f"w{i}" for i in range(40)], num_hidden_layers=1)
     return str(folder)
-
-
-@pytest.mark.skipif(not ROWS.is_file(), reason="not measured yet")
-def test_the_readme_shows_the_rows_of_the_repository(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--table", str(ROWS)]) == 0
-    assert capsys.readouterr().out in (ROOT / "README.md").read_text()
 
 
 def test_a_ratio_is_of_turns_of_one_round() -> None:

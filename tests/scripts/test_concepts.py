@@ -1,4 +1,4 @@
-"""The figures of recipes/README.md show what sqat's own masks and schedules are."""
+"""The figures of recipes/GUIDE.md show what sqat's own masks and schedules are."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_growth_is_that_of_the_stage(concepts: Any) -> None:
 
 
 def test_every_figure_is_drawn_and_shown(concepts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = set(re.findall(r"\(figures/(\w+)\.svg\)", (ROOT / "recipes/README.md").read_text()))
+    shown = set(re.findall(r"\(figures/(\w+)\.svg\)", (ROOT / "recipes/GUIDE.md").read_text()))
     monkeypatch.setattr(concepts, "FOLDER", tmp_path)
     concepts.main()
     assert {path.stem for path in tmp_path.iterdir()} == shown

@@ -1,4 +1,4 @@
-"""scripts/benchmarks/runtime: the README's table is its rows, and a wrong file or size is one line."""
+"""scripts/benchmarks/runtime: its table and chart, and a wrong file or size is one line."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper, save
 
+from scripts.benchmarks.runtime import COLOURS, Row, draw_chart, main, milliseconds, table, turns
 from tests.runtime.nodes import needs_library
-
-ROOT = Path(__file__).parents[2]
-
-from scripts.benchmarks.runtime import COLOURS, Row, draw_chart, main, milliseconds, table, turns  # noqa: E402
 
 
 def embed_file(path: Path, vocabulary: int = 30, tokens: int = 8, width: int = 16) -> Path:
@@ -34,11 +31,6 @@ def embed_file(path: Path, vocabulary: int = 30, tokens: int = 8, width: int = 1
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("sqat", 1)]
     save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
     return path
-
-
-def test_the_readme_shows_the_rows_of_the_repository(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--table", str(ROOT / "recipes" / "runtime.json")]) == 0
-    assert capsys.readouterr().out in (ROOT / "README.md").read_text()
 
 
 def test_the_factors_of_a_table() -> None:

@@ -193,15 +193,6 @@ def test_the_table_takes_differences_seed_by_seed_and_shows_losses_and_gaps() ->
     assert "modelopt-sparsegpt on sst2" not in gaps
 
 
-def test_the_page_of_the_repository_is_that_of_its_file(capsys: pytest.CaptureFixture[str]) -> None:
-    rows, page = ROOT / "recipes" / "modelopt.json", ROOT / "recipes" / "MODELOPT.md"
-    assert rows.is_file() == page.is_file(), "one is written from the other"
-    if not rows.is_file():
-        pytest.skip("recipes/modelopt.json: run scripts/benchmarks/compare_modelopt first")
-    assert main(["--table", str(rows)]) == 0
-    assert capsys.readouterr().out == page.read_text(encoding="utf-8")
-
-
 @pytest.mark.parametrize("content", ["", "[]", '{"budget": {}, "more": 1}'])
 def test_a_file_of_something_else_is_told_in_one_line(
     tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]

@@ -2,7 +2,7 @@
 
     python scripts/data/wikiqa.py --source FOLDER --output runs/wikiqa
     scripts/benchmarks/compare_modelopt --sst2 FOLDER --json recipes/modelopt.json
-    scripts/benchmarks/compare_modelopt --table recipes/modelopt.json >recipes/MODELOPT.md
+    scripts/benchmarks/compare_modelopt --table recipes/modelopt.json
 
 Chains from a fine-tuned dense model to a 2:4 sparse int8 one:
 

@@ -31,7 +31,7 @@ class Budget(Strict):
     qat_steps: int = 20
     batch_size: int = 32
     max_length: int = 48
-    align_positions: int = 256
+    observed_rows: int = 256
     dense_learning_rate: float = 1e-4
     precision: str = "bf16"
 

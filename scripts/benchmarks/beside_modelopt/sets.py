@@ -74,7 +74,7 @@ class Trial:
         """Model inputs of the first training rows, for masks and scales."""
         feed, found, rows = self.feed(), list[Batch](), 0
         for indices in feed.stream(0):
-            if rows >= self.budget.align_positions:
+            if rows >= self.budget.observed_rows:
                 break
             found.append(feed.collate(indices))
             rows += len(indices)

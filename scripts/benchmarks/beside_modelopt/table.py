@@ -10,12 +10,11 @@ from scripts.results.spread import mean_and_spread
 OURS = CHAINS[0]
 HEAD = """# Beside NVIDIA Model Optimizer
 
-Written by `scripts/benchmarks/compare_modelopt --table` from [modelopt.json](modelopt.json); no number here is
-typed. From one dense model for each seed (`{model}`) to a 2:4 sparse int8 model, by sqat and by Model Optimizer's
+From one dense model for each seed (`{model}`) to a 2:4 sparse int8 model, by sqat and by Model Optimizer's
 own functions, with the same batches, optimizer and random numbers: {dense_steps} dense steps on labels, then
 {sparse_steps} sparse and {qat_steps} QAT steps without, of {batch_size} rows of at most {max_length} tokens. Both
 learn from the dense model alone: sqat by MiniLM and logits, Model Optimizer by logits, as its own BERT example does.
-Masks and scales come from {align_positions} rows; the encoder's linears are sparse and int8 on either side. Metrics
+Masks and scales come from {observed_rows} rows; the encoder's linears are sparse and int8 on either side. Metrics
 were decided beforehand: NDCG@10 of those questions of WikiQA that have a right and a wrong sentence (a
 cross-encoder), and accuracy on SST-2.
 """
