@@ -85,13 +85,13 @@ def test_the_candidates_do_the_same_work() -> None:
 def test_a_step_holds_masks_and_trains(folder: str) -> None:
     model = steps.fresh(folder)
     batch, masks = steps.random_batch(model, (4, 8)), steps.masks_of(model)
-    before = {name: steps.layer(model, name).weight.detach().clone() for name in masks}
+    before = {name: steps.get_layer(model, name).weight.detach().clone() for name in masks}
     step = steps.Step(
         steps.quantize_(model, steps.calibrate(model, [batch.inputs]), masks), steps.task_loss(steps.TASK), batch
     )
     step()
     for name, mask in masks.items():
-        weight = steps.layer(model, name).weight.detach()
+        weight = steps.get_layer(model, name).weight.detach()
         assert not weight[~mask].any(), name
         assert not torch.equal(model.get_submodule(name).parametrizations.weight.original, before[name]), name
 
