@@ -1,10 +1,10 @@
 """Candidates: each artifact in each backend that runs it here, as a function from inputs to an output.
 
-torch         checkpoint, semi-structured and compressed-tensors folders; int8 layers in float
-onnxruntime   ONNX files on the CPU, with the options that make int8 exact
-openvino      ONNX files on the CPU, float layers in float32
-tensorrt      ONNX files through ONNX Runtime's TensorRT provider (not tested on a GPU)
-sqat          files of target cpu-sparse, with sqat's own kernels
+torch         folders; int8 layers in float
+onnxruntime   ONNX files on the CPU, with exact int8
+openvino      ONNX files on the CPU
+tensorrt      ONNX files in ONNX Runtime's TensorRT provider
+sqat          files of target cpu-sparse, with sqat's kernels
 """
 
 from __future__ import annotations

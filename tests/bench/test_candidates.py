@@ -29,7 +29,7 @@ from .graphs import VOCABULARY, write_classifier, write_pictures
     (["a/model.int8.onnx", "a/model.fp32.onnx"], ["int8", "fp32"]),
     (["03-dense/model.int8.onnx", "07-sparse/model.int8.onnx"], ["03-dense/model.int8", "07-sparse/model.int8"]),
 ])  # fmt: skip
-def test_names_are_as_short_as_tells_them_apart(paths: list[str], names: list[str], tmp_path: Path) -> None:
+def test_names_are_short_and_different(paths: list[str], names: list[str], tmp_path: Path) -> None:
     for path in paths:
         write_classifier(tmp_path / path)
     assert [each.label for each in read_artifacts([str(tmp_path / path) for path in paths])] == names
@@ -125,7 +125,9 @@ def test_backends_of_each_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         find_candidates([graph], ["tensorrt"])
 
 
-def test_what_does_not_open_is_left_out_where_it_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_candidate_that_does_not_open_is_skipped_unless_required(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(path: Path, threads: int, stack: ExitStack) -> Any:
         raise RuntimeError("\n  no such operator\nat line 3")
 
@@ -143,7 +145,7 @@ def test_what_does_not_open_is_left_out_where_it_may_be(tmp_path: Path, monkeypa
             open_all(found, [], 1, stack)
 
 
-def test_missing_kernels_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_kernels_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(candidates.runtime, "LIBRARY", tmp_path / "none.so")
     assert candidates.runtime.install_hint() in candidates.why_unavailable("sqat")
 
@@ -176,7 +178,7 @@ def test_parity() -> None:
     ({"architectures": ["BertModel"]}, False),
     ({}, False),
 ])  # fmt: skip
-def test_who_decides(config: dict[str, Any], decides: bool) -> None:
+def test_classifiers_have_decisions(config: dict[str, Any], decides: bool) -> None:
     assert is_classifier(config) is decides
 
 

@@ -63,7 +63,7 @@ def report_of(timer: Callable[..., RoundTimes], **paths: Path) -> Report:
     return measure(found, found[0].name, Grid([2], [8]), Effort(), 1, SilentReporter(), skipped, timer=timer)
 
 
-def test_figures_hang_together(tmp_path: Path) -> None:
+def test_times_ratios_and_parity_are_consistent(tmp_path: Path) -> None:
     slow, quick = write_classifier(tmp_path / "slow.onnx"), write_classifier(tmp_path / "quick.onnx", noise=1.0)
     report = report_of(by_hand(slow=0.2, quick=0.05), slow=slow, quick=quick)
     (setting,) = report.settings
@@ -173,7 +173,7 @@ def test_bad_flags_are_one_line(
     assert len(err.splitlines()) == 1
 
 
-def test_what_a_library_has_against_a_size_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_size_that_a_library_refuses_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_classifier(tmp_path / "m.onnx")
     (tmp_path / "config.json").write_text('{"vocab_size": 5000}')  # more than the file's table holds
     code, _, err = call(capsys, "m.onnx", "--backend", "onnxruntime", *QUICK)
@@ -211,7 +211,7 @@ def test_a_plot_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
-def test_it_stays_on_its_cores_and_gives_them_back() -> None:
+def test_threads_are_pinned_and_released() -> None:
     before = os.sched_getaffinity(0)
     with pinned(1):
         assert len(os.sched_getaffinity(0)) == 1
@@ -244,7 +244,7 @@ def test_memory_is_that_of_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc here")
-def test_a_process_that_gives_no_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_memory_process_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sqat.bench import memory
 
     path = write_classifier(tmp_path / "m.onnx")
@@ -256,7 +256,7 @@ def test_a_process_that_gives_no_memory_is_told(tmp_path: Path, monkeypatch: pyt
         memory.peak_memory(candidate, {}, 1)
 
 
-def test_memory_that_was_not_measured_says_why(
+def test_unknown_memory_has_a_reason(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> int:
@@ -269,7 +269,7 @@ def test_memory_that_was_not_measured_says_why(
     assert "memory of m@onnxruntime is unknown: its process ended with" in " ".join(out.split())
 
 
-def test_figures_never_go_over_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_are_not_written_over_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """``--json a.onnx b.onnx`` forgets the file's name, and would write over a model."""
     before = write_classifier(tmp_path / "a.onnx").read_bytes()
     write_classifier(tmp_path / "b.onnx")
@@ -278,7 +278,7 @@ def test_figures_never_go_over_a_model(tmp_path: Path, capsys: pytest.CaptureFix
     assert (tmp_path / "a.onnx").read_bytes() == before
 
 
-def test_figures_are_shown_though_they_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_is_printed_before_the_files_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_classifier(tmp_path / "m.onnx")
     (tmp_path / "file").touch()
     code, out, err = call(capsys, "m.onnx", "--backend", "onnxruntime", *QUICK, "--json", "file/f.json")

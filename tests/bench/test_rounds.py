@@ -50,14 +50,14 @@ def test_each_candidate_has_one_turn_a_round_after_a_rest_and_an_untimed_call() 
     assert len({tuple(each) for each in rounds}) > 1, "the order changes"
 
 
-def test_turns_last_as_long_as_asked_for() -> None:
+def test_turns_have_a_minimum_duration() -> None:
     found = timed(Clock(), Effort(rounds=3, seconds=1.0), quick=0.1, slow=5.0)
     assert {len(turn) for turn in found.calls["quick"]} <= {10, 11}
     assert {len(turn) for turn in found.calls["slow"]} == {MIN_CALLS}
     np.testing.assert_allclose(found.turns("slow"), 5.0)
 
 
-def test_it_goes_on_until_the_ratios_are_known() -> None:
+def test_rounds_go_on_until_intervals_are_narrow() -> None:
     quiet = timed(Clock(), Effort(rounds=8, seconds=0.0, within=0.02, limit=1e9), noise=0.001, a=1.0, b=2.0)
     noisy = timed(Clock(), Effort(rounds=8, seconds=0.0, within=0.02, limit=1e9), noise=0.05, a=1.0, b=2.0)
     assert quiet.reached
@@ -66,14 +66,14 @@ def test_it_goes_on_until_the_ratios_are_known() -> None:
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_the_limit_ends_it_and_is_told(alone: bool) -> None:
+def test_the_time_limit_ends_the_rounds(alone: bool) -> None:
     others = {} if alone else {"b": 2.0}
     found = timed(Clock(), Effort(rounds=50, seconds=0.0, within=1e-6, limit=60.0), noise=0.3, a=1.0, **others)
     assert not found.reached
     assert MIN_ROUNDS <= found.rounds < 50
 
 
-def test_a_limit_of_nothing_still_gives_a_spread() -> None:
+def test_the_smallest_limit_still_gives_an_interval() -> None:
     assert (
         timed(Clock(), Effort(rounds=50, seconds=0.0, within=1e-6, limit=1e-9), noise=0.3, a=1.0).rounds == MIN_ROUNDS
     )

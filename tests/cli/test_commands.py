@@ -117,7 +117,7 @@ def test_other_ranks_say_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert call(capsys, "run", "r.yaml") == (0, "", "")
 
 
-def test_run_hands_its_flags_over(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     seen: dict[str, Any] = {}
 
     def fake(loaded: LoadedRecipe, reporter: Reporter, **options: Any) -> Results:
@@ -211,7 +211,7 @@ def test_distillation_by_flag(
         assert seen[0].minilm_weight == 3
 
 
-def test_no_distill_mends_a_recipe_without_a_teacher(
+def test_no_distill_repairs_a_recipe_without_a_teacher(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(pipeline, "run_stage", lambda loaded, name, reporter, **options: Path(name))
@@ -245,7 +245,7 @@ def test_schema(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads((folder / "schema.json").read_text()) == schema
 
 
-def test_init_tells_its_guess(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_init_prints_its_guess(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(capsys, "init", "train.jsonl", "-o", "new/first.yaml")
     assert (code, err) == (0, "")
     assert out.splitlines() == [

@@ -65,7 +65,7 @@ def test_a_mistake_is_one_line_and_code_2(
         (KeyError(), 1, "internal error: KeyError; run it again with -vv or SQAT_DEBUG=1 for the traceback\n"),
     ],
 )  # fmt: skip
-def test_every_end_has_its_code_and_line(
+def test_every_outcome_has_its_code_and_line(
     error: BaseException, code: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(pipeline, "run", raising(error))

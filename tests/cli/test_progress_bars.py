@@ -55,7 +55,7 @@ def test_lines_of_a_slow_stage_come_every_ten_seconds(monkeypatch: pytest.Monkey
     assert lines[-1] == "qat: done in 3m00s"
 
 
-def test_the_end_of_a_stage_without_steps_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_without_steps_reports_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_lines(Clock(monkeypatch), 0, 1.0) == ["qat: 0 steps", "qat: done in 0.0s"]
 
 
@@ -73,7 +73,7 @@ def draw_bar(*, no_color: bool) -> str:
     return file.getvalue()
 
 
-def test_the_bar_fits_80_columns_and_says_all() -> None:
+def test_the_bar_fits_80_columns_and_shows_all_values() -> None:
     drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", draw_bar(no_color=False))
     lines = drawn.replace("\r", "\n").splitlines()
     assert max(len(line) for line in lines) <= 80

@@ -127,7 +127,7 @@ def test_layers_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     }
 
 
-def test_json_says_what_json_cannot(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_holds_infinities_as_strings(capsys: pytest.CaptureFixture[str]) -> None:
     printing.print_json({"a": float("inf"), "b": [-float("inf"), float("nan")], "c": (1, None, "é")})
     text = capsys.readouterr().out
     value = json.loads(text, parse_constant=lambda name: pytest.fail(f"bare {name}"))

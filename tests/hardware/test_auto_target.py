@@ -86,7 +86,7 @@ def test_each_machine_gets_its_target_and_its_reasons(
     assert [part for part in said if part not in text] == []
 
 
-def test_what_does_not_hold_is_not_said() -> None:
+def test_advice_that_does_not_apply_is_absent() -> None:
     text = " ".join(choose_target(Machine(VNNI, (), TORCH), DENSE8).reasons)
     assert not [word for word in ("saturate", "OpenVINO", "pruning") if word in text]
     assert "placement" not in " ".join(choose_target(Machine(VNNI, (A10,), TRT), SPARSE8).reasons)

@@ -56,7 +56,7 @@ def test_a_machine_with_everything_lacks_nothing() -> None:
     (replace(SERVER, processor=replace(VNNI, features=frozenset({"avx2"}))),
      {"onnxruntime": "partly", "onnx-int8": "partly", "openvino": "partly"}),
 ])  # fmt: skip
-def test_what_is_missing_is_missed_where_it_is_needed(changed: Machine, less: dict[str, str]) -> None:
+def test_a_missing_part_changes_only_what_needs_it(changed: Machine, less: dict[str, str]) -> None:
     assert states(changed) == states(SERVER) | less
 
 
@@ -90,7 +90,7 @@ def test_a_missing_library_comes_with_how_to_build_it(monkeypatch: pytest.Monkey
     assert (verdict.state, verdict.install) == ("no", runtime.install_hint())
 
 
-def test_an_instruction_set_that_is_none_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_instruction_set_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> str:
         raise SqatError("SQAT_RUNTIME_ISA is mmx", code="usage")
 
@@ -98,7 +98,7 @@ def test_an_instruction_set_that_is_none_is_told(monkeypatch: pytest.MonkeyPatch
     assert find_kernels() == Kernels(problem="SQAT_RUNTIME_ISA is mmx")
 
 
-def test_commands_are_told_once_for_all_they_bring(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_install_command_is_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     lacking = replace(SERVER, versions={"torch": "2.9", "openvino": "1", "tensorrt": "1", "compressed_tensors": "1"})
     monkeypatch.setattr(doctor, "describe_machine", lambda: lacking)
     assert diagnose().remedies()["pip install onnxruntime"] == ["onnxruntime", "onnx-int8", "onnx-fp32"]

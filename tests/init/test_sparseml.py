@@ -104,7 +104,7 @@ def test_epochs_follow_each_other(gradual: Path) -> None:
     assert made.stages["qat"]["distill"] == {"task_weight": 0.25, "output_weight": 0.75, "temperature": 5.5}
 
 
-def test_nothing_is_dropped_unseen(gradual: Path) -> None:
+def test_every_modifier_without_counterpart_has_a_note(gradual: Path) -> None:
     lines = GRADUAL.splitlines()
 
     def line_of(text: str) -> int:

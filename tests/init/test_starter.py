@@ -134,7 +134,7 @@ def test_a_given_task_wins(tmp_path: Path) -> None:
         ([{"label": 3, "n": 4}] * 3, "x: no text column; its columns: label, n"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_guessed_is_told(rows: list[dict[str, Any]], line: str) -> None:
+def test_what_cannot_be_guessed_is_an_error(rows: list[dict[str, Any]], line: str) -> None:
     with pytest.raises(SqatError) as caught:
         guess_task(rows, None, "x")
     assert str(caught.value) == line
@@ -151,7 +151,7 @@ def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:
     assert (tmp_path / "r.yaml").read_text() != "mine"
 
 
-def test_an_empty_file_is_told(tmp_path: Path) -> None:
+def test_an_empty_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text("\n")
     with raises_code("no-rows"):
         write_starter(tmp_path / "t.jsonl", tmp_path / "r.yaml")
@@ -194,7 +194,7 @@ def test_the_rows_of_relevance_serve_retrieval_where_it_is_asked_for(shape: str,
         assert recipe.stages[stage].distill.task_weight == 0
 
 
-def test_the_task_is_asked_where_somebody_can_answer(tmp_path: Path) -> None:
+def test_a_terminal_asks_for_the_task(tmp_path: Path) -> None:
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows_of(40, text=words, label=lambda n: n % 3)))
     asked: list[str] = []

@@ -95,7 +95,7 @@ def test_other_models_keep_their_order() -> None:
     assert [cell.name for row in grid.cells for cell in row if cell is not None] == names
 
 
-def test_parts_are_told_apart() -> None:
+def test_short_names_are_different() -> None:
     assert short_names(["attention.self.query", "output.dense"]) == ["self.query", "output.dense"]
     same_end = short_names(["attention.output.dense", "output.dense"])
     assert len(set(same_end)) == 2
@@ -118,7 +118,7 @@ def test_more_points_than_colours_are_all_drawn() -> None:
     assert all(f">{name} loss<" in drawn for name in losses)
 
 
-def test_figures_of_one_title_have_ids_of_their_own() -> None:
+def test_ids_are_unique_on_the_page() -> None:
     one, other = (
         draw_curves(Stage("qat", QatConfig(), None, Curves(2, {"task": [(1, 1.0), (2, end)]}))) for end in (0.5, 0.75)
     )
@@ -127,7 +127,7 @@ def test_figures_of_one_title_have_ids_of_their_own() -> None:
     assert not ids[0] & ids[1]
 
 
-def test_figures_that_are_no_numbers() -> None:
+def test_metrics_that_are_not_finite() -> None:
     assert [format_metric(value) for value in (0.5, math.inf, -math.inf, math.nan)] == [
         "0.5000",
         "∞",
@@ -136,7 +136,7 @@ def test_figures_that_are_no_numbers() -> None:
     ]
 
 
-def test_the_bound_of_most_values_is_marked_where_it_is() -> None:
+def test_the_percentile_is_marked() -> None:
     seen = Activation("a.b:input", 2.0, 1.0, [60, 20, 10, 0, 10], 0.2, 3.0)
     far = [replace(seen, percentile=2.0 * MAX_RATIO + 0.1)]
     assert "99.99 %" not in draw_activations(far), "beyond the strip"
@@ -145,13 +145,13 @@ def test_the_bound_of_most_values_is_marked_where_it_is() -> None:
     assert [line.get_xydata().tolist() for line in panel.lines[:2]] == [[[1.5, 1.5]]] * 2
 
 
-def test_names_lose_the_modules_they_share() -> None:
+def test_common_prefixes_are_removed() -> None:
     assert strip_prefix(["bert.layer.0.query:input", "bert.layer.1.key:input"]) == ["0.query:input", "1.key:input"]
     assert strip_prefix(["a.query:input", "b.query:input"]) == ["a.query:input", "b.query:input"]
     assert strip_prefix(["alpha:input", "alpine:input"]) == ["alpha:input", "alpine:input"]
 
 
-def test_values_are_spread_over_columns_in_units_of_the_bound() -> None:
+def test_histograms_are_rebinned_in_units_of_amax() -> None:
     seen = Activation("a:input", 2.0, 1.0, [60, 20, 10, 0, 10], 0.2, 3.0)
     np.testing.assert_allclose(rebin(seen, np.array([0.0, 0.5, 1.0, 1.5])), [0.6, 0.2, 0.2])
     np.testing.assert_allclose(rebin(seen, np.array([0.0, 0.25, 3.0])), [0.3, 0.7], err_msg="half of a bin")

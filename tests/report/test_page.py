@@ -138,7 +138,7 @@ def test_how_to_make_it_again(shared: Path, whole: tuple[str, Page]) -> None:
     assert load_manifest(shared / "02-prune").sha256 in text
 
 
-def test_a_bare_run_says_what_it_lacks(run: Path) -> None:
+def test_an_incomplete_run_lists_what_is_missing(run: Path) -> None:
     for name in ("latency.json", "results.json", "metrics.jsonl"):
         (run / name).unlink()
     shutil.rmtree(run / "04-qat")
@@ -178,7 +178,7 @@ def test_what_sqat_bench_wrote_is_shown(run: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{}", "not JSON", '{"settings": 3}', '{"settings": [{}]}'])
-def test_a_foreign_latency_file_is_left_alone(tmp_path: Path, text: str) -> None:
+def test_a_foreign_latency_file_is_reported(tmp_path: Path, text: str) -> None:
     for name in ("latency.json", "bench.json"):
         (tmp_path / name).write_text(text)
     missing: list[str] = []
@@ -187,7 +187,7 @@ def test_a_foreign_latency_file_is_left_alone(tmp_path: Path, text: str) -> None
     assert ["cannot be read" in line for line in missing] == [True, True, False]
 
 
-def test_what_was_timed_beside_the_run_is_not_taken_for_a_result(run: Path) -> None:
+def test_files_of_other_runs_are_not_taken_for_results(run: Path) -> None:
     """A file that is none of the run's, though it is called as one of its rows is."""
     (run / "latency.json").unlink()
     words = [f"dense={run / '05-export/model.int8.onnx'}", f"sparse={write_classifier(run / 'other.onnx', seed=3)}"]
@@ -202,7 +202,7 @@ def test_what_was_timed_beside_the_run_is_not_taken_for_a_result(run: Path) -> N
 
 
 @pytest.mark.parametrize("entry", [3, {"metrics": None}, {"metrics": {"accuracy": "many"}}, {"metrics": [1]}, {}])
-def test_damaged_results_are_told(run: Path, entry: object) -> None:
+def test_damaged_results_are_reported(run: Path, entry: object) -> None:
     rows = json.loads((run / "results.json").read_text())
     rows["sparse $int8$"] = entry
     (run / "results.json").write_text(json.dumps(rows))
@@ -227,7 +227,7 @@ def test_a_folder_for_the_page(run: Path, tmp_path: Path) -> None:
     (".", "the folder holds no stages of a run; run the recipe first"),
     ("runs/a <run>/02-prune", "the folder holds no stages of a run; name the folder above it"),
 ])  # fmt: skip
-def test_what_is_no_run_is_one_line(
+def test_a_folder_without_a_run_is_an_error(
     folder: str, line: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["report", str(tmp_path / folder)]) == 2
