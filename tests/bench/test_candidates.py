@@ -125,9 +125,7 @@ def test_backends_of_each_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         find_candidates([graph], ["tensorrt"])
 
 
-def test_a_candidate_that_does_not_open_is_skipped_unless_required(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_does_not_open_is_skipped_unless_required(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path, threads: int, stack: ExitStack) -> Any:
         raise RuntimeError("\n  no such operator\nat line 3")
 

@@ -23,8 +23,9 @@ from sqat.data.tokens import TextProcessor
 from sqat.errors import SqatError
 from sqat.progress import SilentReporter
 from sqat.runtime import LIBRARY
+from tests.calibrated_encoders import calibrate
 from tests.errors import raises_code
-from tests.export.cpu_models import calibrated, exported, texts
+from tests.export.cpu_models import exported, texts
 from tests.export.test_cpu_sparse import FAMILIES, LENGTHS
 
 from .graphs import write_classifier, write_pictures
@@ -113,7 +114,7 @@ def test_the_kernels_of_sqat_run_in_the_same_process(
 ) -> None:
     """A cpu-sparse file beside the checkpoint it was made of, in torch, and a file for ONNX Runtime."""
     model, inputs = make_model("bert", **FAMILIES["bert"]), texts(LENGTHS, typed=True)  # a graph that is traced anyway
-    checkpoint = calibrated(model, TextProcessor(tokenizer), inputs)
+    checkpoint = calibrate(model, TextProcessor(tokenizer), inputs, "cpu", purpose="quantize")
     sparse, _ = exported(checkpoint, model, inputs, tmp_path)
     save_checkpoint(checkpoint, tmp_path / "qat")
     sparse.with_name("config.json").write_bytes(checkpoint.files["config.json"])
