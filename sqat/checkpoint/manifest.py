@@ -133,12 +133,12 @@ def verify_files(directory: Path, manifest: Manifest) -> dict[str, Path]:
     return {name: verify_file(directory, name, digest) for name, digest in manifest.files.items()}
 
 
-def verify_file(directory: Path, name: str, digest: str) -> Path:
+def verify_file(directory: Path, name: str, digest: str, manifest: str = MANIFEST) -> Path:
     """Compare one file with its sha256; return its path."""
     path, parts = directory / name, name.split("/")
     # A target's folder may hold a sentence encoder's folder. NUL and half a surrogate pair are in no path.
     if not name.isprintable() or len(parts) > 3 or {"", ".", ".."} & set(parts):
-        raise damaged(f"the manifest names a file outside the folder: {name!r}", directory / MANIFEST)
+        raise damaged(f"the manifest names a file outside the folder: {name!r}", directory / manifest)
     try:
         actual = file_digest(path)
     except OSError as error:

@@ -118,7 +118,7 @@ def read_folder(folder: Path) -> Packed:
         raise SqatError(f"the folder has no {MANIFEST}", "give a folder of target torch-semi-structured", str(folder),
                         code="not-a-checkpoint")  # fmt: skip
     manifest = parse_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
-    paths = {name: verify_file(folder, name, digest) for name, digest in manifest.files.items()}
+    paths = {name: verify_file(folder, name, digest, MANIFEST) for name, digest in manifest.files.items()}
     tensors = read_tensors(paths.pop(TENSORS)) if TENSORS in paths else {}
     files = {name: path.read_bytes() for name, path in paths.items()}
     return sort_tensors(manifest, tensors, files, folder / TENSORS)

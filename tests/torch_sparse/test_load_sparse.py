@@ -292,7 +292,10 @@ def test_a_wrong_tensor_is_an_error(packed_folder: Path, change: Any, problem: s
         (lambda e: e["layers"][LAYER].update(shape=[64, 32]), r"output.dense is torch.int8 \[32, 64\], .* \[64, 32\]"),
         (lambda e: e["layers"][QUERY].update(order="cutlass"), "cannot be ordered for CUTLASS"),
         (lambda e: e["layers"].update(other=e["layers"][LAYER]), "the tensor other.values is missing"),
-        (lambda e: e["files"].update({"../x": "0"}), "names a file outside: '../x'"),
+        (
+            lambda e: e["files"].update({"../x": "0"}),
+            "sparse.json: the manifest names a file outside the folder: '../x'",
+        ),
         (lambda e: e["files"].update({"lost.json": "0"}), "lost.json: the file is missing"),
         (lambda e: e["sites"].update({"a:input": "b:input"}), "the tensor b:input.amax is missing"),
     ],
