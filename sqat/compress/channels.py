@@ -1,8 +1,8 @@
 """Find channels that may change places without changing what the model computes.
 
-A channel group is a linear (the consumer) and the linears of its block (the producers) whose outputs are its input
-channels. Nothing is found by name: in a float64 copy of the block, rows and columns are shuffled together. They form a
-group if the outputs stay, and if they change when the columns are shuffled alone.
+A channel group is a linear (the consumer) and the linears of its block (the producers) whose outputs it reads. Groups
+are found by trial: in a float64 copy of the block, rows and columns are shuffled together. The outputs must stay, and
+must change when only columns are shuffled.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Statistics of layers that mask criteria need: sums over their inputs, or over the gradients of their weights.
 
-They are collected with the current masks in place, dropout off, in float32. Processes share the batches and add in the
-order of the batches, so that the masks are bit for bit those of one process. Memory: all layers at once, one float32
-an input, a pair of inputs (gram) or a weight (gradients).
+They are collected in float32, with the current masks in place and dropout off. Processes share the batches and add in
+the order of the batches: the masks are bit for bit those of one process.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Shards: the files of one data set, cut into pieces that can be read alone and in any order.
 
-A piece is a row group of Parquet, a record batch of Arrow, or a run of lines of JSONL. Any other file (CSV, gzip) is
-one piece. Metadata tells the pieces of Parquet and Arrow; other files are read through once.
+A piece is a row group of Parquet, a record batch of Arrow, or a run of lines of JSONL. Another file (CSV, gzip) is
+one piece. Metadata gives the pieces of Parquet and Arrow; other files are read through once.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""Build an engine with sparse kernels from an ONNX file. This is a script of its own: read it, change it.
+"""Build an engine with sparse kernels from an ONNX file. Read this script and change it.
 
     python build_engine.py [MODEL.onnx] [--backend tensorrt|tensorrt-rtx]
+    pip install tensorrt             # 8.6 to 11: run the script on the GPU that will serve the engine
+    pip install tensorrt-rtx-cu13    # builds without a GPU, chooses kernels when the engine first runs on one
 
-TensorRT times its kernels while it builds: run it on the GPU that is to serve the engine (``pip install tensorrt``,
-8.6 to 11). TensorRT-RTX builds without a GPU and chooses its kernels when the engine first runs on one (``pip install
-tensorrt-rtx-cu13``). Both have the same Python interface, so one program serves both. It writes the engine,
-the build log and, with TensorRT, the layer information. ``sqat engine MODEL.onnx --log LOG --layers JSON`` reads them
-and says which layers run sparse.
+It writes the engine, the build log and, with TensorRT, the layer information. ``sqat engine MODEL.onnx --log LOG
+--layers JSON`` reads them and says which layers run sparse.
 """
 
 from __future__ import annotations

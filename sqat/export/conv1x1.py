@@ -1,8 +1,8 @@
 """Turn quantized linears into 1x1 convolutions: TensorRT 8 has sparse int8 kernels for Conv only (T20).
 
 A tensor [B,S,K] goes through a convolution as [B,K,S,1], which in channels-last memory is [B,S,K]: an engine may drop
-the change of layout. It lies before the QuantizeLinear and behind the pair that takes the output, so that Q/DQ and
-Conv stay neighbours. Products of two activations and float linears stay.
+the change of layout. It lies outside the Q/DQ pairs, so that these and Conv stay neighbours. Products of two
+activations and float linears stay.
 """
 
 from __future__ import annotations

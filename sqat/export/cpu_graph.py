@@ -1,7 +1,7 @@
 """The graph of target `cpu-sparse`: the float graph with embeddings and layers as nodes of the domain `sqat`.
 
-One `Embed` and five nodes a layer replace the embeddings and layers: q, k and v as one `Linear`, `Attention`, `Linear`
-with residual add and norm, and two more `Linear`. Pooling and head stay as traced. Activations between the nodes are
+One `Embed` and five nodes a layer replace them: q, k and v as one `Linear`, `Attention`, `Linear`
+with residual add and norm, and two more `Linear`. Pooling and head stay as traced. Activations between nodes are
 uint8 around 128.
 """
 

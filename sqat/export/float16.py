@@ -1,8 +1,8 @@
 """Convert a graph to float16 with explicit types, as strongly typed engines read it (T18).
 
 What descends from an embedding or a float input becomes float16. Float32 stays, behind Casts, where float16 would be
-wrong: masks and positions, norms and sums, what leads to a sine or cosine, numbers and scales below float16's smallest
-normal number. Zeros stay zeros, and none is -0.0.
+wrong: masks and positions, norms and sums, inputs of a sine or cosine, numbers below float16's smallest normal
+one. Zeros stay zeros, and none is -0.0.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Fold the attention scale 1/sqrt(d) into a constant of the query (B12).
 
 A Mul or Div by a constant right after a product of two activations goes away, and the first operand is scaled. A query
-behind a DequantizeLinear gets another scale there, since the QuantizeLinear's scale is shared with k and v (T16). Else
-weight and bias of the query's linear are scaled.
+behind a DequantizeLinear gets another scale there: k and v share the QuantizeLinear's (T16). Else weight and bias of
+the query's linear are scaled.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The constant operand of a product: where it is stored, what it passes, and its values as the product reads them.
 
 Values are the integers that the product multiplies, less the zero-point, so that a pruned weight is 0 whatever its
-type; a float weight is itself. Transposes and reshapes are carried out, so that axes are those of the operator (B5).
+type; a float weight is itself. Transposes and reshapes are applied: axes are those of the operator (B5).
 """
 
 from __future__ import annotations

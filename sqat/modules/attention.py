@@ -1,7 +1,7 @@
 """Attention with a hook on each operand of its two products: q, k, softmax and v.
 
 The arithmetic is that of eager attention. `byte_attention` keeps the weight of a key as a byte, as the kernels of
-target cpu-sparse do; its sum is divided by that of the bytes, so that these need no scale.
+target cpu-sparse do, and divides by the sum of the bytes.
 
 Shapes: B batch, h heads, T queries, S keys, d head width.
 """

@@ -2,7 +2,7 @@
 
 Stages return checkpoints and save nothing. A result that passes its gates goes to the stage's folder, one that misses
 a gate beside it. The state to resume from lies beside the folder until the result is saved. All ranks run the
-stage; rank 0 writes, and its verdicts hold for all.
+stage; rank 0 writes and decides.
 """
 
 from __future__ import annotations

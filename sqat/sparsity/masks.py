@@ -1,7 +1,7 @@
 """N:M masks: which weights of each group of M are kept, how a mask is applied, and masks as bits.
 
 A group is M neighbours along one dimension (1 of Linear [out, in] and Conv [out, in, kh, kw]), aligned to its start.
-The N largest scores are kept and ties keep the lower index: a mask is the same on every device.
+The N largest scores are kept; ties keep the lower index.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A linear layer with a packed 2:4 weight, and how it goes into a model and out again. Inference only.
+"""A linear layer with a packed 2:4 weight, and its way into a model and out. Inference only.
 
 An int8 layer quantizes its input as its fake quantizer did, multiplies integers, and scales the sums by
 scale_x * scale_w[n]. A 16-bit layer rounds input, bias and result to its type. T tokens (all leading dimensions), K
