@@ -1,7 +1,7 @@
 """Find channels that may change places without changing what the model computes.
 
 A channel group is a linear (the consumer) and the linears of its block (the producers) whose outputs it reads. Groups
-are found by trial: in a float64 copy of the block, rows and columns are shuffled together. The outputs must stay, and
+are found by trial: in a float64 copy, rows and columns are shuffled together. The outputs must stay, and
 must change when only columns are shuffled.
 """
 
