@@ -1,12 +1,9 @@
-"""A server's load on sqat's CPU runtime: many client threads on one session for minutes, a second session beside it.
+"""Many client threads on one session of sqat's CPU runtime for minutes, a second session beside it.
 
     scripts/benchmarks/load model.cpu-sparse.onnx --minutes 10 --clients 8 --json load.json
 
-Each client sends requests of random sizes to the first session, one after the other, and compares every answer bit for
-bit with the one that a session of one thread gave before the load; every tenth request goes to the second session. The
-resident memory of the process is read once a second. Written: calls, texts a second, latencies, answers that differed,
-requests that failed, and the memory after a tenth of the time, at the end and at most: what grows from the first to
-the second is a leak. Exit code 1 where an answer differed or a request failed.
+Each answer is compared bit for bit with that of a session of one thread. Resident memory is read once a second: growth
+after a tenth of the time is a leak. Exit code 1 where an answer differs or a request fails.
 """
 
 from __future__ import annotations

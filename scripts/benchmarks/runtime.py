@@ -1,16 +1,10 @@
-"""Latency of one encoder served by sqat's runtime, ONNX Runtime and OpenVINO, interleaved in one process.
+"""Latency of one encoder in sqat's runtime, ONNX Runtime and OpenVINO, interleaved in one process.
 
     scripts/benchmarks/runtime --float fp32.onnx --int8 int8.onnx --sparse cpu-sparse.onnx --json rows.json
-    scripts/benchmarks/runtime --table rows.json --chart rows.svg   # rows of earlier runs as the README shows them
+    scripts/benchmarks/runtime --table rows.json --chart rows.svg   # rows of earlier runs
 
-The files are what targets onnx-fp32, onnx-int8 and cpu-sparse write of one checkpoint. Rows of the JSON file: threads,
-batch, sequence, width, engine, median_ms, p95_ms. One process for each number of threads; in it every engine has a turn
-in each round, in an order that rotates. Idle sessions of other runtimes spin: a turn begins with 50 ms of rest and one
-call that is not timed.
-
-Engines: `sqat-sparse` and `sqat-dense` run the same file, the second with 2:4 weights expanded: their ratio is what
-sparsity gives, and the ratio of `sqat-dense` to the others what the fused int8 graph gives. `onnxruntime-dynamic` is
-the float file through ONNX Runtime's own dynamic quantization. Left out: throughput with several clients.
+`sqat-dense` runs the file of `sqat-sparse` with 2:4 weights expanded. `onnxruntime-dynamic` quantizes the float file
+dynamically. Each number of threads has its own process.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 """Peak memory of a streamed train split, by its number of rows.
 
-    python scripts/benchmarks/stream_memory.py --rows 1000000 10000000 --json stream.json
+    python -m scripts.benchmarks.stream_memory --rows 1000000 10000000 --json stream.json
 
-For each size a data set is generated (ten words and a class a row, Parquet shards of 250,000 rows), opened by a process
-of its own, and removed. The process reads the same number of windows of each, tokenizes every 64th batch, then opens
-the data set anew in the middle of the last epoch. Then `sqat run` trains, prunes, calibrates and learns on with fake
-quantization on it, a few steps each, with a tiny BERT: the whole command. RSS is the kernel's own (VmHWM, and of the
-command what it says of a process that has ended).
+For each size it writes a data set in Parquet shards, reads it in one process (window by window, then anew from the
+middle of an epoch), runs `sqat run` on it with a tiny BERT, and removes it. Memory is the kernel's VmHWM.
 """
 
 from __future__ import annotations

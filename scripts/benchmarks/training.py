@@ -1,17 +1,10 @@
-"""What pruning, QAT, distillation and calibration cost beside plain training, measured in one process.
+"""What pruning, QAT, distillation and calibration cost beside dense training, measured in one process.
 
     scripts/benchmarks/training --json rows.json      # about ten minutes; needs the extra quickstart
-    scripts/benchmarks/training --table rows.json     # as the README shows it
+    scripts/benchmarks/training --table rows.json     # as recipes/BENCHMARKS.md shows it
 
-What: steps of all-MiniLM-L6-v2 as a cross-encoder on random tokens (16 texts of 64, nothing padded), each as its stage
-takes it (`training_steps.py`), calibration beside a forward pass, the 2:4 masks of a BERT-base, and the highest
-memory of runs of their own (`training_memory.py`). NVIDIA Model Optimizer has its rows where it is installed
-(`pip install nvidia-modelopt`); where not, the file and the table say so.
-
-How: every candidate has one turn in each round, in an order drawn anew; the first round is thrown away. A ratio is of
-two turns of one round, the row has the median over the rounds and its 95 % interval. One thread computes, and times are
-of that thread's processor: what a neighbour takes from the core is not counted, what he takes from the cache is. Left
-out: several threads, GPUs, bf16.
+Each candidate has one turn in each round, in a random order; the first round is dropped. Ratios are of turns of one
+round. Times are of one thread's processor. Model Optimizer has rows where it is installed.
 """
 
 from __future__ import annotations

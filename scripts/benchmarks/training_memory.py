@@ -1,8 +1,7 @@
-"""The highest memory of training and calibration, each in a process of its own (`training.py`).
+"""The peak memory of training and calibration, each in a process of its own. Linux only.
 
-A process reports its highest resident memory less what was resident once all libraries were imported. The malloc
-settings of `scripts/benchmarks/training` are taken back there: they keep what they once had. The dense run has a
-teacher beside it which has looked at one batch, so that its weights count in both runs. Linux only.
+A process reports its peak resident memory minus what was resident after the imports. The malloc settings of
+`scripts/benchmarks/training` are removed there: they keep freed memory.
 """
 
 from __future__ import annotations
@@ -54,12 +53,12 @@ def run(name: str, source: str, shape: tuple[int, int]) -> None:
 
     torch.set_num_threads(1)
     before = resident("VmRSS")
-    model = steps.fresh(source)
+    model = steps.load_model(source)
     batch = steps.random_batch(model, shape)
     if name.startswith("calibration"):
         steps.calibrate(model, (batch.inputs for _ in range(int(name.split()[2]))))
     else:
-        teacher = steps.fresh(source)
+        teacher = steps.load_model(source)
         if name.startswith("QAT"):
             masks, scales = steps.masks_of(model), steps.calibrate(model, [batch.inputs])
             step = steps.distilled_step(steps.quantize_(model, scales, masks), teacher, batch)

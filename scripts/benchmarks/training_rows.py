@@ -87,13 +87,13 @@ def rows_of(times: Mapping[str, Sequence[float]], goals: Mapping[str, str]) -> l
     first = next(iter(times))
     base, rows = np.array(times[first]), []
     for name, each in times.items():
-        ratio = rounded(median_interval(np.array(each) / base))
+        ratio = round_interval(median_interval(np.array(each) / base))
         median = round(float(np.median(each)), 1)
         rows.append(Row(name, median, None, ratio.median, ratio.low, ratio.high, first, goals.get(name, "")))
     return rows
 
 
-def rounded(interval: Interval) -> Interval:
+def round_interval(interval: Interval) -> Interval:
     return Interval(**{name: round(value, 3) for name, value in interval.model_dump().items()})
 
 

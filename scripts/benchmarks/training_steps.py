@@ -1,9 +1,7 @@
-"""Candidates of `training.py`: training steps, calibration and masks, each made as its stage makes it.
+"""Candidates of the training benchmark: training steps, calibration and masks, each as its stage makes it.
 
-Every candidate of the steps has a model of its own, of the same weights, and takes `sqat.training.loop.take_step` on
-one batch: forward, backward, the checks, clipping, AdamW. The prune and QAT ones go through what the stages insert.
-The two other quantizers are Model Optimizer's (its own insertion, calibrated on the same batch) and torch's fused
-ones in the place of ours; they have no masks, so the row to compare them to is `QAT step, dense`.
+Each step has its own model with the same weights and calls `sqat.training.loop.take_step` on one batch. The quantizers
+of Model Optimizer and torch have no masks: compare them to `QAT step, dense`.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ PASSES = 4  # batches of a calibration turn
 RATE = 1e-5
 
 
-def fresh(source: str) -> nn.Module:
+def load_model(source: str) -> nn.Module:
     """The model as a recipe with this source begins with it."""
     config = ModelConfig(source=source, max_length=64)
     head = {"num_labels": TASK.outputs, **TASK.config_fields}
@@ -99,21 +97,23 @@ def quantize_(model: nn.Module, scales: Scales, masks: dict[str, Tensor]) -> nn.
 
 def step_group(source: str, shape: tuple[int, int]) -> Group:
     """Dense, prune and QAT steps."""
-    model = fresh(source)
+    model = load_model(source)
     batch, loss = random_batch(model, shape), task_loss(TASK)
     masks, scales = masks_of(model), calibrate(model, [batch.inputs])
-    pruned = fresh(source)
+    pruned = load_model(source)
     insert_weights_(pruned, masks, ())
     calls: dict[str, Callable[[], object]] = {
         "dense step": Step(model, loss, batch),
         "prune step": Step(pruned, loss, batch),
-        "QAT step": Step(quantize_(fresh(source), scales, masks), loss, batch),
-        "QAT step with MiniLM v2": distilled_step(quantize_(fresh(source), scales, masks), fresh(source), batch),
-        "QAT step, dense": Step(quantize_(fresh(source), scales, {}), loss, batch),
-        "QAT step, dense, torch's fused quantizers": fused(Step(quantize_(fresh(source), scales, {}), loss, batch)),
+        "QAT step": Step(quantize_(load_model(source), scales, masks), loss, batch),
+        "QAT step with MiniLM v2": distilled_step(
+            quantize_(load_model(source), scales, masks), load_model(source), batch
+        ),
+        "QAT step, dense": Step(quantize_(load_model(source), scales, {}), loss, batch),
+        "QAT step, dense, torch's fused quantizers": fuse(Step(quantize_(load_model(source), scales, {}), loss, batch)),
     }
     if find_spec(MODEL_OPTIMIZER):
-        calls["QAT step, dense, Model Optimizer"] = Step(optimized(fresh(source), batch), loss, batch)
+        calls["QAT step, dense, Model Optimizer"] = Step(insert_modelopt(load_model(source), batch), loss, batch)
     goals = {"prune step": "1.02", "QAT step": "1.05, and below Model Optimizer", "QAT step with MiniLM v2": "1.42"}
     return Group(calls, goals)
 
@@ -126,7 +126,7 @@ def distilled_step(student: nn.Module, teacher: nn.Module, batch: Batch) -> Step
     return Step(student, hooks.enter_context(distilled_loss(student, teacher, config, TASK)), batch, hooks)
 
 
-def optimized(model: nn.Module, batch: Batch) -> nn.Module:
+def insert_modelopt(model: nn.Module, batch: Batch) -> nn.Module:
     """The model with Model Optimizer's int8 quantizers, calibrated on the batch."""
     import modelopt.torch.quantization as mtq
 
@@ -134,7 +134,7 @@ def optimized(model: nn.Module, batch: Batch) -> nn.Module:
     return result
 
 
-def fused(step: Step) -> Callable[[], None]:
+def fuse(step: Step) -> Callable[[], None]:
     """The step with torch's fused fake quantizers in the place of ours."""
 
     def call() -> None:
@@ -166,7 +166,7 @@ def fused_weight(weight: Tensor, mask: Tensor | None) -> Tensor:
 
 def calibration_group(source: str, shape: tuple[int, int]) -> Group:
     """A plain forward pass, and one that a calibrate stage observes."""
-    model = fresh(source).eval()
+    model = load_model(source).eval()
     batches = [random_batch(model, shape).inputs] * PASSES
     blocks = encoder_blocks(model)
     sites = discover_sites(

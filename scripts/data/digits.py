@@ -1,9 +1,9 @@
-"""scikit-learn's digits (1,797 grey images of 8 x 8) as .npz files for recipes/digits.yaml.
+"""scikit-learn's digits (grey images of 8 x 8) as .npz files for recipes/digits.yaml.
 
-    .venv/bin/python scripts/data/digits.py [--output runs/digits]
+    python scripts/data/digits.py [--output runs/digits]
 
-Pixels 0..16 become 0..255. The split is by a fixed seed: 60 % train, 15 % dev, 25 % test, each digit in these shares.
-The digits come from 43 writers whom the data set does not name, so one writer's digits may stand in two splits.
+The split has a fixed seed: 60 % train, 15 % dev, 25 % test of each digit. The data set does not name its writers, so
+one writer's digits may be in two splits.
 """
 
 from __future__ import annotations

@@ -2,15 +2,13 @@
 
     python scripts/data/docstrings.py OUTPUT_DIR [--queries N] [--seed 0]
 
-A query is the summary sentence of a docstring, its relevant passage the beginning of the rest, and the other
-candidates are passages of other docstrings: the nearest ones by TF-IDF (hard) and random ones. It is a
-known-item task on real text that every machine has; it is not human relevance. Sources are read with `ast`,
-nothing is imported. The splits are whole packages, since copies within one package would leak: test is the
-standard library, dev is numpy, train is whatever else is installed. The corpus therefore changes with the
-installed versions; a sha256 of each split's content says which one a metric belongs to.
-
-Left out: docstrings that are not literals (built by decorators or from templates).
+A query is the first sentence of a docstring, its relevant passage the rest. Other candidates are the nearest passages
+by TF-IDF and random ones. It is a known-item task, not human relevance. Test is the standard library, dev is numpy,
+train is the other packages.
 """
+
+# Splits are whole packages, since copies inside one package would leak. The corpus changes with the installed versions;
+# the sha256 of each split says which corpus a metric belongs to. Sources are read with `ast`, never imported.
 
 from __future__ import annotations
 

@@ -1,14 +1,15 @@
-"""Emoji of 32 x 32 pixels with names, as .npz files for recipes/emoji-vit.yaml and for text to image.
+"""Emoji of 32 x 32 pixels with names, as .npz files for recipes/emoji-vit.yaml and text-to-image.yaml.
 
-    .venv/bin/python scripts/data/emoji.py --source emoji32.npz [--output runs/emoji]
-    .venv/bin/python scripts/data/emoji.py --font NotoColorEmoji.ttf
+    python scripts/data/emoji.py --source emoji32.npz [--output runs/emoji]
+    python scripts/data/emoji.py --font NotoColorEmoji.ttf
 
-Each file holds ``x`` uint8 [N,32,32,3], ``names`` (the caption) and ``label`` (the category). The category is told from
-the name by the word lists at the foot: the first that has one of its words. The split is by a fixed seed, 65 %
-train, 10 % dev, 25 % test of each category; what is nearly alike stays together: names that differ in a colour, size,
-sex or number only, and pictures that differ little. A source is such a .npz (``x`` and ``names``), or a font with
-coloured bitmaps, whose emoji are drawn on white by Pillow and named by Python's own Unicode table.
+A file holds ``x`` uint8 [N,32,32,3], ``names`` (captions) and ``label`` (categories). A font with coloured bitmaps is
+drawn on white by Pillow and named by Python's Unicode table.
 """
+
+# The category follows from the name: the first list at the foot that holds one of its words. The split has a fixed
+# seed, 65 % train, 10 % dev, 25 % test of each category. Names that differ only in colour, size, sex or number, and
+# pictures that differ little, stay in one split.
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ def main() -> None:
     images, names = read(given.source) if given.source else drawn(given.font)
     labels = [category(name) for name in names]
     given.output.mkdir(parents=True, exist_ok=True)
-    for split, rows in splits(labels, alike(images, names)).items():
+    for split, rows in splits(labels, group_similar(images, names)).items():
         kept = {"x": images[rows], "names": np.array(names)[rows], "label": np.array(labels)[rows]}
         arrays: dict[str, Any] = kept
         np.savez_compressed(given.output / f"{split}.npz", **arrays)
@@ -79,7 +80,7 @@ def category(name: str) -> str:
     return next((label for label, _, listed in lists if words & set(listed.split())), "object")
 
 
-def alike(images: Images, names: list[str]) -> list[int]:
+def group_similar(images: Images, names: list[str]) -> list[int]:
     """Number of the group of each picture; groups are tied by like names and by like pictures."""
     group = list(range(len(names)))
 

@@ -1,26 +1,16 @@
-"""Build a query performance prediction corpus: how well does a search engine do on each query?
+"""Build a corpus for query performance prediction: how well does BM25 answer each query?
 
     python scripts/data/query_performance.py --source FOLDER --output runs/query-performance
 
 FOLDER holds {train,dev,test}.jsonl.gz (or .jsonl), a query a line: ``{"query", "title", "candidates": [{"text",
-"label"}]}``, as WikiQA is (its title is the page the candidates are from; it may be left out). All queries belong
-in it, those without an answer too.
-
-The engine is BM25 (bm25s, its defaults) over one corpus for all splits: every candidate of every query, its page's
-title before it, once. A fixed corpus, searched by old and by new queries, is what an engine has. Ranking a query's own
-candidates only would hand BM25 the right page and leave little to predict, and a corpus for each split would make
-small splits easier than large ones: the labels of train and test would differ in kind.
-
-The label is NDCG@10 of the first ten passages found, gain 2^grade - 1, the ideal taken from all the query's
-candidates; a passage that nobody judged for the query gains nothing. A query without an answer has label 0: no ranking
-satisfies it, and such queries are what a predictor is to find. A query that shares no word with the corpus
-finds nothing to read and is left out; both are counted. What is printed says how the labels lie, and how well two
-predictors do that cost nothing: chance, and BM25's own score of the best passage.
-
-Each row written: ``qid, query, title, passages`` (title and text), ``scores``, ``label``, and ``top``: the beginnings
-of the first passages as one text, for a model that reads query and top together. Left out: feedback of the engine's
-scores into the text, other engines.
+"label"}]}``. A written row holds ``qid, query, title, passages, scores, label, top``: ``top`` joins the beginnings of
+the first passages.
 """
+
+# The engine is BM25 over one corpus for all splits: each candidate of each query, with its page's title. Ranking only
+# a query's own candidates would give BM25 the right page; a corpus for each split would make small splits easier.
+# The label is NDCG@10 of the first ten passages, gain 2^grade - 1, with the ideal of all the query's candidates. A
+# query without an answer has label 0. A query without a word of the corpus is skipped and counted.
 
 from __future__ import annotations
 

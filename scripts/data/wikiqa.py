@@ -1,14 +1,13 @@
-"""Turn a folder of WikiQA files into what the recipes read: questions with the sentences of one article each.
+"""Turn a folder of WikiQA files into what the recipes read: questions with the sentences of one article.
 
     python scripts/data/wikiqa.py --source FOLDER [--output runs/wikiqa]
 
-FOLDER holds train, dev and test as ``NAME.jsonl.gz``, a question a line: ``{"qid", "query", "candidates": [{"id",
-"text", "label"}]}``, label 1 for a sentence that answers it. Written are, for each split, ``NAME.jsonl.gz`` with all
-questions (retrieval: every sentence is something to search) and ``NAME-mixed.jsonl.gz`` with those that have a right
-and a wrong sentence (relevance: the others say nothing of an order). A sentence that stands twice under one question
-is written once, and left out where its two labels differ. How much was left out is printed, with a sha256 of what each
-file holds: metrics belong to it. WikiQA (Yang, Yih and Meek, 2015) may be used for research only; it is not shipped.
+FOLDER holds ``{train,dev,test}.jsonl.gz``, a question a line: ``{"qid", "query", "candidates": [{"id", "text",
+"label"}]}``. ``NAME.jsonl.gz`` gets all questions, ``NAME-mixed.jsonl.gz`` those with a right and a wrong sentence.
 """
+
+# A sentence that a question holds twice is written once, and skipped where its labels differ. WikiQA (Yang, Yih and
+# Meek, 2015) may be used for research only; it is not shipped.
 
 from __future__ import annotations
 

@@ -127,13 +127,13 @@ def table(properties: Schema, required: Sequence[str]) -> str:
     told = any("description" in schema for schema in properties.values())
     rows = ["| key | value | default |" + " |" * told, "|---|---|---|" + "---|" * told]
     for name, schema in properties.items():
-        default = "required" if name in required else shown(schema.get("default"))
+        default = "required" if name in required else show_default(schema.get("default"))
         cells = [f"`{name}`", describe(dict(schema)), default, *[schema.get("description", "")] * told]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows)
 
 
-def shown(default: object) -> str:
+def show_default(default: object) -> str:
     """A default as a recipe would have it, without what is empty in it."""
     default = filled(default)
     if default in (None, "", [], {}):

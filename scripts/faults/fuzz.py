@@ -1,11 +1,9 @@
-"""Wrong recipes and manifests by the thousand: each is read, or refused in one line; nothing else may happen.
+"""Wrong recipes and manifests by the thousand: each loads or is refused in one line.
 
     scripts/faults/fuzz --inputs 100000 --json FILE
 
-Inputs are seeded changes of small recipes (pieces cut out and put in: tags, anchors, broken YAML, odd numbers and
-letters, keys that are swapped) and of a manifest (bytes changed, or values and names changed and signed anew, as one
-who knows the digest could). Exit code 1, and the seed of each, where an input led to anything but a recipe, a
-manifest or one line of SqatError.
+Inputs are seeded changes of small recipes (tags, anchors, broken YAML, odd numbers, swapped keys) and of a manifest
+(changed bytes, changed values with a new digest). Exit code 1 and the seed where anything else happens.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from scripts.results import __doc__ as about
 from scripts.results.applications import APPLICATIONS
 from scripts.results.collecting import Run, collect, runs_of
 from scripts.results.page import render
-from scripts.results.running import run_all, status_of, tell
+from scripts.results.running import report, run_all, status_of
 from scripts.results.schema import Application, ResultsFile, read, write
 from scripts.results.tries import add_try, read_tries, try_of
 from sqat.checkpoint.atomic_write import replace_file
@@ -76,7 +76,7 @@ def do_status(arguments: argparse.Namespace) -> int:
         seeds = {run.seed: run for run in runs_of(recipe, arguments.output)}
         for seed in sorted({0, 1, 2, *seeds}):
             run = seeds.get(seed, Run(recipe, seed, arguments.output))
-            tell(run, status_of(run))
+            report(run, status_of(run))
     return 0
 
 
@@ -85,7 +85,7 @@ def do_latency(arguments: argparse.Namespace) -> int:
 
     for recipe in arguments.recipes:
         run = Run(recipe, arguments.seed, arguments.output)
-        tell(run, measure(run, arguments.rounds))
+        report(run, measure(run, arguments.rounds))
     return 0
 
 

@@ -1,7 +1,6 @@
-"""The applications of the page: what each is judged by, against what, and at which input sizes it is timed.
+"""The applications of the page: their rows, metrics, goals and input sizes.
 
-A goal compares the last row of a table that was run with a dense one, seed by seed. Points are hundredths of a metric
-between 0 and 1. Left out: how a recipe reaches its goals, which is the recipe's.
+A goal compares the last row that was run with a dense one, seed by seed. A point is 0.01 of a metric between 0 and 1.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""From the folders of runs to `schema.Application`: what of a recipe's seeds is there, sound and of one kind.
+"""Read the folders of runs into `schema.Application`.
 
-A row counts if its stage was made by the recipe as it stands (sections of the stage and all before it, model, task,
-data), from the very checkpoints that lie there, and measured after that. What does not count is a line in ``missing``.
-Fingerprints are not compared, as they need the data: numbers stay readable where the data are gone.
+A row counts if the recipe as it is now made its stage, from the checkpoints that are there, and it was measured after
+that. What does not count is a line in ``missing``. Fingerprints are not compared: they need the data.
 """
 
 from __future__ import annotations

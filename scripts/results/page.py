@@ -1,8 +1,6 @@
-"""`recipes/RESULTS.md` as a function of `schema.ResultsFile` and the log of tries: same input, same text.
+"""Render `recipes/RESULTS.md` from `schema.ResultsFile` and the log of tries.
 
-One section an application: verdicts, table, commands, wall time, data, and what is missing. A row or metric that no run
-has is a dash and a line, never left out silently. Left out: rounding that hides a spread (three decimals for shares,
-two for ratios), and any figure that is not in the file.
+A row or metric that no run has is a dash and a line under "Missing".
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ def render(results: ResultsFile, tries: Sequence[Try]) -> str:
     for name in names:
         if name in results.applications:
             parts += section(display_of(name), results.applications[name])
-    parts += absent([name for name in APPLICATIONS if name not in results.applications])
+    parts += list_missing([name for name in APPLICATIONS if name not in results.applications])
     parts += log_of(tries, names)
     return "\n\n".join(parts) + "\n"
 
@@ -38,11 +36,11 @@ def summary(applications: Mapping[str, Application]) -> list[str]:
     rows = []
     for name, application in applications.items():
         display = display_of(name)
-        rows += [[display.title, each.goal, shown(each), each.outcome] for each in verdicts(display, application)]
+        rows += [[display.title, each.goal, show(each), each.outcome] for each in verdicts(display, application)]
     return [table(["application", "goal", "difference over seeds", "outcome"], rows)] if rows else []
 
 
-def shown(verdict: Verdict) -> str:
+def show(verdict: Verdict) -> str:
     """The difference of a verdict, or a dash."""
     return show_difference(verdict) if verdict.values else DASH
 
@@ -64,17 +62,16 @@ def section(display: Display, application: Application) -> list[str]:
 
 def verdict_lines(display: Display, application: Application) -> list[str]:
     """What the table says about the goals, in words."""
-    lines = [f"{each.row}, {each.goal}: {shown(each)}, **{each.outcome}**" for each in verdicts(display, application)]
+    lines = [f"{each.row}, {each.goal}: {show(each)}, **{each.outcome}**" for each in verdicts(display, application)]
     lines += [
-        f"{each.row} against {each.against}, {title(each.metric)}: {shown(each)}"
-        for each in gains(display, application)
+        f"{each.row} against {each.against}, {title(each.metric)}: {show(each)}" for each in gains(display, application)
     ]
     return [bullets(lines)] if lines else []
 
 
 def result_table(display: Display, application: Application) -> str:
     """Rows by metrics, size and latency; the best of a metric is bold where it is outside the spread."""
-    labels, metrics = wanted(display, application)
+    labels, metrics = choose_columns(display, application)
     count = len(application.seeds)
     head = [f"{count} seed{'s' if count != 1 else ''}, {application.split}", *map(title, metrics)]
     columns = [quality(application, labels, metric) for metric in metrics]
@@ -88,7 +85,7 @@ def result_table(display: Display, application: Application) -> str:
     return table(head, [[label, *cells] for label, *cells in zip(labels, *columns, strict=True)])
 
 
-def wanted(display: Display, application: Application) -> tuple[list[str], list[str]]:
+def choose_columns(display: Display, application: Application) -> tuple[list[str], list[str]]:
     """Rows and metrics to show: those of the application; rows that it does not know come last."""
     rows = [(label, row) for seed in application.seeds.values() for label, row in seed.rows.items()]
     labels = dict.fromkeys([*display.rows, *application.labels, *(label for label, _ in rows)])
@@ -179,7 +176,7 @@ def provenance(application: Application) -> str:
     for name, file in application.data.items():
         some = f", first {file.limit}" if file.limit is not None else ""
         lines.append(f"Data, {name}: `{file.file}`, sha256 `{file.sha256[:12]}`{some}.")
-    lines += [f"Versions: {text}." for text in alike(seed.versions for seed in seeds.values())]
+    lines += [f"Versions: {text}." for text in versions_of(seed.versions for seed in seeds.values())]
     commits = dict.fromkeys(seed.commit for seed in seeds.values() if seed.commit)
     if commits:
         lines.append(f"Commit: {', '.join(commits)}{' (+: with changes)' if any('+' in c for c in commits) else ''}.")
@@ -191,13 +188,13 @@ def minutes(seconds: Sequence[float]) -> str:
     return f"{sum(seconds) / len(seconds) / 60:.1f}"
 
 
-def alike(versions: Iterator[dict[str, str]] | Sequence[dict[str, str]]) -> list[str]:
+def versions_of(versions: Iterator[dict[str, str]] | Sequence[dict[str, str]]) -> list[str]:
     """One text for each set of versions, with how many seeds had it where there are several."""
     counts = Counter(", ".join(f"{name} {version}" for name, version in sorted(each.items())) for each in versions)
     return [text if len(counts) == 1 else f"{text} ({count} seeds)" for text, count in counts.items() if text]
 
 
-def absent(names: Sequence[str]) -> list[str]:
+def list_missing(names: Sequence[str]) -> list[str]:
     """Applications that no run is there of."""
     lines = [f"{APPLICATIONS[name].title} (`recipes/{name}.yaml`): no run yet" for name in names]
     return ["## Missing", bullets(lines)] if lines else []

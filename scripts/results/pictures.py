@@ -1,20 +1,17 @@
-"""Draw the same captions from the same noise with every result of a text-to-image recipe, side by side and in figures.
+"""Draw the same captions from the same noise with each result of a text-to-image recipe.
 
-    .venv/bin/python scripts/results/pictures.py recipes/text-to-image.yaml [--rows LABEL LABEL] [--set NAME=VALUE]
+    python scripts/results/pictures.py recipes/text-to-image.yaml [--rows LABEL LABEL] [--set NAME=VALUE]
 
-Writes RECIPE.png, the first row's pictures above the last row's (dense fp32 above sparse fp16), under captions of train
-and under captions no model has seen, and RECIPE.pictures.json with the figures:
-
-* frechet: Frechet distance between normal distributions of the features of real train pictures and of the drawn ones.
-  Features are the first principal components, of train pictures, of pixels at half size and of the energy of edges in
-  cells of 4 x 4. That is no Inception network: distances are comparable only with each other, and with that of as many
-  real pictures of the test split, which is the nearest that new pictures can be expected to come.
-* recall@10: how often the caption is among the ten nearest of all captions drawn, for a ridge regression from the
-  features to the text encoder's mean state, fitted to train pictures; besides that of the real pictures of the same
-  captions, and of drawn ones in another order (chance).
-* difference: root mean square of the pixels, of 255, between the first row's pictures and another's from the same
-  noise; besides that between the first row's own pictures from two noises, and of two captions.
+Writes RECIPE.png, the first row's pictures above the last row's, under captions of train and captions that no model
+has seen, and RECIPE.pictures.json with the figures.
 """
+
+# frechet: Frechet distance between normal distributions of features of real train pictures and of drawn ones. Features
+#   are principal components of pixels at half size and of edge energy in cells of 4 x 4, not of an Inception network:
+#   compare them only with each other and with real test pictures.
+# recall@10: how often the caption is among the ten nearest of all captions, by a ridge regression from the features to
+#   the text encoder's mean state; beside it real pictures, and drawn ones in another order (chance).
+# difference: root mean square of pixels, of 255, to the first row's pictures; beside it two noises, and two captions.
 
 from __future__ import annotations
 
@@ -73,9 +70,9 @@ def main() -> None:
     parts = [Part.of(splits.prepared(name, processor), name, given.count, given.seed) for name in ("train", "test")]
     judge = Judge.of(train)
     drawing = Drawing(given.steps, given.guidance, given.seed)
-    drawn = {label: [drawing.pictures(opened(path), part) for part in parts] for label, path in artifacts.items()}
+    drawn = {label: [drawing.pictures(open_forward(path), part) for part in parts] for label, path in artifacts.items()}
     first = next(iter(artifacts.values()))
-    again = [Drawing(given.steps, given.guidance, given.seed + 1).pictures(opened(first), part) for part in parts]
+    again = [Drawing(given.steps, given.guidance, given.seed + 1).pictures(open_forward(first), part) for part in parts]
     figures: dict[str, float] = {}
     for index, part in enumerate(parts):
         rows = {label: pictures[index] for label, pictures in drawn.items()}
@@ -136,7 +133,7 @@ class Drawing:
         return pixels(torch.cat(parts)).numpy()
 
 
-def opened(artifact: Path) -> Forward:
+def open_forward(artifact: Path) -> Forward:
     """What an ONNX file, or a checkpoint, draws for inputs by name."""
     if artifact.suffix == ".onnx":
         run = open_artifact(artifact)
@@ -156,7 +153,7 @@ class Judge:
 
     @classmethod
     def of(cls, train: Part) -> Judge:
-        raw = measured(train.real)
+        raw = raw_features(train.real)
         mean = raw.mean(axis=0)
         _, _, axes = np.linalg.svd(raw - mean, full_matrices=False)
         components = axes[:COMPONENTS].T
@@ -167,7 +164,7 @@ class Judge:
 
     def features(self, pictures: Pixels) -> Floats:
         """Principal components [N,48] of pictures."""
-        components: Floats = (measured(pictures) - self.mean) @ self.components
+        components: Floats = (raw_features(pictures) - self.mean) @ self.components
         return components
 
     def frechet(self, pictures: Pixels) -> float:
@@ -193,7 +190,7 @@ def unit(vectors: Floats) -> Floats:
     return scaled
 
 
-def measured(pictures: Pixels) -> Floats:
+def raw_features(pictures: Pixels) -> Floats:
     """Pixels at half size and edges in cells of 4 x 4, one row a picture."""
     light = pictures.astype(np.float64) / 255
     count, side = light.shape[:2]
@@ -238,17 +235,17 @@ def grid(parts: list[Part], drawn: list[list[Pixels]], names: list[str], shown: 
         pen.text((GAP, top), what, fill="black", font=ImageFont.load_default(size=13))
         for row, name in enumerate(names):
             y = top + 22 + LABEL + row * (side + GAP)
-            pen.multiline_text((GAP, y + side // 3), wrapped(name, 22), fill="black", font=font)
+            pen.multiline_text((GAP, y + side // 3), wrap(name, 22), fill="black", font=font)
             for column in range(shown):
                 x = 150 + column * (side + GAP)
                 picture = Image.fromarray(drawn[row][number][column])
                 canvas.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))
                 if row == 0:
-                    pen.multiline_text((x, top + 20), wrapped(part.captions[column], 17), fill="black", font=font)
+                    pen.multiline_text((x, top + 20), wrap(part.captions[column], 17), fill="black", font=font)
     return canvas
 
 
-def wrapped(text: str, width: int) -> str:
+def wrap(text: str, width: int) -> str:
     """At most two lines."""
     lines = textwrap.wrap(text, width)
     return "\n".join(lines if len(lines) < 3 else [lines[0], lines[1][: width - 2] + "..."])

@@ -1,9 +1,7 @@
-"""`scripts/results/make run` and `status`: one `sqat run` a seed, each in its own folder, some at a time.
+"""Run seeds of recipes: one `sqat run` for each, in its own folder, some at a time.
 
-A seed whose rows are all there is left as it is (sqat skips unchanged stages too, but starts for it and, after a
-change of sqat itself, makes them anew). A seed that fails loses no other. While a run goes on, it holds a lock on a
-file of its folder, which its process inherits: the lock is gone exactly when the run is. With several processes each
-gets its share of the cores: two runs of one thread each finish sooner than one of two threads.
+A seed with all its rows is skipped. A seed that fails stops no other. A run holds a lock on a file of its folder, which
+its process inherits. Several processes share the cores.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ def run_all(runs: list[Run], processes: int, again: bool = False) -> int:
             except (SqatError, OSError) as error:
                 failed += 1
                 news = f"failed: {error}"
-            tell(run, news)
+            report(run, news)
     finally:
         pool.shutdown(cancel_futures=True)
     return failed
@@ -63,12 +61,12 @@ def run_one(run: Run, threads: int, again: bool = False) -> str:
     command += [part for override in run.overrides for part in ("--set", override)]
     record = RunRecord(command=command, commit=commit(), versions=versions(), cpu=describe_processor().name,
                        threads=threads)  # fmt: skip
-    with locked(folder) as lock, (folder / LOG).open("wb") as log:
+    with lock(folder) as descriptor, (folder / LOG).open("wb") as log:
         write(record, folder / RECORD)
-        tell(run, "started")
+        report(run, "started")
         begun = time.monotonic()
         done = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=log,
-                              pass_fds=[lock], env={**os.environ, "OMP_NUM_THREADS": str(threads)})  # fmt: skip
+                              pass_fds=[descriptor], env={**os.environ, "OMP_NUM_THREADS": str(threads)})  # fmt: skip
         seconds = time.monotonic() - begun
     write(record.model_copy(update={"seconds": round(seconds, 1), "exit": done.returncode}), folder / RECORD)
     if done.returncode:
@@ -79,13 +77,13 @@ def run_one(run: Run, threads: int, again: bool = False) -> str:
     return f"done in {seconds:.0f} s"
 
 
-def tell(run: Run, news: str) -> None:
+def report(run: Run, news: str) -> None:
     """One line about one seed."""
     print(f"{time.strftime('%H:%M:%S')} {run.recipe.stem} seed {run.seed}: {news}", flush=True)
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[int]:
+def lock(folder: Path) -> Iterator[int]:
     """Hold the lock of a run's folder; the file descriptor is for the process that runs.
 
     Raises:
@@ -105,7 +103,7 @@ def is_running(folder: Path) -> bool:
     if not (folder / LOCK).is_file():
         return False
     try:
-        with locked(folder):
+        with lock(folder):
             return False
     except SqatError:
         return True

@@ -1,17 +1,7 @@
-"""What `recipes/results.json` and the files beside it hold; checked when written and when read.
+"""What `recipes/results.json`, `tried.jsonl` and the files of a run's folder hold; checked on reading and writing.
 
-    results.json        ResultsFile: recipe's name -> Application
-      about, commands   the comment at the head of the recipe; what to type for the same figures
-      data              split -> file, sha256 of its bytes, and how many rows of it are used
-      seeds             seed -> Seed: the row of every result (metrics on `split`, bytes), seconds of every stage
-      latency           Latency of one seed's files: per setting (batch x sequence) and row the time of a call
-      pictures          figures of a grid of pictures and the file that shows it, where a recipe draws one
-      missing           what the page would show and the runs do not have, one line each
-    tried.jsonl         Try, one a line, of runs that were measured on dev
-
-Units: seconds, milliseconds where a name ends in `_ms`, bytes. A ratio is the baseline's time over the row's, so more
-is faster. Metrics are as `sqat run` gives them, "inf" where there is no wrong pair.
-Left out: the times of single calls.
+Units: seconds, milliseconds where a name ends in `_ms`, bytes. A ratio is the baseline's time divided by the row's:
+more is faster. Metrics are those of `sqat run`, "inf" where there is no wrong pair.
 """
 
 from __future__ import annotations

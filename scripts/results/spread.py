@@ -1,7 +1,7 @@
-"""Figures over seeds: mean and spread, paired differences; intervals over rounds are `sqat.bench.intervals`.
+"""Mean, spread and paired differences over seeds.
 
-Spread is the sample standard deviation (n - 1); with three seeds it is a rough one. Differences are taken seed by seed,
-since two rows of a seed share their dense model and so much of their luck. Left out: significance tests.
+Spread is the sample standard deviation (n - 1). Differences are taken seed by seed, since two rows of a seed share
+their dense model.
 """
 
 from __future__ import annotations

@@ -1,11 +1,7 @@
-"""Latency of the exported files of one seed against each other, on one core.
+"""Latency of the exported files of one seed, on one core.
 
-All files are opened in one process and called in turn: every round calls each of them, in an order drawn anew, first
-once untimed (so that each finds its own weights in the cache, as a server would) and then timed. The process is pinned
-to one core and ONNX Runtime has one thread, so CPU time and wall time differ only by what else runs on the machine.
-Ratios are of times of one round. Inputs are drawn at random in the shape asked for, every token valid, from the
-inputs that the file names; what a model computes does not change how long it takes.
-Left out: what is no ONNX file (checkpoints, packed weights without a GPU), several threads, several processes.
+Each round calls each file in a random order: once untimed, so that its weights are in the cache, then timed. ONNX
+Runtime has one thread. Ratios are of times of one round. Inputs are random, every token valid.
 """
 
 from __future__ import annotations
@@ -53,7 +49,7 @@ def measure(run: Run, rounds: int) -> str:
         )
     before = digests(loaded, files)
     cpu, load = describe_processor().name, os.getloadavg()[0]
-    with pinned():
+    with pin():
         sessions = {label: open_onnx(file, threads=1) for label, file in files.items()}
         sizes = display_of(run.recipe.stem).sizes
         settings = [time_setting(sessions, files, batch, tokens, rounds) for batch, tokens in sizes]
@@ -76,7 +72,7 @@ def files_of(loaded: LoadedRecipe) -> tuple[dict[str, Path], dict[str, str]]:
 
 
 @contextmanager
-def pinned() -> Iterator[None]:
+def pin() -> Iterator[None]:
     """While open, this process runs on one core."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores)})

@@ -1,8 +1,7 @@
-"""The log of what was tried: `recipes/tried.jsonl`, one `schema.Try` a line, from finished runs and on dev.
+"""The log of tries: `recipes/tried.jsonl`, one `schema.Try` a line, measured on dev.
 
-What was changed is the difference between the run's recipe and the one it tried to better, as that stands at the time:
-of the stage measured and all before it, and of model, task and data. Test figures are never in the log, since recipes
-are chosen by it.
+A try holds the difference between the run's recipe and the one it was to improve, for the stage measured and those
+before it, model, task and data. Test figures are never logged, since recipes are chosen by the log.
 """
 
 from __future__ import annotations
@@ -115,11 +114,11 @@ def changes(before: Recipe, after: Recipe, path: list[str]) -> dict[str, object]
 
     A stage that ``before`` does not have is told by what is not a default in it.
     """
-    old, new = (dict(flat(plain(recipe, path, before))) for recipe in (before, after))
+    old, new = (dict(flatten(relevant_keys(recipe, path, before))) for recipe in (before, after))
     return {key: new.get(key) for key in {**new, **old} if old.get(key) != new.get(key)}
 
 
-def plain(recipe: Recipe, path: list[str], before: Recipe) -> dict[str, Any]:
+def relevant_keys(recipe: Recipe, path: list[str], before: Recipe) -> dict[str, Any]:
     """What of a recipe the stages of a path depend on; files are told by their names."""
     whole = recipe.model_dump(mode="json", include={"model", "task", "data"})
     for split in whole["data"].values():
@@ -136,10 +135,10 @@ def plain(recipe: Recipe, path: list[str], before: Recipe) -> dict[str, Any]:
     return whole
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Leaves of nested mappings with their dotted keys."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

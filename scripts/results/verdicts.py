@@ -1,8 +1,7 @@
 """Whether an application reached its goals: differences of two rows, seed by seed.
 
-A goal is met if the mean difference is at or above zero. One that is not met, but by less than the spread of the
-differences, is told as that: three seeds cannot tell it from none. The floor (nowhere more than half a point below the
-dense fp32 model) is judged by the worst column that is a share.
+A goal is met if the mean difference is at or above zero. A miss within the spread of the differences is named so. The
+floor (at most half a point below the dense fp32 model) is judged by the worst column that is a share.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def test_the_candidates_do_the_same_work() -> None:
 
 
 def test_a_step_holds_masks_and_trains(folder: str) -> None:
-    model = steps.fresh(folder)
+    model = steps.load_model(folder)
     batch, masks = steps.random_batch(model, (4, 8)), steps.masks_of(model)
     before = {name: steps.get_layer(model, name).weight.detach().clone() for name in masks}
     step = steps.Step(

@@ -53,10 +53,10 @@ def test_every_key_is_there(reference: Any) -> None:
 
 def test_defaults_read_as_in_a_recipe(reference: Any) -> None:
     shown = {None: "", 0.0001: "`0.0001`", "adamw": "`adamw`", False: "`false`"}
-    assert {default: reference.shown(default) for default in shown} == shown
+    assert {default: reference.show_default(default) for default in shown} == shown
     assert (
-        reference.shown({"name": "per-group", "num_masks": 2, "sparsities": None})
+        reference.show_default({"name": "per-group", "num_masks": 2, "sparsities": None})
         == "`{name: per-group, num_masks: 2}`"
     )
-    assert reference.shown({"name": "magnitude", "extra": []}) == "`magnitude`"
-    assert reference.shown([1, 8, 32]) == "`[1, 8, 32]`"
+    assert reference.show_default({"name": "magnitude", "extra": []}) == "`magnitude`"
+    assert reference.show_default([1, 8, 32]) == "`[1, 8, 32]`"

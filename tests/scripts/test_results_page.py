@@ -286,7 +286,7 @@ def test_a_seed_that_fails_loses_no_other(copied: Path, monkeypatch: pytest.Monk
 @pytest.mark.pipeline
 def test_a_seed_that_runs_is_not_started_again(copied: Path) -> None:
     run = run_of(copied, 7)
-    with running.locked(run.load().run_directory):
+    with running.lock(run.load().run_directory):
         assert running.status_of(run).startswith("running: 0 of 3 stages")
         with pytest.raises(SqatError, match="running in another process"):
             running.run_one(run, threads=1)

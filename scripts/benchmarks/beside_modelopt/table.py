@@ -53,10 +53,10 @@ def summary(record: Comparison) -> str:
                 continue
             dense = {row.seed: row.test[metric] for row in record.dense if row.set == name}
             points = [100 * (ours[seed] - theirs[seed]) for seed in both]
-            means = [shown([values[seed] for seed in both]) for values in (dense, ours, theirs)]
+            means = [show([values[seed] for seed in both]) for values in (dense, ours, theirs)]
             ahead = sum(each > 0 for each in points)
-            lines.append([name, f"{metric}, {plural(len(both))}", *means[:2], chain.removeprefix("modelopt-"), means[2],
-                          shown(points, 2, "+"), f"{ahead} of {len(both)}", verdict(points)])  # fmt: skip
+            lines.append([name, f"{metric}, {seeds_of(len(both))}", *means[:2], chain.removeprefix("modelopt-"),
+                          means[2],                           show(points, 2, "+"), f"{ahead} of {len(both)}", verdict(points)])  # fmt: skip
     text = grid(lines) if len(lines) > 1 else "Nothing is measured yet."
     return f"{SPREAD}\n{text}" + (f"\n\nNot measured in full yet: {', '.join(gaps)}.\n" if gaps else "\n")
 
@@ -120,13 +120,13 @@ def place(row: Result) -> tuple[int, int, int]:
     return list(METRICS).index(row.set), row.seed, CHAINS.index(row.chain)
 
 
-def shown(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
+def show(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
     """Mean and spread."""
     mean, spread = mean_and_spread(values)
     return f"{mean:{sign}.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
 
 
-def plural(seeds: int) -> str:
+def seeds_of(seeds: int) -> str:
     return f"{seeds} seed{'s' if seeds > 1 else ''}"
 
 
