@@ -55,8 +55,9 @@ def summary(record: Comparison) -> str:
             points = [100 * (ours[seed] - theirs[seed]) for seed in both]
             means = [show([values[seed] for seed in both]) for values in (dense, ours, theirs)]
             ahead = sum(each > 0 for each in points)
-            lines.append([name, f"{metric}, {seeds_of(len(both))}", *means[:2], chain.removeprefix("modelopt-"),
-                          means[2],                           show(points, 2, "+"), f"{ahead} of {len(both)}", verdict(points)])  # fmt: skip
+            both_seeds = f"{metric}, {seeds_of(len(both))}"
+            gain = [show(points, 2, "+"), f"{ahead} of {len(both)}", verdict(points)]
+            lines.append([name, both_seeds, *means[:2], chain.removeprefix("modelopt-"), means[2], *gain])
     text = grid(lines) if len(lines) > 1 else "Nothing is measured yet."
     return f"{SPREAD}\n{text}" + (f"\n\nNot measured in full yet: {', '.join(gaps)}.\n" if gaps else "\n")
 
