@@ -89,7 +89,7 @@ def send(sessions: Sequence[Any], requests: Sequence[Request], client: int, unti
     """Send requests until the time is over, whatever becomes of one."""
     random, number = np.random.default_rng(client), client
     while time.monotonic() < until:
-        request, number = requests[random.integers(len(requests))], number + 1
+        request, number = requests[int(random.integers(len(requests)))], number + 1
         start = time.perf_counter()
         try:
             answer = sessions[number % OTHER == 0].run(None, request.feeds)[0]

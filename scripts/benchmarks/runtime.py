@@ -254,7 +254,7 @@ def size_of(path: Path) -> Size:
         SqatError: the file is not of target cpu-sparse.
     """
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         graph = onnx.load(path, format="protobuf").graph

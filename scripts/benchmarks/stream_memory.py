@@ -100,7 +100,7 @@ def run(folder: Path) -> dict[str, float]:
 
 def read(folder: Path, windows: int) -> dict[str, float]:
     """What one process sees of a data set: memory in MB, times in seconds."""
-    from transformers import BertTokenizerFast
+    import transformers
 
     from sqat.data.streaming import StreamedBatches
     from sqat.data.tokens import TextProcessor
@@ -109,7 +109,8 @@ def read(folder: Path, windows: int) -> dict[str, float]:
     from sqat.tasks.classification import Classification
     from sqat.tasks.splits import open_stream
 
-    tokenizer = BertTokenizerFast(vocab={name: number for number, name in enumerate(NAMES)})
+    words = {name: number for number, name in enumerate(NAMES)}
+    tokenizer: Any = transformers.BertTokenizerFast(vocab=words)  # type: ignore[attr-defined]
     processor = TextProcessor(tokenizer)
     task, config = Classification(("bad", "good")), ClassificationTask(labels=("bad", "good"))
     split = SplitConfig(path="*.parquet", streaming=True)
@@ -148,7 +149,12 @@ def write_model(tokenizer: Any, folder: Path) -> None:
     """A tiny BERT, for the whole command to start from."""
     from transformers import BertConfig, BertModel
 
-    shape = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    shape: dict[str, Any] = {
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
     tokenizer.save_pretrained(folder)
     BertModel(BertConfig(vocab_size=len(NAMES), **shape)).save_pretrained(folder)
 

@@ -48,24 +48,26 @@ def resident(key: str) -> float:
 
 
 def run(name: str, source: str, shape: tuple[int, int]) -> None:
-    """Do what a name says."""
+    """Run a candidate by its name and print its peak memory."""
     from scripts.benchmarks import training_steps as steps
+    from sqat.api.quantize import calibrate
+    from sqat.compress.distil import task_loss
 
     torch.set_num_threads(1)
     before = resident("VmRSS")
     model = steps.load_model(source)
     batch = steps.random_batch(model, shape)
     if name.startswith("calibration"):
-        steps.calibrate(model, (batch.inputs for _ in range(int(name.split()[2]))))
+        calibrate(model, (batch.inputs for _ in range(int(name.split()[2]))))
     else:
         teacher = steps.load_model(source)
         if name.startswith("QAT"):
-            masks, scales = steps.masks_of(model), steps.calibrate(model, [batch.inputs])
+            masks, scales = steps.masks_of(model), calibrate(model, [batch.inputs])
             step = steps.distilled_step(steps.quantize_(model, scales, masks), teacher, batch)
         else:
             with torch.no_grad():
                 teacher.eval()(**batch.inputs)  # its file is mapped: what nobody has read takes no memory
-            step = steps.Step(model, steps.task_loss(steps.TASK), batch)
+            step = steps.Step(model, task_loss(steps.TASK), batch)
         for _ in range(STEPS):
             step()
     print(resident("VmHWM") - before)

@@ -94,7 +94,7 @@ def group_similar(images: Images, names: list[str]) -> list[int]:
     for row, name in enumerate(names):
         words = re.findall(r"[a-z]+", name)
         same = first.setdefault(" ".join(word for word in words if word not in VARIANTS.split()) or name, row)
-        near = np.flatnonzero(np.abs(flat[:row] - flat[row]).mean(axis=1) < ALIKE) if row else []
+        near = np.flatnonzero(np.abs(flat[:row] - flat[row]).mean(axis=1) < ALIKE)
         for other in (same, *near):
             group[root(row)] = root(int(other))
     return [root(row) for row in range(len(names))]

@@ -118,7 +118,11 @@ def draw_paths() -> Any:
     wide = {name: 2.0 if name.startswith("export") else 1.0 for name in boxes}
     for name, (x, y) in boxes.items():
         sparse = name.startswith(("prune", "qat")) or "sparse" in name or name.endswith(" ")
-        style = {"boxstyle": "round,pad=0.02", "facecolor": "#fdf0e0" if sparse else GOES, "edgecolor": INK}
+        style: dict[str, Any] = {
+            "boxstyle": "round,pad=0.02",
+            "facecolor": "#fdf0e0" if sparse else GOES,
+            "edgecolor": INK,
+        }
         patch = matplotlib.patches.FancyBboxPatch((x, y - 0.2), wide[name], 0.4, linewidth=0.8, **style)
         panel.add_patch(patch)
         panel.text(x + wide[name] / 2, y, name.strip(), ha="center", va="center", fontsize=8.5)

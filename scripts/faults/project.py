@@ -106,7 +106,7 @@ class Project:
         self.recipe = folder / "tiny.yaml"
         self.recipe.write_text(RECIPE.replace("STEPS", str(steps)).replace("OUTPUT", str(self.runs)))
         self.started = 0
-        source.export_float = partial(remembered, folder / "traces")
+        source.export_float = partial(remembered, folder / "traces")  # type: ignore[attr-defined]
 
     @property
     def run_folder(self) -> Path:

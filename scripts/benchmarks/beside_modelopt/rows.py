@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -33,7 +34,7 @@ class Budget(Strict):
     max_length: int = 48
     observed_rows: int = 256
     dense_learning_rate: float = 1e-4
-    precision: str = "bf16"
+    precision: Literal["fp32", "bf16"] = "bf16"
 
 
 class Settings(Strict):

@@ -72,15 +72,17 @@ def distil(trial: Trial, model: nn.Module, teacher: nn.Module, steps: int, learn
     config = {"teacher_model": copy.deepcopy(teacher), "criterion": {(HEAD, HEAD): loss}}
     student = mtd.convert(model, [("kd_loss", config)])
     trial.train(student, kd_loss, steps, learning_rate)
-    return mtd.export(student).eval()
+    exported: nn.Module = mtd.export(student)
+    return exported.eval()
 
 
-def kd_loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+def kd_loss(model: Any, batch: Batch) -> dict[str, Tensor]:
     """The loss that its wrapped model computes."""
     model(**batch.inputs)
     return {"logits": model.compute_kd_loss()}
 
 
-def effective(module: nn.Module) -> Tensor:
+def effective(module: Any) -> Tensor:
     """The weight that is multiplied: masked, and quantized as its forward pass does."""
-    return module.weight_quantizer(module.weight).detach()
+    weight: Tensor = module.weight_quantizer(module.weight)
+    return weight.detach()
