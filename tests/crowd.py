@@ -37,7 +37,8 @@ from sqat.sparsity.masks import nm_mask
 from sqat.sparsity.pattern import parse_pattern
 from sqat.training.batches import Batches
 from sqat.training.fsdp import summon_full_params
-from sqat.training.loop import Evaluation, fit
+from sqat.training.loop import fit
+from sqat.training.resume import Evaluation
 from sqat.training.resume_state import ResumeState
 from tests import forks
 

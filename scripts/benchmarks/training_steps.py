@@ -1,6 +1,6 @@
 """Candidates of the training benchmark: training steps, calibration and masks, each as its stage makes it.
 
-Each step has its own model with the same weights and calls `sqat.training.loop.take_step` on one batch. The quantizers
+Each step has its own model with the same weights and calls `sqat.training.step.take_step` on one batch. The quantizers
 of Model Optimizer and torch have no masks: compare them to `QAT step, dense`.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from scripts.benchmarks.training_rows import MODEL_OPTIMIZER, Group
 from sqat.api.quantize import Scales, calibrate
 from sqat.compress.calibrate import observe
-from sqat.compress.distil import distilled_loss, task_loss
+from sqat.compress.training_losses import distilled_loss, task_loss
 from sqat.data.batch import Batch
 from sqat.models.layer_selection import choose_layers, encoder_blocks
 from sqat.models.loading import load_pretrained

@@ -45,7 +45,7 @@ def run_analysis(loaded: LoadedRecipe, options: Options, reporter: Reporter) -> 
         SqatError: there is no dense checkpoint to start from.
     """
     begun = time.monotonic()
-    node = None if options.start is not None else start_node(loaded, options.stage)
+    node = None if options.start is not None else choose_analyzed_stage(loaded, options.stage)
     sections = choose_sections(loaded.recipe, None if node is None else node.name, options)
     directory = options.start if node is None else node.directory
     assert directory is not None
@@ -55,7 +55,7 @@ def run_analysis(loaded: LoadedRecipe, options: Options, reporter: Reporter) -> 
     return findings.model_copy(update={"checkpoint": str(directory), "seconds": round(time.monotonic() - begun, 3)})
 
 
-def start_node(loaded: LoadedRecipe, name: str | None) -> StageNode:
+def choose_analyzed_stage(loaded: LoadedRecipe, name: str | None) -> StageNode:
     """Choose the stage whose checkpoint is analyzed: the named one, or the last train stage that has run.
 
     Raises:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from sqat.compress.distil import task_loss
 from sqat.compress.patterns import choose_patterns
 from sqat.compress.quantize import quantized_model
+from sqat.compress.training_losses import task_loss
 from sqat.data.batch import Processor
 from sqat.models.layer_selection import choose_layers
 from sqat.modules.parametrize import get_layer, original_weight

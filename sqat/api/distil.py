@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sqat.api.arguments import Inputs, choose_part, model_inputs
-from sqat.compress.distil import RelationFn, minilm_loss
+from sqat.compress.training_losses import RelationFn, minilm_loss
 from sqat.distillation import LOSSES, RelationLoss
 from sqat.errors import SqatError
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sqat.api.arguments import Inputs, check_masks, check_unchanged, choose_part, model_inputs, select_layers
-from sqat.compress.masks import MaskSchedule
+from sqat.compress.mask_schedule import MaskSchedule
 from sqat.compress.patterns import choose_patterns
 from sqat.compress.permute import permute_
 from sqat.compress.statistics import collect_statistics

@@ -75,12 +75,12 @@ def time_rounds(
     """
     random, names = np.random.default_rng(0), list(calls)
     for call in calls.values():
-        take_turn(call, 0, clock, sleep)
+        time_turn(call, 0, clock, sleep)
     times, min_rounds = RoundTimes({name: [] for name in names}, False), max(effort.rounds, MIN_ROUNDS)
     start = clock()
     while True:
         for name in random.permutation(names):
-            times.calls[str(name)].append(take_turn(calls[str(name)], effort.seconds, clock, sleep))
+            times.calls[str(name)].append(time_turn(calls[str(name)], effort.seconds, clock, sleep))
         is_late = clock() - start >= effort.limit and times.rounds >= MIN_ROUNDS
         is_check = times.rounds >= min_rounds and (times.rounds - min_rounds) % CHECK_EVERY == 0
         if is_late or is_check:
@@ -89,8 +89,8 @@ def time_rounds(
                 return RoundTimes(times.calls, reached)
 
 
-def take_turn(call: Call, seconds: float, clock: Callable[[], float], sleep: Callable[[float], None]) -> list[float]:
-    """Run one turn and return the seconds of its timed calls."""
+def time_turn(call: Call, seconds: float, clock: Callable[[], float], sleep: Callable[[float], None]) -> list[float]:
+    """Rest, warm up with one call, then return the seconds of each timed call."""
     sleep(REST)
     call()  # not timed: it brings the weights into the cache, as in a server
     times: list[float] = []

@@ -45,7 +45,7 @@ def stage_command(stage_type: str, summary: str, special: Sequence[str] = ()) ->
     ) -> None:
         settings = list(overrides or ())
         if targets:
-            settings += override_targets(recipe, targets, stage, parent, settings)
+            settings += target_settings(recipe, targets, stage, parent, settings)
         run_stage(stage_type, recipe, parent, output, stage, settings, force=force, quiet=quiet, distill=distill)
 
     # Typer reads the options from the signature, so those that this stage type does not have are removed from it.
@@ -69,7 +69,7 @@ def run_stage(
     quiet: bool,
     distill: bool | None,
 ) -> None:
-    """Run the only stage of a type in the recipe, or the one named ``stage``, and print its folder."""
+    """Run the stage named ``stage``, or the recipe's only one of this type, and print its folder."""
     from sqat.recipe.loader import distill_override
     from sqat.recipe.selection import pick_stage
 
@@ -87,7 +87,7 @@ def run_stage(
         print_text(relative_path(directory))
 
 
-def override_targets(
+def target_settings(
     recipe: Path, names: Sequence[str], stage: str | None, parent: Path | None, overrides: Sequence[str]
 ) -> list[str]:
     """Translate ``--target`` into a ``--set``; for ``auto``, print the machine, the choice and the reasons."""

@@ -19,7 +19,7 @@ from sqat.compress.channels import (
     reorder_,
     run_model,
 )
-from sqat.compress.masks import Collect
+from sqat.compress.mask_schedule import Collect
 from sqat.errors import SqatError
 from sqat.models.layer_selection import find_qkv
 from sqat.modules.parametrize import get_linear

@@ -37,7 +37,7 @@ def read_pixels(source: Iterator[Placed], columns: Columns, folder: Path | None)
     """Yield place, row and record of each image: its pixels as bytes, and the size that all rows share."""
     first = None
     for place, row in source:
-        picture = picture_of(field(row, columns.image, "image", place), columns.image, folder, place)
+        picture = picture_of(column_value(row, columns.image, "image", place), columns.image, folder, place)
         first = picture if first is None else first
         check_same_size(picture, first, columns.image, place)
         height, width, channels = picture.shape
@@ -55,7 +55,7 @@ def passages_of(row: Record, columns: Columns, place: str) -> Iterator[tuple[Rec
     if columns.candidates is None:
         yield row, ""
         return
-    candidates = field(row, columns.candidates, "candidates", place)
+    candidates = column_value(row, columns.candidates, "candidates", place)
     if not isinstance(candidates, list):
         problem = f'"{columns.candidates}" must be a list of objects, got {kind(candidates)}'
         raise SqatError(problem, "for one passage a row leave data.columns.candidates out", place, code="invalid-data")
@@ -70,7 +70,7 @@ def passages_of(row: Record, columns: Columns, place: str) -> Iterator[tuple[Rec
         yield candidate, f"{within}."
 
 
-def field(row: Row, column: str, key: str, place: str, within: str = "") -> Any:
+def column_value(row: Row, column: str, key: str, place: str, within: str = "") -> Any:
     """Return the value of a column that must exist.
 
     Args:
@@ -94,7 +94,7 @@ def text_of(row: Row, column: str, key: str, place: str, within: str = "") -> st
     Raises:
         SqatError: missing, not a text, empty or only spaces, or half of a surrogate pair (no UTF-8 for it).
     """
-    value = field(row, column, key, place, within)
+    value = column_value(row, column, key, place, within)
     name = f'"{within}{column}"'
     if not isinstance(value, str):
         problem, hint = f"{name} must be a text, got {kind(value)}", f"set data.columns.{key}"
@@ -113,7 +113,7 @@ def number_of(row: Row, column: str, key: str, place: str, within: str = "") -> 
     Raises:
         SqatError: missing, null, a boolean, not a number, or not finite.
     """
-    value = field(row, column, key, place, within)
+    value = column_value(row, column, key, place, within)
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -163,7 +163,7 @@ def class_of(row: Row, column: str, key: str, place: str, within: str = "") -> s
     Raises:
         SqatError: missing, null, empty, a boolean, a fraction, or not a single value.
     """
-    value = field(row, column, key, place, within)
+    value = column_value(row, column, key, place, within)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):

@@ -17,7 +17,7 @@ from sqat.evaluation.inference import logits_of, move_to_device, predict
 from sqat.models.loading import build, check_head, load_processor
 from sqat.modules.activation_quantizers import Quantizers
 from sqat.tasks.splits import Splits
-from sqat.training.loop import Metrics
+from sqat.training.resume import Metrics
 
 
 def quantize_as_calibrated(

@@ -52,7 +52,7 @@ def layer_row(checkpoint: Checkpoint, name: str) -> LayerRow:
 
 
 def measure_pattern(weight: Tensor, claimed: str) -> str:
-    """Find the sparsest N:M that a weight keeps along its inputs, of the usual and the claimed ones, or ``dense``."""
+    """Return the sparsest N:M that a weight keeps, of the common patterns and ``claimed``; else ``dense``."""
     patterns = [parse_pattern(text) for text in dict.fromkeys((claimed, *PATTERNS)) if text]
     for pattern in sorted(patterns, key=lambda pattern: -pattern.sparsity):
         if weight.shape[1] % pattern.m == 0 and not count_violations(weight, pattern):

@@ -27,7 +27,7 @@ from sqat.recipe.stages import ExportConfig
 from sqat.runtime.sessions import parity
 from sqat.tasks import Task
 from sqat.tasks.task import tie_margin
-from sqat.training.loop import Metrics
+from sqat.training.resume import Metrics
 
 NOISE_FACTOR = 3  # a file may differ by this many noise floors
 NUM_PERTURBATIONS = 8

@@ -152,7 +152,7 @@ def open_log(library: ModuleType, file: TextIO) -> Any:
 
 
 def new_network(library: ModuleType, builder: Any) -> tuple[Any, bool]:
-    """Create an empty network; from TensorRT 9 on it is strongly typed: Q/DQ and Cast nodes decide the types."""
+    """Create an empty network; return it, and whether it is strongly typed (TensorRT 9 and later)."""
     flags = library.NetworkDefinitionCreationFlag.__members__
     numbers = [int(flags[name]) for name in ("EXPLICIT_BATCH", "STRONGLY_TYPED") if name in flags]
     return builder.create_network(sum(1 << number for number in numbers)), "STRONGLY_TYPED" in flags

@@ -157,13 +157,13 @@ def describe_machine() -> Machine:
         providers=ask("onnxruntime", execution_providers, ()) if "onnxruntime" in versions else (),
         trtexec=shutil.which("trtexec") is not None,
         cusparselt=asks_torch and ask("torch", torch_has_cusparselt, False),
-        kernels=find_kernels(),
+        kernels=describe_kernels(),
         unknown=tuple(unknown),
     )
 
 
-def find_kernels() -> Kernels:
-    """Load sqat's CPU kernels and return the instruction set that they would use."""
+def describe_kernels() -> Kernels:
+    """Report the instruction set of sqat's CPU kernels, or why they cannot be loaded."""
     try:
         return Kernels(runtime.instruction_set(), problem="")
     except SqatError as error:

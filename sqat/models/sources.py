@@ -66,7 +66,7 @@ def package_folder(reference: str, source: str) -> str:
 
 
 def check_own_weights(folder: Path) -> None:
-    """Refuse an adapter, which names the folder of its model, and an index of shards with files that are not beside it.
+    """Refuse a folder whose weights lie elsewhere: an adapter, or an index that lists files outside the folder.
 
     Raises:
         SqatError: it is one of these.
@@ -122,7 +122,7 @@ def check_digest(config: ModelConfig, source: str) -> None:
 
 
 def check_loaded(new: Sequence[str], source: str) -> None:
-    """Refuse a model some of whose weights the source does not have, so that they are still random.
+    """Refuse a model with weights that the source lacks: they would stay random.
 
     Args:
         new: names of these weights.
@@ -134,6 +134,6 @@ def check_loaded(new: Sequence[str], source: str) -> None:
 
 
 def new_body_weights(prefix: str, report: Mapping[str, Any]) -> list[str]:
-    """Return the names of random weights, by transformers' loading report, but for those of head and pooler."""
+    """Return the weights that transformers reports as random, except head and pooler."""
     new = [*sorted(report["missing_keys"]), *(name for name, *_ in report["mismatched_keys"])]
     return [name for name in new if name.startswith(f"{prefix}.") and ".pooler." not in name]

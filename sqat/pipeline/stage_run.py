@@ -63,7 +63,7 @@ class StageRun:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Fingerprint of the result."""
+        """Fingerprint of what the result depends on: configuration, parent and teacher."""
         parent, teacher = self.parent_manifest, self.node.teacher_manifest
         return self.node.fingerprint_after(parent.fingerprint if parent else "", teacher.fingerprint if teacher else "")
 

@@ -1,1 +1,1 @@
-"""Plots of figures with matplotlib."""
+"""Charts drawn with matplotlib."""

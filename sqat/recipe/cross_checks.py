@@ -147,7 +147,7 @@ def pattern_problem(schedule: Schedule, pattern: str) -> str:
 
 
 def check_distillation(recipe: Recipe, name: str, distill: DistillConfig) -> Iterator[Problem]:
-    """A part of the loss counts, and a dense ancestor teaches."""
+    """Check that a weight of the loss is not 0 and that the teacher is a dense ancestor."""
     path, ancestors, teacher = ("stages", name, "distill"), recipe.ancestors_of(name), distill.teacher
     dense = [other for other in ancestors if is_dense(recipe, other)]
     if not (distill.minilm_weight or distill.output_weight or distill.task_weight):

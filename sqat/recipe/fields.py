@@ -17,7 +17,7 @@ STRICT = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_in
 
 
 def lists_to_tuples(value: Any) -> Any:
-    """Turn lists into tuples, which strict validation wants once Python has looked at a value."""
+    """Turn lists into tuples: after a Python validator, pydantic's strict mode refuses a list."""
     if isinstance(value, dict):
         return {key: lists_to_tuples(item) for key, item in value.items()}
     return tuple(map(lists_to_tuples, value)) if isinstance(value, list) else value
@@ -72,7 +72,7 @@ def check_range(value: tuple[int, int, int]) -> tuple[int, int, int]:
     """Check 1 <= smallest <= usual <= largest."""
     if not 1 <= value[0] <= value[1] <= value[2]:
         got = ", ".join(map(str, value))
-        raise ValueError(f"needs three sizes from 1 on, none smaller than the one before it, got {got}")
+        raise ValueError(f"needs three sizes, 1 <= smallest <= usual <= largest, got {got}")
     return value
 
 

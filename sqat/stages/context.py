@@ -13,7 +13,7 @@ from torch import nn
 
 from sqat.checkpoint.manifest import Manifest
 from sqat.checkpoint.store import Checkpoint
-from sqat.compress.distil import distilled_loss, task_loss
+from sqat.compress.training_losses import distilled_loss, task_loss
 from sqat.data.batch import Processor
 from sqat.data.rows import SplitName
 from sqat.data.tokens import TextProcessor
@@ -29,8 +29,9 @@ from sqat.tasks import Task
 from sqat.tasks.splits import Splits
 from sqat.training.batches import Batches
 from sqat.training.data_parallel import Loss
-from sqat.training.loop import Evaluation, Metrics, TrainResult, fit, resolve_accumulation_steps
+from sqat.training.loop import TrainResult, fit
 from sqat.training.metrics_log import MetricsLog
+from sqat.training.resume import Evaluation, Metrics, resolve_accumulation_steps
 from sqat.training.resume_state import ResumeState
 
 INHERITED = ("layers", "sites", "skipped", "placement")  # entries of a manifest that children keep

@@ -26,7 +26,7 @@ from sqat.recipe.stages import ExportConfig
 from sqat.recipe.targets import TARGETS
 from sqat.runtime.sessions import find_float_products, optimized_graph
 from sqat.stages.context import StageContext
-from sqat.training.loop import Metrics
+from sqat.training.resume import Metrics
 
 
 def run(config: ExportConfig, parent: Checkpoint | None, context: StageContext) -> Checkpoint:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sqat.checkpoint.manifest import LayerRecord
 from sqat.checkpoint.store import Checkpoint
 from sqat.compress.eval_mode import eval_mode
-from sqat.compress.masks import MaskSchedule, add_decay
+from sqat.compress.mask_schedule import MaskSchedule, with_mask_decay
 from sqat.compress.patterns import choose_patterns
 from sqat.compress.permute import fixed_by_relation_heads, permute_
 from sqat.compress.statistics import collect_statistics, first_batches
@@ -41,7 +41,7 @@ def run(config: PruneConfig, parent: Checkpoint | None, context: StageContext) -
     with context.training_loss(model, config.distill) as loss:
         masks, notes = start_pruning(config, model, patterns, mask_steps, batches, loss, context, old)
         best_from_step = 0 if config.schedule.every_step else max(mask_steps)
-        result = context.fit(model, processor, add_decay(loss, masks), config, masks.before_step, best_from_step)
+        result = context.fit(model, processor, with_mask_decay(loss, masks), config, masks.before_step, best_from_step)
     final = masks.remove()
     metrics = {"dev": context.measure(model, processor, "dev")}
     layers = record_layers(parent, patterns, skipped, old)

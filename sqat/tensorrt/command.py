@@ -35,7 +35,7 @@ def build_report(
     Args:
         output: the engine file; default: beside the model. Log and layer information go beside it.
         batch: smallest, usual and largest, ``1,8,32``; default: as ``build_engine.json`` beside the model says.
-        sequence: the same of the tokens.
+        sequence: smallest, usual and largest number of tokens.
         say: receives a line of progress.
 
     Raises:

@@ -1,6 +1,7 @@
 """The saved state of an unfinished stage: one safetensors file of tensors, and a JSON file that points to it.
 
-The JSON holds the digest of both. Nothing is unpickled. Rank 0 writes it.
+The JSON holds the digest of both. Nothing is unpickled. Rank 0 writes it;
+`sqat.training.resume` says what is saved and restored.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from sqat import cli, runtime
 from sqat.errors import SqatError
 from sqat.hardware import doctor
 from sqat.hardware.doctor import OPTIONAL, REQUIRED, diagnose
-from sqat.hardware.machine import Gpu, Kernels, Machine, Processor, find_kernels
+from sqat.hardware.machine import Gpu, Kernels, Machine, Processor, describe_kernels
 from sqat.hardware.targets import BACKENDS, TARGETS, Verdict, check
 from sqat.recipe import targets as recipe_targets
 
@@ -84,7 +84,7 @@ def test_its_requirements_are_those_of_the_project() -> None:
 
 def test_a_missing_library_comes_with_how_to_build_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(runtime, "LIBRARY", tmp_path / "none.so")
-    kernels = find_kernels()
+    kernels = describe_kernels()
     assert (kernels.instruction_set, kernels.remedy) == ("", runtime.install_hint())
     verdict = check("cpu-sparse", TARGETS["cpu-sparse"], replace(SERVER, kernels=kernels))
     assert (verdict.state, verdict.install) == ("no", runtime.install_hint())
@@ -95,7 +95,7 @@ def test_a_wrong_instruction_set_is_reported(monkeypatch: pytest.MonkeyPatch) ->
         raise SqatError("SQAT_RUNTIME_ISA is mmx", code="usage")
 
     monkeypatch.setattr(runtime, "instruction_set", refuse)
-    assert find_kernels() == Kernels(problem="SQAT_RUNTIME_ISA is mmx")
+    assert describe_kernels() == Kernels(problem="SQAT_RUNTIME_ISA is mmx")
 
 
 def test_an_install_command_is_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,9 @@ from sqat.errors import SqatError
 from sqat.progress import SilentReporter
 from sqat.recipe.stages import TrainConfig
 from sqat.training.batches import Batches
-from sqat.training.loop import Evaluation, TrainResult, fit
+from sqat.training.loop import TrainResult, fit
 from sqat.training.optimizer import learning_rate_factor, make_optimizer
+from sqat.training.resume import Evaluation
 from sqat.training.resume_state import ResumeState
 from sqat.training.step import autocast
 from tests.training.comparing import equal, replace_config, weights

@@ -13,8 +13,9 @@ from sqat.data.batch import Batch
 from sqat.progress import SilentReporter
 from sqat.recipe.stages import TrainConfig
 from sqat.training.batches import Batches
-from sqat.training.loop import Evaluation, fit
+from sqat.training.loop import fit
 from sqat.training.metrics_log import MetricsLog, read_metrics
+from sqat.training.resume import Evaluation
 from sqat.training.resume_state import ResumeState
 
 

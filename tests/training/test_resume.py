@@ -31,7 +31,8 @@ from sqat.tasks import build_task
 from sqat.tasks.splits import load_rows
 from sqat.training import resume_state
 from sqat.training.batches import Batches
-from sqat.training.loop import Evaluation, fit
+from sqat.training.loop import fit
+from sqat.training.resume import Evaluation
 from sqat.training.resume_state import Progress, ResumeState
 from tests.training.comparing import equal, replace_config, weights
 

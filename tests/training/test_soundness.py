@@ -16,8 +16,9 @@ from sqat.modules.parametrize import insert_weights_
 from sqat.recipe.stages import TrainConfig
 from sqat.training.batches import Batches
 from sqat.training.health import check_gradients, saturation_warnings, weak_layer_warnings
-from sqat.training.loop import TrainingRun, fit
+from sqat.training.loop import fit
 from sqat.training.optimizer import make_optimizer
+from sqat.training.resume import TrainingRun
 from sqat.training.resume_state import Progress, ResumeState
 
 

@@ -22,7 +22,8 @@ from sqat.errors import StoppedError
 from sqat.progress import SilentReporter
 from sqat.recipe.stages import TrainConfig
 from sqat.training.batches import Batches
-from sqat.training.loop import Evaluation, fit
+from sqat.training.loop import fit
+from sqat.training.resume import Evaluation
 from sqat.training.resume_state import ResumeState
 from sqat.training.signals import catch_stop_signals
 

@@ -27,7 +27,7 @@ from scripts.benchmarks.beside_modelopt.rows import (
     write,
 )
 from scripts.benchmarks.beside_modelopt.sets import Trial
-from sqat.compress.distil import task_loss
+from sqat.compress.training_losses import task_loss
 from sqat.errors import SqatError
 from sqat.sparsity.masks import count_violations
 from sqat.sparsity.pattern import parse_pattern

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import sqat
 from scripts.benchmarks.beside_modelopt.chain import Made, Phases
 from scripts.benchmarks.beside_modelopt.sets import Trial
-from sqat.compress.distil import distilled_loss
+from sqat.compress.training_losses import distilled_loss
 from sqat.modules.parametrize import get_layer
 from sqat.quantization.calibrators.maximum import Maximum
 from sqat.quantization.calibrators.percentile import Percentile

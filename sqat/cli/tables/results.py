@@ -30,7 +30,7 @@ def print_results(results: Results, *, as_json: bool = False) -> None:
         console.print(f"no results yet in {relative_path(results.directory)}", soft_wrap=True)
         return
     metrics = list(dict.fromkeys(metric for row in results.rows for metric in row.metrics))
-    table, num_metrics, has_path = widest_table(results, metrics, console)
+    table, num_metrics, has_path = fit_table(results, metrics, console)
     console.print(table)
     console.print()
     if not has_path:
@@ -42,8 +42,8 @@ def print_results(results: Results, *, as_json: bool = False) -> None:
     console.print(source, soft_wrap=True)
 
 
-def widest_table(results: Results, metrics: list[str], console: Console) -> tuple[Table, int, bool]:
-    """Return the fullest table that fits the console: without the paths and the last metrics if it must be."""
+def fit_table(results: Results, metrics: list[str], console: Console) -> tuple[Table, int, bool]:
+    """Build the table with as many columns as fit: drop the paths first, then the last metrics."""
     for num_metrics, has_path in [(len(metrics), True), *((count, False) for count in range(len(metrics), 0, -1))]:
         table = results_table(results, metrics[:num_metrics], has_path)
         if Measurement.get(console, console.options, table).minimum <= console.width >= natural_width(table):

@@ -182,13 +182,13 @@ def copy_shared_weights_(editor: GraphEditor) -> None:
     for weight in editor.view.quantized_weights:
         chain = [weight.name, *(step.output[0] for step in weight.steps)]
         is_shared = any(len(editor.view.consumers[name]) > 1 for name in chain)
-        if weight.name in seen or (is_shared and not only_layers_read(editor.view, weight.name)):
+        if weight.name in seen or (is_shared and not is_read_only_by_layers(editor.view, weight.name)):
             store_weight_(editor, weight, weight.steps, numpy_helper.to_array(weight.stored))
             editor.record("B15", label(weight.node), f"got a copy of {weight.name}, which something else reads too")
         seen.add(weight.name)
 
 
-def only_layers_read(view: GraphView, name: str) -> bool:
-    """Whether a constant becomes nothing but weights of layers."""
+def is_read_only_by_layers(view: GraphView, name: str) -> bool:
+    """Whether every reader of a constant is a layer, or a step on the way to one."""
     layers = {id(node) for weight in view.weights for node in (*weight.steps, weight.node)}
     return all(id(reader) in layers for reader in view.consumers[name])

@@ -43,7 +43,7 @@ class Criterion(ABC):
 
     @property
     def score_name(self) -> str:
-        """Whose scores `score` returns."""
+        """Name of the criterion whose scores `score` returns."""
         return self.name
 
     @abstractmethod

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sqat.compress.masks import MaskSchedule, add_decay, weight_owners
+from sqat.compress.mask_schedule import MaskSchedule, weight_owners, with_mask_decay
 from sqat.compress.statistics import collect_statistics, first_batches
 from sqat.data.batch import Batch
 from sqat.modules.parametrize import get_layer, original_weight
@@ -103,11 +103,11 @@ def test_sr_ste_decays_a_shared_weight_once() -> None:
     net = Net()
     masks = make_masks(net, schedule={"name": "sr-ste", "decay": 0.5})
     masks.before_step(0)
-    part = add_decay(loss, masks)(net, collate([0]))["decay"]
+    part = with_mask_decay(loss, masks)(net, collate([0]))["decay"]
     part.backward()
     for name in ("kernel", "first"):
         weight = original_weight(get_layer(net, name))
         mask = nm_mask(weight.detach().abs(), PATTERN)
         torch.testing.assert_close(weight.grad, 0.5 * weight.detach() * ~mask)
-    assert add_decay(loss, make_masks(Net(), schedule="per-group")) is loss
-    assert add_decay(loss, make_masks(Net(), schedule={"name": "sr-ste", "decay": 0})) is loss
+    assert with_mask_decay(loss, make_masks(Net(), schedule="per-group")) is loss
+    assert with_mask_decay(loss, make_masks(Net(), schedule={"name": "sr-ste", "decay": 0})) is loss

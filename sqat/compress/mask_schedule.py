@@ -109,8 +109,8 @@ def weight_owners(model: nn.Module, layers: Mapping[str, object]) -> dict[str, s
     return {name: first.setdefault(id(original_weight(get_layer(model, name))), name) for name in layers}
 
 
-def add_decay(loss: Loss, masks: MaskSchedule) -> Loss:
-    """Add the schedule's decay of pruned weights to a loss, where it has one."""
+def with_mask_decay(loss: Loss, masks: MaskSchedule) -> Loss:
+    """Wrap a loss so that it also returns the schedule's decay of pruned weights, where there is one."""
     schedule = masks.schedule
     if not schedule.decay:
         return loss
@@ -119,11 +119,11 @@ def add_decay(loss: Loss, masks: MaskSchedule) -> Loss:
         raise SqatError(problem, "set decay: 0, or start without --use_fsdp", code="recipe-conflict")
     owners = dict.fromkeys(weight_owners(masks.model, masks.patterns).values())
 
-    def with_decay(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    def decayed(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         parts = [
             schedule.decay_loss(original_weight(get_layer(masks.model, name)), mask_of(masks.transforms[name]))
             for name in owners
         ]
         return {**loss(model, batch), "decay": torch.stack(parts).sum()}
 
-    return with_decay
+    return decayed
