@@ -51,7 +51,7 @@ def run(name: str, source: str, shape: tuple[int, int]) -> None:
     """Run a candidate by its name and print its peak memory."""
     from scripts.benchmarks import training_steps as steps
     from sqat.api.quantize import calibrate
-    from sqat.compress.distil import task_loss
+    from sqat.compress.training_losses import task_loss
 
     torch.set_num_threads(1)
     before = resident("VmRSS")

@@ -1,8 +1,8 @@
 """Training batches from a stream of rows that need not fit into memory.
 
 The pieces of the shards have a random order in every epoch. Each window of that sequence, ``buffer`` rows, is checked,
-shuffled and cut into batches of similar length. Each depends only on seed, epoch and window
-number, so a resumed run opens the piece that it needs.
+shuffled and cut into batches of similar length. Each depends on seed, epoch and window
+number, so a resumed run opens the right piece.
 """
 
 from __future__ import annotations
