@@ -312,6 +312,8 @@ def test_every_link_leads_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     for target in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", text):
         assert "://" in target or (page.parent / target).exists(), target
+    for path in re.findall(r"`((?:sqat|scripts|tests|recipes)/[\w./-]+)`", text):
+        assert "NAME" in path or (ROOT / path).exists(), path
 
 
 def test_the_readme_is_short() -> None:

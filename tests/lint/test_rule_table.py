@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from scripts.docs import lint_rules
 from sqat.lint.rules.table import RULES, TARGETS
-from tests.script_loader import load_script
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.id}: {rule.requirement}")
@@ -24,6 +24,5 @@ def test_repairs_have_an_order() -> None:
 
 
 def test_the_readme_shows_the_table() -> None:
-    script = load_script("docs/lint_rules")
-    text = script.README.read_text(encoding="utf-8")
-    assert text == script.page(text), "run python -m scripts.docs.lint_rules"
+    text = lint_rules.README.read_text(encoding="utf-8")
+    assert text == lint_rules.page(text), "run python -m scripts.docs.lint_rules"

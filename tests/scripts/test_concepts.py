@@ -11,7 +11,6 @@ import torch
 
 from sqat.recipe.stages import PruneConfig
 from sqat.sparsity.schedules.per_group import PerGroup
-from tests.script_loader import load_script
 
 pytest.importorskip("matplotlib")
 ROOT = Path(__file__).parents[2]
@@ -19,7 +18,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def concepts() -> Any:
-    return load_script("docs/concepts")
+    from scripts.docs import concepts
+
+    return concepts
 
 
 def test_the_pattern_is_two_of_four_and_the_larger_ones(concepts: Any) -> None:

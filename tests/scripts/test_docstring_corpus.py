@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import random
-import subprocess
-import sys
 import sysconfig
 from itertools import product
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from scripts.data import docstrings as corpus
 from sqat.recipe.inputs import Columns, SplitConfig
 from sqat.recipe.tasks import RelevanceTask
 from sqat.tasks.splits import load_rows
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "data" / "docstrings.py"
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docstring_corpus", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-corpus = load_script()
 
 NUMPY_STYLE = """Return the middle of a sorted list of
     numbers. It is found by bisection (i.e. halving) and
@@ -245,9 +228,3 @@ def test_the_standard_library_of_this_python_is_rich_enough() -> None:
         assert record.query.lower() not in record.passage.lower()
         assert ">>>" not in record.passage
         assert "See Also" not in record.passage
-
-
-def test_the_command_names_its_knobs() -> None:
-    done = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True)
-    for knob in ("output", "--queries", "--seed", "--hard", "--random", "--characters"):
-        assert knob in done.stdout

@@ -25,7 +25,6 @@ from sqat.errors import GateError, SqatError
 from sqat.models.loading import load_pretrained
 from sqat.recipe.inputs import ModelConfig
 from sqat.recipe.loader import load_recipe
-from tests.script_loader import load_script
 
 COUNT = int(os.environ.get("SQAT_FUZZ", "100"))
 fuzzed = settings(max_examples=COUNT, database=None, suppress_health_check=list(HealthCheck))
@@ -184,7 +183,7 @@ def test_the_fuzzer_finds_nothing(tmp_path: Path) -> None:
 
 
 def test_the_fuzzer_tells_what_is_no_line(tmp_path: Path) -> None:
-    fuzzing = load_script("faults/fuzz")
+    from scripts.faults import fuzz as fuzzing
 
     def fail(error: Exception) -> Callable[[Path], object]:
         def read(_: Path) -> object:

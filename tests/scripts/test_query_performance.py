@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import ndcg_score
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "data" / "query_performance.py"
-script: dict[str, Any] = runpy.run_path(str(SCRIPT), run_name="query_performance")
+from scripts.data import query_performance as script
 
 ANIMALS = ["cat", "dog", "owl", "fox", "bee", "elk", "yak", "ant", "emu", "cod", "eel", "hen"]
 
@@ -60,19 +58,19 @@ def test_the_label_is_ndcg_over_the_whole_corpus(grades: list[int], seed: int) -
     scores = np.random.default_rng(seed).permutation(len(grades)).astype(float)
     found = [grades[i] for i in np.argsort(-scores)[:10]]
     wanted = ndcg_score([2.0 ** np.array(grades) - 1], [scores], k=10) if any(grades) else 0.0
-    assert script["ndcg"](found, grades) == pytest.approx(wanted)
+    assert script.ndcg(found, grades) == pytest.approx(wanted)
 
 
 def test_a_passage_that_is_not_found_counts_as_missed() -> None:
-    assert script["ndcg"]([0, 1], [1, 1]) == pytest.approx((1 / math.log2(3)) / (1 + 1 / math.log2(3)))
-    assert script["ndcg"]([], [1]) == 0.0
-    assert script["ndcg"]([0, 0], [0, 0]) == 0.0
+    assert script.ndcg([0, 1], [1, 1]) == pytest.approx((1 / math.log2(3)) / (1 + 1 / math.log2(3)))
+    assert script.ndcg([], [1]) == 0.0
+    assert script.ndcg([0, 0], [0, 0]) == 0.0
 
 
 def test_bm25_finds_what_shares_rare_words_and_nothing_else() -> None:
     pytest.importorskip("bm25s")
     corpus = [f"the {animal} sleeps" for animal in ANIMALS] + ["owl owl"]
-    owl, none, all_of_them = script["search"](corpus, ["an owl", "the of", "sleeps"])
+    owl, none, all_of_them = script.search(corpus, ["an owl", "the of", "sleeps"])
     assert {index for index, _ in owl} == {2, 12}
     assert none == []
     assert [index for index, _ in all_of_them] == list(range(10))  # equal scores: the corpus' order; ten at most
@@ -83,7 +81,7 @@ def test_bm25_is_the_formula() -> None:
     """Robertson's BM25 with Lucene's idf, k1 1.5 and b 0.75, by hand."""
     pytest.importorskip("bm25s")
     corpus = ["red red blue", "blue green", "green yellow pink white"]
-    (found,) = script["search"](corpus, ["red blue"])
+    (found,) = script.search(corpus, ["red blue"])
 
     def term(count: int, documents: int, length: int) -> float:
         idf = math.log(1 + (3 - documents + 0.5) / (documents + 0.5))
@@ -95,8 +93,8 @@ def test_bm25_is_the_formula() -> None:
 
 def test_rows_hold_what_was_found_and_how_good_it_is(source: Path, tmp_path: Path) -> None:
     pytest.importorskip("bm25s")
-    settings = script["Settings"](shown=2, words=4)
-    told = script["build"](source, tmp_path / "out", settings)
+    settings = script.Settings(shown=2, words=4)
+    told = script.build(source, tmp_path / "out", settings)
     train, dev, test = (read(tmp_path / "out" / f"{split}.jsonl.gz") for split in SPLITS)
     assert [row["qid"] for row in train + dev + test] == ["Q0", "Q1", "Q2", "Q3", "Q4", "Q5"]
     cat = train[0]
@@ -114,7 +112,7 @@ def test_rows_hold_what_was_found_and_how_good_it_is(source: Path, tmp_path: Pat
 
 def test_the_same_source_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
     pytest.importorskip("bm25s")
-    told = [script["build"](source, tmp_path / name, script["Settings"]()) for name in ("one", "two")]
+    told = [script.build(source, tmp_path / name, script.Settings()) for name in ("one", "two")]
     assert told[0] == told[1]
     assert all(
         (tmp_path / "one" / f"{split}.jsonl.gz").read_bytes() == (tmp_path / "two" / f"{split}.jsonl.gz").read_bytes()
@@ -126,7 +124,7 @@ def test_chance_is_the_mean_over_random_orders() -> None:
     labels = np.array([0.0, 0.0, 0.5, 1.0, 0.0])
     random = np.random.default_rng(0)
     drawn = [ndcg_score([labels], [random.random(5)]) for _ in range(4000)]
-    assert script["chance"](labels) == pytest.approx(np.mean(drawn), abs=0.01)
+    assert script.chance(labels) == pytest.approx(np.mean(drawn), abs=0.01)
 
 
 GOOD = json.dumps(query(0, "where sleeps a cat", 0, 1))
@@ -159,7 +157,7 @@ def test_a_bad_source_is_one_line_with_its_place(
     arguments = ["--source", str(source), "--output", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["query_performance.py", *arguments])
     with pytest.raises(SystemExit) as caught:
-        script["main"]()
+        script.main()
     assert str(caught.value.code).startswith(f"query_performance: {source / wanted}")
     assert "\n" not in str(caught.value.code)
 
@@ -167,4 +165,4 @@ def test_a_bad_source_is_one_line_with_its_place(
 def test_a_missing_split_is_told(source: Path, tmp_path: Path) -> None:
     (source / "test.jsonl.gz").unlink()
     with pytest.raises(ValueError, match=r"has no test\.jsonl\.gz or test\.jsonl"):
-        script["build"](source, tmp_path / "out", script["Settings"]())
+        script.build(source, tmp_path / "out", script.Settings())

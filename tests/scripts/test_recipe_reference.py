@@ -6,17 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
+from scripts.docs import recipe_reference as reference
 from sqat.recipe.json_schema import SCHEMA_FILE, recipe_schema, schema_text
-from tests.script_loader import load_script
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def reference() -> Any:
-    return load_script("docs/recipe_reference")
 
 
 def keys_of(schema: Any) -> Iterator[str]:
@@ -32,7 +25,7 @@ def keys_of(schema: Any) -> Iterator[str]:
             yield from keys_of(each)
 
 
-def test_the_page_is_in_step_with_the_schema(reference: Any) -> None:
+def test_the_page_is_in_step_with_the_schema() -> None:
     assert (ROOT / "recipes/REFERENCE.md").read_text(encoding="utf-8") == reference.page(), (
         "run python scripts/docs/recipe_reference.py"
     )
@@ -44,14 +37,14 @@ def test_recipes_name_the_schema_for_editors() -> None:
         assert path.read_text().startswith(f"# yaml-language-server: $schema={SCHEMA_FILE}\n"), path.name
 
 
-def test_every_key_is_there(reference: Any) -> None:
+def test_every_key_is_there() -> None:
     page = reference.page()
     keys = set(keys_of(recipe_schema())) - {"type"}  # which is told in words
     assert {"candidates", "criterion", "damping", "tensorrt", "max_drop"} <= keys
     assert [key for key in sorted(keys) if f"`{key}`" not in page] == []
 
 
-def test_defaults_read_as_in_a_recipe(reference: Any) -> None:
+def test_defaults_read_as_in_a_recipe() -> None:
     shown = {None: "", 0.0001: "`0.0001`", "adamw": "`adamw`", False: "`false`"}
     assert {default: reference.show_default(default) for default in shown} == shown
     assert (

@@ -30,7 +30,7 @@ from tests.traces import traced
 
 SIZES = ((1, 2), (2, 8), (3, 17), (5, 33), (8, 40))  # batch and sequence
 SINGLE, HALF = 2.0**-20, 2.0**-11
-SHAKES = 64
+NUM_PERTURBATIONS = 64
 BIAS = 2.0**-15  # of a convolution in ONNX Runtime, which rounds the bias to int32 in steps of input times weight scale
 
 
@@ -131,9 +131,9 @@ def check_numbers(
 ) -> None:
     """Compare a runtime with the fake-quantized torch model at all sizes, padded on either side.
 
-    A row may differ by more than float rounding only as far as that rounding, shaken, moves values over a
-    quantization step (one of `SHAKES` tries must show it: a value lies on a tie for some of them only); in a tiny
-    family and single precision most rows may not differ at all.
+    A row may differ by more than float rounding only as far as that rounding, perturbed, moves values over a
+    quantization step (one of `NUM_PERTURBATIONS` tries must show it: a value lies on a tie for some of them only).
+    In a tiny family and single precision most rows may not differ at all.
     """
     found: list[float] = []
     for (number, (batch, sequence)), side in itertools.product(enumerate(sizes), sides(family, rounding)):
@@ -142,15 +142,15 @@ def check_numbers(
         difference = np.abs(run(arrays(inputs)) - expected).max(1)
         tight = 10 * rounding * np.abs(expected).max()
         if difference.max() > tight:
-            shaken = (shake(family, quantization, inputs, 2 * rounding, seed) for seed in range(SHAKES))
-            moved = (float(np.abs(other - expected).max()) for other in shaken)
+            perturbed = (perturb(family, quantization, inputs, 2 * rounding, seed) for seed in range(NUM_PERTURBATIONS))
+            moved = (float(np.abs(other - expected).max()) for other in perturbed)
             assert any(difference.max() <= tight + 2 * explained for explained in moved), (batch, sequence, side)
         found += list(difference / tight)
     is_tiny = sum(weight.numel() for weight, _ in family.weights.values()) < 1 << 16
     assert np.median(found) <= 1 or rounding == HALF or not is_tiny
 
 
-def shake(
+def perturb(
     family: Family, quantization: QuantizedModel, inputs: dict[str, Tensor], noise: float, seed: int
 ) -> np.ndarray:
     """The reference with noise of a seed of its own, whatever ran before in this process."""

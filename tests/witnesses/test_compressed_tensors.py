@@ -24,7 +24,7 @@ from sqat.evaluation.evaluate import served_model
 from sqat.export.quantized_model import quantize_model
 from sqat.export.targets.compressed_tensors import check_compressed, write_compressed
 from sqat.models.loading import serialize_model
-from tests.witnesses.flavours import SHAKES, build, shake
+from tests.witnesses.flavours import NUM_PERTURBATIONS, build, perturb
 
 compressed_tensors = pytest.importorskip("compressed_tensors")
 
@@ -119,7 +119,7 @@ def test_the_real_model(tmp_path: Path) -> None:
     batch = family.inputs(4, 24, seed=3)
     expected = family.reference(family.quantization(), batch)
     noise = max(
-        float(np.abs(shake(family, family.quantization(), batch, 2.0**-23, seed) - expected.numpy()).max())
-        for seed in range(SHAKES)
+        float(np.abs(perturb(family, family.quantization(), batch, 2.0**-23, seed) - expected.numpy()).max())
+        for seed in range(NUM_PERTURBATIONS)
     )
     assert (logits(model, batch) - expected).abs().max() <= 1e-6 + 2 * noise
