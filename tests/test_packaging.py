@@ -73,7 +73,7 @@ def test_the_metadata_say_what_pyproject_does(wheel: Path) -> None:
         entries = archive.read(name.replace("METADATA", "entry_points.txt")).decode()
     assert (found["Name"], found["License-Expression"]) == ("sqat", "Apache-2.0")
     assert found["Description-Content-Type"] == "text/markdown"
-    assert "Two commands" in found.get_payload()
+    assert "scripts/quickstart" in found.get_payload()
     assert re.fullmatch(r"\d+\.\d+\.\d+", found["Version"])
     assert set(found.get_all("Provides-Extra")) == set(project["optional-dependencies"])
     required = found.get_all("Requires-Dist")

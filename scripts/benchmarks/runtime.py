@@ -86,16 +86,16 @@ def openvino_engine(path: Path, threads: int) -> Run:
 
 
 def engines(files: Files, threads: int) -> dict[str, Run]:
-    made: dict[str, Run] = {}
+    runs_by_engine: dict[str, Run] = {}
     for kind, path in {"fp32": files.float32, "int8": files.int8, "dynamic": files.dynamic}.items():
         if path is None:
             continue
-        made[f"onnxruntime-{kind}"] = onnxruntime_engine(path, threads)
+        runs_by_engine[f"onnxruntime-{kind}"] = onnxruntime_engine(path, threads)
         if kind != "dynamic" and find_spec("openvino"):
-            made[f"openvino-{kind}"] = openvino_engine(path, threads)
-    made["sqat-dense"] = sqat_engine(files.sparse, threads, sparse=False)
-    made["sqat-sparse"] = sqat_engine(files.sparse, threads, sparse=True)
-    return made
+            runs_by_engine[f"openvino-{kind}"] = openvino_engine(path, threads)
+    runs_by_engine["sqat-dense"] = sqat_engine(files.sparse, threads, sparse=False)
+    runs_by_engine["sqat-sparse"] = sqat_engine(files.sparse, threads, sparse=True)
+    return runs_by_engine
 
 
 def random_feeds(batch: int, sequence: int, vocabulary: int) -> dict[str, Any]:
@@ -122,19 +122,19 @@ def turns(names: list[str], number: int) -> list[str]:
 
 
 def measure(files: Files, threads: int, shapes: list[tuple[int, int]], rounds: int, seconds: float) -> list[Row]:
-    made = engines(files, threads)
+    runs_by_engine = engines(files, threads)
     size = size_of(files.sparse)
     rows = []
     for batch, sequence in shapes:
         feeds = random_feeds(batch, sequence, size.vocabulary)
-        times: dict[str, list[float]] = {name: [] for name in made}
+        times: dict[str, list[float]] = {name: [] for name in runs_by_engine}
         for number in range(rounds):
-            for name in turns(list(made), number):
-                times[name] += time_turn(made[name], feeds, seconds)
+            for name in turns(list(runs_by_engine), number):
+                times[name] += time_turn(runs_by_engine[name], feeds, seconds)
         for name, each in times.items():
             median, p95 = (round(float(np.percentile(each, q)), 3) for q in (50, 95))
             rows.append(Row(threads, batch, sequence, size.width, name, median, p95))
-        print(line(rows[-len(made) :]), flush=True)
+        print(line(rows[-len(runs_by_engine) :]), flush=True)
     return rows
 
 
@@ -275,9 +275,9 @@ def size_of(path: Path) -> Size:
 def quantize_dynamically(path: Path, folder: Path) -> Path:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    made = folder / "dynamic.onnx"
-    quantize_dynamic(path, made, weight_type=QuantType.QInt8)
-    return made
+    runs_by_engine = folder / "dynamic.onnx"
+    quantize_dynamic(path, runs_by_engine, weight_type=QuantType.QInt8)
+    return runs_by_engine
 
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
@@ -350,8 +350,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise SqatError(problem, "leave the longer ones out", str(arguments.sparse), code="usage")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        wanted = arguments.dynamic and arguments.float32
-        dynamic = quantize_dynamically(arguments.float32, Path(folder)) if wanted else None
+        quantize = arguments.dynamic and arguments.float32
+        dynamic = quantize_dynamically(arguments.float32, Path(folder)) if quantize else None
         files = Files(arguments.float32, arguments.int8, dynamic, arguments.sparse)
         for threads in arguments.threads:
             with multiprocessing.get_context("spawn").Pool(1) as pool:

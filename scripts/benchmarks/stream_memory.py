@@ -59,9 +59,9 @@ def measure(rows: int, windows: int) -> dict[str, float]:
         generate(rows, Path(folder))
         size = sum(path.stat().st_size for path in Path(folder).glob("*.parquet")) / 1e6
         command = [sys.executable, __file__, "--inside", folder, "--windows", str(windows)]
-        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         whole = run(Path(folder))
-    figures = {"rows": rows, "disk_mb": round(size, 1), **json.loads(told.splitlines()[-1]), **whole}
+    figures = {"rows": rows, "disk_mb": round(size, 1), **json.loads(output.splitlines()[-1]), **whole}
     print(figures, flush=True)
     return figures
 

@@ -127,8 +127,8 @@ def read_report(path: Path) -> Report:
         SqatError: it is something else or cannot be read.
     """
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        return Report(**{**known, "rows": [Row(**row) for row in known["rows"]]})
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Report(**{**content, "rows": [Row(**row) for row in content["rows"]]})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise SqatError(
             "holds no rows of this benchmark", "name what --json wrote", str(path), code="unreadable-file"

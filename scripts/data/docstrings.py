@@ -254,7 +254,7 @@ def build(standard_library: Path, installed: Path, output: Path, settings: Setti
         "train": collect(installed, "", NOT_TRAIN, seen, settings),
     }
     output.mkdir(parents=True, exist_ok=True)
-    told: list[str] = []
+    summary: list[str] = []
     for split, records in reversed(splits.items()):
         if len(records) < 2:
             raise ValueError(f"{split} has {len(records)} usable docstrings, needs at least 2")
@@ -262,11 +262,11 @@ def build(standard_library: Path, installed: Path, output: Path, settings: Setti
         content = to_lines(records, candidates, split, settings.seed)
         write(content, output / f"{split}.jsonl.gz")
         pairs, packages = sum(map(len, candidates)), len({record.name.split(".")[0] for record in records})
-        told.append(
+        summary.append(
             f"{split:5} {len(records)} queries, {pairs} pairs, {packages} packages, "
             f"TF-IDF ndcg@10 {baseline:.3f}, sha256 {hashlib.sha256(content).hexdigest()}"
         )
-    return told
+    return summary
 
 
 def main() -> None:
@@ -278,10 +278,10 @@ def main() -> None:
     output = knobs.pop("output")
     folders = sysconfig.get_paths()
     try:
-        told = build(Path(folders["stdlib"]), Path(folders["purelib"]), output, Settings(**knobs))
+        summary = build(Path(folders["stdlib"]), Path(folders["purelib"]), output, Settings(**knobs))
     except (OSError, ValueError) as error:
         sys.exit(f"docstring_corpus: {error}")
-    print("\n".join(told))
+    print("\n".join(summary))
 
 
 HELP = {

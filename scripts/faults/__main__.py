@@ -71,17 +71,17 @@ def try_all(folder: Path, options: argparse.Namespace) -> Iterator[Tally]:
     whole = project.run()
     if whole.code:
         sys.exit(f"the undisturbed run fails: {whole.error}")
-    wanted = project.result()
+    expected = project.result()
     project.clear()
     whole = project.run()
-    if project.result() != wanted:
+    if project.result() != expected:
         sys.exit("two undisturbed runs differ, so that nothing can be compared")
     print(f"an undisturbed run takes {whole.seconds:.1f} s", flush=True)
     for name in options.kinds.split(","):
         trial, full, few = KINDS[name]
         begun = time.monotonic()
         count = options.count or (few if options.short else full)
-        tally = trial(project, count, random.Random(f"{options.seed} {name}"), whole, wanted)
+        tally = trial(project, count, random.Random(f"{options.seed} {name}"), whole, expected)
         ends = ", ".join(f"{count} {end}" for end, count in tally.ends.items()) or f"skipped: {tally.skipped}"
         print(f"{tally.kind}: {ends}; {len(tally.violations)} violations, {time.monotonic() - begun:.0f} s", flush=True)
         for violation in tally.violations:

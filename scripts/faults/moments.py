@@ -15,20 +15,20 @@ KILLED = {-9: "killed", 0: BEFORE}
 STOPPED = {INTERRUPTED: "stopped and saved", 0: BEFORE}
 
 
-def kill(project: Project, count: int, draw: random.Random, whole: Ended, wanted: str) -> Tally:
+def kill(project: Project, count: int, draw: random.Random, whole: Ended, expected: str) -> Tally:
     """kill -9, again and again until the run gets through; then afresh."""
     tally = Tally("kill -9", "SIGKILL at a uniformly random moment, then the same command")
-    return interrupt(project, count, draw, whole, wanted, tally, [signal.SIGKILL], KILLED)
+    return interrupt(project, count, draw, whole, expected, tally, [signal.SIGKILL], KILLED)
 
 
-def stop(project: Project, count: int, draw: random.Random, whole: Ended, wanted: str) -> Tally:
+def stop(project: Project, count: int, draw: random.Random, whole: Ended, expected: str) -> Tally:
     """SIGINT and SIGTERM in turns."""
     tally = Tally("SIGINT and SIGTERM", "one signal at a uniformly random moment, then the same command")
-    return interrupt(project, count, draw, whole, wanted, tally, [signal.SIGINT, signal.SIGTERM], STOPPED)
+    return interrupt(project, count, draw, whole, expected, tally, [signal.SIGINT, signal.SIGTERM], STOPPED)
 
 
 def interrupt(
-    project: Project, count: int, draw: random.Random, whole: Ended, wanted: str,
+    project: Project, count: int, draw: random.Random, whole: Ended, expected: str,
     tally: Tally, numbers: list[signal.Signals], allowed: dict[int, str],
 ) -> Tally:  # fmt: skip
     """Disturb runs of one folder until ``count`` faults came through; a run that gets to its end is compared."""
@@ -43,13 +43,13 @@ def interrupt(
             tally.note(ended, stage, allowed)
             tally.check_folder(project)
         if ended.code == 0:
-            tally.check_result(project, ended, wanted)
+            tally.check_result(project, ended, expected)
             project.clear()
-    tally.check_result(project, project.run(), wanted)
+    tally.check_result(project, project.run(), expected)
     return tally
 
 
-def double(project: Project, count: int, draw: random.Random, whole: Ended, wanted: str) -> Tally:
+def double(project: Project, count: int, draw: random.Random, whole: Ended, expected: str) -> Tally:
     """A second run in the folder of a first: it is told, and the first does not notice."""
     tally = Tally("two runs in one folder", "a second run at a random moment of the first, or at once")
     for number in range(count):
@@ -61,15 +61,15 @@ def double(project: Project, count: int, draw: random.Random, whole: Ended, want
         else:
             stage, both = "at once", [project.start(), first]
         ends = [each.end() for each in both]
-        told = next((end for end in ends if end.code), ends[0])
-        tally.note(told, stage, {2: "told who holds the folder"})
-        if "another run holds this folder: pid" not in told.error and "began this very moment" not in told.error:
-            tally.violations.append(f"not told: {told.error[-300:]}")
-        tally.check_result(project, min(ends, key=lambda end: end.code), wanted)
+        refused = next((end for end in ends if end.code), ends[0])
+        tally.note(refused, stage, {2: "told who holds the folder"})
+        if "another run holds this folder: pid" not in refused.error and "began this very moment" not in refused.error:
+            tally.violations.append(f"not refused in one line: {refused.error[-300:]}")
+        tally.check_result(project, min(ends, key=lambda end: end.code), expected)
     return tally
 
 
-def jump(project: Project, count: int, draw: random.Random, whole: Ended, wanted: str) -> Tally:
+def jump(project: Project, count: int, draw: random.Random, whole: Ended, expected: str) -> Tally:
     """The wall clock jumps by years at every look, and all files are from 1970 or 2100."""
     tally = Tally("clock jumps", "time.time() patched in the process to jump up to 30 years; os.utime of all files")
     for _ in range(count):
@@ -86,7 +86,7 @@ def jump(project: Project, count: int, draw: random.Random, whole: Ended, wanted
             when = draw.choice((0, 4_102_444_800))
             os.utime(path, (when, when))
         again = project.run(before=partial(jumping, draw.getrandbits(32)))
-        tally.check_result(project, again, wanted)
+        tally.check_result(project, again, expected)
     return tally
 
 

@@ -38,7 +38,7 @@ def small_disk(folder: Path) -> Iterator[bool]:
             subprocess.run(["umount", str(folder)], check=True)
 
 
-def fill(project: Project, count: int, draw: random.Random, whole: Ended, wanted: str) -> Tally:
+def fill(project: Project, count: int, draw: random.Random, whole: Ended, expected: str) -> Tally:
     """The disk is full at a random byte; then there is room again."""
     project.clear()
     with small_disk(project.runs) as mounted:
@@ -59,7 +59,7 @@ def fill(project: Project, count: int, draw: random.Random, whole: Ended, wanted
             tally.check_folder(project)
             if mounted:
                 mount("-o", f"remount,size={AMPLE}", str(project.runs))
-            tally.check_result(project, project.run(), wanted)
+            tally.check_result(project, project.run(), expected)
         project.clear()
     return tally
 
@@ -70,7 +70,7 @@ def limit_files(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def lock_out(project: Project, count: int, draw: random.Random, whole: Ended, wanted: str) -> Tally:
+def lock_out(project: Project, count: int, draw: random.Random, whole: Ended, expected: str) -> Tally:
     """The folder is read-only after a random stage; then it can be written again."""
     project.clear()
     with small_disk(project.runs) as mounted:
@@ -89,20 +89,20 @@ def lock_out(project: Project, count: int, draw: random.Random, whole: Ended, wa
             make_writable(project, mounted, True)
             tally.note(ended, stage, {2: "told in one line"})
             tally.check_folder(project)
-            tally.check_result(project, project.run(), wanted)
+            tally.check_result(project, project.run(), expected)
         project.clear()
     return tally
 
 
-def make_writable(project: Project, mounted: bool, wanted: bool) -> None:
+def make_writable(project: Project, mounted: bool, writable: bool) -> None:
     """Let the run folder be written, or not."""
     if mounted:
-        mount("-o", f"remount,{'rw' if wanted else 'ro'}", str(project.runs))
+        mount("-o", f"remount,{'rw' if writable else 'ro'}", str(project.runs))
     else:
-        project.run_folder.chmod(0o755 if wanted else 0o555)
+        project.run_folder.chmod(0o755 if writable else 0o555)
 
 
-def damage(project: Project, count: int, draw: random.Random, whole: Ended, wanted: str) -> Tally:
+def damage(project: Project, count: int, draw: random.Random, whole: Ended, expected: str) -> Tally:
     """A bit is flipped, or the end cut off, in a random file of a finished or of a stopped run."""
     tally = Tally("damaged files", "one bit flipped, or the file cut, in a finished run or in one stopped midway")
     templates = [project.folder / "finished", project.folder / "midway"]
@@ -133,7 +133,7 @@ def damage(project: Project, count: int, draw: random.Random, whole: Ended, want
         name = str(file.relative_to(project.run_folder))
         tally.note(ended, name.split("/")[0], {0: "made again", 2: "told in one line"})
         if ended.code == 0:
-            tally.check_result(project, ended, wanted)
+            tally.check_result(project, ended, expected)
         elif file.name not in ended.error:
             tally.violations.append(f"{name} is not named: {ended.error[-300:]}")
         if ended.code == 0 and project.damaged():

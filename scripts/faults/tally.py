@@ -51,12 +51,12 @@ class Tally:
         """Nothing half-written stands under a final name."""
         self.violations += project.unsound()
 
-    def check_result(self, project: Project, ended: Ended, wanted: str) -> None:
+    def check_result(self, project: Project, ended: Ended, expected: str) -> None:
         """The run that was not disturbed ended well, with the same bits and nothing left over."""
         if ended.code:
             self.violations.append(f"resuming: exit code {ended.code}: {ended.error[-300:]}")
             return
-        if project.result() != wanted:
+        if project.result() != expected:
             self.violations.append("the result differs from that of the undisturbed run")
         if found := project.left_over():
             self.violations.append(f"left over: {', '.join(found)}")

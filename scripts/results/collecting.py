@@ -59,13 +59,13 @@ def runs_of(recipe: Path, output: str | None) -> list[Run]:
 def collect_seed(loaded: LoadedRecipe) -> tuple[Seed, dict[str, str]]:
     """What a run holds, and label -> why a row is not in it."""
     graph, folder = resolve_graph(loaded), loaded.run_directory
-    measured, rows, lacking, digests = read_json_object(folder / RESULTS_FILE), {}, {}, set()
+    measured, rows, skipped, digests = read_json_object(folder / RESULTS_FILE), {}, {}, set()
     for label, (node, artifact) in result_artifacts(graph).items():
         manifest, entry = node.manifest, measured.get(label)
         if reason := why_unsound(graph, node):
-            lacking[label] = reason
+            skipped[label] = reason
         elif manifest is None or entry is None or not str(entry.get("key")).startswith(f"{manifest.sha256}/"):
-            lacking[label] = UNMEASURED
+            skipped[label] = UNMEASURED
         else:
             digests.add(entry["data"])
             made_by = loaded.recipe.results.get(label, node.name)
@@ -90,15 +90,15 @@ def collect_seed(loaded: LoadedRecipe) -> tuple[Seed, dict[str, str]]:
         threads=record.threads if record else 0,
         rows=rows,
         stages=stages,
-    ), lacking
+    ), skipped
 
 
 def why_unsound(graph: StageGraph, node: StageNode) -> str:
     """Why a stage's checkpoint is not what the recipe would make now; "" where it is."""
     name, manifest = node.name, node.manifest
     if manifest is None:
-        there = node.directory.is_dir()
-        return f"the checkpoint of stage {name} cannot be read" if there else f"stage {name} has not run"
+        exists = node.directory.is_dir()
+        return f"the checkpoint of stage {name} cannot be read" if exists else f"stage {name} has not run"
     if manifest.input_digests != input_digests(node.parent_manifest, node.teacher_manifest):
         return f"stage {name} was made from checkpoints that are no longer there"
     # whatever the words of its recipe, such as another path to the same data
@@ -157,12 +157,12 @@ def collect(runs: list[Run]) -> Application:
     recipe, display = first.recipe, display_of(runs[0].recipe.stem)
     seeds, missing = dict[int, Seed](), list[str]()
     for run in runs:
-        seed, lacking = collect_seed(run.load())
+        seed, skipped = collect_seed(run.load())
         if seed.rows:
             seeds[run.seed] = seed
-            missing += [f"seed {run.seed}, {label}: {reason}" for label, reason in lacking.items()]
+            missing += [f"seed {run.seed}, {label}: {reason}" for label, reason in skipped.items()]
         else:
-            reasons = [reason for reason in lacking.values() if reason != UNMEASURED]
+            reasons = [reason for reason in skipped.values() if reason != UNMEASURED]
             missing.append(f"seed {run.seed}: no row ({[*reasons, UNMEASURED][0]})")
     if len({seed.data_digest for seed in seeds.values()}) > 1:
         raise SqatError(

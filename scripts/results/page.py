@@ -154,8 +154,8 @@ def show_pictures(pictures: Pictures) -> list[str]:
     """The grid, and its figures by the part of the data (``part: name``) they are of."""
     split = [(part, name, value) for key, value in pictures.figures.items() for part, _, name in [key.rpartition(": ")]]
     parts, names = list(dict.fromkeys(part for part, _, _ in split)), dict.fromkeys(name for _, name, _ in split)
-    known = {(part, name): f"{value:.3g}" for part, name, value in split}
-    rows = [[name, *(known.get((part, name), DASH) for part in parts)] for name in names]
+    formatted = {(part, name): f"{value:.3g}" for part, name, value in split}
+    rows = [[name, *(formatted.get((part, name), DASH) for part in parts)] for name in names]
     grid = f"![the same captions and noise, the first row of the table above, the last below]({pictures.file})"
     return [grid, table(["pictures", *parts], rows)]
 

@@ -115,15 +115,15 @@ def status_of(run: Run) -> str:
     folder = loaded.run_directory
     if not folder.is_dir():
         return "missing"
-    seed, lacking = collect_seed(loaded)
+    seed, skipped = collect_seed(loaded)
     stages = f"{len(seed.stages)} of {len(loaded.recipe.stages)} stages, {len(seed.rows)} rows"
     if is_running(folder):
         return f"running: {stages}"
-    if not lacking:
+    if not skipped:
         return f"done: {stages}, {sum(stage.seconds for stage in seed.stages.values()) / 60:.0f} min"
     record = read(RunRecord, folder / RECORD)
     ended = f"failed (see {folder / LOG})" if record and record.exit else "stopped"
-    return f"{ended}: {stages}; {next(iter(lacking.values()))}"
+    return f"{ended}: {stages}; {next(iter(skipped.values()))}"
 
 
 def commit() -> str:

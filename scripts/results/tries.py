@@ -60,12 +60,12 @@ def try_of(run: Path, recipe: Path, verdict: str, stage: str | None = None) -> T
         SqatError: no such stage, or it was not measured on dev.
     """
     manifests = {found.stage: found for found in map(load_manifest, stage_folders(run))}
-    measured = [name for name, manifest in manifests.items() if manifest.metrics.get("dev")]
-    name = stage or (measured[-1] if measured else "")
-    if name not in measured:
+    with_dev = [name for name, manifest in manifests.items() if manifest.metrics.get("dev")]
+    name = stage or (with_dev[-1] if with_dev else "")
+    if name not in with_dev:
         raise SqatError(
             f"no stage {name!r} with figures on dev",
-            f"stages: {', '.join(measured) or 'none'}",
+            f"stages: {', '.join(with_dev) or 'none'}",
             str(run),
             code="unknown-name",
         )

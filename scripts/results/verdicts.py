@@ -55,8 +55,8 @@ def verdicts(display: Display, application: Application) -> list[Verdict]:
 
 def judged_row(display: Display, application: Application) -> str:
     """The last of the rows that some seed has."""
-    there = [row for row in display.rows if any(row in seed.rows for seed in application.seeds.values())]
-    return there[-1] if there else display.rows[-1]
+    present = [row for row in display.rows if any(row in seed.rows for seed in application.seeds.values())]
+    return present[-1] if present else display.rows[-1]
 
 
 def gains(display: Display, application: Application) -> list[Verdict]:
@@ -73,11 +73,11 @@ def floor(display: Display, row: str, application: Application) -> Verdict:
     """The worst column that is a share against the dense fp32 model."""
     shares = [metric for metric in display.metrics if metric not in RATIOS]
     every = {metric: tuple(differences(application.seeds, row, DENSE, metric)) for metric in shares}
-    known = {metric: values for metric, values in every.items() if values}
-    worst = min(known, key=lambda metric: mean_and_spread(known[metric])[0], default="")
+    measured = {metric: values for metric, values in every.items() if values}
+    worst = min(measured, key=lambda metric: mean_and_spread(measured[metric])[0], default="")
     text = f"no share more than {100 * FLOOR:g} points below {DENSE}"
     text += f" (the worst: {title(worst)})" if worst else ""
-    return Verdict(row, DENSE, worst, known.get(worst, ()), -FLOOR, text)
+    return Verdict(row, DENSE, worst, measured.get(worst, ()), -FLOOR, text)
 
 
 def show_difference(verdict: Verdict) -> str:

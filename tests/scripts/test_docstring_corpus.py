@@ -96,7 +96,7 @@ def test_a_passage_is_cut_between_words() -> None:
         "Table of all the doors here.\n\n1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 9 | 10 | 11 | 12 | words | and | words",
     ],
 )
-def test_docstrings_that_say_too_little_are_left_out(text: str) -> None:
+def test_docstrings_that_say_too_little_are_skipped(text: str) -> None:
     assert corpus.split_docstring(text, 1000) is None
 
 
@@ -207,7 +207,7 @@ def test_the_toolkit_reads_it(machine: tuple[Path, Path], tmp_path: Path) -> Non
     assert len(rows) == 36 * 9
 
 
-def test_a_machine_without_numpy_is_told_so(machine: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_machine_without_numpy_is_reported_so(machine: tuple[Path, Path], tmp_path: Path) -> None:
     (machine[1] / "numpy").rename(machine[1] / "other")
     with pytest.raises(ValueError, match="dev has 0 usable docstrings, needs at least 2"):
         corpus.build(*machine, tmp_path / "out", corpus.Settings())

@@ -7,7 +7,7 @@ from scripts.faults.project import Ended
 from scripts.faults.tally import Tally
 
 
-def test_a_run_that_was_over_is_no_fault_and_a_saved_state_is_told_from_an_interruption() -> None:
+def test_a_run_that_was_over_is_no_fault_and_a_saved_state_is_reported_from_an_interruption() -> None:
     tally = Tally("signals", "one at a random moment")
     for code, said in (
         (0, ""),

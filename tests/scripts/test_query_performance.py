@@ -162,7 +162,7 @@ def test_a_bad_source_is_one_line_with_its_place(
     assert "\n" not in str(caught.value.code)
 
 
-def test_a_missing_split_is_told(source: Path, tmp_path: Path) -> None:
+def test_a_missing_split_is_reported(source: Path, tmp_path: Path) -> None:
     (source / "test.jsonl.gz").unlink()
     with pytest.raises(ValueError, match=r"has no test\.jsonl\.gz or test\.jsonl"):
         script.build(source, tmp_path / "out", script.Settings())

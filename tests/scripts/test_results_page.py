@@ -157,7 +157,7 @@ def test_rendering_alone_needs_no_run(project: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.pipeline
-def test_what_is_missing_is_told(copied: Path) -> None:
+def test_what_is_missing_is_reported(copied: Path) -> None:
     run_of(copied, 2).load().run_directory.mkdir()
     file = copied / "runs" / "relevance-pnr-seed1" / "results.json"
     measured = json.loads(file.read_text())
@@ -335,7 +335,7 @@ def test_verdicts_are_paired_differences() -> None:
     assert verdicts.verdicts(display, application(rows))[0].row == "dense int8"
 
 
-def test_infinite_ratios_are_shown_and_left_out_of_differences() -> None:
+def test_infinite_ratios_are_shown_and_skipped_of_differences() -> None:
     rows = {"dense fp32": {"pnr": [math.inf, 4.0]}, "dense int8": {"pnr": [5.0, 3.0]}}
     assert spread.differences(application(rows).seeds, "dense int8", "dense fp32", "pnr") == [-1.0]
     results = ResultsFile(applications={"relevance-pnr": application(rows)})

@@ -89,7 +89,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("rows", "told"), MISTAKES)
-def test_a_mistake_is_told_with_its_place(rows: list[dict[str, Any]], told: str, tmp_path: Path) -> None:
+def test_a_mistake_is_reported_with_its_place(rows: list[dict[str, Any]], told: str, tmp_path: Path) -> None:
     with pytest.raises(SqatError) as error:
         load(tmp_path, rows)
     assert told in str(error.value)

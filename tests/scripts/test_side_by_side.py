@@ -194,7 +194,7 @@ def test_the_table_takes_differences_seed_by_seed_and_shows_losses_and_gaps() ->
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"budget": {}, "more": 1}'])
-def test_a_file_of_something_else_is_told_in_one_line(
+def test_a_file_of_something_else_is_reported_in_one_line(
     tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "rows.json").write_text(content, encoding="utf-8")
@@ -202,7 +202,7 @@ def test_a_file_of_something_else_is_told_in_one_line(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_missing_data_is_told_with_what_writes_it(
+def test_missing_data_is_reported_with_what_writes_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
     arguments = ["--json", str(tmp_path / "a.json"), "--chains", "sqat", "--wikiqa", str(tmp_path), "--sets", "wikiqa"]

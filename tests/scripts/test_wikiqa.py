@@ -35,7 +35,7 @@ def read(path: Path) -> tuple[list[Question], str]:
     return [json.loads(line) for line in content.decode().splitlines()], hashlib.sha256(content).hexdigest()
 
 
-def test_it_writes_all_and_mixed_questions_and_says_what_it_left_out(tmp_path: Path) -> None:
+def test_it_writes_all_and_mixed_questions_and_says_what_it_skipped(tmp_path: Path) -> None:
     mixed = question(1, ("right", 1), ("wrong", 0), ("wrong", 0))
     unanswered = question(2, ("no", 0), ("nor this", 0), ("both", 1), ("both", 0))
     write(tmp_path, [mixed, unanswered])
@@ -63,7 +63,7 @@ def test_it_names_the_line_that_is_not_as_it_should_be(tmp_path: Path) -> None:
     assert "train.jsonl.gz:2: a candidate has no text, or a label that is neither 0 nor 1" in done.stderr
 
 
-def test_a_missing_split_is_told(tmp_path: Path) -> None:
+def test_a_missing_split_is_reported(tmp_path: Path) -> None:
     done = run(tmp_path, tmp_path / "out")
     assert done.returncode == 1
     assert "train.jsonl.gz: no such file" in done.stderr

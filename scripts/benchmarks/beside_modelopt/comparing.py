@@ -41,8 +41,8 @@ def chains(names: tuple[str, ...]) -> dict[str, Sparse]:
     """
     found: dict[str, Sparse] = {"sqat": ours.sparse} if "sqat" in names else {}
     peers = {"modelopt-sparsegpt": "sparsegpt", "modelopt-magnitude": "sparse_magnitude"}
-    wanted = {name: mode for name, mode in peers.items() if name in names}
-    if not wanted:
+    selected = {name: mode for name, mode in peers.items() if name in names}
+    if not selected:
         return found
     if find_spec("modelopt") is None:
         raise SqatError(
@@ -52,7 +52,7 @@ def chains(names: tuple[str, ...]) -> dict[str, Sparse]:
         )
     from scripts.benchmarks.beside_modelopt import theirs
 
-    return found | {name: partial(theirs.sparse, mode) for name, mode in wanted.items()}
+    return found | {name: partial(theirs.sparse, mode) for name, mode in selected.items()}
 
 
 @dataclass

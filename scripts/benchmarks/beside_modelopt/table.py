@@ -31,9 +31,9 @@ before QAT), then the better learning rate for QAT, a tenth or a half of it. The
 def render(record: Comparison) -> str:
     """The whole page."""
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
-    made = f"Versions: {versions}. Machine: {record.machine}."
+    versions_line = f"Versions: {versions}. Machine: {record.machine}."
     head = HEAD.format(model=record.model, **record.budget.model_dump())
-    return "\n".join([head, summary(record), by_seed(record), searched(record), f"{made}\n"])
+    return "\n".join([head, summary(record), by_seed(record), searched(record), f"{versions_line}\n"])
 
 
 def summary(record: Comparison) -> str:
@@ -92,13 +92,13 @@ def searched(record: Comparison) -> str:
     """All tries on dev."""
     head = ["set", "chain", "dev", *SETTINGS]
     lines = [
-        [row.set, row.chain, decided(row.set, row.dev), *cells(row.settings)]
+        [row.set, row.chain, show_metric(row.set, row.dev), *cells(row.settings)]
         for row in sorted(record.tries, key=lambda row: (list(METRICS).index(row.set), CHAINS.index(row.chain)))
     ]
     return f"{TRIES}\n{grid([head, *lines])}\n"
 
 
-def decided(name: str, found: dict[str, float]) -> str:
+def show_metric(name: str, found: dict[str, float]) -> str:
     """The metric that was decided on."""
     return f"{found[METRICS[name]]:.4f}"
 
