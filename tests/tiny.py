@@ -117,7 +117,7 @@ def build_checkpoint(model: PreTrainedModel, tokenizer: Any, **manifest: Any) ->
     files, weights = serialize_model(model, TextProcessor(tokenizer))
     first, *rest = choice.chosen
     layers = {name: LayerRecord(pattern="2:4", quantized=True) for name in rest}
-    layers[first] = LayerRecord(pattern="2:4", float_because="excluded by the recipe")
+    layers[first] = LayerRecord(pattern="2:4", float_because="excluded")
     layers |= {name: LayerRecord(dense_because=why, float_because=why) for name, why in choice.skipped.items()}
     sites = {f"{name}:input": SiteRecord(shared_with=f"{name}:input", saturated=0.25) for name in rest}
     amax = {site: torch.tensor(1.5 + i) for i, site in enumerate(sites)}

@@ -35,13 +35,21 @@ def choose_part(what: str, given: Any, parts: Sequence[type[Any]], base: type[An
         return names[given]()
     if isinstance(given, type) or not (isinstance(given, base) or callable(given)):
         allowed = ", ".join(part.name for part in parts)
-        raise SqatError(f"{what} is a {type(given).__name__}",
-                        f"take one of {allowed}, its settings or a function", code="usage")  # fmt: skip
+        got = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
+        raise SqatError(f"{what} is {got}", f"take one of {allowed}, an object with its settings or a function",
+                        code="usage")  # fmt: skip
     return given
 
 
 def select_layers(include: Sequence[str] | None, exclude: Sequence[str]) -> Layers:
-    """Globs over layer names, as a recipe has them."""
+    """Make the globs over layer names.
+
+    Raises:
+        SqatError: one text instead of a sequence of globs.
+    """
+    for name, globs in (("include", include), ("exclude", exclude)):
+        if isinstance(globs, str):
+            raise SqatError(f"{name} is the text {globs!r}", f"give a sequence: {name}=[{globs!r}]", code="usage")
     return Layers(include=None if include is None else tuple(include), exclude=tuple(exclude))
 
 

@@ -55,11 +55,11 @@ def export_onnx(
 
     Raises:
         SqatError: pruned weights that are not 0, scales of another model or that the target cannot take, or a model
-            that still has masks or quantizers.
+            that still has masks or quantizers; a path that cannot be written.
         GateError: the graph breaks a rule of its target; nothing is written.
     """
     check_unchanged(model)
-    target = choose_target(target, scales)
+    target, path = choose_target(target, scales), prepare_path(Path(path))
     copy = deepcopy(model).cpu().eval()
     use_eager(copy)
     if masks is not None:
@@ -76,8 +76,32 @@ def export_onnx(
     patterns = {} if masks is None else dict(masks.patterns)
     with on_disk(graph) as scratch:  # before anything is in the user's folder
         verify(graph, patterns, target, scratch)
-    write_onnx(graph, Path(path))
-    return logit_difference(Path(path), copy, example, scales)
+    try:
+        write_onnx(graph, path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    return logit_difference(path, copy, example, scales)
+
+
+def prepare_path(path: Path) -> Path:
+    """Create the folder of a file to be written, and return the path.
+
+    Raises:
+        SqatError: the path is a folder, or its folder cannot be created.
+    """
+    if path.is_dir():
+        raise SqatError("is a folder", "give the name of a file in it", str(path), code="unwritable-file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    return path
+
+
+def unwritable(path: Path, error: OSError) -> SqatError:
+    """Make the error of a file that cannot be written."""
+    return SqatError(f"cannot be written: {error.strerror or error}", "free space, or choose another place",
+                     str(path), code="unwritable-file")  # fmt: skip
 
 
 def choose_target(target: Target | None, scales: Scales | None) -> Target:

@@ -104,7 +104,9 @@ def choose_layers(
             chosen.append(name)
     if not chosen:
         raise SqatError(
-            f"no layer is left to {purpose}: {next(iter(skipped.values()))}", "widen layers.include", code="no-layer"
+            f"no layer is left to {purpose}: {next(iter(skipped.values()))}",
+            "widen include, or shorten exclude",
+            code="no-layer",
         )
     return Choice(chosen, skipped)
 
@@ -112,7 +114,7 @@ def choose_layers(
 def skip_reason(name: str, module: Layer, layers: Layers, outside: str, purpose: str, multiple: int) -> str:
     """Return why a layer is skipped; empty where it is treated."""
     if any(fnmatchcase(name, glob) for glob in layers.exclude):
-        return "excluded by the recipe"
+        return "excluded"
     if layers.include is None and outside:
         return outside
     if layers.include is not None and not any(fnmatchcase(name, glob) for glob in layers.include):

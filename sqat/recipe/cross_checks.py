@@ -75,10 +75,10 @@ def check_stage(recipe: Recipe, name: str) -> Iterator[Problem]:
     path = ("stages", name)
     if undone := UNDONE_BY.get(stage.type, set()) & types:
         first = next(other for other in ancestors if recipe.stages[other].type in undone)
-        text = f"stage {name!r} would undo stage {first!r}, {describe_ancestors(ancestors)}"
+        text = f"stage {name!r} would undo stage {first!r} {describe_ancestors(ancestors)}"
         yield Problem((*path, "from"), text, "the order is train, prune, calibrate, qat, export")
     if isinstance(stage, QatConfig) and "calibrate" not in types:
-        text = f"stage {name!r} has no calibrate stage among its ancestors, {describe_ancestors(ancestors)}"
+        text = f"stage {name!r} has no calibrate stage among its ancestors {describe_ancestors(ancestors)}"
         yield Problem((*path, "from"), text, "add a calibrate stage before it")
     if isinstance(stage, ExportConfig):
         yield from check_targets(recipe, name, stage)
@@ -99,7 +99,7 @@ def check_targets(recipe: Recipe, name: str, stage: ExportConfig) -> Iterator[Pr
     for target in stage.targets:
         if need := unmet_need(target, calibrated=calibrated, placement=placement or "", pruned=pruned):
             problem, hint = need
-            yield Problem(path, f"{problem}, and stage {name!r} starts from {describe_ancestors(ancestors)}", hint)
+            yield Problem(path, f"{problem}; the ancestors of stage {name!r} are {describe_ancestors(ancestors)}", hint)
         if stage.embeddings not in (allowed := TARGETS[target].embeddings):
             text = f"target {target} stores word embeddings as {' or '.join(allowed)}, not as {stage.embeddings}"
             yield Problem(("stages", name, "embeddings"), text, f"set it to {allowed[-1]}")
@@ -158,7 +158,7 @@ def check_distillation(recipe: Recipe, name: str, distill: DistillConfig) -> Ite
         text = f"the teacher {teacher!r} of stage {name!r} {what}"
         yield Problem((*path, "teacher"), text, suggest(teacher, dense) or "add a train stage before it")
     elif not dense:
-        text = f"stage {name!r} distils, but has no train stage among its ancestors, {describe_ancestors(ancestors)}"
+        text = f"stage {name!r} distils, but has no train stage among its ancestors {describe_ancestors(ancestors)}"
         yield Problem(path, text, "add a train stage before it to teach, or set distill: null")
 
 
@@ -169,7 +169,7 @@ def is_dense(recipe: Recipe, name: str) -> bool:
 
 def describe_ancestors(ancestors: list[str]) -> str:
     """Describe the ancestors of a stage, the nearest first."""
-    return f"({' <- '.join(ancestors)})" if ancestors else "(none: it starts from the pretrained model)"
+    return f"({' <- '.join(ancestors)})" if ancestors else "(none)"
 
 
 def check_results(recipe: Recipe) -> Iterator[Problem]:

@@ -71,6 +71,11 @@ def test_a_float_file_and_wrong_arguments_of_export(make_model: MakeModel, batch
     for code, more in wrong:
         with raises_code(code):
             sqat.export_onnx(model, refused, batches[0], masks, **more)
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "model.onnx"):
+        with raises_code("unwritable-file"):
+            sqat.export_onnx(model, path, batches[0], masks, scales)
+    assert sqat.export_onnx(model, tmp_path / "new" / "folder" / "model.onnx", batches[0]) < 1e-4
     train(model, batches)  # without the masks
     with raises_code("model-mismatch"):
         sqat.export_onnx(model, refused, batches[0], masks, scales)

@@ -38,9 +38,11 @@ def test_globs_choose_layers_and_the_others_have_a_reason(model: Any) -> None:
     masks = sqat.prune(model, "1:4", include=["*.attention.*"], exclude=["*.layer.1.*"])
     assert all(".layer.0.attention." in name for name in masks.kept)
     assert len(masks.kept) == 4
-    assert masks.skipped["bert.encoder.layer.1.attention.self.query"] == "excluded by the recipe"
+    assert masks.skipped["bert.encoder.layer.1.attention.self.query"] == "excluded"
     with pytest.raises(sqat.SqatError, match="matches no layer"):
         sqat.prune(model, include=["*.nothing"])
+    with raises_code("usage"):
+        sqat.prune(model, include="bert.encoder*")
 
 
 def test_criteria_with_statistics_choose_other_weights_and_need_batches(model: Any, batches: Batches) -> None:

@@ -85,7 +85,7 @@ def test_a_row_holds_the_measured_values(make_checkpoint: Callable[..., Checkpoi
 def test_what_is_skipped_says_why(make_checkpoint: Callable[..., Checkpoint], tmp_path: Path) -> None:
     rows = inspected(make_checkpoint("bert"), tmp_path)
     first = rows[FIRST]
-    assert (first.pattern, first.reason) == ("2:4", "float: excluded by the recipe")
+    assert (first.pattern, first.reason) == ("2:4", "float: excluded")
     assert (first.weight_scale, first.input_amax, first.sqnr_db, first.saturated) == (None, None, None, None)
     outside = "outside the encoder blocks (rule B8)"
     for name, shape in (("bert.pooler.dense", (32, 32)), ("classifier", (2, 32))):

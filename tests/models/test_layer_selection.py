@@ -122,11 +122,11 @@ def test_rule_b8_with_its_reasons(make_model: MakeModel) -> None:
     outside = "outside the encoder blocks (rule B8)"
     assert choice.skipped == {"bert.pooler.dense": outside, "classifier": outside}
     assert problem(choose_layers, model, Layers(), "prune") == (
-        f"no layer is left to prune: [40, 40] {for_pruning}; widen layers.include"
+        f"no layer is left to prune: [40, 40] {for_pruning}; widen include, or shorten exclude"
     )
     quantize = choose_layers(model, Layers(exclude=("*.output.dense",)), "quantize")
     assert f"{layer}.intermediate.dense" in quantize.chosen
-    assert quantize.skipped[f"{layer}.output.dense"] == "excluded by the recipe"
+    assert quantize.skipped[f"{layer}.output.dense"] == "excluded"
 
 
 def test_small_layers_stay_as_they_are(make_model: MakeModel) -> None:
@@ -148,7 +148,7 @@ def test_globs_choose(make_model: MakeModel) -> None:
     layers = Layers(include=("*.query", "bert.pooler.*"), exclude=("*.layer.1.*",))
     choice = choose_layers(make_model("bert"), layers, "quantize")
     assert choice.chosen == ["bert.encoder.layer.0.attention.self.query", "bert.pooler.dense"]
-    assert choice.skipped["bert.encoder.layer.1.attention.self.query"] == "excluded by the recipe"
+    assert choice.skipped["bert.encoder.layer.1.attention.self.query"] == "excluded"
     assert choice.skipped["bert.encoder.layer.0.attention.self.key"] == "not included by the recipe"
 
 
