@@ -23,8 +23,14 @@ class Step(NamedTuple):
 
 def list_steps(layers: Mapping[str, Sensitivity]) -> list[Step]:
     """All steps, the most sensitive first; NaN comes before all."""
-    steps = [Step(found.pruned, name, "pruned") for name, found in layers.items() if found.pruned is not None]
-    steps += [Step(found.int8, name, "int8") for name, found in layers.items() if found.int8 is not None]
+    steps = [
+        Step(sensitivity.pruned, name, "pruned")
+        for name, sensitivity in layers.items()
+        if sensitivity.pruned is not None
+    ]
+    steps += [
+        Step(sensitivity.int8, name, "int8") for name, sensitivity in layers.items() if sensitivity.int8 is not None
+    ]
     return sorted(steps, key=lambda step: largest_first(step.sensitivity))
 
 

@@ -78,11 +78,11 @@ class Probe:
 
     def measure_treated(self, pruned: Collection[str], int8: Collection[str]) -> float:
         """Sensitivity with the named layers pruned and quantized; the model is the same before and after."""
-        begun = time.monotonic()
+        started = time.monotonic()
         with treated_(self.model, self.pruning, self.quantization, pruned, int8):
             logits = run_model(self.model, self.processor, self.rows)
         self.passes += 1
-        self.reporter.advance(self.passes, {}, len(self.rows) / max(time.monotonic() - begun, 1e-9))
+        self.reporter.advance(self.passes, {}, len(self.rows) / max(time.monotonic() - started, 1e-9))
         return self.measure(logits)
 
     def sensitivity(self, layers: Sequence[str]) -> Sensitivity:

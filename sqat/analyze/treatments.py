@@ -95,5 +95,5 @@ def find_quantization(
 ) -> Quantization:
     """Calibrate as a calibrate stage of placement ``linear`` does; batch norms are folded, and stay folded."""
     layers = choose_layers(model, config.layers, "quantize").chosen
-    found = calibrate_on_rows(config, "linear", model, processor, layers, context)
-    return Quantization(layers, found.amax, found.shared_with)
+    calibration = calibrate_on_rows(config, "linear", model, processor, layers, context)
+    return Quantization(layers, calibration.amax, calibration.shared_with)

@@ -147,11 +147,11 @@ def drop_kernel_sites(scales: Scales) -> Scales:
 def logit_difference(path: Path, model: nn.Module, example: Inputs, scales: Scales | None) -> float:
     """The largest difference between the logits of a file and of its torch model."""
     unused = torch.empty(0)
-    found = open_artifact(path, "cpu")(Batch(dict(example), unused, unused))
+    actual = open_artifact(path, "cpu")(Batch(dict(example), unused, unused))
     fake_quantized = nullcontext() if scales is None else quantized(model, None, drop_kernel_sites(scales))
     with torch.no_grad(), fake_quantized:
         expected = model(**example).logits
-    return parity(expected.numpy(), found.numpy())
+    return parity(expected.numpy(), actual.numpy())
 
 
 TARGETS: tuple[Target, ...] = ("onnx-fp32", "onnx-int8", "tensorrt")

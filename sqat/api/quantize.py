@@ -77,8 +77,14 @@ def calibrate(
         check_encoder(model)
     find_amax: CalibratorFn = choose_part("method", method, CALIBRATORS, Calibrator)
     choice = choose_layers(model, select_layers(include, exclude), "quantize")
-    found = calibrate_model(model, read_inputs(model, batches), find_amax, placement, choice.chosen)
-    return Scales(found.amax, found.shared_with, tuple(choice.chosen), placement, {**choice.skipped, **found.skipped})
+    calibration = calibrate_model(model, read_inputs(model, batches), find_amax, placement, choice.chosen)
+    return Scales(
+        calibration.amax,
+        calibration.shared_with,
+        tuple(choice.chosen),
+        placement,
+        {**choice.skipped, **calibration.skipped},
+    )
 
 
 def read_inputs(model: nn.Module, batches: Iterable[Inputs]) -> Iterator[Inputs]:
@@ -100,11 +106,11 @@ def quantized(model: nn.Module, masks: Masks | None, scales: Scales) -> Iterator
     Raises:
         SqatError: masks or scales are not this model's, or it already has some.
     """
-    kept = {} if masks is None else masks.kept
+    masks_kept = {} if masks is None else masks.kept
     check_unchanged(model)
-    check_masks(model, kept)
+    check_masks(model, masks_kept)
     check_scales(model, scales)
-    with quantized_model(model, kept, scales.layers, scales.amax, scales.shared_with, scales.placement):
+    with quantized_model(model, masks_kept, scales.layers, scales.amax, scales.shared_with, scales.placement):
         yield
 
 

@@ -127,13 +127,13 @@ def choose_amax(
     sites: Sites, histograms: Mapping[str, Histogram], find_amax: Callable[[Histogram], float], has_attention: bool
 ) -> Calibration:
     """Choose the amax of every site; sites that share one get the largest of theirs (rule T16)."""
-    found = {site: float(find_amax(histogram)) for site, histogram in histograms.items()}
-    shared_with, found = share_amax(sites, found)
-    amax = {site: torch.tensor(value, dtype=torch.float32) for site, value in found.items()}
+    values = {site: float(find_amax(histogram)) for site, histogram in histograms.items()}
+    shared_with, values = share_amax(sites, values)
+    amax = {site: torch.tensor(value, dtype=torch.float32) for site, value in values.items()}
     for site, value in amax.items():
         check_amax(value, site)
     saturated = {
-        site: histograms[sites.shared_with[Site(site)]].share_beyond(found[owner])
+        site: histograms[sites.shared_with[Site(site)]].share_beyond(values[owner])
         for site, owner in shared_with.items()
     }
     return Calibration(amax, shared_with, saturated, sites.skipped, dict(histograms), has_attention)

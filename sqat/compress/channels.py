@@ -94,20 +94,20 @@ def find_channel_groups(
     """
     fixed, heads = {**shared_parameters(model), **(fixed or {})}, head_count(model)
     groups, skipped = [], dict.fromkeys(patterns, "it is in no encoder block that ran")
-    known: dict[str, ChannelGroup | None] = {}  # blocks are alike: later ones only check the group of the first
+    by_name: dict[str, ChannelGroup | None] = {}  # blocks are alike: later ones only check the group of the first
     for block, arguments in record_block_inputs(model, inputs, encoder_blocks(model)).items():
         consumers, fixed_here = names_inside(block, patterns), names_inside(block, fixed)
         try:
             trial = BlockTrial(model.get_submodule(block), arguments)
             for name in consumers:
-                candidates = [known[name]] if name in known else trial.candidates(name, heads)
-                known[name] = next((group for group in candidates if group and trial.accepts(group)), None)
+                candidates = [by_name[name]] if name in by_name else trial.candidates(name, heads)
+                by_name[name] = next((group for group in candidates if group and trial.accepts(group)), None)
         except (RuntimeError, TypeError) as error:
             reason = f"its block does not run in float64: {str(error).splitlines()[0]}"
             skipped |= {f"{block}.{name}": reason for name in consumers}
             continue
         for name, pattern in consumers.items():
-            group = known[name]
+            group = by_name[name]
             reason = why_skipped(name, group, pattern.m, fixed_here)
             if group is None or reason:
                 skipped[f"{block}.{name}"] = reason

@@ -137,9 +137,9 @@ def add_gradients_(
     with parametrize.cached():  # the weight read here is the very tensor that the model multiplies
         weights = {name: get_layer(model, name).weight for name in owners}
         total = torch.stack([*loss(model, batch).values()]).sum()
-        found = torch.autograd.grad(total, [*weights.values()], allow_unused=True)
+        layer_gradients = torch.autograd.grad(total, [*weights.values()], allow_unused=True)
     gradients = {owner: torch.zeros_like(statistic) for owner, statistic in sums.items()}
-    for name, gradient in zip(weights, found, strict=True):
+    for name, gradient in zip(weights, layer_gradients, strict=True):
         if gradient is not None:
             gradients[owners[name]] += gradient
     for owner, gradient in gradients.items():

@@ -22,21 +22,21 @@ AT_ONCE = 4096  # rows
 FILE_MARK = b"ARROW1"  # what Arrow's random access format begins with; a stream has none
 
 
-def read_parquet(source: str, shown: str, piece: Extent | None = None, skip: int = 0) -> Iterator[Placed]:
+def read_parquet(source: str, source_name: str, piece: Extent | None = None, skip: int = 0) -> Iterator[Placed]:
     """Yield (place, row) for the rows of a file or of one row group, but the first ``skip``.
 
     Raises:
         SqatError: it cannot be read.
     """
     group, first, _ = piece or (None, 1, 0)
-    with arrow_errors("Parquet", shown), open_source(source) as file, pq.ParquetFile(file) as parquet:
+    with arrow_errors("Parquet", source_name), open_source(source) as file, pq.ParquetFile(file) as parquet:
         batches = parquet.iter_batches(AT_ONCE, row_groups=None if group is None else [group])
-        yield from placed_rows(batches, shown, first, skip)
+        yield from placed_rows(batches, source_name, first, skip)
 
 
-def row_groups(source: str, shown: str) -> Iterator[Extent]:
+def row_groups(source: str, source_name: str) -> Iterator[Extent]:
     """Yield the row groups of a file, by its metadata."""
-    with arrow_errors("Parquet", shown), open_source(source) as file, pq.ParquetFile(file) as parquet:
+    with arrow_errors("Parquet", source_name), open_source(source) as file, pq.ParquetFile(file) as parquet:
         first = 1
         for group in range(parquet.num_row_groups):
             rows = parquet.metadata.row_group(group).num_rows
@@ -44,20 +44,20 @@ def row_groups(source: str, shown: str) -> Iterator[Extent]:
             first += rows
 
 
-def parquet_schema(source: str, shown: str) -> Any:
+def parquet_schema(source: str, source_name: str) -> Any:
     """Return the Arrow schema of a Parquet file."""
-    with arrow_errors("Parquet", shown), open_source(source) as file, pq.ParquetFile(file) as parquet:
+    with arrow_errors("Parquet", source_name), open_source(source) as file, pq.ParquetFile(file) as parquet:
         return parquet.schema_arrow
 
 
-def read_arrow(source: str, shown: str, piece: Extent | None = None, skip: int = 0) -> Iterator[Placed]:
+def read_arrow(source: str, source_name: str, piece: Extent | None = None, skip: int = 0) -> Iterator[Placed]:
     """Yield (place, row) for the rows of an Arrow file or stream or of one of its batches, but the first ``skip``.
 
     Raises:
         SqatError: it cannot be read.
     """
     where, first, _ = piece or (None, 1, 0)
-    with arrow_errors("Arrow", shown), open_source(source) as file:
+    with arrow_errors("Arrow", source_name), open_source(source) as file:
         if has_mark(file):
             reader = pa.ipc.open_file(file)
             chosen = range(reader.num_record_batches) if where is None else [where]
@@ -65,35 +65,38 @@ def read_arrow(source: str, shown: str, piece: Extent | None = None, skip: int =
         else:
             stream = pa.ipc.open_stream(file)
             batches = stream if where is None else [batch_at(file, where, stream.schema)]
-        yield from placed_rows(batches, shown, first, skip)
+        yield from placed_rows(batches, source_name, first, skip)
 
 
-def record_batches(source: str, shown: str) -> Iterator[Extent]:
+def record_batches(source: str, source_name: str) -> Iterator[Extent]:
     """Yield the record batches of an Arrow file (by number) or stream (by the byte that each begins at).
 
     Raises:
         SqatError: it cannot be read, or is a stream with dictionaries, whose batches do not stand alone.
     """
     first = 1
-    with arrow_errors("Arrow", shown), open_source(source) as file:
+    with arrow_errors("Arrow", source_name), open_source(source) as file:
         if has_mark(file):
             reader = pa.ipc.open_file(file)
             numbers = range(reader.num_record_batches)
             sizes: Iterator[tuple[int, int]] = ((number, reader.get_batch(number).num_rows) for number in numbers)
         else:
-            sizes = batches_of_stream(file, shown)
+            sizes = batches_of_stream(file, source_name)
         for where, rows in sizes:
             yield where, first, rows
             first += rows
 
 
-def batches_of_stream(file: Any, shown: str) -> Iterator[tuple[int, int]]:
+def batches_of_stream(file: Any, source_name: str) -> Iterator[tuple[int, int]]:
     """Yield the first byte and the number of rows of each batch of an Arrow stream."""
     stream = pa.ipc.open_stream(file)
     if any(pa.types.is_dictionary(field.type) for field in stream.schema):
         problem = "the batches of an Arrow stream with dictionaries do not stand alone"
         raise SqatError(
-            problem, "write it as an Arrow file (pyarrow.ipc.new_file) or as Parquet", shown, code="unreadable-file"
+            problem,
+            "write it as an Arrow file (pyarrow.ipc.new_file) or as Parquet",
+            source_name,
+            code="unreadable-file",
         )
     where = file.tell()
     for batch in stream:
@@ -107,12 +110,12 @@ def batch_at(file: Any, where: int, schema: Any) -> Any:
     return pa.ipc.read_record_batch(pa.ipc.read_message(file), schema)
 
 
-def placed_rows(batches: Iterable[Any], shown: str, first: int, skip: int) -> Iterator[Placed]:
+def placed_rows(batches: Iterable[Any], source_name: str, first: int, skip: int) -> Iterator[Placed]:
     """Yield the rows of batches as Python values, with their places."""
     for batch in batches:
         for start in range(min(skip, batch.num_rows), batch.num_rows, AT_ONCE):
             for number, row in enumerate(batch.slice(start, AT_ONCE).to_pylist(), first + start):
-                yield f"{shown}:row {number}", row
+                yield f"{source_name}:row {number}", row
         skip, first = max(0, skip - batch.num_rows), first + batch.num_rows
 
 
@@ -129,11 +132,11 @@ def open_source(source: str) -> Any:
 
 
 @contextmanager
-def arrow_errors(kind: str, shown: str) -> Iterator[None]:
+def arrow_errors(kind: str, source_name: str) -> Iterator[None]:
     """Raise the library's errors as `SqatError`."""
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         problem = " ".join(str(error).split())
         raise SqatError(f"not {'an' if kind[0] in 'AEIOU' else 'a'} {kind} file: {problem}", "is the ending right?",
-                        shown, code="unreadable-file") from None  # fmt: skip
+                        source_name, code="unreadable-file") from None  # fmt: skip

@@ -170,8 +170,8 @@ def class_of(row: Row, column: str, key: str, place: str, within: str = "") -> s
         return str(value)
     if isinstance(value, str) and value.strip():
         return value
-    got = "an empty text" if isinstance(value, str) else kind(value)
-    raise SqatError(f'"{within}{column}" must be a class (a text or a whole number), got {got}',
+    description = "an empty text" if isinstance(value, str) else kind(value)
+    raise SqatError(f'"{within}{column}" must be a class (a text or a whole number), got {description}',
                     f"mend the row or set data.columns.{key}", place, code="invalid-data")  # fmt: skip
 
 

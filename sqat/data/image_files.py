@@ -22,38 +22,40 @@ CHANNELS = (1, 3)
 REPACK = "write it with numpy.savez_compressed(file, x=images, y=labels)"
 
 
-def read_npz(path: Path, shown: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_npz(path: Path, source_name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (place, row) for every row of the arrays of a .npz: pictures as arrays, all else as Python's own values.
 
     Raises:
         SqatError: no .npz, cut short, arrays of objects (which are pickled and never opened), or of unequal length.
     """
-    arrays = load_arrays(path, shown)
+    arrays = load_arrays(path, source_name)
     first = next(iter(arrays))
     for name, array in arrays.items():
         if array.ndim == 0 or len(array) != len(arrays[first]):
             problem = f'"{first}" has {len(arrays[first])} rows, "{name}" has {len(array) if array.ndim else "none"}'
-            raise SqatError(problem, "all arrays of the file need one row an image", shown, code="invalid-data")
+            raise SqatError(problem, "all arrays of the file need one row an image", source_name, code="invalid-data")
     columns = {name: array if array.ndim > 1 else array.tolist() for name, array in arrays.items()}
     for number in range(len(arrays[first])):
-        yield f"{shown}:row {number + 1}", {name: values[number] for name, values in columns.items()}
+        yield f"{source_name}:row {number + 1}", {name: values[number] for name, values in columns.items()}
 
 
-def load_arrays(path: Path, shown: str) -> dict[str, Array]:
+def load_arrays(path: Path, source_name: str) -> dict[str, Array]:
     """Read the arrays of a .npz by name."""
     try:
         file = np.load(path, allow_pickle=False)
         if isinstance(file, np.ndarray):
-            raise SqatError("it is a single array, not a .npz", REPACK, shown, code="unreadable-file")
+            raise SqatError("it is a single array, not a .npz", REPACK, source_name, code="unreadable-file")
         with file:
             arrays = {name: file[name] for name in file.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         if "allow_pickle" in str(error) and zipfile.is_zipfile(path):
             problem = "an array of it holds Python objects, which would have to be unpickled"
-            raise SqatError(problem, "store numbers and texts, not objects", shown, code="unreadable-file") from None
-        raise SqatError("not a .npz file, or cut short", REPACK, shown, code="unreadable-file") from None
+            raise SqatError(
+                problem, "store numbers and texts, not objects", source_name, code="unreadable-file"
+            ) from None
+        raise SqatError("not a .npz file, or cut short", REPACK, source_name, code="unreadable-file") from None
     if not arrays:
-        raise SqatError("it holds no arrays", REPACK, shown, code="unreadable-file")
+        raise SqatError("it holds no arrays", REPACK, source_name, code="unreadable-file")
     return arrays
 
 
@@ -136,7 +138,7 @@ def image_file(name: str, folder: Path | None, place: str) -> Path:
     return path
 
 
-def read_image(path: Path, shown: str, place: str) -> Array:
+def read_image(path: Path, name: str, place: str) -> Array:
     """Read the pixels [H,W,C] uint8 of an image file; grey stays one channel, all else becomes RGB."""
     try:
         from PIL import Image
@@ -154,9 +156,9 @@ def read_image(path: Path, shown: str, place: str) -> Array:
                 image = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
             return np.asarray(image.convert("RGB"))
     except FileNotFoundError:
-        raise SqatError(f'there is no image "{shown}"', f"looked at {path}", place, code="missing-file") from None
+        raise SqatError(f'there is no image "{name}"', f"looked at {path}", place, code="missing-file") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         text = " ".join(str(error).split())[:200]
         raise SqatError(
-            f'the image "{shown}" cannot be read: {text}', "is it an image, and whole?", place, code="unreadable-file"
+            f'the image "{name}" cannot be read: {text}', "is it an image, and whole?", place, code="unreadable-file"
         ) from None

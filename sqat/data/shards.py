@@ -27,7 +27,7 @@ class Shard:
     """One file: a path or an address that fsspec opens, and what it is called in places."""
 
     path: str
-    shown: str
+    source_name: str
 
     @property
     def format(self) -> Format:
@@ -65,7 +65,7 @@ class Pieces:
         """Yield (place, row) for the rows of a piece, but the first ``skip``."""
         number_of_shard, where, first, rows = self.table[number].tolist()
         shard = self.shards[number_of_shard]
-        return islice(shard.format.read(shard.path, shard.shown, (where, first, rows), skip), rows - skip)
+        return islice(shard.format.read(shard.path, shard.source_name, (where, first, rows), skip), rows - skip)
 
 
 def shard_paths(pattern: str, folder: Path) -> list[Path]:
@@ -103,29 +103,29 @@ def find_pieces(shards: list[Shard], limit: int | None = None) -> Pieces:
     found: list[tuple[int, ...]] = []
     room = limit
     for number, shard in enumerate(shards):
-        for where, first, rows in shard.format.cut(shard.path, shard.shown) if room != 0 else ():
+        for where, first, rows in shard.format.cut(shard.path, shard.source_name) if room != 0 else ():
             kept = rows if room is None else min(rows, room)
             room = None if room is None else room - kept
             found += [(number, where, first, kept)] if kept else []
     if not found:
-        raise SqatError("no rows", "the split must hold at least one", shards[0].shown, code="no-rows")
+        raise SqatError("no rows", "the split must hold at least one", shards[0].source_name, code="no-rows")
     return Pieces(shards, np.array(found, dtype=np.int64))
 
 
-def read_lines(path: str, shown: str, piece: Extent, skip: int) -> Iterator[Placed]:
+def read_lines(path: str, source_name: str, piece: Extent, skip: int) -> Iterator[Placed]:
     """Yield the rows of a run of JSONL lines."""
     where, first, _ = piece
-    return islice(read_jsonl(Path(path), shown, where, first), skip, None)
+    return islice(read_jsonl(Path(path), source_name, where, first), skip, None)
 
 
-def count_rows(path: str, shown: str) -> Iterator[Extent]:
+def count_rows(path: str, source_name: str) -> Iterator[Extent]:
     """Yield a whole file as one piece."""
-    yield 0, 1, sum(1 for _ in read_rows(Path(path), shown))
+    yield 0, 1, sum(1 for _ in read_rows(Path(path), source_name))
 
 
-def read_whole(path: str, shown: str, piece: Extent, skip: int) -> Iterator[Placed]:
+def read_whole(path: str, source_name: str, piece: Extent, skip: int) -> Iterator[Placed]:
     """Yield the rows of a whole file."""
-    return islice(read_rows(Path(path), shown), skip, None)
+    return islice(read_rows(Path(path), source_name), skip, None)
 
 
 WHOLE = Format(count_rows, read_whole)

@@ -24,33 +24,35 @@ LINES = 1024  # rows of a JSONL file that are sought as one
 ENDINGS = ".jsonl, .jsonl.gz, .json, .json.gz, .csv, .csv.gz, .parquet, .arrow or .npz"
 
 
-def read_rows(path: Path, shown: str) -> Iterator[Placed]:
+def read_rows(path: Path, source_name: str) -> Iterator[Placed]:
     """Yield (place, row) for every row of a file; its ending gives the format.
 
     Args:
         path: the file.
-        shown: what the file is called in places, usually the path as the recipe has it.
+        source_name: what the file is called in places, usually the path as the recipe has it.
 
     Raises:
         SqatError: no such file, an unknown ending, or the first thing in it that cannot be read.
     """
     if not path.is_file():
-        raise SqatError("no such file", _nearest_file(path), shown, code="missing-file")
+        raise SqatError("no such file", _nearest_file(path), source_name, code="missing-file")
     name = path.name.lower()
     plain = name.removesuffix(".gz")
     if name.endswith((".parquet", ".arrow")):
         from sqat.data import arrow_files as columnar  # only such a file needs pyarrow
 
-        return (columnar.read_parquet if name.endswith(".parquet") else columnar.read_arrow)(str(path), shown)
+        return (columnar.read_parquet if name.endswith(".parquet") else columnar.read_arrow)(str(path), source_name)
     if plain.endswith((".jsonl", ".json")):
-        return read_jsonl(path, shown)
+        return read_jsonl(path, source_name)
     if plain.endswith(".csv"):
-        return _read_csv(path, shown)
+        return _read_csv(path, source_name)
     if name.endswith(".npz"):
         from sqat.data import image_files as images  # only such a file needs numpy
 
-        return images.read_npz(path, shown)
-    raise SqatError("cannot tell the format from the ending", f"it must be {ENDINGS}", shown, code="unreadable-file")
+        return images.read_npz(path, source_name)
+    raise SqatError(
+        "cannot tell the format from the ending", f"it must be {ENDINGS}", source_name, code="unreadable-file"
+    )
 
 
 def _nearest_file(path: Path) -> str:
@@ -63,7 +65,7 @@ def _nearest_file(path: Path) -> str:
     return f'did you mean "{near[0]}"?' if near else f"paths are relative to the recipe; looked in {path.parent}"
 
 
-def _lines(path: Path, shown: str, where: int = 0, first: int = 1) -> Iterator[str]:
+def _lines(path: Path, source_name: str, where: int = 0, first: int = 1) -> Iterator[str]:
     """Yield decoded lines with their ends; an error names the number of its line."""
     number = first - 1
     opener = gzip.open if path.name.lower().endswith(".gz") else open
@@ -77,30 +79,30 @@ def _lines(path: Path, shown: str, where: int = 0, first: int = 1) -> Iterator[s
         raise SqatError(
             f"byte 0x{byte:02x} at column {error.start + 1} is not UTF-8",
             "save the file as UTF-8",
-            f"{shown}:{number}",
+            f"{source_name}:{number}",
             code="unreadable-file",
         ) from None
     except EOFError:
         raise SqatError(
             "the gzip stream ends too early",
             "the file is cut short; copy it again",
-            f"{shown}:{number + 1}",
+            f"{source_name}:{number + 1}",
             code="unreadable-file",
         ) from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise SqatError(
-            f"not a gzip file: {error}", "is the ending right?", f"{shown}:{number + 1}", code="unreadable-file"
+            f"not a gzip file: {error}", "is the ending right?", f"{source_name}:{number + 1}", code="unreadable-file"
         ) from None
     except OSError as error:
         raise SqatError(
-            f"cannot be read: {error.strerror or error}", "check its permissions", shown, code="unreadable-file"
+            f"cannot be read: {error.strerror or error}", "check its permissions", source_name, code="unreadable-file"
         ) from None
 
 
-def read_jsonl(path: Path, shown: str, where: int = 0, first: int = 1) -> Iterator[Placed]:
+def read_jsonl(path: Path, source_name: str, where: int = 0, first: int = 1) -> Iterator[Placed]:
     """Yield (place, row) for the lines from byte ``where`` on, which is where line ``first`` begins."""
-    for number, line in enumerate(_lines(path, shown, where, first), first):
-        place = f"{shown}:{number}"
+    for number, line in enumerate(_lines(path, source_name, where, first), first):
+        place = f"{source_name}:{number}"
         if not line.strip():
             continue
         try:
@@ -120,13 +122,13 @@ def read_jsonl(path: Path, shown: str, where: int = 0, first: int = 1) -> Iterat
         yield place, row
 
 
-def line_runs(path: str, shown: str, size: int = LINES) -> Iterator[tuple[int, int, int]]:
+def line_runs(path: str, source_name: str, size: int = LINES) -> Iterator[tuple[int, int, int]]:
     """Yield runs of ``size`` rows of a JSONL file: byte and number of the first line, and the number of rows.
 
     Nothing is parsed, and lines without anything in them are no rows.
     """
     where, first, rows, byte = 0, 1, 0, 0
-    for number, line in enumerate(_raw_lines(Path(path), shown), 1):
+    for number, line in enumerate(_raw_lines(Path(path), source_name), 1):
         if rows == size:
             yield where, first, rows
             where, first, rows = byte, number, 0
@@ -135,24 +137,24 @@ def line_runs(path: str, shown: str, size: int = LINES) -> Iterator[tuple[int, i
     yield where, first, rows
 
 
-def _raw_lines(path: Path, shown: str) -> Iterator[bytes]:
+def _raw_lines(path: Path, source_name: str) -> Iterator[bytes]:
     try:
         with path.open("rb") as file:
             yield from file
     except OSError as error:
         raise SqatError(
-            f"cannot be read: {error.strerror or error}", "check its permissions", shown, code="unreadable-file"
+            f"cannot be read: {error.strerror or error}", "check its permissions", source_name, code="unreadable-file"
         ) from None
 
 
-def _read_csv(path: Path, shown: str) -> Iterator[Placed]:
+def _read_csv(path: Path, source_name: str) -> Iterator[Placed]:
     """Yield a row per record; the place is the record's first line, also where a quoted field has several."""
-    reader = csv.reader(_lines(path, shown), strict=True)
+    reader = csv.reader(_lines(path, source_name), strict=True)
     header: list[str] = []
     start = 1
     try:
         for fields in reader:
-            place, start = f"{shown}:{start}", reader.line_num + 1
+            place, start = f"{source_name}:{start}", reader.line_num + 1
             if not fields:
                 continue
             if not header:
@@ -168,7 +170,7 @@ def _read_csv(path: Path, shown: str) -> Iterator[Placed]:
             yield place, dict(zip(header, fields, strict=True))
     except csv.Error as error:
         raise SqatError(
-            f"not CSV: {error}", "use commas and double quotes", f"{shown}:{start}", code="unreadable-file"
+            f"not CSV: {error}", "use commas and double quotes", f"{source_name}:{start}", code="unreadable-file"
         ) from None
 
 

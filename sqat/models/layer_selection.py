@@ -57,8 +57,8 @@ def encoder_blocks(model: nn.Module) -> list[str]:
     """
     if is_convolutional(model):
         return []
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    lists = [(name, module) for name, module in found if len({type(block) for block in module}) == 1]
+    module_lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [(name, module) for name, module in module_lists if len({type(block) for block in module}) == 1]
     best = max(lists, key=lambda item: linear_weights(item[1]), default=None)
     if best is None or linear_weights(best[1]) == 0:
         raise SqatError("no encoder blocks with linear layers were found in the model",
@@ -93,11 +93,11 @@ def choose_layers(
     Raises:
         SqatError: a glob that matches nothing, or nothing left to treat.
     """
-    found = weighted_layers(model)
-    check_globs((*(layers.include or ()), *layers.exclude), found)
+    candidates = weighted_layers(model)
+    check_globs((*(layers.include or ()), *layers.exclude), candidates)
     outer, multiples = outer_layers(model), multiples or {}
     chosen, skipped = [], {}
-    for name, module in found.items():
+    for name, module in candidates.items():
         if reason := skip_reason(name, module, layers, outer.get(name, ""), purpose, multiples.get(name, multiple)):
             skipped[name] = reason
         else:
@@ -131,14 +131,14 @@ def skip_reason(name: str, module: Layer, layers: Layers, outside: str, purpose:
     return ""
 
 
-def check_globs(globs: Iterable[str], found: Mapping[str, Layer]) -> None:
+def check_globs(globs: Iterable[str], layers: Mapping[str, Layer]) -> None:
     """Refuse a glob that matches no layer."""
     for glob in globs:
-        if not any(fnmatchcase(name, glob) for name in found):
-            some = ", ".join(list(found)[:3])
+        if not any(fnmatchcase(name, glob) for name in layers):
+            some = ", ".join(list(layers)[:3])
             raise SqatError(
                 f"layers: {glob!r} matches no layer",
-                f"the model has {some}, ... ({len(found)} in all)",
+                f"the model has {some}, ... ({len(layers)} in all)",
                 code="no-layer",
             )
 

@@ -69,19 +69,19 @@ def serialize_model(model: nn.Module, processor: Processor) -> tuple[dict[str, b
     The file `LAYOUT` names the linears that stand for a Conv1D, where there are any.
     """
     weights: dict[str, Tensor] = {}
-    seen: set[tuple[int, int, tuple[int, ...]]] = set()
+    addresses: set[tuple[int, int, tuple[int, ...]]] = set()
     persistent = model.state_dict()
     for name, tensor in persistent.items():
         address = (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
-        if tensor.numel() and address in seen:
+        if tensor.numel() and address in addresses:
             continue
-        seen.add(address)
+        addresses.add(address)
         weights[name] = tensor.detach().cpu().clone()
     with tempfile.TemporaryDirectory() as scratch:
         save_config(model, Path(scratch))
         processor.save(Path(scratch))
-        found = [path for path in sorted(Path(scratch).rglob("*")) if path.is_file()]
-        files = {path.relative_to(scratch).as_posix(): path.read_bytes() for path in found}
+        paths = [path for path in sorted(Path(scratch).rglob("*")) if path.is_file()]
+        files = {path.relative_to(scratch).as_posix(): path.read_bytes() for path in paths}
     if names := [name for name, module in model.named_modules() if isinstance(module, LinearOfConv1D)]:
         files[LAYOUT] = layout_of(names)
     return files, weights

@@ -85,14 +85,14 @@ class SentenceProcessor(TextProcessor):
         self.tokenizer.save_pretrained(folder)
         settings = parse_json(self.carried.get(SETTINGS, b"{}"), SETTINGS)
         modes = {key: mode == self.pooling.mode for key, mode in OLD_MODES.items() if mode in POOLS}
-        written = {
+        settings_files = {
             MODULES: module_list(self.pooling.normalized),
             SETTINGS: {**settings, "max_seq_length": self.max_length, "do_lower_case": False},
             POOLING: {"word_embedding_dimension": self.width, **modes},
         }
         if self.pooling.normalized:
-            written[NORMALIZE] = {}
-        contents = {name: f"{json.dumps(value, indent=2)}\n".encode() for name, value in written.items()}
+            settings_files[NORMALIZE] = {}
+        contents = {name: f"{json.dumps(value, indent=2)}\n".encode() for name, value in settings_files.items()}
         for name, content in {**self.carried, **contents}.items():
             path = folder / name
             if name in contents or not path.exists():

@@ -30,9 +30,9 @@ def resolve_source(source: str, folder: Path) -> str:
         SqatError: no such folder or package, or one whose weights lie elsewhere.
     """
     if source.startswith("package:"):
-        found = package_folder(source.removeprefix("package:"), source)
-        check_own_weights(Path(found))
-        return found
+        installed = package_folder(source.removeprefix("package:"), source)
+        check_own_weights(Path(installed))
+        return installed
     local = folder / source
     if local.is_dir():
         check_own_weights(local)
@@ -55,14 +55,14 @@ def package_folder(reference: str, source: str) -> str:
             code="missing-file",
         )
     root = Path(next(iter(spec.submodule_search_locations))).resolve()
-    found = (root / inner).resolve()
-    if not found.is_relative_to(root) or not (found / "config.json").is_file():
+    path = (root / inner).resolve()
+    if not path.is_relative_to(root) or not (path / "config.json").is_file():
         raise SqatError(
             f"model.source is {source!r}, but that folder of the package holds no model",
-            f"looked at {found}",
+            f"looked at {path}",
             code="missing-file",
         )
-    return str(found)
+    return str(path)
 
 
 def check_own_weights(folder: Path) -> None:

@@ -104,8 +104,8 @@ def open_trackers(recipe: Recipe, directory: Path, reporter: Reporter) -> Iterat
 
 def is_installed(name: str) -> bool:
     """Say whether a package is installed; a folder of its name, as W&B leaves, does not count."""
-    found = find_spec(name)
-    return found is not None and found.origin is not None
+    spec = find_spec(name)
+    return spec is not None and spec.origin is not None
 
 
 def start_tracker(name: str, recipe: Recipe, directory: Path) -> list[Any]:
@@ -139,10 +139,10 @@ def names_for(tracker: str, values: Mapping[str, Value]) -> dict[str, Value]:
 
 def flatten(values: Mapping[str, Any], before: str = "") -> dict[str, str | float | bool]:
     """Flatten nested values to dotted names."""
-    found: dict[str, str | float | bool] = {}
+    flat: dict[str, str | float | bool] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            found |= flatten(value, f"{before}{name}.")
+            flat |= flatten(value, f"{before}{name}.")
         elif value is not None:
-            found[f"{before}{name}"] = value if isinstance(value, (bool, int, float)) else str(value)[:LONGEST]
-    return found
+            flat[f"{before}{name}"] = value if isinstance(value, (bool, int, float)) else str(value)[:LONGEST]
+    return flat
