@@ -116,7 +116,7 @@ def session(
 
 
 def register(options: onnxruntime.SessionOptions) -> None:
-    """Register the ops with options, and remember these."""
+    """Register sqat's ops with session options, and note that they have them: twice is an error."""
     options.register_custom_ops_library(str(library()))
     _REGISTERED.add(options)
 

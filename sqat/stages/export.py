@@ -70,7 +70,10 @@ def export(config: ExportConfig, parent: Checkpoint, context: StageContext, fold
 
 @contextmanager
 def export_folder(state: Path) -> Iterator[Path]:
-    """Give an empty folder for exported files; the runner deletes it with the stage's state once they are saved."""
+    """Give an empty folder for exported files; delete it on failure, and on every rank but 0.
+
+    The runner deletes the folder of rank 0 once the files are saved.
+    """
     rank = process_state()
     folder = state / f"export-{rank.process_index}"
     shutil.rmtree(folder, ignore_errors=True)

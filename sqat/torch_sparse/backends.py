@@ -50,7 +50,7 @@ class Backend(Protocol):
 
     @property
     def plans(self) -> PlanCache:
-        """Plans of the products that ran so far."""
+        """Cache of the plans of recent products."""
 
     def device_problem(self, device: torch.device) -> str:
         """Say why it cannot run on a device; empty if it can."""
