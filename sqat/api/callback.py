@@ -84,7 +84,7 @@ class SparseCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Give the model its plain weights back."""
+        """Set the last masks if training ended before them, with a warning, and make the weights plain again."""
         last = max(self.pruner.mask_schedule.mask_steps)
         if not self.pruner.done:
             reason = f"training stopped, or the best checkpoint was written, before the last masks of step {last}"

@@ -50,7 +50,7 @@ def draw_inputs(inputs: Iterable[Input], limits: Limits, batch: int, tokens: int
 
 
 def draw_input(each: Input, limits: Limits, batch: int, tokens: int | None) -> NDArray[Any]:
-    """Draw the values of one input."""
+    """Make the values of one input: masks 1, token types 0, all others random with a seed of the name."""
     if each.shape and each.shape[0] not in (None, batch):
         problem = f"input {each.name} has a fixed batch of {each.shape[0]}, not {batch}"
         raise SqatError(problem, "set --batch", code="usage")

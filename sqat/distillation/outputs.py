@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 
 def logit_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Return the KL of softened class distributions times T^2 (arXiv:1503.02531), a scalar.
+    """Return the KL of softened classes times T^2 (arXiv:1503.02531); the squared error of a single output.
 
     A single output is a score: the loss is the squared error then, without a temperature.
 

@@ -156,7 +156,7 @@ def parent_manifest(loaded: LoadedRecipe, name: str, parent: Path | None) -> Man
 
 
 def lock_location(run_directory: Path, directory: Path) -> tuple[Path, str]:
-    """Return the folder and file to lock for one stage: its run folder, or for a checkpoint elsewhere beside that.
+    """Return folder and lock file of a stage: in its run folder, or beside a checkpoint that lies elsewhere.
 
     The name alone shows a folder of another run's stage, as that run may be about to start.
     """

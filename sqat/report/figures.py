@@ -147,7 +147,7 @@ def draw_map(
 
 
 def draw_activations(activations: Sequence[Activation]) -> str:
-    """Draw each site's histogram as a strip over |x| / amax: the used range of int8, and what saturates."""
+    """Return an SVG: each site's histogram as a strip over |x| / amax, the range of int8, and what saturates."""
     highest = min(max(len(each.counts) * each.width / each.amax for each in activations), MAX_RATIO)
     edges = np.linspace(0, max(highest, 1.0), NUM_BINS + 1)
     with np.errstate(divide="ignore"):

@@ -92,7 +92,7 @@ def count_operators(graph: GraphProto) -> Counter[str]:
 
 
 def find_float_products(optimized: GraphProto) -> list[str]:
-    """Return the names of products that ONNX Runtime computes in float, of quantized operands (O21).
+    """Return the MatMul, Gemm and Conv nodes with quantized operands that ONNX Runtime computes in float (O21).
 
     A convolution counts only if its output is quantized too: ONNX Runtime has no int8 one with a float output.
 

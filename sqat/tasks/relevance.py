@@ -86,7 +86,7 @@ class Relevance(Task):
         return [f"{same} of {len(lowest)} queries have passages of one grade only: left out"] if same else []
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return the loss of outputs [B, 1]; 0 with a gradient of 0 where a batch has no pair to compare."""
+        """Return the pairwise or pointwise loss of outputs [B, 1]; pairwise is 0 in a batch without a pair."""
         scores = logits.squeeze(1).float()
         if self.loss_name == "pointwise":
             return binary_cross_entropy_with_logits(scores, (batch.labels / self.highest).clamp(max=1))

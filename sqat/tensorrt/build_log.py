@@ -122,7 +122,7 @@ class BuildLog:
 
     @property
     def chosen_later(self) -> bool:
-        """Whether the GPU chooses kernels when the engine first runs (TensorRT-RTX)."""
+        """Whether the log names no kernels, and leaves the choice to the first run of the engine."""
         return self.choice is None and (self.is_rtx or any(STUB in layer.tactic for layer in self.layers))
 
 

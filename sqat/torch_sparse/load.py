@@ -111,7 +111,7 @@ def insert_packed_(model: nn.Module, packed: Packed, backend: str = AUTO, sites:
 
 
 def densify_(model: nn.Module, result: LoadResult) -> None:
-    """Replace sparse linears by plain ones with the same weights, and remove fake quantizers."""
+    """Undo loading: plain linears with the same weights, no fake quantizers, the attention of before."""
     if result.insertion is not None:
         remove_quantizers_(model, result.insertion)
     remove_sparse_(model, result.backends)

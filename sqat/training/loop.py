@@ -124,7 +124,7 @@ def fit(
 
 
 def evaluation_due(config: TrainConfig, step: int, steps: int) -> bool:
-    """Say whether dev is measured after a step."""
+    """Say whether dev is measured after a step: every ``evaluate_every``, and the last if the best is kept."""
     if config.evaluate_every is None:
         return False
     return step % config.evaluate_every == 0 or (step == steps and config.keep_checkpoint == "best")

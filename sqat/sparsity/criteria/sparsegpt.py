@@ -60,7 +60,7 @@ class SparseGPT(Criterion):
         choose: Callable[[Tensor], Tensor],
         regrow: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Choose the mask during the sweep; how many weights a group keeps is what ``choose`` says before it."""
+        """Choose the mask during the sweep; ``choose`` fixes before it how many weights each group keeps."""
         import torch
 
         from sqat.sparsity.columns import from_columns, to_columns
