@@ -23,6 +23,7 @@ ROOMS = (
     "quantization",
     "distillation",
     "checkpoint",
+    "onnx_files",
     "recipe",
     "hardware",
     "modules",

@@ -19,12 +19,12 @@ from sqat.errors import SqatError, suggest
 from sqat.evaluation.artifacts import open_artifact
 from sqat.export.folding import fold_attention_scale
 from sqat.export.graph import export_float
-from sqat.export.onnx_files import on_disk, write_onnx
 from sqat.export.qdq import insert_qdq
 from sqat.export.quantized_model import QuantizedModel
 from sqat.lint.apply_rules import verify
 from sqat.models.attention import use_eager
 from sqat.modules.parametrize import get_layer
+from sqat.onnx_files.write import on_disk, write_onnx
 from sqat.quantization.fake_quant import quantize_weight
 from sqat.quantization.placement import PLACEMENTS
 from sqat.runtime.sessions import parity

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from sqat.checkpoint.store import Checkpoint
 from sqat.export.embeddings import store_embeddings, stored_tables
 from sqat.export.graph import export_float
-from sqat.export.onnx_files import write_onnx
 from sqat.export.quantized_model import QuantizedModel, quantize_model
+from sqat.onnx_files.write import write_onnx
 from sqat.quantization.fake_quant import FP32_NOISE
 from sqat.recipe.stages import ExportConfig
 

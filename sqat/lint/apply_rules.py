@@ -9,13 +9,12 @@ from pathlib import Path
 from onnx import ModelProto
 
 from sqat.errors import GateError, SqatError
-from sqat.export.onnx_files import check_file
 from sqat.lint.findings import Change, Finding
 from sqat.lint.graph_editor import GraphEditor
 from sqat.lint.graph_view import GraphView
-from sqat.lint.onnx_checks import structure_error, typing_error
 from sqat.lint.rules.table import RULES, TARGETS, Target
 from sqat.lint.rules.weights import check_almost_sparse, check_claimed_patterns
+from sqat.onnx_files.checks import check_file, structure_error, typing_error
 
 REPAIRABLE = frozenset(rule.id for rule in RULES if rule.repair is not None)
 

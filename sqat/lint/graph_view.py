@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from sqat.lint.onnx_checks import TensorInfo, infer, is_standard, opset_of
 from sqat.lint.weight import OPERANDS, STEPS, Weight, shape_after, weight_axes
+from sqat.onnx_files.checks import TensorInfo, infer, is_standard, opset_of
 
 Array = NDArray[np.generic]
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"

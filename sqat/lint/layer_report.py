@@ -13,7 +13,6 @@ from onnx import ModelProto
 
 from sqat.errors import SqatError
 from sqat.export.names import module_of, needs_kernels
-from sqat.export.onnx_files import read_onnx
 from sqat.lint.apply_rules import apply_rules, list_findings
 from sqat.lint.findings import Finding
 from sqat.lint.graph_view import DEQUANTIZE, GraphView, label
@@ -21,6 +20,7 @@ from sqat.lint.layer_row import LayerRow
 from sqat.lint.rules.table import Target
 from sqat.lint.verdicts import DOUBT, GOALS, Verdict, judge_layers
 from sqat.lint.weight import FLOATS, HALF, Weight, count_nonzeros
+from sqat.onnx_files.read import read_onnx
 from sqat.sparsity.pattern import Pattern
 
 GROUP_SIZES = (4, 8, 16, 32)

@@ -9,11 +9,12 @@ import onnx
 from onnx import TensorProto
 
 from sqat.errors import GateError, SqatError
-from sqat.export.onnx_files import read_onnx, write_onnx
 from sqat.lint.apply_rules import fix
 from sqat.lint.findings import Change, plural
 from sqat.lint.layer_report import LintReport, lint
 from sqat.lint.rules.table import Target
+from sqat.onnx_files.read import read_onnx
+from sqat.onnx_files.write import write_onnx
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from onnx import ModelProto, TensorProto
 from sqat.errors import SqatError
 from sqat.export.engine_files import Range, Shapes, parse_range, profile_shapes, read_settings
 from sqat.export.names import needs_kernels
-from sqat.export.onnx_files import read_onnx
 from sqat.hardware.machine import find_gpus
+from sqat.onnx_files.read import read_onnx
 from sqat.tensorrt.backends import TENSORRT, build_engine, choose_backend, sparse_kernel_problem
 from sqat.tensorrt.build_log import BuildLog, merge, read_layers, read_log
 from sqat.tensorrt.report import EngineReport, make_report

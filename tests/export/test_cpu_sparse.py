@@ -18,8 +18,8 @@ from sqat.data.tokens import TextProcessor
 from sqat.errors import GateError
 from sqat.export.cpu_graph import find_node as first_node
 from sqat.export.onnx_edit import GraphEditor
-from sqat.export.onnx_files import check_file
 from sqat.models.sentence import Pooling, SentenceProcessor, add_pooling_
+from sqat.onnx_files.checks import check_file
 from sqat.recipe.stages import Layers
 from sqat.runtime.sessions import count_operators
 from tests.calibrated_encoders import calibrate

@@ -14,8 +14,8 @@ from broken_graphs import set_negative_zeros, share_pair
 from graph_edits import ENCODER, SELF, bypass, node
 
 from sqat import cli
-from sqat.export.onnx_files import read_onnx
 from sqat.export.qdq import insert_qdq
+from sqat.onnx_files.read import read_onnx
 from tests.onnx_models import Family
 
 Command = Callable[..., tuple[int, list[str], str]]

@@ -39,7 +39,7 @@ class Interpreted:
     """What the code uses of an InferenceSession, by the numpy interpreter."""
 
     def __init__(self, path: Path) -> None:
-        from sqat.export.onnx_files import read_onnx
+        from sqat.onnx_files.read import read_onnx
 
         self.model = read_onnx(path)
 

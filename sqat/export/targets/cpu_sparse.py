@@ -9,9 +9,10 @@ from sqat.errors import GateError
 from sqat.export.cpu_encoder import Encoder, read_encoder
 from sqat.export.cpu_graph import to_cpu_sparse
 from sqat.export.embeddings import stored_tables
-from sqat.export.onnx_files import check_file, write_onnx
 from sqat.export.source import Source, TargetFile
 from sqat.export.targets.compressed_tensors import check_pattern
+from sqat.onnx_files.checks import check_file
+from sqat.onnx_files.write import write_onnx
 
 USAGE = """```python
 import sqat.runtime

@@ -12,8 +12,8 @@ from onnx import NodeProto, TensorProto, numpy_helper
 
 from sqat.lint.findings import Problem
 from sqat.lint.graph_view import DEQUANTIZE, QUANTIZE, GraphView, int_attribute, label, op_type
-from sqat.lint.onnx_checks import is_standard
 from sqat.lint.weight import FLOATS, HALF
+from sqat.onnx_files.checks import is_standard
 
 SMALLEST_HALF_SCALE, LARGEST_HALF = 6.2e-5, 65504.0
 CONVERTING = ("Cast", "CastLike", "Resize", "If", "Loop", "Scan", QUANTIZE, DEQUANTIZE)

@@ -9,8 +9,8 @@ from onnx import NodeProto
 from sqat.lint.findings import Problem
 from sqat.lint.graph_editor import GraphEditor, remove_attribute_
 from sqat.lint.graph_view import DEQUANTIZE, QUANTIZE, GraphView, int_attribute, label, op_type, subgraphs_of
-from sqat.lint.onnx_checks import is_standard, unknown_operators
 from sqat.lint.weight import FLOATS
+from sqat.onnx_files.checks import is_standard, unknown_operators
 
 INTEGER_PREFIXES = ("QLinear", "MatMulInteger", "ConvInteger", "DynamicQuantize")
 OPSETS, OLDER_OPSETS, READABLE_OPSETS = range(18, 21), range(13, 18), range(13, 26)

@@ -10,9 +10,11 @@ import pytest
 from onnx import ModelProto, numpy_helper
 
 from sqat.errors import SqatError
-from sqat.export import onnx_files as files
-from sqat.export.onnx_files import check_file, is_large, on_disk, read_onnx, write_onnx
 from sqat.export.qdq import insert_qdq
+from sqat.onnx_files import write as files
+from sqat.onnx_files.checks import check_file
+from sqat.onnx_files.read import read_onnx
+from sqat.onnx_files.write import is_large, on_disk, write_onnx
 from sqat.runtime.sessions import count_operators, optimized_graph, run_batches, session
 from tests.onnx_models import Family
 

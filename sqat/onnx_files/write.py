@@ -1,7 +1,4 @@
-"""ONNX files of any size: one protobuf below 2 GB, above that with the weights in a file beside it.
-
-Nothing may serialize a whole model above 2 GB, so ONNX's checker and shape inference get a path.
-"""
+"""Write ONNX files of any size: one protobuf below 2 GB, above that with the weights in a file beside it."""
 
 from __future__ import annotations
 
@@ -12,12 +9,9 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import ModelProto, TensorProto
-from onnx.external_data_helper import load_external_data_for_model
 
 from sqat.checkpoint.atomic_write import sync
-from sqat.errors import SqatError
 
 LARGEST = 2_000_000_000  # bytes of weights in one protobuf, which ends at 2^31
 
@@ -46,42 +40,6 @@ def write_onnx(model: ModelProto, path: Path, *, external: bool = False) -> None
         else:
             new.replace(path)
             data.unlink(missing_ok=True)
-
-
-def read_onnx(path: Path) -> ModelProto:
-    """Read a model and its external data.
-
-    Raises:
-        SqatError: the file is missing, no ONNX file or cut short, or its external data is missing.
-    """
-    place = str(path)
-    if not path.is_file():
-        raise SqatError("no such file", place=place, code="missing-file")
-    try:
-        model = onnx.load(path, format="protobuf", load_external_data=False)
-    except DecodeError as error:
-        raise SqatError("not an ONNX file, or cut short", "export it again", place, code="unreadable-file") from error
-    if not model.graph.node or not model.opset_import:
-        raise SqatError("not an ONNX file: it holds no graph", "export it again", place, code="unreadable-file")
-    try:
-        load_external_data_for_model(model, str(path.parent))
-    except (OSError, ValueError, onnx.checker.ValidationError) as error:
-        raise SqatError(f"its external data cannot be read: {' '.join(str(error).split())}", "keep it beside the file",
-                        place, code="unreadable-file") from error  # fmt: skip
-    return model
-
-
-def check_file(path: Path) -> Iterator[str]:
-    """Yield what the ONNX checker and strict shape inference find wrong in a file of any size."""
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-        with tempfile.TemporaryDirectory() as folder:
-            inferred = str(Path(folder) / "inferred.onnx")
-            onnx.shape_inference.infer_shapes_path(
-                str(path), inferred, check_type=True, strict_mode=True, data_prop=True
-            )
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
-        yield " ".join(str(error).split())
 
 
 @contextmanager

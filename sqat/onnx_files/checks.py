@@ -6,8 +6,11 @@ shapes of the weights are all that they need.
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 import onnx
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
@@ -138,6 +141,19 @@ def structure_error(model: ModelProto) -> str:
     except FAULTS as error:
         return one_line(error)
     return ""
+
+
+def check_file(path: Path) -> Iterator[str]:
+    """Yield what the ONNX checker and strict shape inference find wrong in a file of any size."""
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+        with tempfile.TemporaryDirectory() as folder:
+            inferred = str(Path(folder) / "inferred.onnx")
+            onnx.shape_inference.infer_shapes_path(
+                str(path), inferred, check_type=True, strict_mode=True, data_prop=True
+            )
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
+        yield one_line(error)
 
 
 def is_complete(tensor: TensorProto) -> bool:

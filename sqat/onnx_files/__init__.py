@@ -1,0 +1,1 @@
+"""Reading, checking and writing ONNX files of any size; every file from outside comes in by `read`."""
