@@ -1,6 +1,6 @@
 """Whatever stands in a recipe or a manifest: it is read, or told in one line; nothing outside the checkpoint is read.
 
-``SQAT_FUZZ=100000`` tries that many inputs of each kind; `scripts/faults/fuzz` does so in minutes, by cheaper changes.
+``SQAT_FUZZ=100000`` tries that many inputs of each kind; `scripts/faults/fuzz` tries more formats.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from scripts.faults.fuzzing import __main__ as fuzzing
+from scripts.faults.fuzzing import worker
+from scripts.faults.fuzzing.generators import GENERATORS
 from sqat.checkpoint.manifest import MANIFEST, load_manifest, manifest_digest
 from sqat.checkpoint.store import Checkpoint, load_checkpoint, save_checkpoint
 from sqat.errors import GateError, SqatError
@@ -163,37 +166,65 @@ def test_an_alias_bomb_is_reported_at_once(tmp_path: Path) -> None:
 
 
 def test_the_fuzzer_finds_nothing(tmp_path: Path) -> None:
-    """Both kinds, both outcomes; files beside and far from the manifest's folder are never opened."""
-    command = [
-        sys.executable,
-        str(ROOT / "scripts/faults/fuzz.py"),
-        "--inputs",
-        "200",
-        "--json",
-        str(tmp_path / "f.json"),
-    ]
-    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    """Each generator makes inputs of both outcomes."""
+    each, figures = 60, tmp_path / "fuzz.json"
+    command = [sys.executable, "-m", "scripts.faults.fuzzing", "--inputs", str(each * len(GENERATORS))]
+    run = subprocess.run([*command, "--json", str(figures)], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stdout + run.stderr
-    figures = json.loads((tmp_path / "f.json").read_text())
-    outcomes = [
-        figures.get(f"{kind} {outcome}", 0) for kind in ("recipe", "manifest") for outcome in ("read", "refused")
-    ]
-    assert min(outcomes) > 0
-    assert sum(outcomes) == 200
+    counts = json.loads(figures.read_text())["kinds"]
+    assert list(counts) == list(GENERATORS)
+    assert all(sum(outcomes.values()) == each and len(outcomes) == 2 for outcomes in counts.values())
 
 
-def test_the_fuzzer_tells_what_is_no_line(tmp_path: Path) -> None:
-    from scripts.faults import fuzz as fuzzing
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (SqatError("a", code="usage"), "refused"),
+        (GateError("a", code="missed-gate"), "not one line"),
+        (KeyError("k"), "KeyError"),
+        (RecursionError(), "RecursionError"),
+    ],
+)
+def test_the_fuzzer_tells_what_is_no_line(error: Exception, outcome: str) -> None:
+    def read() -> None:
+        raise error
 
-    def fail(error: Exception) -> Callable[[Path], object]:
-        def read(_: Path) -> object:
-            raise error
+    assert worker.try_action(read).startswith(outcome)
 
-        return read
 
-    assert fuzzing.outcome(fail(SqatError("a", code="usage")), tmp_path) == "refused"
-    assert fuzzing.outcome(fail(GateError("a", code="missed-gate")), tmp_path).startswith("not one line")
-    assert fuzzing.outcome(fail(KeyError("k")), tmp_path) == "KeyError: 'k'"
+@pytest.mark.parametrize(
+    ("code", "text", "errors", "outcome"),
+    [
+        (0, "a table\n", "", "accepted"),
+        (2, "", "error: a\n", "refused"),
+        (1, "", "internal error: KeyError\n", "exit code 1"),
+        (2, "", "", "exit code 2 without"),
+        (0, "\x1b]0;title\x07", "", "raw control"),
+        (2, "", "error: a\u202eb\n", "raw control"),
+        (2, "", "error: a\x9bb\n", "raw control"),
+        (2, "", "Traceback (most recent call last):\nerror: a\n", "traceback"),
+    ],
+)
+def test_the_fuzzer_judges_a_command(code: int, text: str, errors: str, outcome: str) -> None:
+    assert worker.judge(code, text, errors).startswith(outcome)
+
+
+def test_the_fuzzer_sees_files_outside(tmp_path: Path) -> None:
+    watch = worker.Watch(tmp_path, is_active=True)
+    for path in (tmp_path / "secret", tmp_path / "inside" / ".." / "new", tmp_path / "inside" / "own"):
+        watch.see("open", (str(path), "w", os.O_WRONLY))
+    watch.see("os.rename", (tmp_path / "inside" / "a", tmp_path / "b"))
+    seen = [line.partition(" ")[0] for line in watch.seen]
+    assert seen == ["opened", "wrote", "wrote", "os.rename"]
+
+
+def test_the_fuzzer_ends_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that answers nothing is killed and told."""
+    monkeypatch.setattr(fuzzing, "LIMIT", 0.05)
+    silent = fuzzing.Worker(0, tmp_path)
+    silent.command = [sys.executable, "-c", "print('ready', flush=True); import time; time.sleep(60)"]
+    assert silent.try_input("recipe", 0)["outcome"].startswith("no answer")
+    assert silent.process is None
 
 
 def test_no_tag_of_a_recipe_makes_anything(tmp_path: Path) -> None:

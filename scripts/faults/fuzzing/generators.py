@@ -1,0 +1,11 @@
+"""The table of generators: name -> the function that makes one input."""
+
+from __future__ import annotations
+
+from scripts.faults.fuzzing import manifests, recipes
+from scripts.faults.fuzzing.case import MakeCase
+
+GENERATORS: dict[str, MakeCase] = {
+    "recipe": recipes.make_case,
+    "manifest": manifests.make_case,
+}
