@@ -18,6 +18,7 @@ ROOMS = (
     "compat",
     "progress",
     "distributed",
+    "files",
     "runtime",
     "sparsity",
     "quantization",

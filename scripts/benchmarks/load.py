@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from scripts.benchmarks.runtime import random_feeds, size_of
 from sqat import runtime
-from sqat.checkpoint.atomic_write import replace_file
 from sqat.errors import SqatError
+from sqat.files.replace import replace_file
 
 Array = NDArray[Any]
 REQUESTS = 24  # different ones

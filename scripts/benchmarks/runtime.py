@@ -27,8 +27,8 @@ import numpy as np
 
 from sqat import runtime
 from sqat.bench.candidates import openvino_core
-from sqat.checkpoint.atomic_write import replace_file
 from sqat.errors import SqatError
+from sqat.files.replace import replace_file
 
 Run = Callable[[dict[str, Any]], object]
 SHAPES = "1x16,1x128,8x128,32x64,8x384"

@@ -28,8 +28,8 @@ from scripts.benchmarks.training_rows import (
     table,
     time_group,
 )
-from sqat.checkpoint.atomic_write import replace_file
 from sqat.errors import SqatError
+from sqat.files.replace import replace_file
 from sqat.hardware.machine import describe_processor
 
 GROUPS = ("steps", "calibration", "masks", "memory")

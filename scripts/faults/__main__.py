@@ -20,7 +20,7 @@ from scripts.faults.places import damage, fill, lock_out
 from scripts.faults.project import Ended, Project
 from scripts.faults.tally import Tally
 from sqat import __version__
-from sqat.checkpoint.atomic_write import replace_file
+from sqat.files.replace import replace_file
 
 Kind = Callable[[Project, int, random.Random, Ended, str], Tally]
 # kind -> how many by default, how many with --short

@@ -14,8 +14,8 @@ from scripts.results.page import render
 from scripts.results.running import report, run_all, status_of
 from scripts.results.schema import Application, ResultsFile, read, write
 from scripts.results.tries import add_try, read_tries, try_of
-from sqat.checkpoint.atomic_write import replace_file
 from sqat.errors import SqatError
+from sqat.files.replace import replace_file
 
 RECIPES = Path("recipes")
 FAILED, MISTAKE = 1, 2

@@ -17,9 +17,9 @@ from safetensors import safe_open
 
 from scripts.results.applications import display_of
 from scripts.results.schema import Application, DataFile, Latency, Pictures, Row, RunRecord, Seed, Stage, read
-from sqat.checkpoint.atomic_write import read_json_object
 from sqat.checkpoint.manifest import RECIPE, WEIGHTS, Manifest
 from sqat.errors import SqatError
+from sqat.files.read import try_read_object
 from sqat.pipeline.fingerprint import NOT_FINGERPRINTED, input_digests
 from sqat.pipeline.graph import StageGraph, StageNode, resolve_graph
 from sqat.pipeline.result_files import RESULTS_FILE, artifact_size, result_artifacts
@@ -59,7 +59,7 @@ def runs_of(recipe: Path, output: str | None) -> list[Run]:
 def collect_seed(loaded: LoadedRecipe) -> tuple[Seed, dict[str, str]]:
     """What a run holds, and label -> why a row is not in it."""
     graph, folder = resolve_graph(loaded), loaded.run_directory
-    measured, rows, skipped, digests = read_json_object(folder / RESULTS_FILE), {}, {}, set()
+    measured, rows, skipped, digests = try_read_object(folder / RESULTS_FILE), {}, {}, set()
     for label, (node, artifact) in result_artifacts(graph).items():
         manifest, entry = node.manifest, measured.get(label)
         if reason := why_unsound(graph, node):

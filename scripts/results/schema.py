@@ -13,9 +13,9 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sqat.bench.intervals import Interval
-from sqat.checkpoint.atomic_write import replace_file
 from sqat.checkpoint.manifest import Figure
 from sqat.errors import SqatError
+from sqat.files.replace import replace_file
 
 STRICT = ConfigDict(extra="forbid")
 

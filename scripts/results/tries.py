@@ -14,9 +14,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from scripts.results.schema import Try
-from sqat.checkpoint.atomic_write import replace_file
 from sqat.checkpoint.manifest import RECIPE, Manifest, load_manifest
 from sqat.errors import SqatError
+from sqat.files.replace import replace_file
 from sqat.recipe.loader import load_recipe
 from sqat.recipe.schema import Recipe
 

@@ -22,10 +22,10 @@ from sqat.analyze.findings import (
 from sqat.analyze.options import Options, Sections, choose_sections
 from sqat.analyze.sensitivity import OUTPUT_LOSS, Probe, choose_measure, run_model
 from sqat.analyze.treatments import Pruning, Quantization, find_pruning, find_quantization
-from sqat.checkpoint.atomic_write import replace_file
 from sqat.checkpoint.store import Checkpoint, load_checkpoint
 from sqat.data.rows import Rows, column
 from sqat.errors import SqatError
+from sqat.files.replace import replace_file
 from sqat.models.layer_selection import weighted_layers
 from sqat.pipeline.graph import StageNode, resolve_graph
 from sqat.progress import Reporter

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from sqat import runtime
 from sqat.bench.inputs import Feeds, Input, inputs_of_config
-from sqat.checkpoint.atomic_write import read_json_object
 from sqat.errors import SqatError, first_line
+from sqat.files.read import try_read_object
 
 Run = Callable[[Feeds], NDArray[Any]]
 
@@ -93,9 +93,9 @@ def read_artifact(label: str, path: Path) -> Artifact:
     """Read an artifact; the inputs of a file are in its graph, those of a folder follow from its config."""
     if path.suffix == ".onnx" and path.is_file():
         needs_own_kernels, inputs = read_graph(path)
-        return Artifact(label, path, needs_own_kernels, inputs, read_json_object(path.with_name("config.json")))
+        return Artifact(label, path, needs_own_kernels, inputs, try_read_object(path.with_name("config.json")))
     if path.is_dir():
-        config = read_json_object(path / "config.json")
+        config = try_read_object(path / "config.json")
         try:
             inputs = tuple(inputs_of_config(config, str(path)))
         except SqatError:

@@ -10,8 +10,8 @@ from sqat.bench.candidates import Candidate, find_candidates, read_artifacts
 from sqat.bench.measure import Grid, measure
 from sqat.bench.report import Report
 from sqat.bench.rounds import Effort
-from sqat.checkpoint.atomic_write import replace_file
 from sqat.errors import SqatError
+from sqat.files.replace import replace_file
 from sqat.hardware.machine import describe_processor
 from sqat.progress import Reporter
 

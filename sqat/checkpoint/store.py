@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sqat.checkpoint.atomic_write import replace_directory, write_synced
 from sqat.checkpoint.manifest import (
     LAYOUT,
     MANIFEST,
@@ -35,6 +34,7 @@ from sqat.checkpoint.manifest import (
     verify_files,
 )
 from sqat.errors import SqatError
+from sqat.files.replace import replace_directory, write_synced
 from sqat.sparsity.masks import count_violations, pack_bits, unpack_bits
 from sqat.sparsity.pattern import parse_pattern
 

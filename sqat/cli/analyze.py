@@ -44,7 +44,7 @@ def analyze(
     """Measure the sensitivity of each layer, without training."""
     loaded = load(recipe, overrides)
     from sqat.analyze.options import Options, check_options
-    from sqat.checkpoint.atomic_write import check_json_name
+    from sqat.files.replace import check_json_name
     from sqat.plots.figure import check_plot
 
     options = Options(stage, parent, prune_stage, calibrate_stage, samples, split, metric, budget)

@@ -43,8 +43,8 @@ def bench(
 ) -> None:
     """Time checkpoints and ONNX files in every backend."""
     from sqat.bench import command
-    from sqat.checkpoint.atomic_write import check_json_name
     from sqat.cli.progress_bars import open_reporter
+    from sqat.files.replace import check_json_name
     from sqat.plots.figure import check_plot
 
     options = command.Options(

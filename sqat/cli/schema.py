@@ -21,6 +21,6 @@ def schema(
 
         print_text(schema_text().rstrip())
     else:
-        from sqat.checkpoint.atomic_write import replace_file
+        from sqat.files.replace import replace_file
 
         replace_file(output, schema_text().encode())

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 
-from sqat.checkpoint.atomic_write import replace_file
 from sqat.data.text_files import read_rows
 from sqat.errors import SqatError
+from sqat.files.replace import replace_file
 from sqat.init.from_sparseml import Translation, translate
 from sqat.init.guess_task import RANKING_TASKS, Guess, guess_task
 from sqat.recipe.json_schema import SCHEMA_FILE, schema_text

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 from onnx import ModelProto, TensorProto
 
-from sqat.checkpoint.atomic_write import sync
+from sqat.files.replace import sync
 
 LARGEST = 2_000_000_000  # bytes of weights in one protobuf, which ends at 2^31
 

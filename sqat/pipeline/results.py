@@ -8,11 +8,12 @@ from functools import partial
 from math import isfinite
 from pathlib import Path
 
-from sqat.checkpoint.atomic_write import read_json_object, replace_file
 from sqat.data.rows import SplitName
 from sqat.data.sources import split_digest
 from sqat.distributed import broadcast_from_rank0, run_on_rank0
 from sqat.evaluation.evaluate import evaluate_artifact
+from sqat.files.read import try_read_object
+from sqat.files.replace import replace_file
 from sqat.pipeline.graph import StageGraph
 from sqat.pipeline.result_files import RESULTS_FILE, artifact_size, result_artifacts
 from sqat.progress import Reporter
@@ -46,7 +47,7 @@ def measure_results(graph: StageGraph, splits: Splits, reporter: Reporter) -> Re
     data, directory = loaded.recipe.data, loaded.run_directory
     split: SplitName = "test" if data.test is not None else "dev"
     data_digest = split_digest(getattr(data, split), loaded.path.parent)
-    remembered = json.loads(broadcast_from_rank0(json.dumps(read_json_object(directory / RESULTS_FILE))))
+    remembered = json.loads(broadcast_from_rank0(json.dumps(try_read_object(directory / RESULTS_FILE))))
     rows, record = [], {}
     for label, (node, artifact) in result_artifacts(graph).items():
         if node.manifest is None or not node.is_current:

@@ -6,8 +6,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from sqat.checkpoint.atomic_write import replace_file
 from sqat.errors import SqatError
+from sqat.files.replace import replace_file
 
 
 def check_plot(path: Path | None) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sqat import __version__
-from sqat.checkpoint.atomic_write import replace_file
 from sqat.errors import SqatError
+from sqat.files.replace import replace_file
 from sqat.progress import Reporter
 from sqat.report.figures import draw_activations, draw_curves, draw_map, draw_trade
 from sqat.report.grid import Grid, make_grid

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqat.checkpoint.atomic_write import read_json_object
 from sqat.checkpoint.manifest import HISTOGRAMS, RECIPE, Manifest, load_manifest
 from sqat.checkpoint.store import load_checkpoint
 from sqat.errors import SqatError
 from sqat.evaluation.inspection import inspect_checkpoint
+from sqat.files.read import try_read_object
 from sqat.lint.apply_rules import parse_target
 from sqat.lint.layer_report import LintReport
 from sqat.lint.layer_row import LayerRow
@@ -163,7 +163,7 @@ def read_run(directory: Path, reporter: Reporter) -> Run:
             if stage.config.gates
         ],
         lints=read_lints(results, reporter),
-        record=read_json_object(directory / RUN_RECORD),
+        record=try_read_object(directory / RUN_RECORD),
         missing=missing,
     )
 
@@ -195,7 +195,7 @@ def read_stages(graph: StageGraph, directory: Path, missing: list[str]) -> list[
 
 def read_results(graph: StageGraph, missing: list[str]) -> tuple[list[Result], str, str]:
     """Read the results table, its split and its data digest."""
-    entries = read_json_object(graph.loaded.run_directory / RESULTS_FILE)
+    entries = try_read_object(graph.loaded.run_directory / RESULTS_FILE)
     entries = {label: entry for label, entry in entries.items() if isinstance(entry, dict)}
     rows = []
     for label, (node, path) in result_artifacts(graph).items():

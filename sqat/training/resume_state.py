@@ -18,9 +18,9 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
-from sqat.checkpoint.atomic_write import write_synced
 from sqat.distributed import any_rank, broadcast_from_rank0
 from sqat.errors import SqatError
+from sqat.files.replace import write_synced
 
 
 @dataclass

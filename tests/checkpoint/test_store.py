@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from sqat.checkpoint import atomic_write
 from sqat.checkpoint import store as module
 from sqat.checkpoint.manifest import LayerRecord, Manifest, SiteRecord, load_manifest
 from sqat.checkpoint.store import Checkpoint, load_checkpoint, read_tensors, save_checkpoint
 from sqat.errors import SqatError
+from sqat.files import replace as replace_door
 from tests.checkpoint.conftest import FILES, KEY, QUERY, assert_damaged, assert_same, reseal, rewrite
 
 PACKAGE = Path(module.__file__).parent
@@ -237,7 +237,7 @@ def test_a_write_cut_off_between_its_renames_is_undone(saved: Path, checkpoint: 
     saved.with_name(".01-x.new").mkdir()
     before = snapshot(saved.with_name(".01-x.old"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(atomic_write, "sync", lambda path: (_ for _ in ()).throw(OSError(5, "I/O error")))
+        patch.setattr(replace_door, "sync", lambda path: (_ for _ in ()).throw(OSError(5, "I/O error")))
         with pytest.raises(SqatError, match="I/O error"):
             save_checkpoint(checkpoint, saved)
     assert snapshot(saved) == before

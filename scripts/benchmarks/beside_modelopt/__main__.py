@@ -11,8 +11,8 @@ from pathlib import Path
 from scripts.benchmarks.beside_modelopt import __doc__ as about
 from scripts.benchmarks.beside_modelopt.rows import CHAINS, METRICS, MODEL, SEEDS, Budget, Comparison, read
 from scripts.benchmarks.beside_modelopt.table import render
-from sqat.checkpoint.atomic_write import check_json_name
 from sqat.errors import SqatError
+from sqat.files.replace import check_json_name
 from sqat.hardware.machine import describe_processor, version_of
 
 MISTAKE = 2

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from sqat.checkpoint import atomic_write
-from sqat.checkpoint.atomic_write import read_json_object, replace_file
 from sqat.cli import main
 from sqat.errors import SqatError
+from sqat.files import replace
+from sqat.files.replace import replace_file
 from sqat.plots.figure import blank_figure, check_plot, save_figure
 
 
@@ -29,21 +29,12 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
         place.write_bytes(content[:1])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(atomic_write, "write_synced", fail)
+    monkeypatch.setattr(replace, "write_synced", fail)
     with pytest.raises(SqatError, match="file: cannot be written: No space left on device; free space") as caught:
         replace_file(path, b"new")
     assert "\n" not in str(caught.value)
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
     assert path.read_bytes() == b"old"
-
-
-@pytest.mark.parametrize("content", [None, b"", b"[1]", b"{", b"\xff\xfe", b"[" * 100_000])
-def test_what_is_no_object_is_empty(content: bytes | None, tmp_path: Path) -> None:
-    if content is not None:
-        (tmp_path / "file").write_bytes(content)
-    assert read_json_object(tmp_path / "file") == {}
-    (tmp_path / "file").write_bytes(b'{"a": 1}')
-    assert read_json_object(tmp_path / "file") == {"a": 1}
 
 
 def test_pictures_of_each_kind(tmp_path: Path) -> None:

@@ -1,14 +1,12 @@
-"""Files and folders that are written whole or not at all, and stay after a power cut."""
+"""The door for files that are replaced: whole or not at all, so that they stay after a power cut."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from sqat.errors import SqatError
 
@@ -92,12 +90,3 @@ def check_json_name(path: Path | None) -> None:
     if path is not None and path.suffix != ".json":
         raise SqatError(f"figures are written as JSON, not to a {path.suffix or 'file without an ending'}",
                         "name a .json file", str(path), code="usage")  # fmt: skip
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object; return an empty one if the file is absent, damaged or holds something else."""
-    try:
-        parsed: Any = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return parsed if isinstance(parsed, dict) else {}
