@@ -1,0 +1,1 @@
+"""Families of transformers models, tiny and random, through every stage, placement and target."""
