@@ -66,6 +66,8 @@ class Expression:
     def expand(self) -> list[str]:
         """Return the drafts of the whole expression."""
         drafts = self.alternatives()
+        if not self.text:
+            raise NoGlobError("it is empty")
         if self.at < len(self.text):
             raise NoGlobError("a ) without its (")
         return drafts

@@ -11,27 +11,28 @@ SPARSITIES = ("init_sparsity", "final_sparsity", "sparsity", "compression_sparsi
 PRUNING = {
     **dict.fromkeys(("GMPruningModifier", "MagnitudePruningModifier", "GlobalMagnitudePruningModifier"), "magnitude"),
     **dict.fromkeys(("ACDCPruningModifier", "RigLPruningModifier", "TopKASTPruningModifier"), "magnitude"),
-    **dict.fromkeys(("ConstantPruningModifier",), "magnitude"),
+    "ConstantPruningModifier": "magnitude",
     **dict.fromkeys(("MFACPruningModifier", "OBSPruningModifier", "SparseGPTModifier"), "sparsegpt"),
     "WandaPruningModifier": "wanda",
     "MovementPruningModifier": "taylor",
 }
 ONE_SHOT = ("ConstantPruningModifier", "SparseGPTModifier", "WandaPruningModifier")
-OF_BLOCKS = ("SparseGPTModifier", "WandaPruningModifier")  # their targets may be blocks: all layers in them
 QUANTIZING = ("QuantizationModifier", "LegacyQuantizationModifier", "GPTQModifier", "AutoRoundModifier")
+DISTILLING = ("DistillationModifier", "PerLayerDistillationModifier", "OutputDistillationModifier")
+KEEPS_MASKS = "ConstantPruningModifier"
+CHOOSES_LAYERS = ("targets", "ignore", "submodules", "exclude_module_types", "scheme", "config_groups")
 RATES = ("SetLearningRateModifier", "LearningRateModifier", "LearningRateFunctionModifier")
 DECAY = "SetWeightDecayModifier"
+SCHEMES = ("scheme", "config_groups", "num_bits", "strategy")
 # Modifier -> the arguments that are translated.
 ARGUMENTS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(PRUNING, (*TIMES, *SPARSITIES, *("params", "targets", "ignore", "mask_type", "mask_structure"),
                               "update_frequency")),
-    **dict.fromkeys(QUANTIZING, (*TIMES, "targets", "ignore", "submodules", "exclude_module_types", "scheme",
-                                 "config_groups", "num_bits", "strategy")),
+    **dict.fromkeys((*QUANTIZING, "AWQModifier"), (*TIMES, *SCHEMES, *CHOOSES_LAYERS)),
     **dict.fromkeys(RATES, (*TIMES, "learning_rate", "init_lr", "lr_func", "lr_class")),
     DECAY: (*TIMES, "weight_decay"),
     "DistillationModifier": (*TIMES, "hardness", "temperature"),
-    "PerLayerDistillationModifier": TIMES,
-    "OutputDistillationModifier": TIMES,
+    **dict.fromkeys(("PerLayerDistillationModifier", "OutputDistillationModifier"), TIMES),
     "EpochRangeModifier": TIMES,
 }  # fmt: skip
 # Modifier -> what to do instead.
@@ -47,7 +48,7 @@ WITHOUT_COUNTERPART = {
     "PowerpropagationModifier": "sqat trains weights as they are",
     "SmoothQuantModifier": "smooth the model before, and start from that model",
     "LogarithmicEqualizationModifier": "equalize the model before, and start from that model",
-    "AWQModifier": "scale the model before, and start from that model",
+    "AWQModifier": "scale the model before, and start from that model",  # with a scheme it also quantizes
     "QuIPModifier": "rotate the model before, and start from that model",
     "SpinQuantModifier": "rotate the model before, and start from that model",
     **dict.fromkeys(("SparsificationLoggingModifier", "LogTrackingModifier"), "sqat logs every stage"),
