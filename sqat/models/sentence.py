@@ -22,8 +22,10 @@ from sqat.checkpoint.manifest import SIDE_FILES
 from sqat.compat import find_source_file
 from sqat.data.tokens import TextProcessor
 from sqat.errors import SqatError, first_line
+from sqat.models.classifiers import set_dropout
+from sqat.models.head import TaskHead
 from sqat.models.sources import LOADING_ERRORS, check_loaded
-from sqat.models.text import check_length, check_vocabulary, load_tokenizer, set_dropout
+from sqat.models.text import check_length, check_vocabulary, load_tokenizer
 from sqat.recipe.inputs import ModelConfig
 
 MODULES, SETTINGS, PROMPTS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
@@ -117,10 +119,8 @@ class Sentences:
     def claims(self, files: Collection[str]) -> bool:
         return MODULES in files
 
-    def pretrained(
-        self, config: ModelConfig, source: str, head: Mapping[str, Any]
-    ) -> tuple[PreTrainedModel, SentenceProcessor]:
-        """The encoder of the source, pooled its way or the recipe's (``head["pooling"]``).
+    def pretrained(self, config: ModelConfig, source: str, head: TaskHead) -> tuple[PreTrainedModel, SentenceProcessor]:
+        """The encoder of the source, pooled its way or the recipe's (``head.entries["pooling"]``).
 
         Raises:
             SqatError: no such model, modules or a pooling that sqat does not know, weights that are not this
@@ -146,7 +146,7 @@ class Sentences:
         check_vocabulary(tokenizer, source)
         check_length(model, config.max_length)
         pooling = read_pooling(carried, source)
-        pooling = Pooling(head.get("pooling", pooling.mode), pooling.normalized)
+        pooling = Pooling(head.entries.get("pooling", pooling.mode), pooling.normalized)
         return add_pooling_(model, pooling), SentenceProcessor(
             tokenizer, pooling, model.config.hidden_size, config.max_length, carried
         )
