@@ -7,7 +7,7 @@ shapes of the weights are all that they need.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -36,6 +36,12 @@ def opset_of(model: ModelProto) -> int:
 
 def unknown_operators(model: ModelProto) -> list[NodeProto]:
     """Nodes whose operator neither ONNX at the model's opset nor the model itself defines."""
+    is_defined = make_definition_test(model)
+    return [node for node in model.graph.node if not is_defined(node)]
+
+
+def make_definition_test(model: ModelProto) -> Callable[[NodeProto], bool]:
+    """A function that says whether ONNX at the model's opset, or the model itself, defines a node's operator."""
     versions = {entry.domain or "ai.onnx": int(entry.version) for entry in model.opset_import}
     functions = {(function.domain, function.name) for function in model.functions}
 
@@ -46,7 +52,7 @@ def unknown_operators(model: ModelProto) -> list[NodeProto]:
         domain = "" if is_standard(node) else node.domain
         return (node.domain, node.op_type) in functions or onnx.defs.has(node.op_type, version, domain)
 
-    return [node for node in model.graph.node if not is_defined(node)]
+    return is_defined
 
 
 def light_copy(model: ModelProto) -> ModelProto:
@@ -57,9 +63,7 @@ def light_copy(model: ModelProto) -> ModelProto:
     del light.opset_import[:]
     light.opset_import.extend(model.opset_import)
     light.functions.extend(model.functions)
-    unknown = {id(node) for node in unknown_operators(model)}
-    if unknown:
-        light.opset_import.append(helper.make_opsetid(UNCHECKED, 1))
+    is_defined, has_unknown = make_definition_test(model), False
     inputs = list(graph.input)
     input_names = {value.name for value in inputs}
     for node in graph.node:
@@ -68,8 +72,10 @@ def light_copy(model: ModelProto) -> ModelProto:
             inputs.append(describe(constant, node.output[0]))
             continue
         light.graph.node.append(node)
-        if id(node) in unknown:
-            light.graph.node[-1].domain = UNCHECKED
+        if not is_defined(node):
+            light.graph.node[-1].domain, has_unknown = UNCHECKED, True
+    if has_unknown:
+        light.opset_import.append(helper.make_opsetid(UNCHECKED, 1))
     for tensor in graph.initializer:
         if not is_large(tensor):
             light.graph.initializer.append(tensor)
