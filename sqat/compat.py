@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -80,6 +81,16 @@ def register_attention(name: str, function: Callable[..., tuple[Tensor, Tensor]]
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
 
 
+def eager_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """Return the eager attention function of a module's own family, which its forward hands to transformers.
+
+    Every family's file has its own. None where the module's class has no such function.
+    """
+    forward: Any = inspect.unwrap(type(module).forward)
+    names = [name for name in forward.__code__.co_names if name.endswith("eager_attention_forward")]
+    return forward.__globals__.get(names[0]) if names else None
+
+
 def can_set_attention(model: Any) -> bool:
     """Say whether a transformers model goes through the attention interface."""
     return bool(model._can_set_attn_implementation())
@@ -88,14 +99,6 @@ def can_set_attention(model: Any) -> bool:
 def attention_name(model: Any) -> str:
     """Return the name of the attention function that a transformers model uses."""
     return str(model.config._attn_implementation)
-
-
-def draw_weights_(model: Any, module: nn.Module) -> None:
-    """Draw the weights of one module of a transformers model at random, as the model's family does."""
-    for parameter in own_parameters(module).values():
-        if parameter is not None:
-            parameter._is_hf_initialized = False  # type: ignore[attr-defined]
-    model._init_weights(module)
 
 
 def find_source_file(source: str, name: str, revision: str | None) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,6 +107,21 @@ def test_transformers_5_23_calls_a_registered_attention() -> None:
     assert [*seen] == [torch.Size([1, 1, 3, 3])]
 
 
+def test_transformers_5_23_gives_every_attention_its_own_eager_function() -> None:
+    """The second argument of `get_interface`; `compat.eager_attention` finds it by its name."""
+    call = re.compile(r"ALL_ATTENTION_FUNCTIONS\.get_interface\(\s*[^,()]+,\s*(\w+)\s*,?\s*\)")
+    files = list((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"))
+    texts = [text for file in files if "get_interface(" in (text := file.read_text(encoding="utf-8"))]
+    names = [name for text in texts for name in call.findall(text)]
+    assert len(names) == sum(text.count("ALL_ATTENTION_FUNCTIONS.get_interface(") for text in texts) > 400
+    assert all(name.endswith("eager_attention_forward") for name in names)
+    module = tiny_bert().encoder.layer[0].attention.self
+    assert compat.eager_attention(module) is transformers.models.bert.modeling_bert.eager_attention_forward
+    inherited = type("Mine", (type(module),), {})
+    assert compat.eager_attention(inherited.__new__(inherited)) is compat.eager_attention(module)
+    assert compat.eager_attention(torch.nn.Linear(2, 2)) is None
+
+
 def test_transformers_5_23_is_silent_only_while_asked() -> None:
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     with compat.quiet_transformers():
@@ -116,13 +133,3 @@ def test_transformers_5_23_finds_files_of_a_source(tmp_path: Any) -> None:
     (tmp_path / "modules.json").write_text("[]")
     assert compat.find_source_file(str(tmp_path), "modules.json", None) == str(tmp_path / "modules.json")
     assert compat.find_source_file(str(tmp_path), "other.json", None) is None
-
-
-def test_transformers_5_23_draws_the_weights_of_one_module(tmp_path: Any) -> None:
-    tiny_bert().save_pretrained(tmp_path)
-    model = transformers.BertModel.from_pretrained(tmp_path)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    compat.draw_weights_(model, model.pooler.dense)
-    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert changed == {"pooler.dense.weight"}
-    assert 0.01 < float(model.pooler.dense.weight.detach().std()) < 0.03  # the family's, not torch's

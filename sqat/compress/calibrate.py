@@ -12,6 +12,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from sqat.compress.check_hooks import check_hooks
 from sqat.compress.eval_mode import eval_mode
 from sqat.compress.quantize import attention_for
 from sqat.distributed import all_reduce_max, all_reduce_sum
@@ -68,7 +69,7 @@ def calibrate(
             Default: the first of ``batches``, and each process is on its own.
 
     Raises:
-        SqatError: there is no batch.
+        SqatError: there is no batch, or hooks at the sites change what the model computes.
         ValueError: a value is not finite, or an amax is not positive.
     """
     blocks, alone = encoder_blocks(model), example is None
@@ -79,6 +80,7 @@ def calibrate(
             if example is None:
                 raise SqatError("there is no batch to calibrate with", "give some training batches", code="no-rows")
             batches = chain([example], remaining)
+        check_hooks(model, example, layers, placement)
         sites = discover_sites(model, example, layers, blocks, PLACEMENTS[placement])
         histograms = observe(model, sites, blocks, batches)
     if not alone:

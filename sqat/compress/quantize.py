@@ -14,8 +14,11 @@ from sqat.quantization.placement import PLACEMENTS
 
 
 @contextmanager
-def attention_for(model: nn.Module, placement: str) -> Iterator[bool]:
+def attention_for(model: nn.Module, placement: str, compare: bool = False) -> Iterator[bool]:
     """Switch to the attention that a placement quantizes; afterwards the model's own is back.
+
+    Args:
+        compare: compare that of the kernels to the family's own, which it then returns.
 
     Yields:
         Whether the model has it. Families outside transformers' attention interface keep float products.
@@ -23,7 +26,7 @@ def attention_for(model: nn.Module, placement: str) -> Iterator[bool]:
     if not PLACEMENTS[placement].attention:
         yield True
         return
-    before, switched = current_attention(model), use_hooked_attention(model, placement)
+    before, switched = current_attention(model), use_hooked_attention(model, placement, compare)
     try:
         yield switched
     finally:

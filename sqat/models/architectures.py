@@ -6,15 +6,14 @@ makes one. Another kind is one file here and one line in the table.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
 from sqat.data.batch import Processor
 from sqat.models.diffusion import Diffusion
-from sqat.models.head import TaskHead
 from sqat.models.image import Images
 from sqat.models.sentence import Sentences
 from sqat.models.text import Texts
@@ -31,12 +30,12 @@ class Architecture(Protocol):
     def claims(self, files: Collection[str]) -> bool:
         """Whether a checkpoint with files of these names is of this kind; the first that claims it has it."""
 
-    def pretrained(self, config: ModelConfig, source: str, head: TaskHead) -> tuple[nn.Module, Processor]:
+    def pretrained(self, config: ModelConfig, source: str, head: Mapping[str, Any]) -> tuple[nn.Module, Processor]:
         """The model to start from, and its processor.
 
         Args:
             source: folder or hub name; empty where the recipe gives ``model.config``.
-            head: what the task needs.
+            head: config entries of the head: num_labels, id2label, problem_type, ...
         """
 
     def model(self, folder: Path) -> nn.Module:

@@ -10,22 +10,26 @@ from transformers import PreTrainedModel
 
 from sqat.compat import attention_name, can_set_attention, quiet_transformers, register_attention
 from sqat.models.layer_selection import find_qkv, is_causal
-from sqat.modules.attention import byte_attention, hooked_attention
+from sqat.modules.attention import byte_attention, compared_attention, hooked_attention
 from sqat.modules.qkv_hooks import QkvHooks
 from sqat.quantization.placement import PLACEMENTS
 
-FUNCTIONS = {"sqat_hooked": hooked_attention, "sqat_bytes": byte_attention}
+HOOKED, BYTES, COMPARED = "sqat_hooked", "sqat_bytes", "sqat_compared"
+FUNCTIONS = {HOOKED: hooked_attention, BYTES: byte_attention, COMPARED: compared_attention}
 
 
-def use_hooked_attention(model: nn.Module, placement: str = "tensorrt") -> bool:
+def use_hooked_attention(model: nn.Module, placement: str = "tensorrt", compare: bool = False) -> bool:
     """Switch to the attention whose operands can be quantized in a placement.
+
+    Args:
+        compare: compare that of the kernels to the family's own, which it then returns.
 
     Returns:
         False where the model does not go through transformers' attention interface.
     """
     if not isinstance(model, PreTrainedModel) or not can_set_attention(model):
         return False
-    name = "sqat_bytes" if PLACEMENTS[placement].kernels else "sqat_hooked"
+    name = HOOKED if not PLACEMENTS[placement].kernels else COMPARED if compare else BYTES
     register_attention(name, FUNCTIONS[name])
     use_attention(model, name)
     return True

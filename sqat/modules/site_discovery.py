@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sqat.compat import tensor_version
-from sqat.modules.hooks import Hooks, hook_adds, hook_attention, hook_linears, is_activation
+from sqat.modules.hooks import Hook, Hooks, hook_adds, hook_attention, hook_linears, is_activation
 from sqat.modules.sites import Site, Sites, StorageVersion, TensorKey, choose_sites
 from sqat.quantization.placement import Placement
 
@@ -53,13 +53,7 @@ def discover_sites(
             readers.watch(x)
         return x
 
-    convolutions = [name for name in layers if isinstance(model.get_submodule(name), nn.Conv2d)]
-    hook_linears(model, record, inputs=layers, outputs=convolutions, hooks=hooks)
-    if placement.attention:
-        hook_attention(model, record, list_inner_modules(model, blocks), hooks=hooks)
-    if placement.outputs:
-        hook_linears(model, record, outputs=[name for name in layers if name not in convolutions], hooks=hooks)
-        hook_adds(model, record, blocks, hooks=hooks)
+    hook_candidates(model, record, layers, blocks, placement, hooks)
     training = model.training
     try:
         with torch.no_grad(), readers:
@@ -67,7 +61,7 @@ def discover_sites(
     finally:
         model.train(training)
         hooks.remove()
-    outputs = {site: keys[site] for name in convolutions if (site := Site.of(name, "output")) in keys}
+    outputs = {site: keys[site] for name in convolutions(model, layers) if (site := Site.of(name, "output")) in keys}
     stay_float = readers.activation_inputs - {key[0] for key in outputs.values()}
     sites = choose_sites(keys, set() if placement.activation_inputs else stay_float)
     limits: dict[str, float] = {
@@ -76,6 +70,24 @@ def discover_sites(
     # The fused q, k, v linear of the kernels has a scale for each channel, so that nothing needs one amax.
     groups = [] if placement.kernels else sites.shared_amax_groups
     return replace(sites, shared_amax_groups=groups, rectifier_limits=limits)
+
+
+def hook_candidates(
+    model: nn.Module, hook: Hook, layers: Sequence[str], blocks: Sequence[str], placement: Placement, hooks: Hooks
+) -> None:
+    """Hook every place that can be a site of a placement."""
+    first = convolutions(model, layers)
+    hook_linears(model, hook, inputs=layers, outputs=first, hooks=hooks)
+    if placement.attention:
+        hook_attention(model, hook, list_inner_modules(model, blocks), hooks=hooks)
+    if placement.outputs:
+        hook_linears(model, hook, outputs=[name for name in layers if name not in first], hooks=hooks)
+        hook_adds(model, hook, blocks, hooks=hooks)
+
+
+def convolutions(model: nn.Module, layers: Sequence[str]) -> list[str]:
+    """Return the convolutions among the layers."""
+    return [name for name in layers if isinstance(model.get_submodule(name), nn.Conv2d)]
 
 
 def key_of(x: Tensor) -> TensorKey:

@@ -111,7 +111,7 @@ def test_attention_reads_its_hooked_operands(role: str, make_model: MakeModel, b
     run(model, batch)
     hooks.remove()
     handle.remove()
-    assert list(operands) == ["query", "key", "value", "softmax"]
+    assert list(operands) == ["query", "key", "softmax", "value"]
     assert operands["softmax"].shape == (3, 2, 12, 12)
     assert operands["value"].shape == (3, 2, 12, 16)
     wanted = (operands["softmax"] @ operands["value"]).transpose(1, 2).flatten(2)
@@ -122,18 +122,19 @@ def test_attention_reads_its_hooked_operands(role: str, make_model: MakeModel, b
     torch.testing.assert_close(softmax, scores.softmax(-1))
 
 
-def test_hooked_attention_repeats_grouped_heads_and_drops_like_eager() -> None:
+def test_hooked_attention_repeats_grouped_heads_and_drops_like_eager(make_model: MakeModel) -> None:
     torch.manual_seed(0)
     query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
-    module = nn.Identity().train()
+    module = make_model("llama").get_submodule("model.layers.0.self_attn").train()
     torch.manual_seed(1)
-    output, probabilities = hooked_attention(module, query, key, value, None, scaling=0.25, dropout=0.5)
+    hooks = hook_attention(nn.Sequential(module), lambda site, x: x + 1 if site == "0:softmax" else x, ["0"])
+    output, _ = hooked_attention(module, query, key, value, None, scaling=0.25, dropout=0.5)
+    hooks.remove()
     torch.manual_seed(1)
     keep = torch.nn.functional.dropout(torch.ones(2, 4, 5, 5), 0.5)
     for b in range(2):
         for head in range(4):
-            p = (query[b, head] @ key[b, head // 2].T * 0.25).softmax(-1)
-            torch.testing.assert_close(probabilities[b, head], p)
+            p = (query[b, head] @ key[b, head // 2].T * 0.25).softmax(-1) + 1  # hooked before the dropout
             torch.testing.assert_close(output[b, :, head], (p * keep[b, head]) @ value[b, head // 2])
 
 

@@ -12,7 +12,9 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BertConfig
 from transformers.activations import ACT2FN
+from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from sqat.export.cpu_encoder import ACTIVATIONS, FAMILIES, check_encoder
 from sqat.export.cpu_packing import pack_dense
@@ -24,6 +26,7 @@ from sqat.modules.served_arithmetic import ERF, POLYNOMIALS, TANH
 from sqat.modules.site_discovery import discover_sites
 from sqat.quantization.placement import PLACEMENTS
 from sqat.recipe.stages import Layers
+from tests.errors import raises_code
 from tests.export.cpu_models import by_kernels
 from tests.export.cpu_oracle import gelu, kernel_polynomial
 
@@ -58,8 +61,21 @@ def test_byte_attention_equals_the_loop() -> None:
     assert shares.sum(-1)[:2] == pytest.approx(1)
     assert not shares[1, :, :, 3:].any()
     assert not got[2].any(), "no key, no value"
-    unmasked, _ = byte_attention(nn.Module().eval(), query, key, value, None)
+    unmasked, _ = byte_attention(BertSelfAttention(BertConfig()).eval(), query, key, value, None)
     assert torch.equal(unmasked[0], got[0])
+
+
+@pytest.mark.parametrize("argument", ["softcap", "s_aux", "position_bias", "head_mask", "made_up"])
+def test_byte_attention_refuses_an_argument_that_it_does_not_compute(argument: str) -> None:
+    query, key, value = (drawn(1, 2, 3, 8, seed=seed) for seed in (1, 2, 3))
+    module = nn.Module().eval()
+    with raises_code("unsupported-model", match=f"Module gets {argument}"):
+        byte_attention(module, query, key, value, None, **{argument: torch.zeros(1)})
+    with raises_code("unsupported-model", match="shares keys"):
+        byte_attention(module, query, key[:, :1], value[:, :1], None)
+    wanted, _ = byte_attention(module, query, key, value, None)
+    others = {argument: None, "is_causal": True, "output_attentions": True, "cu_seq_lens_q": torch.zeros(1)}
+    assert torch.equal(byte_attention(module, query, key, value, None, **others)[0], wanted)
 
 
 def test_the_gradient_of_byte_attention_is_that_of_softmax_up_to_rounding() -> None:
@@ -67,7 +83,7 @@ def test_the_gradient_of_byte_attention_is_that_of_softmax_up_to_rounding() -> N
     direction = drawn(2, 6, 2, 8, seed=4)
     grads = []
     for attention in (byte_attention, hooked_attention):
-        out, _ = attention(nn.Module().eval(), query, key, value, None)
+        out, _ = attention(BertSelfAttention(BertConfig()).eval(), query, key, value, None)
         grads.append(torch.autograd.grad((out * direction).sum(), (query, key, value)))
     for ours, smooth in zip(*grads, strict=True):
         assert float((ours - smooth).norm() / smooth.norm()) < 0.01
