@@ -36,7 +36,7 @@ def share(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
 
 
-def traced(model: nn.Module, inputs: Mapping[str, Tensor], *names: str) -> ModelProto:
+def traced(model: nn.Module, inputs: Mapping[str, Tensor], *names: str | None) -> ModelProto:
     """What `export_float` returns for these arguments; the caller's own to change."""
     key = digest((model, dict(inputs), names)) if FOLDER else None
     if key is None:

@@ -55,7 +55,12 @@ def select_layers(include: Sequence[str] | None, exclude: Sequence[str]) -> Laye
 
 def model_inputs(batch: Inputs, device: torch.device, labels: bool = False) -> dict[str, Tensor]:
     """Copy a batch to the model's device, without its labels unless they are asked for."""
-    return {name: value.to(device) for name, value in batch.items() if labels or name != "labels"}
+    return {name: value.to(device) for name, value in batch.items() if labels or not is_label(name)}
+
+
+def is_label(name: str) -> bool:
+    """Tell whether an argument of a model's forward is a label, by the names that transformers gives them."""
+    return "label" in name or name in ("start_positions", "end_positions")
 
 
 def check_unchanged(model: nn.Module) -> None:

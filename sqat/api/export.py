@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,11 +14,11 @@ from torch import nn
 from sqat.api.arguments import Inputs, check_masks, check_unchanged, model_inputs
 from sqat.api.prune import Masks
 from sqat.api.quantize import Scales, check_scales, quantized
-from sqat.data.batch import Batch
 from sqat.errors import SqatError, suggest
-from sqat.evaluation.artifacts import open_artifact
+from sqat.evaluation.artifacts import open_onnx
 from sqat.export.folding import fold_attention_scale
 from sqat.export.graph import export_float
+from sqat.export.outputs import tensor_outputs
 from sqat.export.qdq import insert_qdq
 from sqat.export.quantized_model import QuantizedModel
 from sqat.lint.apply_rules import verify
@@ -42,15 +42,18 @@ def export_onnx(
 ) -> float:
     """Write a model as ONNX, with dynamic batch and sequence, and compare it with torch; the model stays as it is.
 
+    The file has every tensor that the model returns, under the name of its field, in float32: a model in half precision
+    is converted first.
+
     Args:
         path: of the file; weights over 2 GB go beside it.
-        inputs: a batch, for the names of the inputs and to compare with; ``labels`` are ignored.
+        inputs: a batch, for the names of the inputs and to compare with; labels are ignored.
         masks: of `prune`; the pruned weights must be 0.
         scales: of `calibrate`; None for a float graph.
         target: ``onnx-fp32``, ``onnx-int8`` or ``tensorrt``, whose rules the file must keep; default: by ``scales``.
 
     Returns:
-        The largest difference between logits of the file, in ONNX Runtime, and of the (fake-quantized) torch model.
+        The largest difference between outputs of the file, in ONNX Runtime, and of the (fake-quantized) torch model.
         A few int8 steps are rounding; an export stage of a recipe decides on real rows whether they matter.
 
     Raises:
@@ -60,15 +63,15 @@ def export_onnx(
     """
     check_unchanged(model)
     target, path = choose_target(target, scales), prepare_path(Path(path))
-    copy = deepcopy(model).cpu().eval()
-    use_eager(copy)
+    copy = make_float_copy(model)
     if masks is not None:
         check_masks(copy, masks.kept)
         check_zeros(copy, masks)
     example = model_inputs(inputs, torch.device("cpu"))
+    example = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in example.items()}
     if scales is not None:
         check_scales(copy, scales)
-    graph = export_float(copy, example)
+    graph = export_float(copy, example, None)
     if scales is not None:
         graph = insert_qdq(graph, quantize_for_onnx(copy, scales))
     if target == "tensorrt":
@@ -80,7 +83,17 @@ def export_onnx(
         write_onnx(graph, path)
     except OSError as error:
         raise unwritable(path, error) from error
-    return logit_difference(path, copy, example, scales)
+    return output_difference(path, copy, example, scales)
+
+
+def make_float_copy(model: nn.Module) -> nn.Module:
+    """Copy a model to the CPU, in float32 and eval mode, with eager attention and named outputs."""
+    copy = deepcopy(model).cpu().float().eval()
+    use_eager(copy)
+    config: Any = getattr(copy, "config", None)
+    if hasattr(config, "return_dict"):
+        config.return_dict = True
+    return copy
 
 
 def prepare_path(path: Path) -> Path:
@@ -144,14 +157,16 @@ def drop_kernel_sites(scales: Scales) -> Scales:
     return replace(scales, shared_with=shared_with, amax=amax, placement="linear")
 
 
-def logit_difference(path: Path, model: nn.Module, example: Inputs, scales: Scales | None) -> float:
-    """The largest difference between the logits of a file and of its torch model."""
-    unused = torch.empty(0)
-    actual = open_artifact(path, "cpu")(Batch(dict(example), unused, unused))
+def output_difference(path: Path, model: nn.Module, example: Inputs, scales: Scales | None) -> float:
+    """The largest difference between the outputs of a file and of its torch model."""
+    runtime = open_onnx(path)
+    arrays = {entry.name: example[entry.name].numpy() for entry in runtime.get_inputs()}
+    names = [entry.name for entry in runtime.get_outputs()]
     fake_quantized = nullcontext() if scales is None else quantized(model, None, drop_kernel_sites(scales))
     with torch.no_grad(), fake_quantized:
-        expected = model(**example).logits
-    return parity(expected.numpy(), actual.numpy())
+        expected = tensor_outputs(model(**example))
+    actual = dict(zip(names, runtime.run(names, arrays), strict=True))
+    return max(parity(expected[name].numpy(), actual[name]) for name in names)
 
 
 TARGETS: tuple[Target, ...] = ("onnx-fp32", "onnx-int8", "tensorrt")

@@ -11,7 +11,7 @@ import ast
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,36 +19,37 @@ from onnx import GraphProto, ModelProto, NodeProto
 from torch import Tensor, nn
 
 from sqat.export.names import WEIGHTED, module_of, node_name
+from sqat.export.outputs import tensor_outputs
 
 OPSET = 20
 SCOPES = "pkg.torch.onnx.name_scopes"
 ROOT = "model"
 
 
-class LogitsOnly(nn.Module):
-    """A model with positional inputs and logits as its only output, whose names the exporter takes."""
+class PositionalModel(nn.Module):
+    """A model with positional inputs and outputs, whose names the exporter takes."""
 
-    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+    def __init__(self, model: nn.Module, inputs: Sequence[str], outputs: Sequence[str]) -> None:
         super().__init__()
-        self.model = model
-        self.names = names
+        self.model, self.inputs, self.outputs = model, tuple(inputs), tuple(outputs)
 
-    def forward(self, *tensors: Tensor) -> Tensor:
-        logits: Tensor = self.model(**dict(zip(self.names, tensors, strict=True))).logits
-        return logits
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        named = tensor_outputs(self.model(**dict(zip(self.inputs, tensors, strict=True))))
+        return tuple(named[name] for name in self.outputs)
 
 
-def export_float(model: nn.Module, inputs: Mapping[str, Tensor], output: str = "logits") -> ModelProto:
+def export_float(model: nn.Module, inputs: Mapping[str, Tensor], output: str | None = "logits") -> ModelProto:
     """Export an encoder in float32, weights as they are.
 
     Args:
-        model: in eval mode, with eager attention and no parametrizations; returns ``.logits``.
+        model: in eval mode, with eager attention and no parametrizations.
         inputs: an example batch by input name: integers [batch, sequence >= 2], or floats [batch, ...] (images), of
             which only the batch varies; only names, types and widths matter.
-        output: name of the model's ``.logits`` in the graph.
+        output: name of the model's ``.logits`` in the graph, its only output; None: every tensor that the model
+            returns, under its own name.
 
     Returns:
-        ModelProto of opset 20 with inputs in the given order and one output [batch, ...]; it may exceed 2 GB.
+        ModelProto of opset 20 with inputs in the given order and outputs [batch, ...]; it may exceed 2 GB.
 
     Raises:
         ValueError: an input has another shape, or the model is in training mode.
@@ -59,13 +60,14 @@ def export_float(model: nn.Module, inputs: Mapping[str, Tensor], output: str = "
     batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
     axes = tuple({0: batch} if tensor.is_floating_point() else {0: batch, 1: sequence} for tensor in example)
     with quiet(), torch.no_grad():
+        returned = ["logits"] if output else list(tensor_outputs(model(**dict(zip(inputs, example, strict=True)))))
         program = torch.onnx.export(
-            LogitsOnly(model, tuple(inputs)).eval(),
+            PositionalModel(model, list(inputs), returned).eval(),
             example,
             dynamo=True,
             opset_version=OPSET,
             input_names=list(inputs),
-            output_names=[output],
+            output_names=[output] if output else returned,
             dynamic_shapes=(axes,),
             verbose=False,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,19 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import transformers
 from onnx import numpy_helper
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
 
 import sqat
 from sqat.errors import ErrorCode
+from sqat.export.outputs import tensor_outputs
 from sqat.quantization.fake_quant import quantize_weight
 from sqat.runtime.sessions import session
 from tests.api.conftest import Batches, copy_state, train
 from tests.errors import raises_code
-from tests.tiny import MakeModel
+from tests.tiny import VOCABULARY, MakeModel
 
 
 def integers_of(path: Path) -> list[Any]:
@@ -50,6 +55,77 @@ def test_an_exported_file_is_the_quantized_model(
             found = np.abs(logits - model(**batches[0]).logits.numpy()).max()
         assert difference == pytest.approx(found, abs=1e-2)
     assert difference < 0.05
+
+
+SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 1}
+
+
+class OwnHead(nn.Module):
+    """A model of a user's own: an encoder of transformers inside, and any kind of output."""
+
+    def __init__(self, wrap: Callable[[Tensor, Tensor], object]) -> None:
+        super().__init__()
+        self.encoder = BertModel(BertConfig(vocab_size=len(VOCABULARY), **SIZES))
+        self.head, self.wrap = nn.Linear(32, 3), wrap
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> object:
+        hidden = self.encoder(input_ids, attention_mask).last_hidden_state
+        return self.wrap(hidden, self.head(hidden[:, 0]))
+
+
+def head(name: str, **settings: Any) -> nn.Module:
+    made: nn.Module = getattr(transformers, name)(BertConfig(vocab_size=len(VOCABULARY), **SIZES, **settings))
+    return made
+
+
+HEADS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "questions": (lambda: head("BertForQuestionAnswering"), ["start_logits", "end_logits"]),
+    "no head, tuples": (lambda: head("BertModel", return_dict=False), ["last_hidden_state", "pooler_output"]),
+    "all layers": (lambda: head("BertModel", output_hidden_states=True), ["last_hidden_state", "pooler_output"]),
+    "own, tensor": (lambda: OwnHead(lambda hidden, scores: scores), ["output"]),
+    "own, dict": (lambda: OwnHead(lambda hidden, scores: {"loss": hidden.sum(), "b": hidden, "a": scores}), ["b", "a"]),
+    "own, tuple": (lambda: OwnHead(lambda hidden, scores: (scores, None, hidden)), ["output_0", "output_2"]),
+}
+
+
+@pytest.mark.parametrize(("make", "names"), HEADS.values(), ids=HEADS)
+def test_any_head_is_exported_under_the_names_of_its_outputs(
+    make: Callable[[], nn.Module], names: list[str], batches: Batches, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, path = make().eval(), tmp_path / "model.onnx"
+    batch = {name: value for name, value in batches[0].items() if name != "labels"}
+    labels = {"start_positions": torch.zeros(4).long(), "next_sentence_label": torch.zeros(4).long()}
+    masks, scales = sqat.prune(model), sqat.calibrate(model, [{**batch, **labels}])
+    difference = sqat.export_onnx(model, path, {**batch, **labels}, masks, scales)
+    runtime = session(path)
+    assert [output.name for output in runtime.get_outputs()] == names
+    with torch.no_grad(), sqat.quantized(model, masks, scales):
+        expected = tensor_outputs(model(**batch)).values()
+    actual = runtime.run(None, {name: value.numpy() for name, value in batch.items()})
+    differences = [float(np.abs(x.numpy() - y).max()) for x, y in zip(expected, actual, strict=True)]
+    assert difference == pytest.approx(max(differences), abs=1e-2)
+    assert difference < 0.05
+
+
+def test_a_model_without_a_tensor_is_refused(batches: Batches, tmp_path: Path) -> None:
+    model = OwnHead(lambda hidden, scores: {"loss": scores.sum(), "all": [hidden]}).eval()
+    with raises_code("unsupported-model"):
+        sqat.export_onnx(model, tmp_path / "model.onnx", {k: v for k, v in batches[0].items() if k != "labels"})
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_is_exported_in_float32(
+    make_model: MakeModel, batches: Batches, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """The file is that of the same weights in float32; the model keeps its own type."""
+    model, path, wide = make_model(num_hidden_layers=1).to(dtype), tmp_path / "half.onnx", tmp_path / "float.onnx"
+    masks, scales = sqat.prune(model), sqat.calibrate(model, batches)
+    assert sqat.export_onnx(model, path, batches[0], masks, scales) < 1e-4
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    sqat.export_onnx(model.float(), wide, batches[0], masks, scales)
+    assert path.read_bytes() == wide.read_bytes()
 
 
 def test_a_float_file_and_wrong_arguments_of_export(make_model: MakeModel, batches: Batches, tmp_path: Path) -> None:
