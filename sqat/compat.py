@@ -101,6 +101,14 @@ def attention_name(model: Any) -> str:
     return str(model.config._attn_implementation)
 
 
+def draw_weights_(model: Any, module: nn.Module) -> None:
+    """Draw the weights of one module of a transformers model at random, as the model's family does."""
+    for parameter in own_parameters(module).values():
+        if parameter is not None:
+            parameter._is_hf_initialized = False  # type: ignore[attr-defined]
+    model._init_weights(module)
+
+
 def find_source_file(source: str, name: str, revision: str | None) -> str | None:
     """Return the local path of a hub model's file, downloading it where needed; None where the model has no such."""
     from transformers.utils.hub import cached_file

@@ -133,3 +133,13 @@ def test_transformers_5_23_finds_files_of_a_source(tmp_path: Any) -> None:
     (tmp_path / "modules.json").write_text("[]")
     assert compat.find_source_file(str(tmp_path), "modules.json", None) == str(tmp_path / "modules.json")
     assert compat.find_source_file(str(tmp_path), "other.json", None) is None
+
+
+def test_transformers_5_23_draws_the_weights_of_one_module(tmp_path: Any) -> None:
+    tiny_bert().save_pretrained(tmp_path)
+    model = transformers.BertModel.from_pretrained(tmp_path)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    compat.draw_weights_(model, model.pooler.dense)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"pooler.dense.weight"}
+    assert 0.01 < float(model.pooler.dense.weight.detach().std()) < 0.03  # the family's, not torch's

@@ -24,7 +24,7 @@ class SparseCallback(TrainerCallback):
     Make it before ``train()``, with the Trainer's own model: it inserts the masks at once.
 
     Resume with a new callback of the same arguments and ``train(resume_from_checkpoint=...)``. A checkpoint that the
-    Trainer writes midway holds the masks and is not for ``from_pretrained``: save the model after ``train()``.
+    Trainer writes midway holds plain weights for ``from_pretrained``, pruned as far as the masks were.
 
     If training stops before the last masks, or the best checkpoint is from before them, they are set at the end, with a
     warning. If ``train()`` raises, the masks stay: ``callback.pruner.remove()`` gives plain weights back.

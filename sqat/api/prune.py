@@ -19,6 +19,7 @@ from sqat.compress.statistics import collect_statistics
 from sqat.data.batch import Batch
 from sqat.errors import SqatError
 from sqat.modules.parametrize import insert_weights_, remove_weights_
+from sqat.modules.plain_state import remove_all, save_plain_weights_
 from sqat.sparsity.criteria import CRITERIA, Criterion
 from sqat.sparsity.schedules import SCHEDULES, Schedule
 from sqat.sparsity.schedules.per_group import PerGroup
@@ -81,9 +82,11 @@ def masked(model: nn.Module, masks: Masks) -> Iterator[None]:
     check_unchanged(model)
     check_masks(model, masks.kept)
     transforms = insert_weights_(model, masks.kept, ())
+    hooks = save_plain_weights_(model, transforms)
     try:
         yield
     finally:
+        remove_all(hooks)
         remove_weights_(model, transforms)
 
 
@@ -147,6 +150,7 @@ class Pruner:
         mask_steps = plan_mask_steps(schedule, steps, recovery_fraction)
         self.notes = self.permute() if permute else []
         self.mask_schedule = MaskSchedule(model, self.patterns, self.criterion, schedule, mask_steps, self.collect)
+        self.hooks = save_plain_weights_(model, self.mask_schedule.transforms, masks=True)
         self.steps_taken = 0
 
     def permute(self) -> list[str]:
@@ -198,6 +202,7 @@ class Pruner:
 
     def remove(self) -> None:
         """Take the current masks off; the pruned weights are +0.0."""
+        remove_all(self.hooks)
         self.mask_schedule.remove()
 
     def collect(self, owners: Mapping[str, str]) -> dict[str, Tensor]:

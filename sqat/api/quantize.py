@@ -15,6 +15,7 @@ from sqat.compress.quantize import quantized_model
 from sqat.errors import SqatError, suggest
 from sqat.export.cpu_encoder import check_encoder
 from sqat.models.layer_selection import choose_layers, is_convolutional, weighted_layers
+from sqat.modules.plain_state import remove_all, save_plain_weights_
 from sqat.quantization.calibrators import CALIBRATORS, Calibrator
 from sqat.quantization.histogram import Histogram
 from sqat.quantization.placement import PLACEMENTS, PlacementName
@@ -111,7 +112,11 @@ def quantized(model: nn.Module, masks: Masks | None, scales: Scales) -> Iterator
     check_masks(model, masks_kept)
     check_scales(model, scales)
     with quantized_model(model, masks_kept, scales.layers, scales.amax, scales.shared_with, scales.placement):
-        yield
+        hooks = save_plain_weights_(model, dict.fromkeys((*masks_kept, *scales.layers)))
+        try:
+            yield
+        finally:
+            remove_all(hooks)
 
 
 def check_scales(model: nn.Module, scales: Scales) -> None:

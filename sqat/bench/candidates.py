@@ -92,7 +92,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 def read_artifact(label: str, path: Path) -> Artifact:
     """Read an artifact; the inputs of a file are in its graph, those of a folder follow from its config."""
     if path.suffix == ".onnx" and path.is_file():
-        needs_own_kernels, inputs = read_graph(path)
+        needs_own_kernels, inputs = describe_graph(path)
         return Artifact(label, path, needs_own_kernels, inputs, try_read_object(path.with_name("config.json")))
     if path.is_dir():
         config = try_read_object(path / "config.json")
@@ -106,27 +106,35 @@ def read_artifact(label: str, path: Path) -> Artifact:
     raise SqatError("is neither a checkpoint folder nor an .onnx file", place=str(path), code="unreadable-file")
 
 
-def read_graph(path: Path) -> tuple[bool, tuple[Input, ...]]:
+def describe_graph(path: Path) -> tuple[bool, tuple[Input, ...]]:
     """Return whether an ONNX file needs sqat's kernels, and its inputs; its weights are not kept."""
-    import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-
     from sqat.export.names import needs_kernels
+    from sqat.onnx_files.read import read_graph
 
-    try:
-        model = onnx.load(path, format="protobuf", load_external_data=False)
-    except (OSError, DecodeError) as error:
-        raise SqatError("cannot be read as ONNX", place=str(path), code="unreadable-file") from error
-    if not model.graph.node:
-        raise SqatError("holds no graph", "export it again", str(path), code="invalid-onnx")
+    model = read_graph(path)
     stored = {tensor.name for tensor in model.graph.initializer}
     inputs = []
     for entry in model.graph.input:
         if entry.name not in stored:
             tensor = entry.type.tensor_type
             shape = tuple(size.dim_value if size.HasField("dim_value") else None for size in tensor.shape.dim)
-            inputs.append(Input(entry.name, shape, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name))
+            inputs.append(Input(entry.name, shape, numpy_type(tensor.elem_type, entry.name, path)))
     return needs_kernels(model), tuple(inputs)
+
+
+def numpy_type(element_type: int, name: str, path: Path) -> str:
+    """Return NumPy's name of an input's type.
+
+    Raises:
+        SqatError: the input is no tensor of numbers.
+    """
+    from onnx import helper
+
+    try:
+        return str(np.dtype(helper.tensor_dtype_to_np_dtype(element_type)).name)
+    except KeyError as error:
+        raise SqatError(f"input {name} is no tensor of numbers", "bench measures encoders", str(path),
+                        code="unsupported-model") from error  # fmt: skip
 
 
 def find_candidates(artifacts: Sequence[Artifact], backends: Sequence[str]) -> tuple[list[Candidate], dict[str, str]]:

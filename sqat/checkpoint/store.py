@@ -34,7 +34,7 @@ from sqat.checkpoint.manifest import (
     verify_files,
 )
 from sqat.errors import SqatError
-from sqat.files.replace import replace_directory, write_synced
+from sqat.files.replace import UNFINISHED, replace_directory, write_synced
 from sqat.sparsity.masks import count_violations, pack_bits, unpack_bits
 from sqat.sparsity.pattern import parse_pattern
 
@@ -73,7 +73,7 @@ def save_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:
     weights = transpose_stored(checkpoint.weights, checkpoint.files, directory)
     state = {f"{layer}.mask": pack_bits(mask.cpu()) for layer, mask in checkpoint.masks.items()}
     state |= {f"{site}.amax": amax.detach().cpu().clone() for site, amax in checkpoint.amax.items()}
-    with replace_directory(directory) as folder:
+    with replace_directory(directory, MANIFEST) as folder:
         for name, content in {**checkpoint.files, RECIPE: checkpoint.recipe.encode()}.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             write_synced(folder / name, content)
@@ -84,7 +84,7 @@ def save_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:
         if state:
             write_tensors(folder / STATE, state)
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        digests = {name: file_digest(folder / name) for name in names}
+        digests = {name: file_digest(folder / name) for name in names if name != UNFINISHED}
         manifest: dict[str, Any] = checkpoint.manifest.model_copy(update={"files": digests}).model_dump(mode="json")
         manifest["sha256"] = manifest_digest(manifest)
         write_synced(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from sqat.cli import printing
 from sqat.cli.printing import format_time
-from sqat.errors import SqatError
+from sqat.files.replace import append_text, cannot_write
 from sqat.progress import Reporter, SilentReporter
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -160,12 +160,9 @@ def append_line(path: Path, line: str) -> None:
         SqatError: the file cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        append_text(path, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
     except OSError as error:
-        hint = "free space or choose another output"
-        raise SqatError(f"cannot be written: {error.strerror}", hint, str(path), code="unwritable-file") from error
+        raise cannot_write(error, path) from error
 
 
 def format_values(values: Mapping[str, float]) -> list[str]:

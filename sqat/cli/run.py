@@ -34,8 +34,9 @@ def run(
         return
     from sqat.cli.progress_bars import is_rank0, open_reporter
     from sqat.pipeline import runner
+    from sqat.pipeline.result_files import LOG_FILE
 
-    with open_reporter(quiet=quiet, log=loaded.run_directory / "sqat.log") as reporter:
+    with open_reporter(quiet=quiet, log=loaded.run_directory / LOG_FILE) as reporter:
         results = runner.run(loaded, reporter, first=first, last=last, force=force)
     if is_rank0():
         print_results(results, as_json=json)

@@ -80,8 +80,9 @@ def run_stage(
     from sqat.cli.printing import print_text, relative_path
     from sqat.cli.progress_bars import is_rank0, open_reporter
     from sqat.pipeline import runner
+    from sqat.pipeline.result_files import LOG_FILE
 
-    with open_reporter(quiet=quiet, log=loaded.run_directory / "sqat.log") as reporter:
+    with open_reporter(quiet=quiet, log=loaded.run_directory / LOG_FILE) as reporter:
         directory = runner.run_stage(loaded, name, reporter, parent=parent, output=output, force=force)
     if is_rank0():
         print_text(relative_path(directory))

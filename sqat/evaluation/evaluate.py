@@ -16,6 +16,7 @@ from sqat.evaluation.artifacts import config_of, is_export, open_artifact
 from sqat.evaluation.inference import logits_of, move_to_device, predict
 from sqat.models.loading import build, check_head, load_processor
 from sqat.modules.activation_quantizers import Quantizers
+from sqat.onnx_files.read import read_graph
 from sqat.tasks.splits import Splits
 from sqat.training.resume import Metrics
 
@@ -45,6 +46,8 @@ def evaluate_artifact(artifact: Path, splits: Splits, split: SplitName) -> Metri
         SqatError: the artifact is missing or damaged, or a folder of exported files only.
     """
     task = splits.task
+    if artifact.suffix == ".onnx":
+        read_graph(artifact)  # what ONNX refuses may keep ONNX Runtime busy for ever
     if artifact.suffix == ".onnx" or is_export(artifact):
         if (config := config_of(artifact)).is_file():
             check_head(config.read_bytes(), task.outputs, task.config_fields, str(artifact))

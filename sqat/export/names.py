@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import ModelProto, NodeProto
+
+from sqat.errors import SqatError
+from sqat.onnx_files.read import parse_onnx
 
 KERNELS = "sqat"  # domain of the operators in `sqat.runtime`
 WEIGHTED = ("MatMul", "Gemm", "Conv")
@@ -36,7 +37,6 @@ def needs_kernels(model: ModelProto) -> bool:
 def file_needs_kernels(path: Path) -> bool:
     """Whether an ONNX file is of target cpu-sparse; False for what is no ONNX file."""
     try:
-        model = onnx.load(path, format="protobuf", load_external_data=False)
-    except (OSError, DecodeError):
+        return needs_kernels(parse_onnx(path))
+    except SqatError:
         return False
-    return needs_kernels(model)

@@ -81,11 +81,12 @@ def read_bytes(path: Path, *, limit: int = MAX_BYTES, place: str = "", root: Pat
     place = place or str(path)
     with open_file(path, place=place, root=root) as file:
         try:
-            # A file of /proc says 0, and a file may grow while it is read.
-            content = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
+            content = file.read() if os.fstat(file.fileno()).st_size <= limit else None
         except OSError as error:
             raise cannot_read(error, place) from error
-    if content is None or len(content) > limit:
+        except MemoryError as error:
+            raise SqatError("is larger than the memory", place=place, code="unreadable-file") from error
+    if content is None or len(content) > limit:  # a file of /proc says 0, and a file may grow
         size = f"{limit / MEGABYTE:g} MB" if limit >= MEGABYTE else f"{limit} bytes"
         raise SqatError(f"is larger than {size}, which no such file is", "name another file", place,
                         code="unreadable-file")  # fmt: skip

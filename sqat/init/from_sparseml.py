@@ -1,62 +1,42 @@
 """Translate a recipe of SparseML or llm-compressor into stages.
 
-It reads lists and mappings named ``...modifiers`` in YAML or in the front matter of Markdown, with variables and
-``eval(num_epochs - 2)``. YAML tags create no objects, and ``eval`` knows four operations only. Every modifier without
-a counterpart is listed in a note.
+Each modifier, argument and pattern of layers is translated, or a note names it with its line. A pattern that no glob
+can say is an error: it never becomes all layers.
 """
 
 from __future__ import annotations
 
-import ast
-import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from sqat.errors import SqatError
-from sqat.recipe.yaml_nodes import Node, compose
+from sqat.init.layer_patterns import EVERYTHING, to_globs
+from sqat.init.sparseml_modifiers import (
+    ARGUMENTS,
+    DECAY,
+    DISTILLING,
+    KEEPS_MASKS,
+    ONE_SHOT,
+    PRUNING,
+    QUANTIZING,
+    RATES,
+    SCHEMES,
+    WITHOUT_COUNTERPART,
+)
+from sqat.init.sparseml_recipe import Modifier, read_modifiers
 
-MAX_CHARACTERS = 1_000_000
-CRITERIA = {"sparsegpt": ("SparseGPT", "OBS", "MFAC"), "wanda": ("Wanda",), "taylor": ("Movement",)}
-ONE_SHOT = ("Constant", "SparseGPT", "Wanda")
-ALL = ("__ALL__", "__ALL_PRUNABLE__", "Linear", "re:.*weight")
-RATES = ("SetLearningRateModifier", "LearningRateModifier", "LearningRateFunctionModifier")
-DECAY = "SetWeightDecayModifier"
-KNOWN = (*RATES, DECAY, "EpochRangeModifier", "LogTrackingModifier")
-OPERATIONS: dict[type, Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-}
+ALL = ["*"]
+# Layers outside the encoder blocks, which sqat treats only where a recipe includes them.
+OUTSIDE = re.compile(
+    r"(re:)?[.*^\\\w]*?\b(lm_head|classifier|score|qa_outputs|pooler|embeddings|embed_tokens|cls)(\.weight)?[.*$\\]*"
+)
 Stage = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Modifier:
-    """One modifier: class name, arguments, and line in the file."""
-
-    kind: str
-    values: Mapping[str, Any]
-    line: int
-
-    def number(self, name: str, default: float) -> float:
-        """Return an argument that must be a number."""
-        value = self.values.get(name)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            problem = f"{self.kind}.{name} needs a number, got {value!r}"
-            raise SqatError(problem, place=f"line {self.line}", code="invalid-recipe")
-        return float(value)
-
-    def start(self, default: float = 0.0) -> float:
-        """Return the first epoch; SparseML writes values below 0 for the beginning."""
-        return max(self.number("start_epoch", default), 0.0)
 
 
 @dataclass
@@ -80,97 +60,23 @@ def translate(path: Path) -> Translation:
     """Translate a recipe of SparseML or llm-compressor.
 
     Raises:
-        SqatError: the file cannot be read, or is no such recipe.
+        SqatError: the file cannot be read, is no such recipe, or selects layers that no glob can select.
     """
     try:
         return make_stages(read_modifiers(path))
     except SqatError as error:
-        place = str(path) + (f", {error.place}" if error.place else "")
+        place = error.place if error.place.startswith(str(path)) else f"{path}, {error.place}".removesuffix(", ")
         raise SqatError(error.problem, error.hint, place, code=error.code) from error
-
-
-def read_modifiers(path: Path) -> list[Modifier]:
-    """Read every modifier of a file, in order."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SqatError("cannot be read as text", code="unreadable-file") from error
-    if len(text) > MAX_CHARACTERS:
-        raise SqatError(f"has {len(text)} characters, too many for a recipe", code="unreadable-file")
-    first = text.find("\n---\n") if path.suffix == ".md" else -1
-    if path.suffix == ".md" and first < 0 and not text.startswith("---\n"):
-        hint = "name the recipe's .yaml"
-        raise SqatError("has no front matter between two lines ---", hint, code="unreadable-file")
-    before = "" if first < 0 or text.startswith("---\n") else text[: first + 1]
-    body = text[len(before) :]
-    if path.suffix == ".md":
-        body = "---\n" + body.removeprefix("---\n").partition("\n---")[0] + "\n"
-    tree = compose("\n" * before.count("\n") + body, path.name, tags=True)
-    variables = {name: node.value for name, node in tree.value.items()} if isinstance(tree.value, dict) else {}
-    modifiers = list(find_modifiers(tree, variables))
-    if not modifiers:
-        problem = "holds no list or mapping named ...modifiers"
-        raise SqatError(problem, "is it a recipe of SparseML?", code="invalid-recipe")
-    return modifiers
-
-
-def find_modifiers(node: Node, variables: Mapping[str, Any]) -> Iterator[Modifier]:
-    """Yield the modifiers below a node: tagged ones in lists (SparseML) and entries of mappings (llm-compressor)."""
-    if not isinstance(node.value, dict):
-        return
-    for name, child in node.value.items():
-        if not name.endswith("modifiers"):
-            yield from find_modifiers(child, variables)
-        elif isinstance(child.value, list):
-            for each in child.value:
-                if each.tag.startswith("!"):
-                    yield Modifier(each.tag[1:], arguments(each, variables), each.place.line)
-        elif isinstance(child.value, dict):
-            for kind, each in child.value.items():
-                yield Modifier(kind, arguments(each, variables), each.place.line)
-
-
-def arguments(node: Node, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a modifier, with ``eval(...)`` computed."""
-    plain = node.plain()
-    return {name: evaluate(value, variables) for name, value in plain.items()} if isinstance(plain, dict) else {}
-
-
-def evaluate(value: Any, variables: Mapping[str, Any], depth: int = 0) -> Any:
-    """Return a value, or the number of an ``eval(...)``."""
-    match = re.fullmatch(r"\s*eval\((.*)\)\s*", value, re.DOTALL) if isinstance(value, str) else None
-    if match is None:
-        return value
-    try:
-        tree = ast.parse(match[1].strip()[:200], mode="eval").body
-        return compute(tree, variables, depth)
-    except (SyntaxError, ValueError, TypeError, ZeroDivisionError, OverflowError, RecursionError, MemoryError) as error:
-        problem = f"{value!r} is no expression of numbers and variables"
-        raise SqatError(problem, "write the number", code="invalid-recipe") from error
-
-
-def compute(tree: ast.expr, variables: Mapping[str, Any], depth: int) -> float:
-    """Compute an expression of four operations."""
-    if isinstance(tree, ast.Constant) and isinstance(tree.value, int | float):
-        return tree.value
-    if isinstance(tree, ast.Name) and tree.id in variables and depth < 20:
-        return float(evaluate(variables[tree.id], variables, depth + 1))
-    if isinstance(tree, ast.UnaryOp) and isinstance(tree.op, ast.USub):
-        return -compute(tree.operand, variables, depth)
-    if isinstance(tree, ast.BinOp) and type(tree.op) in OPERATIONS:
-        left, right = (compute(part, variables, depth) for part in (tree.left, tree.right))
-        return float(OPERATIONS[type(tree.op)](left, right))
-    raise ValueError(ast.dump(tree))
 
 
 def make_stages(modifiers: Sequence[Modifier]) -> Translation:
     """Make the stages: train until pruning starts, prune until quantization starts, then calibrate and qat."""
-    pruning = [each for each in modifiers if is_pruning(each)]
-    quantizing = [each for each in modifiers if "Quantization" in each.kind or each.kind == "GPTQModifier"]
+    pruning = [each for each in modifiers if each.kind in PRUNING]
+    quantizing = [each for each in modifiers if is_quantizing(each)]
     if not pruning and not quantizing:
-        hint = "sqat init DATA_FILE writes a recipe without it"
-        raise SqatError("neither prunes nor quantizes", hint, code="invalid-recipe")
-    end = max(0.0, *(each.number("end_epoch", 0) for each in modifiers))
+        hint = "; ".join(without_counterpart(modifiers)) or "sqat init DATA_FILE writes a recipe without it"
+        raise SqatError("neither prunes to N:M nor quantizes", hint, code="invalid-recipe")
+    end = max(0.0, *(each.end() for each in modifiers))
     quantize_epoch = min((each.start(end) for each in quantizing), default=end)
     prune_epoch = min((each.start() for each in pruning), default=quantize_epoch)
     result, rates = Translation(), Rates(modifiers)
@@ -192,11 +98,45 @@ def make_stages(modifiers: Sequence[Modifier]) -> Translation:
         if end <= quantize_epoch:
             notes.append("qat: one epoch; the recipe only calibrates. Delete the stage to do the same")
     stages["export"] = {"targets": ["onnx-int8" if quantizing else "onnx-fp16"]}
-    translated = [*pruning, *quantizing, *(each for each in modifiers if each.kind in KNOWN or is_distilling(each))]
-    notes += [f"line {each.line}: {each.kind} has no counterpart and is skipped"
-              for each in modifiers if each not in translated]  # fmt: skip
-    result.notes = list(dict.fromkeys([*notes, *rates.notes]))
+    result.notes = list(dict.fromkeys([*notes, *rates.notes, *unused_arguments(modifiers),
+                                       *without_counterpart(modifiers)]))  # fmt: skip
     return result
+
+
+def is_quantizing(modifier: Modifier) -> bool:
+    """Return whether a modifier quantizes; AWQ's does where it has a scheme."""
+    return modifier.kind in QUANTIZING or (modifier.kind == "AWQModifier" and has_scheme(modifier))
+
+
+def has_scheme(modifier: Modifier) -> bool:
+    """Return whether a modifier says how layers are quantized."""
+    return bool({"scheme", "config_groups", "quantize"} & set(modifier.values))
+
+
+def without_counterpart(modifiers: Sequence[Modifier]) -> list[str]:
+    """Return a note for each modifier that is not translated."""
+    return [
+        f"{each.label} has no counterpart and is skipped: "
+        + WITHOUT_COUNTERPART.get(each.kind, "sqat does not know it; see what it does and do so before")
+        for each in modifiers
+        if each.kind in WITHOUT_COUNTERPART or each.kind not in ARGUMENTS
+    ]
+
+
+def unused_arguments(modifiers: Sequence[Modifier]) -> list[str]:
+    """Return a note for each modifier with arguments that are not translated."""
+    notes = []
+    for each in modifiers:
+        names = [name for name, value in each.values.items() if value is not None and name not in used_by(each)]
+        if names and each.kind in ARGUMENTS:
+            notes.append(f"{each.label}: not translated: {', '.join(names)}")
+    return notes
+
+
+def used_by(modifier: Modifier) -> tuple[str, ...]:
+    """Return the arguments of a modifier that are translated; a rate that ends at 0 is sqat's linear schedule."""
+    ends = ("final_lr",) if modifier.values.get("final_lr") == 0 else ()
+    return (*ARGUMENTS.get(modifier.kind, ()), *ends)
 
 
 def as_number(number: float) -> float:
@@ -204,35 +144,34 @@ def as_number(number: float) -> float:
     return int(number) if number == int(number) else round(number, 6)
 
 
-def is_pruning(modifier: Modifier) -> bool:
-    """Return whether a modifier prunes."""
-    return "Pruning" in modifier.kind or modifier.kind == "SparseGPTModifier"
-
-
-def is_distilling(modifier: Modifier) -> bool:
-    """Return whether a modifier distils."""
-    return "Distillation" in modifier.kind
-
-
 def prune_stage(pruning: Sequence[Modifier], start: float, epochs: float, notes: list[str]) -> Stage:
-    """Return pattern, criterion, schedule, layers and epochs; of several modifiers, the first counts."""
-    first = pruning[0]
-    gradual = [each for each in pruning if not each.kind.startswith(ONE_SHOT)]
-    stage: Stage = {"pattern": pattern_of(first, notes)}
-    criterion = next((name for name, starts in CRITERIA.items() if first.kind.startswith(starts)), "magnitude")
-    stage["criterion"] = criterion
-    stage["schedule"] = {"name": "per-group", "num_masks": 2 if gradual and has_steps(gradual) else 1}
-    if "ACDC" in first.kind:
+    """Return patterns, criterion, schedule, layers and epochs of the modifiers that choose masks."""
+    active = [each for each in pruning if each.kind != KEEPS_MASKS] or list(pruning)
+    for each in pruning:
+        if each.kind == KEEPS_MASKS:
+            what = "becomes a stage that sets new masks" if each in active else "is skipped"
+            notes.append(
+                f"{each.label} {what}: sqat keeps the masks of its stages, not zeros that a model brings along"
+            )
+    patterns = [pattern_of(each, notes) for each in active]
+    selections = [pruned_layers(each, notes) for each in active]
+    widest = selections.index(ALL) if ALL in selections else 0
+    stage: Stage = {"pattern": patterns[widest]}
+    chosen = [(globs, pattern) for globs, pattern in zip(selections, patterns, strict=True) if globs != ALL]
+    if others := {glob: pattern for globs, pattern in chosen for glob in globs if pattern != patterns[widest]}:
+        stage["patterns"] = others
+    criteria = list(dict.fromkeys(PRUNING[each.kind] for each in active))
+    stage["criterion"] = criteria[0]
+    if len(criteria) > 1:
+        notes.append(f"prune: the criteria {', '.join(criteria)} become {criteria[0]} for all layers")
+    if len({(each.start(), each.end()) for each in active}) > 1:
+        notes.append("prune: modifiers of different epochs become one stage, from the first start to the last end")
+    stage["schedule"] = {"name": "per-group", "num_masks": 2 if any(map(is_gradual, active)) else 1}
+    if any(each.kind == "ACDCPruningModifier" for each in active):
         notes.append("prune: AC/DC's dense phases have no counterpart; schedule sr-ste also lets pruned weights return")
-    names = [name for each in pruning for name in names_of(each, "params", "targets")]
-    include = to_globs([name for name in names if name not in ALL], notes)
-    if include:
-        stage["layers"] = {"include": include}
-    exclude = to_globs(names_of(first, "ignore"), notes)
-    if exclude:
-        stage.setdefault("layers", {})["exclude"] = exclude
+    stage |= layers_section("prune", active, selections, notes)
     if stage["schedule"]["num_masks"] > 1 and epochs > 0:
-        last = max(each.number("end_epoch", start) for each in pruning)
+        last = max(each.end(start) for each in active)
         stage["recovery_fraction"] = round(min(max(1 - (last - start) / epochs, 0.2), 0.95), 3)
     stage["epochs"] = as_number(epochs) or 1
     if not epochs:
@@ -240,15 +179,19 @@ def prune_stage(pruning: Sequence[Modifier], start: float, epochs: float, notes:
     return stage
 
 
-def has_steps(gradual: Sequence[Modifier]) -> bool:
-    """Return whether sparsity grows over several steps."""
-    return any(each.number("end_epoch", 0) > each.start() for each in gradual)
+def is_gradual(modifier: Modifier) -> bool:
+    """Return whether a modifier makes more than one mask: sparsity grows, in updates that its epochs hold."""
+    if modifier.is_one_shot or modifier.kind in ONE_SHOT:
+        return False
+    if modifier.number("init_sparsity", 0.0) == modifier.number("final_sparsity", 1.0):
+        return False
+    return modifier.end() - modifier.start() > max(modifier.number("update_frequency", 0.0), 0.0)
 
 
 def pattern_of(modifier: Modifier, notes: list[str]) -> str:
     """Return the N:M pattern, or 2:4 for patterns that no hardware supports."""
     mask = modifier.values.get("mask_type", modifier.values.get("mask_structure", "unstructured"))
-    match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(mask))
+    match = re.fullmatch(r"\s*([0-9]{1,2})\s*:\s*([0-9]{1,2})\s*", str(mask))
     if match and 1 <= int(match[1]) < int(match[2]) <= 32:
         return f"{int(match[1])}:{int(match[2])}"
     sparsity = modifier.values.get("final_sparsity", modifier.values.get("sparsity"))
@@ -259,60 +202,169 @@ def pattern_of(modifier: Modifier, notes: list[str]) -> str:
 
 def calibrate_stage(quantizing: Sequence[Modifier], notes: list[str]) -> Stage:
     """Return the calibrate section; a note lists schemes other than int8 weights and inputs."""
-    stage: Stage = {"method": "percentile"}
     for each in quantizing:
-        other = {name: each.values[name] for name in ("scheme", "config_groups", "num_bits", "strategy")
-                 if name in each.values}  # fmt: skip
+        other = {name: each.values[name] for name in SCHEMES if name in each.values}
         if other and other != {"scheme": "W8A8"}:
-            notes.append(f"line {each.line}: {each.kind} with {', '.join(other)} becomes int8 weights (per channel) "
-                         "and int8 inputs")  # fmt: skip
-    exclude = to_globs(
-        [name for name in names_of(quantizing[0], "ignore") if "." in name or name.startswith("re:")], notes
-    )
-    if exclude:
-        stage["layers"] = {"exclude": exclude}
+            notes.append(f"{each.label} with {', '.join(other)} becomes int8 weights (per channel) and int8 inputs")
+        if each.kind == "GPTQModifier":
+            notes.append(
+                f"{each.label} rounds weights one after the other; sqat rounds to nearest, and qat trains them"
+            )
+    # GPTQ's without a scheme rounds the layers to which another one gives a scheme.
+    chosen = [each for each in quantizing if each.kind != "GPTQModifier" or has_scheme(each)] or list(quantizing)
+    found = [(each, globs) for each in chosen if (globs := quantized_layers(each, notes))]
+    if not found:
+        nothing_selected(chosen[0])
+    section = layers_section("calibrate", [each for each, _ in found], [globs for _, globs in found], notes)
     notes.append("calibrate: scales cover 99.99 % of the values of 512 rows and stay fixed in qat; "
                  "observers and their freezing need no settings")  # fmt: skip
-    return stage
+    return {"method": "percentile", **section}
+
+
+def pruned_layers(modifier: Modifier, notes: list[str]) -> list[str]:
+    """Return the globs of the layers that a modifier prunes."""
+    globs = union([*named_layers(modifier, "params", notes), *named_layers(modifier, "targets", notes)])
+    return globs or nothing_selected(modifier)
+
+
+def quantized_layers(modifier: Modifier, notes: list[str]) -> list[str]:
+    """Return the globs of the layers that a modifier quantizes, by targets, submodules, scheme or config groups."""
+    groups, scheme = modifier.values.get("config_groups"), modifier.values.get("scheme")
+    selections = named_layers(modifier, "targets", notes)
+    if submodules := names_of(modifier, "submodules"):
+        selections.append([f"{name}.*" for name in submodules if not is_outside(modifier, name, notes)])
+    for group in groups.values() if isinstance(groups, dict) else ():
+        targets = group.get("targets") if isinstance(group, dict) else None
+        selections.append(globs_of(modifier, as_names(targets or "Linear"), notes))
+    for targets in scheme.values() if isinstance(scheme, dict) else ():
+        selections += [globs_of(modifier, as_names(targets), notes)] if isinstance(targets, list) else []
+    return union(selections)
+
+
+def union(selections: Sequence[list[str]]) -> list[str]:
+    """Join the globs of selections; all layers where one of them is all, or where there is no selection."""
+    globs = list(dict.fromkeys(glob for selection in selections for glob in selection))
+    return ALL if "*" in globs or not selections else globs
+
+
+def named_layers(modifier: Modifier, key: str, notes: list[str]) -> list[list[str]]:
+    """Return the selection of an argument, if it is given; targets may be blocks, which stand for their layers."""
+    names = names_of(modifier, key)
+    return [globs_of(modifier, names, notes, of_blocks=key == "targets")] if names else []
+
+
+def nothing_selected(modifier: Modifier) -> NoReturn:
+    """Refuse a modifier that selects nothing that sqat treats."""
+    raise SqatError(f"{modifier.kind} selects no linear layer", "remove it, or name layers", f"line {modifier.line}",
+                    code="invalid-recipe")  # fmt: skip
+
+
+def globs_of(modifier: Modifier, names: Sequence[str], notes: list[str], *, of_blocks: bool = False) -> list[str]:
+    """Return the globs of names, expressions and classes of modules.
+
+    Raises:
+        SqatError: no glob selects the same.
+    """
+    globs: list[str] = []
+    for name in names:
+        if is_class(name) and name.endswith(("Layer", "Block")):
+            notes.append(f"{modifier.label}: {name} becomes all encoder blocks")
+            globs += ALL
+        elif is_class(name) and "Embedding" in name:
+            notes.append(f"{modifier.label}: {name} stays float here; export.embeddings can store it as int8")
+        elif is_class(name):
+            raise SqatError(f"{modifier.kind}: no glob selects the class {name}", "name the layers",
+                            f"line {modifier.line}", code="invalid-recipe")  # fmt: skip
+        else:
+            with place_of(modifier):
+                globs += to_globs(name, of_blocks=of_blocks)
+    return globs
+
+
+def layers_section(
+    stage: str, modifiers: Sequence[Modifier], selections: Sequence[list[str]], notes: list[str]
+) -> Stage:
+    """Return the section ``layers`` of a stage: what any of the modifiers selects and none of them ignores.
+
+    Raises:
+        SqatError: one modifier ignores what another may select.
+    """
+    include = union(selections)
+    ignored = [ignored_layers(each, notes, may_be_outside=include == ALL) for each in modifiers]
+    differ = next((each for each, globs in zip(modifiers, ignored, strict=True) if set(globs) != set(ignored[0])), None)
+    if differ is not None:
+        problem = f"{differ.kind} ignores other layers than the modifier on line {modifiers[0].line}"
+        hint = f"one {stage} stage ignores the same layers everywhere: give both the same list"
+        raise SqatError(problem, hint, f"line {differ.line}", code="invalid-recipe")
+    layers = {"include": [] if include == ALL else include, "exclude": ignored[0]}
+    layers = {key: globs for key, globs in layers.items() if globs}
+    return {"layers": layers} if layers else {}
+
+
+def ignored_layers(modifier: Modifier, notes: list[str], *, may_be_outside: bool) -> list[str]:
+    """Return the globs of the layers that a modifier leaves alone."""
+    globs: list[str] = []
+    for name in names_of(modifier, "ignore", "exclude_module_types"):
+        if is_class(name):
+            notes.append(f"{modifier.label}: {name} is no linear layer and stays as it is anyway")
+            continue
+        if may_be_outside and is_outside(modifier, name, notes):
+            continue
+        with place_of(modifier):
+            found = to_globs(name, by_prefix=modifier.is_tagged)
+        if "*" in found:
+            raise SqatError(f"{modifier.kind} ignores all layers", "remove the modifier, or the pattern",
+                            f"line {modifier.line}", code="invalid-recipe")  # fmt: skip
+        globs += found
+    return list(dict.fromkeys(globs))
+
+
+def is_class(name: str) -> bool:
+    """Return whether a name is that of a class of modules other than linear layers."""
+    return re.fullmatch(r"[A-Z]\w*[a-z]\w*", name) is not None and name not in EVERYTHING
+
+
+def is_outside(modifier: Modifier, name: str, notes: list[str]) -> bool:
+    """Return whether a name is that of a layer outside the encoder blocks, and note that it stays as it is."""
+    if OUTSIDE.fullmatch(name) is None:
+        return False
+    notes.append(f"{modifier.label}: {name} is outside the encoder blocks, which alone sqat treats by default")
+    return True
+
+
+@contextmanager
+def place_of(modifier: Modifier) -> Iterator[None]:
+    """Add the line of a modifier to an error."""
+    try:
+        yield
+    except SqatError as error:
+        raise SqatError(
+            f"{modifier.kind}: {error.problem}", error.hint, f"line {modifier.line}", code=error.code
+        ) from None
 
 
 def distill_section(modifiers: Sequence[Modifier], notes: list[str]) -> Stage:
     """Return the distill section: output distillation as in the recipe, beside MiniLM's relations."""
+    section: Stage = {}
     for each in modifiers:
-        if each.kind == "DistillationModifier":
+        if each.kind == "DistillationModifier" and not section:
             hardness = min(max(each.number("hardness", 0.5), 0.0), 1.0)
-            return {
-                "task_weight": round(1 - hardness, 6),
-                "output_weight": hardness,
-                "temperature": each.number("temperature", 2.0),
-            }
-        if is_distilling(each):
-            notes.append(f"line {each.line}: {each.kind} becomes MiniLM's relations of the last layer")
-    return {}
+            section["task_weight"] = round(1 - hardness, 6)
+            section["output_weight"] = hardness
+            section["temperature"] = each.number("temperature", 2.0)
+        elif each.kind in DISTILLING:
+            notes.append(f"{each.label} becomes MiniLM's relations of the last layer")
+    return section
 
 
 def names_of(modifier: Modifier, *keys: str) -> list[str]:
     """Return names of layers or parameters, given as one text or a list."""
-    names: list[str] = []
-    for key in keys:
-        value = modifier.values.get(key) or []
-        names += [str(each) for each in ([value] if isinstance(value, str) else value)]
-    return names
+    return [name for key in keys for name in as_names(modifier.values.get(key))]
 
 
-def to_globs(names: Sequence[str], notes: list[str]) -> list[str]:
-    """Translate names and simple regular expressions of layers into globs; empty for all layers."""
-    globs: list[str] = []
-    for name in names:
-        text = name.removeprefix("re:").removeprefix("^").removesuffix("$").replace("\\.", ".")
-        if name.startswith("re:"):
-            text = re.sub(r"\.[*+]|\[0-9\]\+|\\d\+", "*", text)
-        text = re.sub(r"\.?weight$", "", text)
-        if re.search(r"[()|\[\]{}+?^$\\]", text):
-            notes.append(f"layers: {name!r} has no equivalent glob and is skipped")
-        elif text and text not in globs:
-            globs.append(text)
-    return [] if "*" in globs else globs
+def as_names(value: Any) -> list[str]:
+    """Return one text, or a list of texts."""
+    return [str(each) for each in ([value] if isinstance(value, str) else value or [])]
 
 
 class Rates:

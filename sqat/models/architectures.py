@@ -6,14 +6,15 @@ makes one. Another kind is one file here and one line in the table.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import nn
 
 from sqat.data.batch import Processor
 from sqat.models.diffusion import Diffusion
+from sqat.models.head import TaskHead
 from sqat.models.image import Images
 from sqat.models.sentence import Sentences
 from sqat.models.text import Texts
@@ -30,12 +31,12 @@ class Architecture(Protocol):
     def claims(self, files: Collection[str]) -> bool:
         """Whether a checkpoint with files of these names is of this kind; the first that claims it has it."""
 
-    def pretrained(self, config: ModelConfig, source: str, head: Mapping[str, Any]) -> tuple[nn.Module, Processor]:
+    def pretrained(self, config: ModelConfig, source: str, head: TaskHead) -> tuple[nn.Module, Processor]:
         """The model to start from, and its processor.
 
         Args:
             source: folder or hub name; empty where the recipe gives ``model.config``.
-            head: config entries of the head: num_labels, id2label, problem_type, ...
+            head: what the task needs.
         """
 
     def model(self, folder: Path) -> nn.Module:

@@ -22,6 +22,7 @@ from sqat.data.batch import Batch
 from sqat.data.rows import Rows
 from sqat.errors import SqatError, first_line
 from sqat.models.captions import Captions
+from sqat.models.head import TaskHead
 from sqat.models.rectified_flow import CUT, NUMBER, draw_times, fixed_draws, on_path, signals
 from sqat.models.sources import LOADING_ERRORS, check_loaded
 from sqat.recipe.inputs import ModelConfig
@@ -40,9 +41,7 @@ class Diffusion:
     def claims(self, files: Collection[str]) -> bool:
         return CAPTIONS in files
 
-    def pretrained(
-        self, config: ModelConfig, source: str, head: Mapping[str, Any]
-    ) -> tuple[nn.Module, CaptionedImages]:
+    def pretrained(self, config: ModelConfig, source: str, head: TaskHead) -> tuple[nn.Module, CaptionedImages]:
         """Return the source's UNet, or one with random weights by ``model.config``, and its processor.
 
         Raises:

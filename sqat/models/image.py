@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 from sqat.data.pixels import PREPROCESSOR, ImageProcessor
 from sqat.errors import SqatError, first_line
-from sqat.models.sources import LOADING_ERRORS, check_loaded, new_body_weights
-from sqat.models.text import set_dropout
+from sqat.models.classifiers import load_classifier, make_classifier, set_dropout
+from sqat.models.head import TaskHead
+from sqat.models.sources import LOADING_ERRORS
 from sqat.recipe.inputs import ModelConfig
 
 MIDDLE = 0.5
@@ -32,18 +33,16 @@ class Images:
     def claims(self, files: Collection[str]) -> bool:
         return PREPROCESSOR in files
 
-    def pretrained(
-        self, config: ModelConfig, source: str, head: Mapping[str, Any]
-    ) -> tuple[PreTrainedModel, ImageProcessor]:
-        """Return the source's model with a fresh head, or one with random weights, and the scaling of its pixels.
+    def pretrained(self, config: ModelConfig, source: str, head: TaskHead) -> tuple[PreTrainedModel, ImageProcessor]:
+        """Return the source's model with a head for the task, or a random one, and the scaling of its pixels.
 
         Raises:
-            SqatError: no such model or configuration, weights that are not this model's (a head of another size is
-                replaced), or no size of image.
+            SqatError: no such model or configuration, weights that are not this model's (a head of another size
+                starts new), a head of other labels, or no size of image.
         """
         try:
             if config.config is not None:
-                return from_config(config.config, config.dropout, head)
+                return from_config(config.config, config.dropout, head.entries)
             return from_source(config, source, head)
         except ImportError as error:
             raise SqatError(
@@ -58,9 +57,7 @@ class Images:
             ) from error
 
     def model(self, folder: Path) -> PreTrainedModel:
-        settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model: PreTrainedModel = AutoModelForImageClassification.from_config(settings, dtype=torch.float32)
-        return model
+        return make_classifier(AutoModelForImageClassification, folder)
 
     def processor(self, folder: Path, place: str) -> ImageProcessor:
         try:
@@ -83,7 +80,7 @@ def from_config(
             "e.g. {model_type: resnet, image_size: 32, num_channels: 3}",
             code="invalid-recipe",
         )
-    settings = AutoConfig.for_model(**{**entries, **head})
+    settings = AutoConfig.for_model(**{"architectures": [], **entries, **head})
     set_dropout(settings, dropout)
     model: PreTrainedModel = AutoModelForImageClassification.from_config(settings, dtype=torch.float32)
     height, width = image_size(settings.to_dict())
@@ -91,19 +88,12 @@ def from_config(
     return model, ImageProcessor(height, width, middle, middle)
 
 
-def from_source(config: ModelConfig, source: str, head: Mapping[str, Any]) -> tuple[PreTrainedModel, ImageProcessor]:
-    """Load a model with a fresh head, and the mean and deviation of its pixels."""
-    options = {"revision": config.revision, "trust_remote_code": False}
-    settings = AutoConfig.from_pretrained(source, **options, **head)
-    set_dropout(settings, config.dropout)
-    model, report = AutoModelForImageClassification.from_pretrained(
-        source, config=settings, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True,
-        output_loading_info=True, **options,
-    )  # fmt: skip
-    check_loaded(new_body_weights(model.base_model_prefix, report), source)
-    scaling = AutoImageProcessor.from_pretrained(source, **options).to_dict()
-    height, width = image_size(settings.to_dict() | scaling_size(scaling))
-    middle = [MIDDLE] * channels(settings.to_dict())
+def from_source(config: ModelConfig, source: str, head: TaskHead) -> tuple[PreTrainedModel, ImageProcessor]:
+    """Load a model with a head for the task, and the mean and deviation of its pixels."""
+    model = load_classifier(AutoModelForImageClassification, config, source, head)
+    scaling = AutoImageProcessor.from_pretrained(source, revision=config.revision, trust_remote_code=False).to_dict()
+    height, width = image_size(model.config.to_dict() | scaling_size(scaling))
+    middle = [MIDDLE] * channels(model.config.to_dict())
     mean, deviation = (scaling.get(name) or middle for name in ("image_mean", "image_std"))
     return model, ImageProcessor(height, width, tuple(mean), tuple(deviation))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from sqat.compat import quiet_transformers
 from sqat.data.batch import Processor
 from sqat.errors import SqatError, first_line
 from sqat.models.architectures import ARCHITECTURES, Architecture
+from sqat.models.head import TaskHead, has_default_names, same_order, source_labels
 from sqat.models.layer_selection import LinearOfConv1D, weighted_layers
 from sqat.models.sources import LOADING_ERRORS, check_digest, resolve_source
 from sqat.modules.batch_norm import fold_batch_norms_
@@ -33,18 +34,27 @@ DIFFUSERS_INDEX = "diffusion_pytorch_model.safetensors.index.json"  # tells diff
 
 @quiet_transformers()
 def load_pretrained(
-    kind: str, config: ModelConfig, folder: Path, head: Mapping[str, Any], seed: int
+    kind: str,
+    config: ModelConfig,
+    folder: Path,
+    head: Mapping[str, Any],
+    seed: int,
+    *,
+    is_trained: bool = True,
+    report: Callable[[str], None] = lambda line: None,
 ) -> tuple[nn.Module, Processor]:
-    """Build the model that the recipe starts from, with a fresh head, and its processor.
+    """Build the model that the recipe starts from, with a head for the task, and its processor.
 
     Args:
         kind: a key of `sqat.models.architectures`.
         folder: that relative sources start from.
         head: config entries of the head: num_labels, id2label, problem_type, ...
         seed: of the initial weights.
+        is_trained: whether the head is trained on labels next.
+        report: receives a line about what becomes of the source's head.
 
     Raises:
-        SqatError: no such model, or one that the kind cannot take.
+        SqatError: no such model, one whose head has other labels, or one that the kind cannot take.
     """
     source = ""
     if config.source is not None:
@@ -52,8 +62,10 @@ def load_pretrained(
         check_digest(config, source)
     if config.text_encoder is not None and (folder / config.text_encoder).is_dir():
         config = config.model_copy(update={"text_encoder": str((folder / config.text_encoder).resolve())})
+    if config.head != "by-name" and not head.get("num_labels"):
+        raise SqatError(f"model.head is {config.head}, but the task has no head", "remove it", code="recipe-conflict")
     torch.manual_seed(seed)
-    return ARCHITECTURES[kind].pretrained(config, source, head)
+    return ARCHITECTURES[kind].pretrained(config, source, TaskHead(head, is_trained, report))
 
 
 def architecture_of(folder: Path) -> Architecture:
@@ -200,10 +212,10 @@ def check_head(config: bytes, outputs: int, fields: Mapping[str, Any], place: st
     if outputs == 0:
         return
     parsed: dict[str, Any] = json.loads(config)
-    labels = [label for _, label in sorted(parsed.get("id2label", {}).items(), key=lambda item: int(item[0]))]
-    expected = [label for _, label in sorted(fields.get("id2label", {}).items())]
-    count = len(labels) or 2  # transformers leaves out the default of two outputs
-    if count != outputs or (expected and labels and labels != expected):
-        raise SqatError(f"the model's outputs are {', '.join(labels) or count}, but the recipe's task has "
+    labels, expected = source_labels(parsed, place), tuple(fields.get("id2label", {}).values())
+    # One output has no order; outputs without names are those of numbered labels.
+    named = outputs > 1 or not has_default_names(labels)
+    if len(labels) != outputs or (expected and named and not same_order(labels, expected)):
+        raise SqatError(f"the model's outputs are {', '.join(labels)}, but the recipe's task has "
                         f"{', '.join(expected) or outputs}", "use the recipe it was trained with", place,
                         code="model-mismatch")  # fmt: skip

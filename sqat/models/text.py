@@ -6,18 +6,19 @@ right: on the left it would shift the positions of GPT-2 and its like.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from sqat.data.tokens import TextProcessor
 from sqat.errors import SqatError, first_line
+from sqat.models.classifiers import load_classifier, make_classifier
 from sqat.models.conv1d import to_linears_
-from sqat.models.sources import LOADING_ERRORS, check_loaded, new_body_weights
+from sqat.models.head import TaskHead
+from sqat.models.sources import LOADING_ERRORS
 from sqat.recipe.inputs import ModelConfig
 
 
@@ -29,36 +30,23 @@ class Texts:
     def claims(self, files: Collection[str]) -> bool:
         return True  # the last of the table
 
-    def pretrained(
-        self, config: ModelConfig, source: str, head: Mapping[str, Any]
-    ) -> tuple[PreTrainedModel, TextProcessor]:
-        """Return the pretrained encoder with a fresh head, and its tokenizer.
+    def pretrained(self, config: ModelConfig, source: str, head: TaskHead) -> tuple[PreTrainedModel, TextProcessor]:
+        """Return the pretrained encoder with a head for the task, and its tokenizer.
 
         Raises:
             SqatError: no such model, one that needs its own code or has no safetensors, no tokenizer, weights that are
-                not this encoder's (a head of another size is replaced), or texts longer than the model reads.
+                not this encoder's (a head of another size starts new), a head of other labels, or texts longer than the
+                model reads.
         """
-        options = {"revision": config.revision, "trust_remote_code": False}
         try:
-            settings = AutoConfig.from_pretrained(source, **options, **head)
-            set_dropout(settings, config.dropout)
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                source,
-                config=settings,
-                dtype=torch.float32,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **options,
-            )
+            model = load_classifier(AutoModelForSequenceClassification, config, source, head)
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision, trust_remote_code=False)
         except LOADING_ERRORS as error:
             raise SqatError(
                 f"the model {config.source!r} cannot be loaded: {first_line(error)}",
                 "check model.source",
                 code="unsupported-model",
             ) from error
-        check_loaded(new_body_weights(model.base_model_prefix, report), source)
         check_vocabulary(tokenizer, source)
         check_length(model, config.max_length)
         to_linears_(model)
@@ -67,8 +55,7 @@ class Texts:
         return model, TextProcessor(tokenizer)
 
     def model(self, folder: Path) -> PreTrainedModel:
-        settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(settings, dtype=torch.float32)
+        model = make_classifier(AutoModelForSequenceClassification, folder)
         to_linears_(model)
         return model
 
@@ -139,13 +126,3 @@ def check_length(model: PreTrainedModel, max_length: int) -> None:
             "lower it",
             code="recipe-conflict",
         )
-
-
-def set_dropout(settings: Any, rate: float | None) -> None:
-    """Set every dropout rate of a transformers config; families call them dropout or pdrop."""
-    if rate is None:
-        return
-    for name, value in settings.to_dict().items():
-        is_rate = "dropout" in name or name.endswith("pdrop")
-        if is_rate and isinstance(value, int | float) and not isinstance(value, bool):
-            setattr(settings, name, rate)

@@ -15,10 +15,12 @@ from pathlib import Path
 import onnx
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
+from sqat.onnx_files.values import value_fault
+
 LARGE = 4096  # elements
 STANDARD = ("", "ai.onnx")
+VERSIONS = range(1, 1 << 31)  # what ONNX's own functions take
 UNCHECKED = "unchecked"  # the domain of unknown operators in a light copy, so that one does not hide other faults
-BYTES: dict[int, int] = {TensorProto.FLOAT: 4, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2, TensorProto.INT8: 1}
 FAULTS = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError, RuntimeError)
 
 
@@ -45,7 +47,7 @@ def make_definition_test(model: ModelProto) -> Callable[[NodeProto], bool]:
 
     def is_defined(node: NodeProto) -> bool:
         version = versions.get(node.domain or "ai.onnx")
-        if version is None:
+        if version is None or version not in VERSIONS:
             return False
         domain = "" if is_standard(node) else node.domain
         return (node.domain, node.op_type) in functions or onnx.defs.has(node.op_type, version, domain)
@@ -138,12 +140,29 @@ def infer(model: ModelProto) -> TensorInfo:
 
 def structure_error(model: ModelProto) -> str:
     """The first fault that the ONNX checker finds, one line; empty if there is none."""
-    large = [tensor for tensor in model.graph.initializer if is_large(tensor)]
+    if fault := structure_fault(light_copy(model)):
+        return fault
+    return next((fault for tensor in model.graph.initializer if (fault := value_fault(tensor))), "")
+
+
+def typing_error(model: ModelProto) -> str:
+    """The first fault that strict type and shape inference finds, one line; empty if there is none."""
+    return typing_fault(light_copy(model))
+
+
+def structure_fault(light: ModelProto) -> str:
+    """What the ONNX checker refuses in a light copy."""
     try:
-        onnx.checker.check_model(light_copy(model))
-        for tensor in large:
-            if not is_complete(tensor):
-                onnx.checker.check_tensor(tensor)
+        onnx.checker.check_model(light)
+    except FAULTS as error:
+        return one_line(error)
+    return ""
+
+
+def typing_fault(light: ModelProto) -> str:
+    """What strict type and shape inference refuses in a light copy."""
+    try:
+        onnx.shape_inference.infer_shapes(light, check_type=True, strict_mode=True, data_prop=True)
     except FAULTS as error:
         return one_line(error)
     return ""
@@ -160,22 +179,6 @@ def check_file(path: Path) -> Iterator[str]:
             )
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
         yield one_line(error)
-
-
-def is_complete(tensor: TensorProto) -> bool:
-    """Whether a tensor holds as many bytes as its shape and type need, or stores them outside."""
-    if tensor.data_location == TensorProto.EXTERNAL:
-        return True
-    return tensor.data_type in BYTES and len(tensor.raw_data) == prod(tensor.dims) * BYTES[tensor.data_type]
-
-
-def typing_error(model: ModelProto) -> str:
-    """The first fault that strict type and shape inference finds, one line; empty if there is none."""
-    try:
-        onnx.shape_inference.infer_shapes(light_copy(model), check_type=True, strict_mode=True, data_prop=True)
-    except FAULTS as error:
-        return one_line(error)
-    return ""
 
 
 def one_line(error: Exception) -> str:

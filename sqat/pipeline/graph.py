@@ -116,7 +116,9 @@ def stage_directory(loaded: LoadedRecipe, name: str) -> Path:
 
 
 def try_load_manifest(directory: Path) -> Manifest | None:
-    """Load the manifest of the checkpoint in a folder; None where there is no valid one."""
+    """Load the manifest of the checkpoint in a folder; None where there is no valid one, or the folder is a link."""
+    if directory.is_symlink():
+        return None
     try:
         return load_manifest(directory)
     except SqatError:

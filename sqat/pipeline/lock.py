@@ -18,12 +18,14 @@ from pathlib import Path
 
 from sqat.distributed import run_on_rank0
 from sqat.errors import SqatError
+from sqat.files.replace import cannot_write, not_ours, open_own
 from sqat.progress import Reporter
 
 if sys.platform != "win32":
     import fcntl
 
 LOCK_FILE = ".lock"
+MARK = b'{"pid": '  # how a lock file of ours begins
 MAX_COMMAND = 200  # characters of the holder's command line
 
 
@@ -60,9 +62,8 @@ def acquire_lock(path: Path) -> tuple[int, str]:
     assert sys.platform != "win32"
     folder = str(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            handle = open_own(path, os.O_RDWR)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -74,11 +75,13 @@ def acquire_lock(path: Path) -> tuple[int, str]:
                 break
             os.close(handle)  # its holder has just ended and removed the file
         killed = read_holder(handle)
+        if killed is None:
+            os.close(handle)
+            raise not_ours(path, "is not a lock file of sqat")
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps(describe_process()).encode(), 0)
     except OSError as error:
-        hint = "free space or choose another output"
-        raise SqatError(f"cannot be written: {error.strerror}", hint, folder, code="unwritable-file") from error
+        raise cannot_write(error, path.parent) from error
     return handle, killed
 
 
@@ -108,11 +111,15 @@ def describe_process() -> dict[str, str | int]:
     return {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "command": command}
 
 
-def read_holder(handle: int) -> str:
-    """Describe the holder that the file names; empty where the file is empty, as a holder may not have written yet."""
-    content = os.pread(handle, 4096, 0)
+def read_holder(handle: int) -> str | None:
+    """Describe the holder that the file names; empty for an empty file, None for one that is no lock file."""
+    content = os.pread(handle, 4096, 0).strip(b"\0")  # a power cut may leave zeros
+    if not content:
+        return ""
+    if not content.startswith(MARK):
+        return None
     try:
         holder = json.loads(content)
         return f"pid {holder['pid']} on {holder['host']} since {holder['since']} ({holder['command']})"
     except (ValueError, KeyError, TypeError):
-        return "an unknown run" if content else ""
+        return "an unknown run"

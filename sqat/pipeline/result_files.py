@@ -7,6 +7,7 @@ from pathlib import Path
 from sqat.pipeline.graph import StageGraph, StageNode
 from sqat.recipe.targets import TARGETS
 
+LOG_FILE = "sqat.log"  # in the run folder
 RESULTS_FILE = "results.json"  # in the run folder: what the results table remembers
 
 

@@ -20,6 +20,7 @@ from sqat.pipeline.lock import LOCK_FILE, run_lock
 from sqat.pipeline.plan import pending_stages
 from sqat.pipeline.quality_gates import first_failed_gate, gate_error, gate_limits
 from sqat.pipeline.results import Results, measure_results
+from sqat.pipeline.run_folder import check_run_folder, check_stage_folder
 from sqat.pipeline.stage_run import StageRun
 from sqat.progress import Reporter
 from sqat.recipe.schema import LoadedRecipe
@@ -39,9 +40,12 @@ def run(
 ) -> Results:
     """Run the stages from ``first`` to ``last`` that are not current, and measure the results."""
     folder = loaded.run_directory
+    check_run_folder(folder)
     with raise_on_lost_peer(), run_lock(folder, reporter), open_trackers(loaded.recipe, folder, reporter) as tracker:
         graph, splits = resolve_graph(loaded), Splits(loaded.recipe, loaded.path.parent)
         pending = pending_stages(graph, first, last, force)
+        for node in pending:
+            check_stage_folder(node.directory)
         for node in graph.select(first, last):
             if node not in pending and node.is_current and check_unchanged(graph, node, tracker):
                 continue
@@ -72,12 +76,14 @@ def run_stage(
         output: where the result goes; default: the stage's folder in the run folder.
 
     Raises:
-        SqatError: ``output`` holds something else than this stage's checkpoint, and there is no ``force``.
+        SqatError: ``output`` holds something else than this stage's checkpoint, and there is no ``force``;
+            or something that is no checkpoint.
     """
     directory = output or stage_directory(loaded, name)
-    if output is not None and not force:
-        check_output(output, name)
+    if output is not None:
+        check_output(output, name, force)
     folder, file = lock_location(loaded.run_directory, directory)
+    check_run_folder(folder)
     with (
         raise_on_lost_peer(),
         run_lock(folder, reporter, file),
@@ -94,10 +100,11 @@ def run_stage(
     return directory
 
 
-def check_output(output: Path, name: str) -> None:
-    """Raise SqatError where the output exists and is not a checkpoint of this stage."""
+def check_output(output: Path, name: str, force: bool) -> None:
+    """Raise SqatError where the output exists and is not a checkpoint of this stage, or with ``force`` of any stage."""
+    check_stage_folder(output)
     manifest = try_load_manifest(output)
-    if not output.exists() or (manifest is not None and manifest.stage == name):
+    if force or not output.exists() or not any(output.iterdir()) or (manifest is not None and manifest.stage == name):
         return
     content = "no sqat checkpoint" if manifest is None else f"the checkpoint of stage {manifest.stage!r}"
     problem = f"the output exists and is {content}"

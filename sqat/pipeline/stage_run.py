@@ -7,7 +7,6 @@ stage; rank 0 writes and decides.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,13 +14,15 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from sqat.checkpoint.manifest import Manifest
+from sqat.checkpoint.manifest import MANIFEST, Manifest
 from sqat.checkpoint.store import Checkpoint, load_checkpoint, save_checkpoint
 from sqat.distributed import broadcast_from_rank0, process_state, run_on_rank0
 from sqat.errors import SqatError
+from sqat.files.replace import remove_folder
 from sqat.pipeline.fingerprint import input_digests, is_possible_attempt
 from sqat.pipeline.graph import StageGraph, StageNode, try_load_manifest
 from sqat.pipeline.quality_gates import Limit, first_failed_gate, gate_error, gate_limits, rejected_folder
+from sqat.pipeline.run_folder import check_stage_folder, state_folder
 from sqat.recipe.stages import TrainConfig
 from sqat.stages import calibrate, export, prune, qat, train
 from sqat.stages.context import StageContext
@@ -80,7 +81,7 @@ class StageRun:
     @property
     def state(self) -> Path:
         """Folder of the state to resume from."""
-        return self.directory.with_name(f".{self.directory.name}.state")
+        return state_folder(self.directory)
 
     def info(self, text: str) -> None:
         """Report something about the stage."""
@@ -97,8 +98,9 @@ class StageRun:
             SqatError: a metric that one of its gates compares with is missing.
         """
         process = process_state()
+        check_stage_folder(self.directory)
         if force and process.is_main_process:
-            shutil.rmtree(self.state, ignore_errors=True)
+            ResumeState(self.state, "").remove()
         process.wait_for_everyone()
         earlier = None if force else self.find_earlier_result()
         process.wait_for_everyone()  # every rank has looked before rank 0 changes anything
@@ -142,7 +144,7 @@ class StageRun:
     def accept(self, folder: Path) -> None:
         """Put a result that was set aside in place."""
         save_checkpoint(load_checkpoint(folder), self.directory)
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder, MANIFEST)
 
     def run_attempts(self, first: int) -> None:
         """Run attempts from ``first`` on until a result passes the gates."""
@@ -189,7 +191,7 @@ class StageRun:
     def save(self, checkpoint: Checkpoint, folder: Path) -> None:
         """Save a result; only then remove the state to resume from."""
         save_checkpoint(checkpoint, folder)
-        shutil.rmtree(self.state, ignore_errors=True)
+        ResumeState(self.state, "").remove()
 
     def report(self, manifest: Manifest, folder: Path) -> None:
         """Report a result's dev metrics and clipped activations."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -20,6 +20,11 @@ class ModelConfig(BaseModel):
     revision: str | None = Field(default=None, description="hub revision; a commit makes the run repeatable")
     sha256: Sha256 | None = Field(default=None, description="digest that the weights file must have")
     max_length: int = Field(default=128, ge=4, le=8192, description="tokens to which a text (or pair) is truncated")
+    head: Literal["by-name", "in-order", "new"] = Field(
+        default="by-name",
+        description="a classifier's outputs go to the labels of their names; in-order: to the labels in their order; "
+        "new: the head starts afresh",
+    )
     dropout: float | None = Field(default=None, ge=0, lt=1, description="replaces every dropout rate of the model")
 
     @model_validator(mode="after")

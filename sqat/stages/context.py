@@ -68,7 +68,7 @@ class StageContext:
         return self.splits.task
 
     def load_model(self, parent: Checkpoint | None) -> tuple[nn.Module, Processor]:
-        """Load the parent's model and processor, or the recipe's pretrained model with a new head.
+        """Load the parent's model and processor, or the recipe's pretrained model with a head for the task.
 
         Raises:
             SqatError: the parent holds no torch weights, or its head is not the task's.
@@ -82,8 +82,15 @@ class StageContext:
             check_head(parent.files["config.json"], task.outputs, task.config_fields, place)
             return move_to_device(*build(parent, place))
         head = {"num_labels": task.outputs, **task.config_fields}
+        stage = self.recipe.stages[self.name]
         model, processor = load_pretrained(
-            task.architecture, self.recipe.model, self.splits.folder, head, self.recipe.seed
+            task.architecture,
+            self.recipe.model,
+            self.splits.folder,
+            head,
+            self.recipe.seed,
+            is_trained=isinstance(stage, TrainConfig) and stage.steps != 0 and learns_from_labels(stage),
+            report=lambda line: self.reporter.info(f"{self.name}: {line}"),
         )
         if isinstance(processor, TextProcessor):
             tokenizer = processor.tokenizer

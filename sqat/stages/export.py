@@ -5,7 +5,6 @@ Files are written beside the checkpoint and linked into it. An export with a fai
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from sqat.evaluation.parity import prove_parity
 from sqat.export.card import model_card
 from sqat.export.source import Source, TargetFile
 from sqat.export.targets import write_target
+from sqat.files.replace import UNFINISHED, make_folder, remove_folder, write_synced
 from sqat.lint.apply_rules import verify
 from sqat.models.architectures import ARCHITECTURES
 from sqat.models.attention import use_eager
@@ -62,7 +62,11 @@ def export(config: ExportConfig, parent: Checkpoint, context: StageContext, fold
         context.reporter.info(f"{context.name}: {target}: {result}")
     metrics["dev"] = metrics[f"dev {config.targets[0]}"]
     manifest = context.manifest(config, parent, metrics=metrics, notes=notes)
-    artifacts = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    artifacts = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != UNFINISHED
+    }
     sizes = {target: bytes_of(artifacts, TARGETS[target].file) for target in config.targets}
     card = model_card(manifest, sizes, context.task.architecture, output)
     return Checkpoint(manifest, {**parent.files, "README.md": card.encode()}, artifacts=artifacts)
@@ -76,15 +80,17 @@ def export_folder(state: Path) -> Iterator[Path]:
     """
     rank = process_state()
     folder = state / f"export-{rank.process_index}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    make_folder(state)
+    remove_folder(folder, UNFINISHED)
+    folder.mkdir()
     is_saved = False
     try:
+        write_synced(folder / UNFINISHED, b"")
         yield folder
         is_saved = rank.is_main_process  # the other ranks only compare
     finally:
         if not is_saved:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_folder(folder, UNFINISHED)
             with suppress(OSError):
                 state.rmdir()
 

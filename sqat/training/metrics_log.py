@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sqat.files.replace import append_text
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -48,9 +50,7 @@ class MetricsLog:
         if dev is not None:
             line["dev"] = {name: value if math.isfinite(value) else None for name, value in dev.items()}
         with suppress(OSError):  # a full disk ends the run where its state is saved
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append_text(self.path, json.dumps(line) + "\n")
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

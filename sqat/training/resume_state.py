@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,7 +22,11 @@ from torch import Tensor
 
 from sqat.distributed import any_rank, broadcast_from_rank0
 from sqat.errors import SqatError
-from sqat.files.replace import write_synced
+from sqat.files.read import read_bytes, read_json
+from sqat.files.replace import UNFINISHED, make_folder, remove_folder, write_synced
+
+OWN_FILE = re.compile(r"(\.?)(state\.json|step-\d+\.safetensors)(\.new)?")
+MAX_STATE = 1 << 50  # bytes: a state has no limit of its own, it is as large as the model
 
 
 @dataclass
@@ -58,19 +64,32 @@ class ResumeState:
         name, entries = f"step-{progress.step}.safetensors", vars(progress)
         index = {"key": self.key, "file": name, "sha256": state_digest(content, entries), "progress": entries}
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            make_folder(self.directory)
             for target, data in ((name, content), ("state.json", json.dumps(index).encode())):
                 write_synced(self.directory / f".{target}.new", data)
                 (self.directory / f".{target}.new").rename(self.directory / target)
-            for old in self.directory.glob("step-*.safetensors"):
-                if old.name != name:
-                    old.unlink()
+            self.remove_files(lambda other: other.startswith("step-") and other != name)
         except OSError as error:
             problem = f"the mid-stage state cannot be written: {error.strerror or error}"
             raise SqatError(problem, "free space", str(self.directory), code="unwritable-file") from error
         finally:
-            for unfinished in self.directory.glob(".*.new"):
-                unfinished.unlink(missing_ok=True)
+            self.remove_files(lambda other: other.endswith(".new"))
+
+    def remove(self) -> None:
+        """Delete the folder; what sqat did not write stays in it."""
+        self.remove_files(lambda name: True)
+        for folder in [] if self.directory.is_symlink() else self.directory.glob("*/"):
+            remove_folder(folder, UNFINISHED)  # of an export
+        with suppress(OSError):  # it is not there, or holds something else
+            self.directory.rmdir()
+
+    def remove_files(self, is_chosen: Callable[[str], bool]) -> None:
+        """Delete the files of ours that are chosen by name."""
+        if self.directory.is_symlink():
+            return
+        for path in self.directory.glob("*"):
+            if OWN_FILE.fullmatch(path.name) and is_chosen(path.name):
+                path.unlink(missing_ok=True)
 
     def peek(self) -> Progress | None:
         """Return the progress of the state that `take` will return; the state is read once and cached."""
@@ -95,14 +114,15 @@ class ResumeState:
     def load(self) -> tuple[dict[str, Tensor], Progress] | None:
         """Read the last state; None where there is none, it is of another key, or it is damaged."""
         try:
-            index = json.loads((self.directory / "state.json").read_bytes())
+            root = self.directory.parent
+            index = read_json(self.directory / "state.json", root=root)
             if index["key"] != self.key:
                 return None
-            content = (self.directory / Path(index["file"]).name).read_bytes()
+            content = read_bytes(self.directory / Path(index["file"]).name, limit=MAX_STATE, root=root)
             if state_digest(content, index["progress"]) != index["sha256"]:
                 return None
             return parse_tensors(content), Progress(**index["progress"])
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        except (SqatError, OSError, ValueError, KeyError, TypeError, SafetensorError):
             return None
 
 

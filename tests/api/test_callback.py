@@ -85,6 +85,26 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_model: MakeModel, tmp_path:
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
+@pytest.mark.parametrize("schedule", ["per-group", "group-fraction"])
+def test_the_trainers_checkpoints_are_plain_pruned_models(make_model: MakeModel, tmp_path: Path, schedule: str) -> None:
+    """`from_pretrained` finds every weight, and the zeros grow from checkpoint to checkpoint."""
+    model = make_model()
+    callback = sqat.SparseCallback(model, schedule=schedule, recovery_fraction=0.5)
+    make_trainer(model, tmp_path, callback, save_strategy="steps", save_steps=2).train()
+    shares = []
+    for step in range(2, STEPS + 1, 2):
+        loaded, report = AutoModelForSequenceClassification.from_pretrained(
+            tmp_path / f"checkpoint-{step}", output_loading_info=True
+        )
+        assert not any(report[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        weights = torch.cat([loaded.get_submodule(name).weight.detach().flatten() for name in callback.masks.kept])
+        shares.append(float((weights == 0).float().mean()))
+    assert shares == sorted(shares)
+    assert shares[-1] == 0.5
+    state, plain = loaded.state_dict(), model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in plain.items())
+
+
 def test_a_checkpoint_without_masks_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
     make_trainer(make_model(), tmp_path, save_strategy="steps", save_steps=4).train()
     model = make_model()

@@ -208,7 +208,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(
     with pytest.raises(SqatError) as caught:
         save_checkpoint(replace(checkpoint, recipe="new"), saved)
     assert str(caught.value) == (
-        f"{saved}: cannot be written: No space left on device; free space or choose another folder"
+        f"{saved}: cannot be written: No space left on device; free space, or choose another place"
     )
     assert snapshot(saved.parent) == before
     assert [path.name for path in saved.parent.iterdir()] == ["01-x"]
@@ -228,7 +228,7 @@ def test_a_read_only_parent(checkpoint: Checkpoint, tmp_path: Path) -> None:
         save_checkpoint(checkpoint, tmp_path / "01-x")
     tmp_path.chmod(0o700)
     assert str(caught.value) == (
-        f"{tmp_path / '01-x'}: cannot be written: Permission denied; free space or choose another folder"
+        f"{tmp_path / '01-x'}: cannot be written: Permission denied; free space, or choose another place"
     )
 
 
@@ -247,9 +247,12 @@ def test_a_write_cut_off_between_its_renames_is_undone(saved: Path, checkpoint: 
 
 
 def test_saving_replaces_what_was_there(saved: Path, checkpoint: Checkpoint) -> None:
-    (saved / "model.int8.onnx").write_text("of an older run")
+    (saved.parent / "exported").write_text("of an older run")
+    artifacts = dict.fromkeys(("model.int8.onnx", "folder/model.onnx"), saved.parent / "exported")
+    save_checkpoint(replace(checkpoint, artifacts=artifacts), saved)
+    assert (saved / "folder/model.onnx").exists()
     save_checkpoint(replace(checkpoint, recipe="new"), saved)
-    assert not (saved / "model.int8.onnx").exists()
+    assert not [*saved.rglob("*.onnx")]
     assert load_checkpoint(saved).recipe == "new"
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 
 from sqat.cli import main
 from sqat.errors import SqatError
-from sqat.init.from_sparseml import make_stages, read_modifiers, to_globs, translate
+from sqat.init.from_sparseml import make_stages, translate
+from sqat.init.layer_patterns import to_globs
+from sqat.init.sparseml_modifiers import ARGUMENTS, WITHOUT_COUNTERPART
+from sqat.init.sparseml_recipe import read_modifiers
 from sqat.recipe.loader import load_recipe
 from tests.errors import raises_code
 
@@ -54,7 +59,7 @@ pruning_modifiers:
 quantization_modifiers:
   - !QuantizationModifier
       start_epoch: eval(quantization_start_epoch)
-      submodules: [bert.encoder]
+      submodules: [bert.encoder, bert.pooler]
 distillation_modifiers:
   - !DistillationModifier
      hardness: 0.75
@@ -113,7 +118,7 @@ def test_every_modifier_without_counterpart_has_a_note(gradual: Path) -> None:
     notes = translate(gradual).notes
     wanted = [
         f"line {line_of('GMPruning')}: mask [1, 4] at 0.9 becomes 2:4",
-        "(0|1)",
+        f"line {line_of('QuantizationModifier')}: QuantizationModifier: bert.pooler is outside the encoder blocks",
         f"line {line_of('TrainableParams')}: TrainableParamsModifier has no counterpart",
         "schedule cyclic_linear becomes linear",
     ]
@@ -124,7 +129,8 @@ def test_one_shot_recipes_of_llm_compressor(tmp_path: Path) -> None:
     made = translate(write_yaml(tmp_path, AT_ONCE))
     prune = made.stages["prune"]
     assert (prune["pattern"], prune["criterion"], prune["schedule"]["num_masks"]) == ("2:4", "sparsegpt", 1)
-    assert prune["layers"] == {"exclude": ["*lm_head"]}
+    assert "layers" not in prune
+    assert sum("lm_head is outside the encoder blocks" in note for note in made.notes) == 2
     assert made.stages["calibrate"]["layers"] == {"exclude": ["*layer.0.*"]}
     assert made.stages["export"]["targets"] == ["onnx-int8"]
     assert any("scheme becomes int8" in note for note in made.notes)
@@ -161,7 +167,7 @@ def test_the_recipe_loads(
 
 @pytest.mark.parametrize(("text", "line"), [
     ("a: 1\n", "holds no list or mapping named ...modifiers"),
-    ("modifiers:\n  - !EpochRangeModifier {end_epoch: 3}\n", "neither prunes nor quantizes"),
+    ("modifiers:\n  - !EpochRangeModifier {end_epoch: 3}\n", "neither prunes to N:M nor quantizes"),
     ("modifiers:\n  - !GMPruningModifier {end_epoch: soon}\n",
      ", line 2: GMPruningModifier.end_epoch needs a number, got 'soon'"),
     ("modifiers:\n  - !GMPruningModifier {end_epoch: eval(later)}\n", "'eval(later)' is no expression of numbers"),
@@ -186,27 +192,132 @@ def test_a_page_without_front_matter(tmp_path: Path) -> None:
     (tmp_path / "r.md").write_text("# no recipe\n")
     with raises_code("unreadable-file"):
         translate(tmp_path / "r.md")
-    with raises_code("unreadable-file"):
+    with raises_code("missing-file"):
         translate(tmp_path / "missing.yaml")
 
 
-@pytest.mark.parametrize(("name", "glob"), [
-    ("re:bert.encoder.layer.*.output.dense.weight", "bert.encoder.layer*.output.dense"),
-    (r"re:^bert\.encoder\.layer\.\d+\.output\.dense\.weight$", "bert.encoder.layer.*.output.dense"),
-    (r"re:.*\.layer\.[0-9]+\.attention\..*", "*.layer.*.attention.*"),
-    ("sections.0.0.conv1.weight", "sections.0.0.conv1"),
-    ("lm_head", "lm_head"),
-])  # fmt: skip
-def test_names_become_globs(name: str, glob: str) -> None:
-    from fnmatch import fnmatchcase
+BLOCKS = {
+    "bert.encoder.layer.": ("attention.self.query", "attention.self.key", "attention.self.value", "intermediate.dense",
+                            "attention.output.dense", "output.dense"),
+    "model.layers.": ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.gate", "mlp.up_proj"),
+}  # fmt: skip
+LAYERS = [f"{block}{number}.{layer}" for block, layers in BLOCKS.items() for number in range(12) for layer in layers]
+LAYERS += ["bert.pooler.dense", "classifier", "lm_head", "layer4.0.conv1", "layer4.1.downsample.0", "features.3.conv.0"]
 
-    notes: list[str] = []
-    assert to_globs([name], notes) == [glob]
-    assert notes == []
-    assert to_globs([name, "re:.*weight"], notes) == [], "all layers"
-    examples = ("bert.encoder.layer.0.output.dense", "bert.encoder.layer.11.output.dense",
-                "a.layer.3.attention.self.key", "sections.0.0.conv1", "lm_head")  # fmt: skip
-    assert any(fnmatchcase(example, glob) for example in examples)
+
+@pytest.mark.parametrize("pattern", [
+    "re:.*(query|key).weight", "re:.*(query|key)", "re:.*(?:query|key)$", "re:.*query.weight|.*key.weight",
+    "re:bert.encoder.layer.*.output.dense.weight", r"re:^bert\.encoder\.layer\.\d+\.intermediate\.dense\.weight$",
+    r"re:.*\.layer\.[0-9]+\.attention\..*", r"re:bert\.encoder\.layer\.(0|1)\.output.dense.weight", "re:.*weight",
+    "re:.*", "re:.*lm_head", "re:.*mlp.gate$", r"re:.*mlp.*\.(gate_up|gate|up|down)_proj$", "re:model.layers.1.*",
+    r"re:^model\.layers\.[0-2]\..*", r"re:model.layers.\d+.self_attn.(q|k|v|o)_proj$", "re:.*conv*", "re:.*[qk]_proj",
+    "re:layer4.*.conv1.weight", "re:features.*.conv.*.weight", r"re:.*layer.(1|11)\..*dense", "re:.*_pro[^a-i]",
+    r"re:.*layer\.\d{2}\..*", r"re:.*layer\.1?\d\.inter.*", "re:[bc].*", "re:.+dense", r"re:.*layer\.\d*\.attention.*",
+])  # fmt: skip
+def test_globs_select_what_the_expression_selects(pattern: str) -> None:
+    """The oracle is Python's re, on the names of layers and of their weights."""
+    expression, globs = re.compile(pattern.removeprefix("re:")), to_globs(pattern)
+    expected = [name for name in LAYERS if expression.match(name) or expression.match(f"{name}.weight")]
+    assert [name for name in LAYERS if any(fnmatchcase(name, glob) for glob in globs)] == expected
+    assert expected
+
+
+WITHOUT_GLOB = [
+    r"re:model\.layers\.(?!0\.).*", "re:^((?!dfl).)*$", r"re:bert\.encoder\.layer\.\d+\.output\.dense\.weight",
+    r"re:(a|b)\1", "re:(query|key", "re:a)b", "re:.*bias", "re:(.|.)*x", "re:*", "re:[", "re:", "re:a$b", r"re:\Aquery",
+    "re:" + "(a|b)" * 30, "re:(?i)QUERY", r"re:que\w+y", "", "a*",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["targets", "ignore"])
+@pytest.mark.parametrize("pattern", WITHOUT_GLOB)
+def test_a_pattern_without_a_glob_is_an_error_and_never_all(pattern: str, key: str, tmp_path: Path) -> None:
+    text = json.dumps({"modifiers": {"SparseGPTModifier": {"targets": ["Linear"], key: [pattern]}}})
+    with pytest.raises(SqatError) as caught:
+        translate(write_yaml(tmp_path, text))
+    assert (caught.value.code, repr(pattern) in caught.value.problem) == ("invalid-recipe", True)
+
+
+@pytest.mark.parametrize(("name", "globs"), [
+    ("sections.0.0.conv1.weight", ["sections.0.0.conv1"]), ("model.layers.3", ["model.layers.3.*"]),
+    (r"re:model.layers.\d+$", ["model?layers?[0-9]*"]), (r"re:.*layers\.(0|1)$", ["*layers.0.*", "*layers.1.*"]),
+    ("__ALL_PRUNABLE__", ["*"]), ("Linear", ["*"]),
+])  # fmt: skip
+def test_a_target_may_be_a_block(name: str, globs: list[str]) -> None:
+    assert to_globs(name, of_blocks=True) == globs
+
+
+def two(first: dict[str, object], second: dict[str, object], kind: str = "GMPruningModifier") -> str:
+    """Return a recipe of two modifiers."""
+    return "modifiers:\n" + "".join(f"  - !{kind} {json.dumps(values)}\n" for values in (first, second))
+
+
+@pytest.mark.parametrize(("first", "second", "layers", "patterns"), [
+    ({"params": "__ALL__"}, {"params": ["re:.*query.weight"]}, None, None),
+    ({"params": ["re:.*query.weight"]}, {"params": "__ALL_PRUNABLE__"}, None, None),
+    ({"params": ["a.weight"]}, {"params": ["b.weight"]}, {"include": ["a", "b"]}, None),
+    ({"params": ["a.weight"]}, {"params": ["b.weight"], "mask_type": "1:4"}, {"include": ["a", "b"]}, {"b": "1:4"}),
+    ({"params": "__ALL__"}, {"params": ["b.weight"], "mask_type": "4:8"}, None, {"b": "4:8"}),
+    ({"params": ["b.weight"], "mask_type": "4:8"}, {"params": "__ALL__"}, None, {"b": "4:8"}),
+])  # fmt: skip
+def test_each_of_several_modifiers_keeps_its_layers(
+    first: dict[str, object], second: dict[str, object], layers: object, patterns: object, tmp_path: Path
+) -> None:
+    shared = {"mask_type": "2:4", "start_epoch": 0, "end_epoch": 2}
+    prune = translate(write_yaml(tmp_path, two({**shared, **first}, {**shared, **second}))).stages["prune"]
+    assert (prune["pattern"], prune.get("layers"), prune.get("patterns")) == ("2:4", layers, patterns)
+
+
+def test_the_layers_of_config_groups_are_kept(tmp_path: Path) -> None:
+    groups = {"a": {"targets": ["re:.*q_proj$"]}, "b": {"targets": ["re:.*k_proj$"]}}
+    text = json.dumps({"modifiers": {"QuantizationModifier": {"config_groups": groups, "ignore": ["re:.*0.q_proj"]}}})
+    layers = translate(write_yaml(tmp_path, text)).stages["calibrate"]["layers"]
+    assert layers == {"include": ["*q_proj", "*k_proj"], "exclude": ["*0?q_proj*"]}
+
+
+def test_what_one_modifier_ignores_another_must_ignore(tmp_path: Path) -> None:
+    with raises_code("invalid-recipe"):
+        translate(write_yaml(tmp_path, two({"ignore": ["a"]}, {"ignore": ["b"]}, "SparseGPTModifier")))
+
+
+@pytest.mark.parametrize("kind", sorted({*ARGUMENTS, *WITHOUT_COUNTERPART, "NobodyKnowsModifier"}))
+@pytest.mark.parametrize("style", ["tagged", "mapping"])
+def test_each_modifier_is_translated_or_named(kind: str, style: str, tmp_path: Path) -> None:
+    """A note names what is skipped, and each argument that is not translated."""
+    entry = f"{kind} {{strange: 3}}" if style == "tagged" else f"{kind}: {{strange: 3}}"
+    listed = f"modifiers:\n  - !{entry}\n" if style == "tagged" else f"modifiers:\n  {entry}\n"
+    made = translate(write_yaml(tmp_path, f"{listed}more_modifiers:\n  - !ConstantPruningModifier {{}}\n"))
+    notes = [note for note in made.notes if note.startswith(f"line 2: {kind}")]
+    is_translated = kind in ARGUMENTS and kind not in WITHOUT_COUNTERPART
+    assert any("strange" in note if is_translated else "has no counterpart" in note for note in notes)
+
+
+@pytest.mark.parametrize(("text", "masks"), [
+    ("modifiers: {SparseGPTModifier: {sparsity: 0.5}}", 1),
+    ("modifiers: [!GMPruningModifier {start_epoch: 0, end_epoch: 1, update_frequency: 1}]", 1),
+    ("modifiers: [!GMPruningModifier {start_epoch: 0, end_epoch: 1, update_frequency: 0.1}]", 2),
+    ("modifiers: [!GMPruningModifier {init_sparsity: 0.5, final_sparsity: 0.5, end_epoch: 9}]", 1),
+    ("a_stage: {run_type: oneshot, modifiers: {MagnitudePruningModifier: {start: 0, end: 5}}}", 1),
+    ("a_stage: {run_type: train, modifiers: {MagnitudePruningModifier: {start: 0, end: 5}}}", 2),
+    ("modifiers: [!ConstantPruningModifier {end_epoch: 4}]", 1),
+])  # fmt: skip
+def test_one_shot_is_one_mask(text: str, masks: int, tmp_path: Path) -> None:
+    assert translate(write_yaml(tmp_path, text)).stages["prune"]["schedule"]["num_masks"] == masks
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("name", ["r.md", "r.yaml"])
+def test_byte_order_marks_and_line_ends(mark: str, end: str, name: str, tmp_path: Path) -> None:
+    text = "---\nmodifiers:\n  - !ConstantPruningModifier {mask_type: '1:4'}\n---\n".replace("\n", end)
+    (tmp_path / name).write_bytes((mark + (text if name == "r.md" else text[: text.rindex("---")])).encode())
+    assert translate(tmp_path / name).stages["prune"]["pattern"] == "1:4"
+
+
+@pytest.mark.parametrize("entry", ["GMPruningModifier", "3", "[a]", "{a: {}, b: {}}"])
+def test_an_entry_that_is_no_modifier_is_an_error(entry: str, tmp_path: Path) -> None:
+    with raises_code("invalid-recipe"):
+        translate(write_yaml(tmp_path, f"modifiers:\n  - !ConstantPruningModifier {{}}\n  - {entry}\n"))
 
 
 def test_tags_never_make_objects(tmp_path: Path) -> None:

@@ -229,11 +229,13 @@ def test_a_file_without_quantized_layers_says_so(command: Command, bert: Family,
     assert command("float.onnx", "--target", "onnx-fp32")[:2][0] == 0
 
 
-def test_an_invalid_graph_still_has_its_table(command: Command, good: onnx.ModelProto, tmp_path: Path) -> None:
+def test_an_invalid_graph_is_told_in_the_words_of_the_checker(
+    command: Command, good: onnx.ModelProto, tmp_path: Path
+) -> None:
     node(good, f"{SELF}/query/MatMul").input[0] = "nowhere"
     (tmp_path / "model.onnx").write_bytes(good.SerializeToString())
-    assert command("model.onnx")[0] == 0
-    code, lines, _ = command("model.onnx", "--target", "tensorrt")
-    assert code == 3
-    assert [line for line in lines if line.startswith("checker error: ")]
-    assert lines[0] == "0 of 14 layers will run sparse int8 on tensorrt"
+    for more in ([], ["--target", "tensorrt"], ["--fix"]):
+        code, lines, error = command("model.onnx", *more)
+        assert (code, lines) == (2, [])
+        assert "nowhere" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]

@@ -22,9 +22,10 @@ from sqat.checkpoint.manifest import Manifest
 from sqat.checkpoint.store import Checkpoint
 from sqat.data.tokens import TextProcessor
 from sqat.models.attention import use_hooked_attention
+from sqat.models.classifiers import set_dropout
 from sqat.models.loading import build, load_pretrained, serialize_model
 from sqat.models.sources import resolve_source, source_digest
-from sqat.models.text import load_tokenizer, set_dropout
+from sqat.models.text import load_tokenizer
 from sqat.recipe.inputs import ModelConfig
 from tests.models.loading import MakeModel, problem
 

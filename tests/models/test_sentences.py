@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,19 @@ def test_the_way_of_pooling_is_read_in_both_forms(pooling: dict[str, Any], mode:
     assert not torch.equal(embed(load(source, "max" if mode == "mean" else "mean"), TEXTS), wanted)  # the recipe's word
 
 
+@pytest.mark.parametrize("path", ["pool", "./1_Pooling", "a/b/c"])
+def test_a_pooling_elsewhere_in_the_folder_is_read(path: str, source: Path) -> None:
+    wanted = embed(load(source, "cls"), TEXTS)
+    write_modules(source, {"pooling_mode": "mean"})
+    pooling_at(path)(source)
+    (source / path).mkdir(parents=True, exist_ok=True)
+    (source / path / "config.json").write_text('{"pooling_mode": "cls"}')
+    encoder = load(source)
+    assert torch.equal(embed(encoder, TEXTS), wanted)
+    again = build(load_checkpoint(saved(encoder, source / "checkpoint")))
+    assert torch.equal(embed(again, TEXTS), wanted)
+
+
 def test_without_normalize_vectors_keep_their_length(source: Path) -> None:
     wanted = embed(load(source), TEXTS)
     write_modules(source, {"pooling_mode": "mean"}, MODULES[:2])
@@ -203,6 +217,52 @@ def prompt_before_all(folder: Path) -> None:
     (folder / "config_sentence_transformers.json").write_text('{"default_prompt_name": "query"}')
 
 
+def no_pooling(folder: Path) -> None:
+    write_modules(folder, {})
+    (folder / "1_Pooling" / "config.json").unlink()
+
+
+def pooling_at(path: Any) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        write_modules(folder, {})
+        modules = json.loads((folder / "modules.json").read_text())
+        modules[1]["path"] = path
+        (folder / "modules.json").write_text(json.dumps(modules))
+
+    return write
+
+
+def pooling_is(content: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        write_modules(folder, {})
+        (folder / "1_Pooling" / "config.json").write_text(content)
+
+    return write
+
+
+def modules_are(content: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        write_modules(folder, {})
+        (folder / "modules.json").write_text(content)
+
+    return write
+
+
+def no_modules(folder: Path) -> None:
+    write_modules(folder, {"pooling_mode": "cls"})
+    (folder / "modules.json").unlink()
+
+
+def pipe(folder: Path) -> None:
+    write_modules(folder, {})
+    (folder / "1_Pooling" / "config.json").unlink()
+    os.mkfifo(folder / "1_Pooling" / "config.json")
+
+
+def other_class(folder: Path) -> None:
+    write_modules(folder, {}, prefix="evil.models")
+
+
 def no_json(folder: Path) -> None:
     (folder / "modules.json").write_text("[")
 
@@ -219,7 +279,29 @@ def weight_missing(folder: Path) -> None:
     ("damage", "told"),
     [
         (unknown_module, "the modules of the model are Transformer, Pooling, Dense; sqat reads Transformer"),
-        (weights_below, "Transformer, Pooling, Normalize in 0_Transformer"),
+        (weights_below, "Transformer, Pooling, Normalize in '0_Transformer'"),
+        (no_pooling, "1_Pooling/config.json: no such file"),
+        (no_modules, "modules.json: no such file, though 1_Pooling/config.json is there"),
+        (pipe, "1_Pooling/config.json: is a pipe"),
+        (other_class, "evil.models.Transformer, evil.models.Pooling"),
+        (pooling_at("pool/of/it"), "pool/of/it/config.json: no such file"),
+        (pooling_at("../1_Pooling"), "'../1_Pooling', which is no folder inside"),
+        (pooling_at("/etc"), "'/etc', which is no folder inside"),
+        (pooling_at("a/../../b"), "which is no folder inside"),
+        (pooling_at(""), "'', which is no folder inside"),
+        (pooling_at("."), "'.', which is no folder inside"),
+        (pooling_at(3), "3, which is no folder inside"),
+        (pooling_is("[]"), "1_Pooling/config.json: is no JSON object"),
+        (pooling_is("{"), "1_Pooling/config.json: is not JSON"),
+        (pooling_is('{"pooling_mode": 3}'), "the model pools by 3"),
+        (pooling_is('{"pooling_mode": []}'), "the model pools by []"),
+        (pooling_is('{"pooling_mode_mean_tokens": "false"}'), "pooling_mode_mean_tokens is 'false', not true or false"),
+        (pooling_is('{"pooling_mode_median": true}'), "the model pools by median"),
+        (modules_are("{}"), "modules.json: is no list of modules"),
+        (modules_are("[]"), "modules.json: is no list of modules"),
+        (modules_are("[1, 2]"), "modules.json: is no list of modules"),
+        (modules_are('[{"type": null}]'), "modules.json: is no list of modules"),
+        (modules_are("[" * 50_000), "modules.json: holds lists and objects more than 100 deep"),
         (other_pooling, "the model pools by lasttoken; sqat knows mean, cls, max"),
         (two_poolings, "the model pools by cls and mean"),
         (lower_case, "do_lower_case"),

@@ -75,12 +75,20 @@ def test_it_is_released_however_the_run_ends(tmp_path: Path, end: BaseException,
     assert recorder.lines == []
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"pid": 1}', b"\xff\xfe"])
-def test_any_content_of_a_killed_run_s_file_is_replaced(tmp_path: Path, content: bytes, recorder: Any) -> None:
+@pytest.mark.parametrize("content", [b"", b"\0" * 100, b'{"pid": ', b'{"pid": 1}', b'{"pid": 1, "host": "\xff\xfe'])
+def test_a_killed_run_s_file_is_replaced_even_if_it_is_damaged(tmp_path: Path, content: bytes, recorder: Any) -> None:
     (tmp_path / LOCK_FILE).write_bytes(content)
     with run_lock(tmp_path, recorder):
         assert json.loads((tmp_path / LOCK_FILE).read_bytes())["pid"] == os.getpid()
-    assert len(recorder.lines) == (1 if content else 0)
+    assert len(recorder.lines) == (1 if content.strip(b"\0") else 0)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"name": 1}', b"\xff\xfe", b"notes\n" * 1000])
+def test_a_file_that_is_no_lock_stays(tmp_path: Path, content: bytes, recorder: Any) -> None:
+    (tmp_path / LOCK_FILE).write_bytes(content)
+    with raises_code("output-exists", "is not a lock file"), run_lock(tmp_path, recorder):
+        pytest.fail("held")
+    assert (tmp_path / LOCK_FILE).read_bytes() == content
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, recorder: Any) -> None:

@@ -43,7 +43,7 @@ Prune = Callable[..., Checkpoint]
 
 @pytest.fixture(scope="module")
 def source(make_source: Callable[..., Path]) -> Path:
-    return make_source("bert")
+    return make_source("bert", id2label={0: "cold", 1: "warm"})
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,100 @@
+"""Take families of transformers through every stage, placement and target: `scripts/families/table --json FILE`.
+
+The file is written after each family; one that holds a family of this commit is continued.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from scripts.families.registry import FAMILIES
+from scripts.families.trial import failures, try_family
+from sqat.files.replace import replace_file
+
+LIMIT = 600  # seconds for one family
+Entry = dict[str, Any]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="scripts/families/table", description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", default=Path("recipes/families.json"))
+    parser.add_argument("--families", metavar="NAME,...", default=",".join(FAMILIES), help="default: all of them")
+    parser.add_argument("--jobs", type=int, default=1, help="families at a time")
+    parser.add_argument("--again", action="store_true", help="also those that the file holds of this commit")
+    options = parser.parse_args(argv)
+    names = options.families.split(",")
+    if unknown := set(names) - set(FAMILIES):
+        parser.error(f"unknown families {', '.join(sorted(unknown))}; there are {', '.join(FAMILIES)}")
+    known, commit = read_entries(options.json), current_commit()
+    todo = [name for name in names if options.again or known.get(name, {}).get("commit") != commit]
+    for entry in try_all(todo, options.jobs):
+        known[entry["name"]] = {**entry, "commit": commit}
+        replace_file(options.json, (json.dumps(report_of(known), indent=1) + "\n").encode())
+        print(f"{entry['name']}: {entry['seconds']:.0f} s", *failures(entry), sep="\n  ", flush=True)
+    faults = sum(bool(failures(known[name])) for name in names)
+    print(f"{len(names)} families, {faults} with a failure that is not expected")
+    return 1 if faults else 0
+
+
+def current_commit() -> str:
+    """Return the commit of the working tree, with a plus where it is changed."""
+    return subprocess.run(["git", "describe", "--always", "--abbrev=9", "--dirty=+"], capture_output=True, text=True,
+                          check=True, cwd=Path(__file__).parent).stdout.strip()  # fmt: skip
+
+
+def read_entries(path: Path) -> dict[str, Entry]:
+    """Read what is known of each family; empty where there is no file."""
+    return {entry["name"]: entry for entry in json.loads(path.read_text())["families"]} if path.is_file() else {}
+
+
+def report_of(known: dict[str, Entry]) -> dict[str, Any]:
+    """Return the content of the JSON file, families in the order of the registry."""
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {**versions, "families": [known[name] for name in FAMILIES if name in known]}
+
+
+def try_all(names: Iterable[str], jobs: int) -> Iterator[Entry]:
+    """Try families, each in a process of its own."""
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(try_apart, names)
+
+
+def try_apart(name: str) -> Entry:
+    """Try a family in a forked process: what it loads, spends or breaks ends with it."""
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="sqat-families-") as folder:
+        process = multiprocessing.get_context("fork").Process(target=write_record, args=(name, Path(folder)))
+        process.start()
+        process.join(LIMIT)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        path = Path(folder) / "record.json"
+        entry: Entry = {"name": name, "died": f"exit code {process.exitcode}"}
+        if path.is_file():
+            entry = json.loads(path.read_text())
+    return {**entry, "seconds": round(time.monotonic() - begun, 1)}
+
+
+def write_record(name: str, folder: Path) -> None:
+    """Try a family and write its record into the folder."""
+    record = asdict(try_family(name, folder))
+    (folder / "record.json").write_text(json.dumps(record))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
