@@ -63,6 +63,7 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sqat.export.source.export_float", traced)
         patch.setattr("sqat.api.export.export_float", traced)
+        patch.setattr("sqat.export.traced_graphs.export_float", traced)
         yield
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from sqat.cli.options import Force, Json, Quiet, RecipeFile, Set, Verbose, load
+from sqat.errors import SqatError
 
 
 def run(
@@ -15,12 +16,16 @@ def run(
     last: Annotated[str | None, typer.Option("--to", metavar="STAGE", help="last stage to run")] = None,
     force: Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and run nothing")] = False,
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="try every stage on a few rows and stop")] = False,
+    no_rehearsal: Annotated[bool, typer.Option("--no-rehearsal", help="do not try the stages first")] = False,
     overrides: Set = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
     """Run every stage of a recipe; unchanged stages are skipped."""
+    if rehearse and no_rehearsal:
+        raise SqatError("--rehearse and --no-rehearsal exclude each other", "give one of them", code="usage")
     loaded = load(recipe, overrides)
     from sqat.recipe.selection import stage_range
 
@@ -36,7 +41,12 @@ def run(
     from sqat.pipeline import runner
     from sqat.pipeline.result_files import LOG_FILE
 
-    with open_reporter(quiet=quiet, log=loaded.run_directory / LOG_FILE) as reporter:
-        results = runner.run(loaded, reporter, first=first, last=last, force=force)
+    log = loaded.run_directory / LOG_FILE
+    with open_reporter(quiet=quiet) as screen, open_reporter(quiet=quiet, log=log) as reporter:
+        if rehearse:
+            runner.rehearse_alone(loaded, screen, first=first, last=last, force=force)
+            return
+        rehearsal = None if no_rehearsal else screen
+        results = runner.run(loaded, reporter, first=first, last=last, force=force, rehearsal=rehearsal)
     if is_rank0():
         print_results(results, as_json=json)

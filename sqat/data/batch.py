@@ -74,17 +74,21 @@ def plan_batches(
     Raises:
         SqatError: a group has more rows than a batch.
     """
-    largest = max(map(len, groups), default=0)
-    if largest > batch_size:
-        problem = f"a query has {largest} passages, which must share a batch, but batch_size is {batch_size}"
-        hint = f"set task.candidates to {batch_size} or less, or batch_size to {largest} or more"
-        raise SqatError(problem, hint, code="recipe-conflict")
+    check_group_size(max(map(len, groups), default=0), batch_size)
     random = np.random.default_rng((seed, epoch, 0, part))  # zeros at the end change nothing: as (seed, epoch)
     shuffled = [groups[i] for i in random.permutation(len(groups))]
     windows = pack(shuffled, WINDOW * batch_size)
     by_length = (sorted(window, key=lambda group: max(lengths[i] for i in group)) for window in windows)
     batches = [list(chain(*batch)) for window in by_length for batch in pack(window, batch_size)]
     return [batches[i] for i in random.permutation(len(batches))]
+
+
+def check_group_size(largest: int, batch_size: int) -> None:
+    """Raise SqatError if the rows of the largest group do not fit into a batch."""
+    if largest > batch_size:
+        problem = f"a query has {largest} passages, which must share a batch, but batch_size is {batch_size}"
+        hint = f"set task.candidates to {batch_size} or less, or batch_size to {largest} or more"
+        raise SqatError(problem, hint, code="recipe-conflict")
 
 
 def pack(groups: list[list[int]], size: int) -> list[list[list[int]]]:

@@ -93,12 +93,7 @@ def prove_parity(
     result = Parity(len(equal), difference, noise_floor, share(equal), int((explained & ~equal).sum()),
                     share(~explained))  # fmt: skip
     if noise_floor < needed_noise:
-        raise GateError(
-            f"{name} is off by {difference:.2e} in a logit, more than rounding explains "
-            f"(noise floor {noise_floor:.2e})",
-            "nothing was written",
-            code="parity",
-        )
+        raise difference_error(name, difference, noise_floor)
     if result.disagreement > config.max_disagreement:
         raise GateError(
             f"{name} decides differently from the torch model in {result.disagreement:.2%} of {result.decisions} "
@@ -107,6 +102,34 @@ def prove_parity(
             code="parity",
         )
     return result, task.metrics(logits, dev)
+
+
+def check_resemblance(name: str, forward: Callable[[Batch], Tensor], file: TargetFile, rows: Rows) -> None:
+    """Compare an exported file with its torch model on a few rows, as a rehearsal does.
+
+    Where a value falls to the other side of a tie, one row in a few is far off, and no perturbation shows it. So most
+    rows must be off by more than rounding explains; a fault of the file concerns most rows.
+
+    Raises:
+        GateError: they are.
+    """
+    with served_model(file.reference) as (model, processor):
+        expected = predict(partial(logits_of, model), rows, processor)
+        differences = (predict(forward, rows, processor) - expected).abs().flatten(1).amax(dim=1)
+        difference = float(differences.nan_to_num(nan=torch.inf).median())
+        needed_noise, noise_floor = (difference - tie_margin(expected) / 100) / NOISE_FACTOR, 0.0
+        for perturbed in perturbed_logits(model, rows, processor, file.rounding):
+            noise_floor = max(noise_floor, parity(expected.numpy(), perturbed.numpy()))
+            if noise_floor >= needed_noise:
+                return
+    raise difference_error(name, difference, noise_floor)
+
+
+def difference_error(name: str, difference: float, noise_floor: float) -> GateError:
+    """Make the error of a file that computes something else than its model."""
+    noise = f"(noise floor {noise_floor:.2e})"
+    problem = f"{name} is off by {difference:.2e} in a logit, more than rounding explains {noise}"
+    return GateError(problem, "nothing was written", code="parity")
 
 
 def perturbed_logits(model: nn.Module, rows: Rows, processor: Processor, size: float) -> Iterator[Tensor]:

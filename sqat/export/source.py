@@ -14,6 +14,7 @@ from sqat.checkpoint.store import Checkpoint
 from sqat.export.embeddings import store_embeddings, stored_tables
 from sqat.export.graph import export_float
 from sqat.export.quantized_model import QuantizedModel, quantize_model
+from sqat.export.traced_graphs import TracedGraphs
 from sqat.onnx_files.write import write_onnx
 from sqat.quantization.fake_quant import FP32_NOISE
 from sqat.recipe.stages import ExportConfig
@@ -31,6 +32,7 @@ class Source:
         inputs: an example batch by input name.
         sequence: smallest, usual and largest number of tokens.
         output: name of an ONNX file's output.
+        graphs: float graphs that were traced before; None to trace this model itself.
     """
 
     checkpoint: Checkpoint
@@ -39,11 +41,13 @@ class Source:
     config: ExportConfig
     sequence: tuple[int, int, int]
     output: str = "logits"
+    graphs: TracedGraphs | None = None
 
     @cached_property
     def graph(self) -> ModelProto:
         """The float graph."""
-        return export_float(self.model, self.inputs, self.output)
+        export = export_float if self.graphs is None else self.graphs.export
+        return export(self.model, self.inputs, self.output)
 
     @cached_property
     def quantized(self) -> QuantizedModel:

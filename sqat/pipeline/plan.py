@@ -77,7 +77,7 @@ def pending_stages(graph: StageGraph, first: str | None, last: str | None, force
 def count_work(config: StageConfig, splits: Splits) -> tuple[int | None, int | None]:
     """Return the optimizer steps and samples of a stage, as if all batches were full."""
     if isinstance(config, TrainConfig):
-        batches = -(-splits.epoch_rows() // config.batch_size)
+        batches = -(-splits.epoch_sizes[0] // config.batch_size)
         steps = config.total_steps(batches, config.gradient_accumulation)
         return steps, steps * config.batch_size * config.gradient_accumulation
     if isinstance(config, CalibrateConfig):

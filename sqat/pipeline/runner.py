@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from sqat.checkpoint.manifest import Manifest, load_manifest, verify_files
-from sqat.checkpoint.store import Checkpoint, load_checkpoint
+from sqat.checkpoint.store import load_checkpoint
 from sqat.data.rows import SplitName
 from sqat.distributed import broadcast_from_rank0, raise_on_lost_peer
 from sqat.errors import SqatError
@@ -19,9 +19,10 @@ from sqat.pipeline.graph import StageGraph, StageNode, resolve_graph, stage_dire
 from sqat.pipeline.lock import LOCK_FILE, run_lock
 from sqat.pipeline.plan import pending_stages
 from sqat.pipeline.quality_gates import first_failed_gate, gate_error, gate_limits
+from sqat.pipeline.rehearsal import rehearse, rehearse_new
 from sqat.pipeline.results import Results, measure_results
 from sqat.pipeline.run_folder import check_run_folder, check_stage_folder
-from sqat.pipeline.stage_run import StageRun
+from sqat.pipeline.stage_run import StageRun, load_parent
 from sqat.progress import Reporter
 from sqat.recipe.schema import LoadedRecipe
 from sqat.tasks.splits import Splits
@@ -37,8 +38,13 @@ def run(
     first: str | None = None,
     last: str | None = None,
     force: bool = False,
+    rehearsal: Reporter | None = None,
 ) -> Results:
-    """Run the stages from ``first`` to ``last`` that are not current, and measure the results."""
+    """Run the stages from ``first`` to ``last`` that are not current, and measure the results.
+
+    Args:
+        rehearsal: where a rehearsal of these stages is reported, which comes first; None for no rehearsal.
+    """
     folder = loaded.run_directory
     check_run_folder(folder)
     with raise_on_lost_peer(), run_lock(folder, reporter), open_trackers(loaded.recipe, folder, reporter) as tracker:
@@ -46,6 +52,8 @@ def run(
         pending = pending_stages(graph, first, last, force)
         for node in pending:
             check_stage_folder(node.directory)
+        if rehearsal is not None:
+            rehearse_new(graph, pending, splits, rehearsal)
         for node in graph.select(first, last):
             if node not in pending and node.is_current and check_unchanged(graph, node, tracker):
                 continue
@@ -58,6 +66,23 @@ def run(
             {f"results/{row.label}/{name}": value for row in results.rows for name, value in row.metrics.items()}
         )
     return results
+
+
+def rehearse_alone(
+    loaded: LoadedRecipe,
+    reporter: Reporter,
+    *,
+    first: str | None = None,
+    last: str | None = None,
+    force: bool = False,
+) -> None:
+    """Rehearse the stages that `run` would run, and leave nothing on the disk."""
+    with raise_on_lost_peer():
+        graph = resolve_graph(loaded)
+        if pending := pending_stages(graph, first, last, force):
+            rehearse(graph, pending, Splits(loaded.recipe, loaded.path.parent), reporter)
+        else:
+            reporter.info("rehearsal: every stage is unchanged; --force rehearses all")
 
 
 def run_stage(
@@ -127,28 +152,6 @@ def check_unchanged(graph: StageGraph, node: StageNode, reporter: Reporter) -> b
         raise gate_error(node.name, failure, node.directory, keeps_older=False)
     reporter.info(f"{node.name}: unchanged" + (f", but it misses a gate: {failure}" if failure else ""))
     return not failure
-
-
-def load_parent(node: StageNode) -> Checkpoint | None:
-    """Load the checkpoint in the run folder that a stage starts from; None for the pretrained model.
-
-    Raises:
-        SqatError: it is not there, or the recipe would make another one.
-    """
-    parent = node.parent
-    if parent is None:
-        return None
-    place = str(parent.directory)
-    if not parent.directory.is_dir():
-        problem = f"stage {node.name} starts from stage {parent.name}, which has not run"
-        hint = f"run `sqat run --to {node.name}`, or give --from CHECKPOINT"
-        raise SqatError(problem, hint, place, code="stage-order")
-    checkpoint = load_checkpoint(parent.directory)
-    if checkpoint.manifest.fingerprint != parent.fingerprint:
-        problem = f"stage {node.name} starts from stage {parent.name}, whose checkpoint is of another configuration"
-        hint = f"run from an earlier stage: sqat run --from {parent.name}, or give --from CHECKPOINT"
-        raise SqatError(problem, hint, place, code="stale-checkpoint")
-    return checkpoint
 
 
 def parent_manifest(loaded: LoadedRecipe, name: str, parent: Path | None) -> Manifest:

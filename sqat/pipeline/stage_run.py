@@ -203,6 +203,28 @@ class StageRun:
         self.info(f"{f'dev {shown}' if shown else 'done'} -> {folder}")
 
 
+def load_parent(node: StageNode) -> Checkpoint | None:
+    """Load the checkpoint in the run folder that a stage starts from; None for the pretrained model.
+
+    Raises:
+        SqatError: it is not there, or the recipe would make another one.
+    """
+    parent = node.parent
+    if parent is None:
+        return None
+    place = str(parent.directory)
+    if not parent.directory.is_dir():
+        problem = f"stage {node.name} starts from stage {parent.name}, which has not run"
+        hint = f"run `sqat run --to {node.name}`, or give --from CHECKPOINT"
+        raise SqatError(problem, hint, place, code="stage-order")
+    checkpoint = load_checkpoint(parent.directory)
+    if checkpoint.manifest.fingerprint != parent.fingerprint:
+        problem = f"stage {node.name} starts from stage {parent.name}, whose checkpoint is of another configuration"
+        hint = f"run from an earlier stage: sqat run --from {parent.name}, or give --from CHECKPOINT"
+        raise SqatError(problem, hint, place, code="stale-checkpoint")
+    return checkpoint
+
+
 def load_teacher(node: StageNode) -> Checkpoint:
     """Load the dense ancestor that teaches a stage."""
     if node.teacher is None:

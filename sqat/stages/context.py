@@ -20,6 +20,7 @@ from sqat.data.tokens import TextProcessor
 from sqat.distributed import broadcast_from_rank0
 from sqat.errors import SqatError
 from sqat.evaluation.inference import logits_of, move_to_device, predict
+from sqat.export.traced_graphs import TracedGraphs
 from sqat.models.loading import build, check_head, load_pretrained, versions
 from sqat.progress import Reporter
 from sqat.recipe.schema import Recipe
@@ -46,6 +47,7 @@ class StageContext:
         state: of an unfinished training, to resume from.
         teacher: loads the dense ancestor that teaches this stage.
         log: gets the losses and metrics of every training step.
+        graphs: in a rehearsal, remembers the float graphs of exports.
     """
 
     name: str
@@ -56,11 +58,17 @@ class StageContext:
     state: ResumeState
     teacher: Callable[[], Checkpoint]
     log: MetricsLog | None = None
+    graphs: TracedGraphs | None = None
 
     @property
     def recipe(self) -> Recipe:
         """The recipe that the stage belongs to."""
         return self.splits.recipe
+
+    @property
+    def is_rehearsal(self) -> bool:
+        """Whether the stage runs on a few rows, which are too few for metrics and decisions."""
+        return self.splits.limit is not None
 
     @property
     def task(self) -> Task:
@@ -150,9 +158,12 @@ class StageContext:
         )
 
     def measure(self, model: nn.Module, processor: Processor, split: SplitName) -> Metrics:
-        """Compute the task's metrics of a model on a split, the same in all processes."""
+        """Compute the task's metrics of a model on a split, the same in all processes; a rehearsal has none."""
         rows = self.splits.prepared(split, processor)
-        metrics = self.task.metrics(predict(partial(logits_of, model.eval()), rows, processor), rows)
+        logits = predict(partial(logits_of, model.eval()), rows, processor)
+        if self.is_rehearsal:
+            return {}
+        metrics = self.task.metrics(logits, rows)
         shared: Metrics = json.loads(broadcast_from_rank0(json.dumps(metrics)))
         return shared
 

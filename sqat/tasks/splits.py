@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from sqat.data.batch import Processor
-from sqat.data.rows import Rows, SplitName, rows_of
+from sqat.data.rows import Rows, SplitName, column, rows_of
 from sqat.data.sources import read_split, split_place
 from sqat.data.streaming import Stream, stream_split
 from sqat.data.text_files import Placed
@@ -53,12 +55,23 @@ class Splits:
     """The rows of a recipe, read and prepared once for all its stages.
 
     Of a streamed train split, ``rows`` and ``prepared`` are its buffer as it is first filled.
+
+    Attributes:
+        limit: rows of each split that ``prepared`` gives; None for all.
     """
 
     recipe: Recipe
     folder: Path
     raw: dict[str, Rows] = field(default_factory=dict)
     encoded: dict[str, Rows] = field(default_factory=dict)
+    limit: int | None = None
+
+    def first_rows(self, limit: int) -> Splits:
+        """Return the same rows and the same task, but `prepared` gives a few rows of each split."""
+        task = self.task  # reads the train rows, which both then hold
+        few = replace(self, encoded={}, limit=limit)
+        few.task, few.stream = task, None
+        return few
 
     def rows(self, name: SplitName) -> Rows:
         """Return the checked rows of a split."""
@@ -73,6 +86,19 @@ class Splits:
                 self.raw[name] = load_rows(config, name, self.recipe.data.columns, self.recipe.task, self.folder)
         return self.raw[name]
 
+    def take_few(self, rows: Rows, limit: int) -> Rows:
+        """Take the first rows, of a query's passages one for each grade; more, until something can be learned."""
+        first = np.arange(len(rows))
+        if "group" in rows.column_names:
+            grades = np.stack([column(rows, "group"), column(rows, "label")])
+            first = np.sort(np.unique(grades, axis=1, return_index=True)[1])
+        count = limit
+        while True:
+            few = rows.select(first[:count])
+            if count >= len(first) or self.task.training_groups(few, self.recipe.seed, 0):
+                return few
+            count *= 2
+
     @cached_property
     def stream(self) -> Stream | None:
         """The stream of the train split; None where it is not streamed."""
@@ -81,12 +107,14 @@ class Splits:
             return None
         return open_stream(split, recipe.data.columns, recipe.task, self.folder, recipe.seed)
 
-    def epoch_rows(self) -> int:
-        """Return the number of rows that an epoch of the train split trains on."""
+    @cached_property
+    def epoch_sizes(self) -> tuple[int, int]:
+        """The number of train rows of an epoch, and of those in its largest group."""
         if self.stream is not None:
-            return self.stream.rows
+            return self.stream.rows, 1
         rows = self.task.encode(self.rows("train"))
-        return sum(map(len, self.task.training_groups(rows, self.recipe.seed, 0)))
+        sizes = [*map(len, self.task.training_groups(rows, self.recipe.seed, 0))]
+        return sum(sizes), max(sizes, default=0)
 
     @cached_property
     def task(self) -> Task:
@@ -101,5 +129,7 @@ class Splits:
         if name not in self.encoded:
             rows = self.task.encode(self.rows(name))
             rows = rows if name == "train" else self.task.evaluation_rows(rows)
+            if self.limit is not None:
+                rows = self.take_few(rows, self.limit)
             self.encoded[name] = processor.prepare(rows, self.recipe.model.max_length)
         return self.encoded[name]
