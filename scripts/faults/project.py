@@ -116,7 +116,7 @@ class Project:
         """Begin ``sqat run`` in a fork of its own; ``before`` is done there first."""
         self.started += 1
         error = self.folder / f"error-{self.started % 8}.txt"
-        command = ["run", str(self.recipe), "--quiet", *arguments]
+        command = ["run", str(self.recipe), "--quiet", "--no-rehearsal", *arguments]
         begun, pid = time.monotonic(), os.fork()
         if pid:
             return Running(pid, error, begun)

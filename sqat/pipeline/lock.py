@@ -31,12 +31,13 @@ MAX_COMMAND = 200  # characters of the holder's command line
 
 @contextmanager
 def run_lock(directory: Path, reporter: Reporter, file: str = LOCK_FILE) -> Iterator[None]:
-    """Hold a folder's lock inside the block; all ranks raise what rank 0 raises.
+    """Hold a folder's lock inside the block; all ranks raise what rank 0 raises. A new folder that stays empty goes.
 
     Raises:
         SqatError: another run holds it, or the folder cannot be written.
     """
     path, handles = directory / file, list[int]()
+    missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
 
     def acquire() -> None:
         if sys.platform != "win32":
@@ -51,6 +52,9 @@ def run_lock(directory: Path, reporter: Reporter, file: str = LOCK_FILE) -> Iter
     finally:
         for handle in handles:
             release_lock(handle, path)
+            with suppress(OSError):  # a folder that is not empty stays
+                for folder in missing:
+                    folder.rmdir()
 
 
 def acquire_lock(path: Path) -> tuple[int, str]:

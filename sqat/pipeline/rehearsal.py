@@ -30,6 +30,7 @@ from sqat.pipeline.fingerprint import fingerprint
 from sqat.pipeline.graph import StageGraph, StageNode
 from sqat.pipeline.plan import count_work
 from sqat.pipeline.quality_gates import reference_manifest
+from sqat.pipeline.result_files import REHEARSED_FILE
 from sqat.pipeline.stage_run import STAGES, load_parent, load_teacher
 from sqat.progress import Reporter, SilentReporter
 from sqat.recipe.stages import StageConfig, TrainConfig
@@ -38,7 +39,6 @@ from sqat.tasks.splits import Splits
 from sqat.training.optimizer import learning_rate_factor
 from sqat.training.resume_state import ResumeState
 
-REHEARSED_FILE = "rehearsed.json"  # in the run folder: fingerprints of the stages that were rehearsed
 ROWS = 4  # of each split
 
 
@@ -51,8 +51,8 @@ def rehearse_new(graph: StageGraph, pending: Sequence[StageNode], splits: Splits
     if not any(isinstance(node.config, TrainConfig) for node in pending):
         return
     path = graph.loaded.run_directory / REHEARSED_FILE
-    rehearsed = json.loads(broadcast_from_rank0(json.dumps(try_read_object(path)))).get("fingerprints", [])
-    if {node.fingerprint for node in pending} <= {*rehearsed}:
+    remembered = broadcast_from_rank0(json.dumps(try_read_object(path, root=path.parent)))
+    if {node.fingerprint for node in pending} <= {*json.loads(remembered).get("fingerprints", [])}:
         return
     rehearse(graph, pending, splits, reporter)
     content = json.dumps({"fingerprints": [node.fingerprint for node in pending]}, indent=2) + "\n"

@@ -9,6 +9,7 @@ from sqat.recipe.targets import TARGETS
 
 LOG_FILE = "sqat.log"  # in the run folder
 RESULTS_FILE = "results.json"  # in the run folder: what the results table remembers
+REHEARSED_FILE = "rehearsed.json"  # in the run folder: fingerprints of the stages that were rehearsed
 
 
 def result_artifacts(graph: StageGraph) -> dict[str, tuple[StageNode, Path]]:

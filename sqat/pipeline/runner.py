@@ -26,7 +26,7 @@ from sqat.pipeline.stage_run import StageRun, load_parent
 from sqat.progress import Reporter
 from sqat.recipe.schema import LoadedRecipe
 from sqat.tasks.splits import Splits
-from sqat.training.tracking import open_trackers
+from sqat.training.tracking import check_installed, open_trackers
 
 STAGE_FOLDER = re.compile(r"\d{2,}-")
 
@@ -47,24 +47,26 @@ def run(
     """
     folder = loaded.run_directory
     check_run_folder(folder)
-    with raise_on_lost_peer(), run_lock(folder, reporter), open_trackers(loaded.recipe, folder, reporter) as tracker:
+    check_installed(loaded.recipe)
+    with raise_on_lost_peer(), run_lock(folder, reporter):
         graph, splits = resolve_graph(loaded), Splits(loaded.recipe, loaded.path.parent)
         pending = pending_stages(graph, first, last, force)
         for node in pending:
             check_stage_folder(node.directory)
         if rehearsal is not None:
             rehearse_new(graph, pending, splits, rehearsal)
-        for node in graph.select(first, last):
-            if node not in pending and node.is_current and check_unchanged(graph, node, tracker):
-                continue
-            if node.directory.exists() and node.manifest is None:
-                tracker.info(f"{node.name}: {node.directory} holds no valid checkpoint; running the stage again")
-            StageRun(graph, node, node.directory, load_parent(node), splits, tracker).run(force)
-            node.reload()
-        results = measure_results(graph, splits, tracker)
-        tracker.log(
-            {f"results/{row.label}/{name}": value for row in results.rows for name, value in row.metrics.items()}
-        )
+        with open_trackers(loaded.recipe, folder, reporter) as tracker:
+            for node in graph.select(first, last):
+                if node not in pending and node.is_current and check_unchanged(graph, node, tracker):
+                    continue
+                if node.directory.exists() and node.manifest is None:
+                    tracker.info(f"{node.name}: {node.directory} holds no valid checkpoint; running the stage again")
+                StageRun(graph, node, node.directory, load_parent(node), splits, tracker).run(force)
+                node.reload()
+            results = measure_results(graph, splits, tracker)
+            tracker.log(
+                {f"results/{row.label}/{name}": value for row in results.rows for name, value in row.metrics.items()}
+            )
     return results
 
 

@@ -70,6 +70,18 @@ class TrackedReporter:
                 self.info(f"{tracker.name} failed and is dropped, the run goes on: {first_line(error)}")
 
 
+def check_installed(recipe: Recipe) -> None:
+    """Raise SqatError if a tracker that the recipe names is not installed."""
+    for name in recipe.trackers:
+        if not is_installed(name):
+            raise SqatError(
+                f"the tracker {name} is not installed",
+                f"pip install {name}, or leave it out",
+                "trackers",
+                code="missing-package",
+            )
+
+
 @contextmanager
 def open_trackers(recipe: Recipe, directory: Path, reporter: Reporter) -> Iterator[TrackedReporter]:
     """Open the trackers that the recipe names, on rank 0, and yield a reporter that logs to them.
@@ -80,14 +92,7 @@ def open_trackers(recipe: Recipe, directory: Path, reporter: Reporter) -> Iterat
     Raises:
         SqatError: a tracker is not installed, or cannot begin.
     """
-    for name in recipe.trackers:
-        if not is_installed(name):
-            raise SqatError(
-                f"the tracker {name} is not installed",
-                f"pip install {name}, or leave it out",
-                "trackers",
-                code="missing-package",
-            )
+    check_installed(recipe)
     watched = TrackedReporter(reporter)
     try:
         for name in recipe.trackers:

@@ -127,7 +127,19 @@ def test_run_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(pipeline, "run", fake)
     flags = ["--from", "prune", "--to", "qat", "--force", "--set", "seed=3", "--set", "stages.qat.epochs=2"]
     assert call(capsys, "run", "r.yaml", *flags)[0] == 0
+    assert seen.pop("rehearsal") is not None
     assert seen == {"first": "prune", "last": "qat", "force": True, "seed": 3, "epochs": 2}
+    assert call(capsys, "run", "r.yaml", "--no-rehearsal")[0] == 0
+    assert seen["rehearsal"] is None
+
+
+def test_a_rehearsal_alone_runs_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(pipeline, "run", raising(AssertionError("ran")))
+    monkeypatch.setattr(pipeline, "rehearse_alone", lambda loaded, reporter, **options: seen.update(options))
+    assert call(capsys, "run", "r.yaml", "--rehearse", "--from", "qat") == (0, "", "")
+    assert seen == {"first": "qat", "last": None, "force": False}
+    assert call(capsys, "run", "r.yaml", "--rehearse", "--no-rehearsal")[0] == 2
 
 
 def test_dry_run_prints_the_plan_and_runs_nothing(

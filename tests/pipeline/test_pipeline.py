@@ -207,7 +207,7 @@ def test_learned_scales_move_and_export(copy: Project) -> None:
 
 
 def sqat(project: Project, *arguments: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "sqat", "run", str(project.recipe), *arguments]
+    command = [sys.executable, "-m", "sqat", "run", str(project.recipe), "--no-rehearsal", *arguments]
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
                             stderr=subprocess.DEVNULL)  # fmt: skip
 
@@ -261,5 +261,5 @@ def test_two_processes_share_the_batches_and_one_writes(tmp_path: Path) -> None:
     assert len(masks) == 12
     assert all(mask.unflatten(1, (-1, 4)).sum(2).max() == 2 for mask in masks.values())
     assert sorted(path.name for path in project.stage("prune").parent.iterdir()) == [
-        "01-train", "02-prune", "metrics.jsonl", "sqat.log",
+        "01-train", "02-prune", "metrics.jsonl", "rehearsed.json", "sqat.log",
     ]  # fmt: skip
