@@ -57,7 +57,7 @@ def run_one(run: Run, threads: int, again: bool = False) -> str:
     folder = loaded.run_directory
     if not again and not collect_seed(loaded)[1]:
         return "done already"
-    command = ["sqat", "run", str(run.recipe), "--json", "--quiet", "--no-rehearsal"]
+    command = ["sqat", "run", str(run.recipe), "--json", "--quiet"]
     command += [part for override in run.overrides for part in ("--set", override)]
     record = RunRecord(command=command, commit=commit(), versions=versions(), cpu=describe_processor().name,
                        threads=threads)  # fmt: skip
