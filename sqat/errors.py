@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -88,6 +89,12 @@ def escape_control(text: str) -> str:
 def first_line(error: Exception) -> str:
     """Return the first line of a library's message that is not empty, or else the class name."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def nearest(got: str, names: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return the name nearest to one that was got; empty without one. Names of strangers may be many and long."""
+    short = [name for name in islice(names, 1000) if len(name) <= 100]
+    return next(iter(get_close_matches(got, short, n=1, cutoff=cutoff)), "") if len(got) <= 100 else ""
 
 
 def suggest(got: str, allowed: Iterable[str]) -> str:

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sqat.data.real_format import check_binary
+from sqat.data.text_files import check_columns
 from sqat.errors import SqatError
 
 Placed = tuple[str, dict[str, Any]]
 Extent = tuple[int, int, int]  # row group, batch or byte that a piece begins at; number of its first row; its rows
 
 AT_ONCE = 4096  # rows
+REAL = {"Parquet": ("a Parquet file",), "Arrow": ("an Arrow file", "an Arrow stream")}
 FILE_MARK = b"ARROW1"  # what Arrow's random access format begins with; a stream has none
 
 
@@ -29,14 +33,22 @@ def read_parquet(source: str, source_name: str, piece: Extent | None = None, ski
         SqatError: it cannot be read.
     """
     group, first, _ = piece or (None, 1, 0)
-    with arrow_errors("Parquet", source_name), open_source(source) as file, pq.ParquetFile(file) as parquet:
+    with (
+        arrow_errors("Parquet", source_name),
+        open_source(source, source_name) as file,
+        pq.ParquetFile(file) as parquet,
+    ):
         batches = parquet.iter_batches(AT_ONCE, row_groups=None if group is None else [group])
         yield from placed_rows(batches, source_name, first, skip)
 
 
 def row_groups(source: str, source_name: str) -> Iterator[Extent]:
     """Yield the row groups of a file, by its metadata."""
-    with arrow_errors("Parquet", source_name), open_source(source) as file, pq.ParquetFile(file) as parquet:
+    with (
+        arrow_errors("Parquet", source_name),
+        open_source(source, source_name) as file,
+        pq.ParquetFile(file) as parquet,
+    ):
         first = 1
         for group in range(parquet.num_row_groups):
             rows = parquet.metadata.row_group(group).num_rows
@@ -46,7 +58,11 @@ def row_groups(source: str, source_name: str) -> Iterator[Extent]:
 
 def parquet_schema(source: str, source_name: str) -> Any:
     """Return the Arrow schema of a Parquet file."""
-    with arrow_errors("Parquet", source_name), open_source(source) as file, pq.ParquetFile(file) as parquet:
+    with (
+        arrow_errors("Parquet", source_name),
+        open_source(source, source_name) as file,
+        pq.ParquetFile(file) as parquet,
+    ):
         return parquet.schema_arrow
 
 
@@ -57,7 +73,7 @@ def read_arrow(source: str, source_name: str, piece: Extent | None = None, skip:
         SqatError: it cannot be read.
     """
     where, first, _ = piece or (None, 1, 0)
-    with arrow_errors("Arrow", source_name), open_source(source) as file:
+    with arrow_errors("Arrow", source_name), open_source(source, source_name) as file:
         if has_mark(file):
             reader = pa.ipc.open_file(file)
             chosen = range(reader.num_record_batches) if where is None else [where]
@@ -75,7 +91,7 @@ def record_batches(source: str, source_name: str) -> Iterator[Extent]:
         SqatError: it cannot be read, or is a stream with dictionaries, whose batches do not stand alone.
     """
     first = 1
-    with arrow_errors("Arrow", source_name), open_source(source) as file:
+    with arrow_errors("Arrow", source_name), open_source(source, source_name) as file:
         if has_mark(file):
             reader = pa.ipc.open_file(file)
             numbers = range(reader.num_record_batches)
@@ -113,6 +129,8 @@ def batch_at(file: Any, where: int, schema: Any) -> Any:
 def placed_rows(batches: Iterable[Any], source_name: str, first: int, skip: int) -> Iterator[Placed]:
     """Yield the rows of batches as Python values, with their places."""
     for batch in batches:
+        check_columns(batch.schema.names, source_name)
+        batch.validate(full=True)  # what a damaged file holds is told, not walked
         for start in range(min(skip, batch.num_rows), batch.num_rows, AT_ONCE):
             for number, row in enumerate(batch.slice(start, AT_ONCE).to_pylist(), first + start):
                 yield f"{source_name}:row {number}", row
@@ -126,8 +144,10 @@ def has_mark(file: Any) -> bool:
     return bool(is_marked)
 
 
-def open_source(source: str) -> Any:
+def open_source(source: str, source_name: str) -> Any:
     """Open a path or an address as an Arrow file."""
+    if "://" not in source:
+        check_binary(Path(source), source_name, REAL["Parquet" if source.lower().endswith(".parquet") else "Arrow"])
     return pa.PythonFile(fsspec.open(source, "rb").open()) if "://" in source else pa.OSFile(source)
 
 

@@ -7,8 +7,10 @@ column. A missing value is an error; there are no defaults.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from difflib import get_close_matches
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,13 @@ import pyarrow.compute as pc
 
 from sqat.data.image_files import check_same_size, picture_of
 from sqat.data.rows import Record, Rows
-from sqat.data.text_files import Placed, Row, kind, listed
+from sqat.data.text_files import Placed, Row, did_you_mean, kind, shorten
 from sqat.errors import SqatError
 from sqat.recipe.inputs import Columns
 
 HIGHEST_GRADE = 100
+GRADES_OF_TRUTH = {"true": 1.0, "false": 0.0}
+WHOLE = re.compile(r"([+-]?[0-9]+)\.0*")
 
 
 def read_texts(source: Iterator[Placed], columns: Columns, label_of: Callable[..., Any]) -> Iterator[Record]:
@@ -83,16 +87,15 @@ def column_value(row: Row, column: str, key: str, place: str, within: str = "") 
     """
     if column in row:
         return row[column]
-    near = get_close_matches(column, list(row), n=1)
-    hint = f'did you mean "{near[0]}"?' if near else f"there is {listed(list(row)) or 'none at all'}"
-    raise SqatError(f'no column "{within}{column}"', f"{hint} (data.columns.{key})", place, code="invalid-data")
+    hint = f"{did_you_mean(column, row)} (data.columns.{key})"
+    raise SqatError(f'no column "{within}{column}"', hint, place, code="invalid-data")
 
 
 def text_of(row: Row, column: str, key: str, place: str, within: str = "") -> str:
     """Return the text of a column.
 
     Raises:
-        SqatError: missing, not a text, empty or only spaces, or half of a surrogate pair (no UTF-8 for it).
+        SqatError: missing, not a text, empty or only spaces.
     """
     value = column_value(row, column, key, place, within)
     name = f'"{within}{column}"'
@@ -100,15 +103,13 @@ def text_of(row: Row, column: str, key: str, place: str, within: str = "") -> st
         problem, hint = f"{name} must be a text, got {kind(value)}", f"set data.columns.{key}"
     elif not value.strip():
         problem, hint = f"{name} is empty", "give it a text or leave the row out"
-    elif not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-        problem, hint = f"{name} holds half of a surrogate pair", "write the character whole"
     else:
         return value
     raise SqatError(problem, hint, place, code="invalid-data")
 
 
 def number_of(row: Row, column: str, key: str, place: str, within: str = "") -> float:
-    """Return the number of a column; a text of digits counts as a number, since CSV knows only texts.
+    """Return the number of a column; a text of a number counts as one, since CSV knows only texts.
 
     Raises:
         SqatError: missing, null, a boolean, not a number, or not finite.
@@ -125,12 +126,15 @@ def number_of(row: Row, column: str, key: str, place: str, within: str = "") -> 
 
 
 def grade_of(row: Row, column: str, key: str, place: str, within: str = "", highest: float | None = None) -> float:
-    """Return the relevance grade of a column: a number, 0 for not relevant.
+    """Return the relevance grade of a column: a number, 0 for not relevant; true is 1 and false is 0.
 
     Raises:
         SqatError: not a number, below 0, or above ``highest`` (of the recipe) or `HIGHEST_GRADE`.
     """
-    grade, name = number_of(row, column, key, place, within), f'"{within}{column}"'
+    value = column_value(row, column, key, place, within)
+    truth = GRADES_OF_TRUTH.get(str(value).lower()) if isinstance(value, bool | str) else None
+    grade = number_of(row, column, key, place, within) if truth is None else truth
+    name = f'"{within}{column}"'
     if grade < 0:
         problem, hint = f"{name} is {grade:g}, a grade must be 0 or more", "0 is not relevant"
     elif highest is not None and grade > highest:
@@ -158,21 +162,46 @@ def share_of(row: Row, column: str, key: str, place: str, within: str = "") -> f
 
 
 def class_of(row: Row, column: str, key: str, place: str, within: str = "") -> str:
-    """Return the class of a column as text; a whole number becomes its digits, so ``1`` in JSON is ``1`` in CSV.
+    """Return the class of a column as text, the same one whatever the format of the file (`class_name`).
 
     Raises:
-        SqatError: missing, null, empty, a boolean, a fraction, or not a single value.
+        SqatError: missing, null, empty, NaN, or not a single value.
     """
     value = column_value(row, column, key, place, within)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, str) and value.strip():
-        return value
+    if (name := class_name(value)) is not None:
+        return name
     description = "an empty text" if isinstance(value, str) else kind(value)
-    raise SqatError(f'"{within}{column}" must be a class (a text or a whole number), got {description}',
+    raise SqatError(f'"{within}{column}" must be a class (a text or a number), got {description}',
                     f"mend the row or set data.columns.{key}", place, code="invalid-data")  # fmt: skip
+
+
+def class_name(value: Any) -> str | None:
+    """Return the name of a class; None for what names none.
+
+    CSV knows only texts, so ``1``, ``1.0`` and ``"1.0"`` are the class ``1``, and true is the class ``true``.
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float | Decimal) and not math.isfinite(value):
+        return None
+    if isinstance(value, int | float | Decimal):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        return None
+    whole = WHOLE.fullmatch(value)
+    return whole[1] if whole else value
+
+
+def similar_labels(labels: Iterable[str]) -> list[str]:
+    """Return a remark for each label that differs from another only by white space, case or Unicode form."""
+    first: dict[str, str] = {}
+    remarks = []
+    for label in labels:
+        like = first.setdefault(unicodedata.normalize("NFKC", " ".join(label.split())).casefold(), label)
+        if like != label:
+            pair = f"{shorten(like)!a} and {shorten(label)!a}"
+            remarks.append(f"the labels {pair} differ only by white space, case or Unicode form: two classes")
+    return remarks
 
 
 def check_two_labels(rows: Rows, split: str, place: str, word: str) -> None:

@@ -6,6 +6,7 @@ names it, links followed: rows come from strangers, who may not choose what else
 
 from __future__ import annotations
 
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -15,10 +16,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sqat.data.real_format import check_binary
 from sqat.errors import SqatError
 
 Array = NDArray[Any]
 CHANNELS = (1, 3)
+# What NumPy and zipfile raise on damaged files; RuntimeError: one with a password.
+DAMAGED = (
+    *(ValueError, OSError, EOFError, MemoryError, RuntimeError, KeyError),
+    *(struct.error, zipfile.BadZipFile, zlib.error),
+)
 REPACK = "write it with numpy.savez_compressed(file, x=images, y=labels)"
 
 
@@ -41,13 +48,14 @@ def read_npz(path: Path, source_name: str) -> Iterator[tuple[str, dict[str, Any]
 
 def load_arrays(path: Path, source_name: str) -> dict[str, Array]:
     """Read the arrays of a .npz by name."""
+    check_binary(path, source_name, ("a .npz of arrays", "a zip archive"))
     try:
         file = np.load(path, allow_pickle=False)
         if isinstance(file, np.ndarray):
             raise SqatError("it is a single array, not a .npz", REPACK, source_name, code="unreadable-file")
         with file:
             arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except DAMAGED as error:
         if "allow_pickle" in str(error) and zipfile.is_zipfile(path):
             problem = "an array of it holds Python objects, which would have to be unpickled"
             raise SqatError(

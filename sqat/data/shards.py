@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from sqat.data.arrow_files import Extent, read_arrow, read_parquet, record_batches, row_groups
 from sqat.data.text_files import Placed, line_runs, read_jsonl, read_rows
 from sqat.errors import SqatError
+from sqat.files.read import is_file
 
 ROWS = 3  # column of a table of pieces
 
@@ -77,8 +78,8 @@ def shard_paths(pattern: str, folder: Path) -> list[Path]:
     Raises:
         SqatError: there is none.
     """
-    names = [pattern] if (folder / pattern).is_file() else sorted(glob.glob(pattern, root_dir=folder))
-    paths = [folder / name for name in names if (folder / name).is_file()]
+    names = [pattern] if is_file(folder / pattern) else sorted(glob.glob(pattern, root_dir=folder))
+    paths = [folder / name for name in names if is_file(folder / name)]
     if not paths:
         raise SqatError(
             "no file is called so or matches it", "paths are relative to the recipe", pattern, code="missing-file"

@@ -14,6 +14,7 @@ from sqat.data.rows import SplitName
 from sqat.data.shards import shard_paths
 from sqat.data.text_files import Placed, read_rows
 from sqat.errors import SqatError
+from sqat.files.read import open_file
 from sqat.recipe.inputs import SplitConfig
 
 
@@ -53,7 +54,7 @@ def split_digest(split: SplitConfig, folder: Path, images: str | None = None) ->
     try:
         for path in shard_paths(split.path, folder) if split.streaming else [folder / split.path]:
             state.update(f"shard of {path.stat().st_size}".encode() if split.streaming else b"")
-            with path.open("rb") as file:
+            with open_file(path, place=split.path) as file:
                 while block := file.read(1 << 20):
                     state.update(block)
     except OSError as error:

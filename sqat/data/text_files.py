@@ -9,19 +9,30 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import zlib
-from collections.abc import Iterator
-from difflib import get_close_matches
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sqat.errors import SqatError
+from sqat.data.real_format import HEAD, check_text
+from sqat.errors import SqatError, nearest
+from sqat.files.read import MAX_DEPTH, MEGABYTE, cannot_read, check_depth, open_file
 
 Row = dict[str, Any]
 Placed = tuple[str, Row]
 
 LINES = 1024  # rows of a JSONL file that are sought as one
-ENDINGS = ".jsonl, .jsonl.gz, .json, .json.gz, .csv, .csv.gz, .parquet, .arrow or .npz"
+MAX_LINE = 64 * MEGABYTE  # bytes of a line, and characters of a field of CSV
+MAX_COLUMNS = 10_000
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+JOINED = ("a byte order mark that does not begin the file", "remove it: were files joined?")
+ENDINGS = ".jsonl, .jsonl.gz, .json, .json.gz, .csv, .csv.gz, .tsv, .tsv.gz, .parquet, .arrow or .npz"
+DECODER = json.JSONDecoder()
+LONG_NUMBER = re.compile(r'"([^"\\]{1,100})"\s*:\s*-?[0-9]{4300}')
 
 
 def read_rows(path: Path, source_name: str) -> Iterator[Placed]:
@@ -34,8 +45,7 @@ def read_rows(path: Path, source_name: str) -> Iterator[Placed]:
     Raises:
         SqatError: no such file, an unknown ending, or the first thing in it that cannot be read.
     """
-    if not path.is_file():
-        raise SqatError("no such file", _nearest_file(path), source_name, code="missing-file")
+    open_file(path, place=source_name).close()
     name = path.name.lower()
     plain = name.removesuffix(".gz")
     if name.endswith((".parquet", ".arrow")):
@@ -44,8 +54,8 @@ def read_rows(path: Path, source_name: str) -> Iterator[Placed]:
         return (columnar.read_parquet if name.endswith(".parquet") else columnar.read_arrow)(str(path), source_name)
     if plain.endswith((".jsonl", ".json")):
         return read_jsonl(path, source_name)
-    if plain.endswith(".csv"):
-        return _read_csv(path, source_name)
+    if is_csv(path):
+        return read_csv(path, source_name)
     if name.endswith(".npz"):
         from sqat.data import image_files as images  # only such a file needs numpy
 
@@ -55,63 +65,59 @@ def read_rows(path: Path, source_name: str) -> Iterator[Placed]:
     )
 
 
-def _nearest_file(path: Path) -> str:
-    if path.is_dir():
-        return "it is a folder; name the file in it"
-    if not path.parent.is_dir():
-        return f"there is no folder {path.parent}; paths are relative to the recipe"
-    names = [entry.name for entry in path.parent.iterdir() if entry.is_file()]
-    near = get_close_matches(path.name, names, n=1)
-    return f'did you mean "{near[0]}"?' if near else f"paths are relative to the recipe; looked in {path.parent}"
+def is_csv(path: Path) -> bool:
+    """Say whether a file is CSV by its ending."""
+    return path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
 
 
-def _lines(path: Path, source_name: str, where: int = 0, first: int = 1) -> Iterator[str]:
-    """Yield decoded lines with their ends; an error names the number of its line."""
+def raw_lines(path: Path, source_name: str, where: int = 0, first: int = 1) -> Iterator[bytes]:
+    """Yield the lines of a file, or of what a .gz holds, with their ends; an error names the number of its line."""
     number = first - 1
-    opener = gzip.open if path.name.lower().endswith(".gz") else open
+    is_packed = path.name.lower().endswith(".gz")
     try:
-        with opener(path, "rb") as file:
-            file.seek(where)
-            for number, line in enumerate(file, first):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        with open_file(path, place=source_name) as file:
+            stream = gzip.GzipFile(fileobj=file) if is_packed else file
+            check_text(stream.peek(HEAD)[:HEAD], source_name)
+            if where:
+                stream.seek(where)
+            for number, line in enumerate(iter(partial(stream.readline, MAX_LINE + 1), b""), first):
+                if len(line) > MAX_LINE:
+                    raise bad_line(f"a line of more than {MAX_LINE // MEGABYTE} MB", "are its line ends right?",
+                                   source_name, number)  # fmt: skip
+                yield line
+    except EOFError:
+        raise bad_line("the gzip stream ends too early", "the file is cut short; copy it again", source_name,
+                       number + 1) from None  # fmt: skip
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise bad_line(f"not a gzip file: {error}", "is the ending right?", source_name, number + 1) from None
+    except OSError as error:
+        raise cannot_read(error, source_name) from None
+
+
+def bad_line(problem: str, hint: str, source_name: str, number: int) -> SqatError:
+    """Make the error of a line that cannot be read."""
+    return SqatError(problem, hint, f"{source_name}:{number}", code="unreadable-file")
+
+
+def text_lines(path: Path, source_name: str, where: int = 0, first: int = 1) -> Iterator[str]:
+    """Yield decoded lines with their ends."""
+    number = first
+    try:
+        for number, line in enumerate(raw_lines(path, source_name, where, first), first):
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
-        raise SqatError(
-            f"byte 0x{byte:02x} at column {error.start + 1} is not UTF-8",
-            "save the file as UTF-8",
-            f"{source_name}:{number}",
-            code="unreadable-file",
-        ) from None
-    except EOFError:
-        raise SqatError(
-            "the gzip stream ends too early",
-            "the file is cut short; copy it again",
-            f"{source_name}:{number + 1}",
-            code="unreadable-file",
-        ) from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise SqatError(
-            f"not a gzip file: {error}", "is the ending right?", f"{source_name}:{number + 1}", code="unreadable-file"
-        ) from None
-    except OSError as error:
-        raise SqatError(
-            f"cannot be read: {error.strerror or error}", "check its permissions", source_name, code="unreadable-file"
-        ) from None
+        problem = f"byte 0x{byte:02x} at column {error.start + 1} is not UTF-8"
+        raise bad_line(problem, "save the file as UTF-8", source_name, number) from None
 
 
 def read_jsonl(path: Path, source_name: str, where: int = 0, first: int = 1) -> Iterator[Placed]:
     """Yield (place, row) for the lines from byte ``where`` on, which is where line ``first`` begins."""
-    for number, line in enumerate(_lines(path, source_name, where, first), first):
-        place = f"{source_name}:{number}"
+    for number, line in enumerate(text_lines(path, source_name, where, first), first):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line.rstrip())
-        except (ValueError, RecursionError) as error:
-            at = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-            raise SqatError(
-                f"not JSON: {at}", "the file must hold one JSON object a line", place, code="unreadable-file"
-            ) from None
+        place = f"{source_name}:{number}"
+        row = parse_line(line, place)
         if not isinstance(row, dict):
             raise SqatError(
                 f"a line must hold a JSON object, this one holds {kind(row)}",
@@ -122,13 +128,53 @@ def read_jsonl(path: Path, source_name: str, where: int = 0, first: int = 1) -> 
         yield place, row
 
 
+def parse_line(line: str, place: str) -> Any:
+    """Parse a line of JSON; whoever reads the value may walk it and encode its texts.
+
+    Raises:
+        SqatError: it is not JSON, too deep, or holds half of a surrogate pair or a number that Python does not read.
+    """
+    try:
+        value = DECODER.decode(line)
+        if line.count("[") + line.count("{") > MAX_DEPTH:
+            check_depth(value)
+    except json.JSONDecodeError as error:
+        problem, hint = f"not JSON: {error.msg} at column {error.colno}", "the file must hold one JSON object a line"
+        if line.startswith("\ufeff"):
+            problem, hint = JOINED
+    except RecursionError:
+        problem, hint = f"holds lists and objects more than {MAX_DEPTH} deep", "write it flatter"
+    except ValueError:  # only Python's limit on digits
+        match = LONG_NUMBER.search(line)
+        what = f'"{match[1]}" is' if match else "it holds"
+        problem, hint = f"{what} a number of more than 4300 digits", "write it as a text"
+    else:
+        if "\\ud" in line or "\\uD" in line:
+            check_surrogates(value, place)
+        return value
+    raise SqatError(problem, hint, place, code="unreadable-file")
+
+
+def check_surrogates(value: Any, place: str) -> None:
+    """Refuse half of a surrogate pair, for which there is no UTF-8, in a name or a value of a row."""
+    for name, item in value.items() if isinstance(value, dict) else [("the line", value)]:
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise SqatError(f'the name "{name}" holds half of a surrogate pair', "write the character whole", place,
+                            code="invalid-data")  # fmt: skip
+        try:
+            json.dumps(item, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise SqatError(f'"{name}" holds half of a surrogate pair', "write the character whole", place,
+                            code="invalid-data") from None  # fmt: skip
+
+
 def line_runs(path: str, source_name: str, size: int = LINES) -> Iterator[tuple[int, int, int]]:
     """Yield runs of ``size`` rows of a JSONL file: byte and number of the first line, and the number of rows.
 
     Nothing is parsed, and lines without anything in them are no rows.
     """
     where, first, rows, byte = 0, 1, 0, 0
-    for number, line in enumerate(_raw_lines(Path(path), source_name), 1):
+    for number, line in enumerate(raw_lines(Path(path), source_name), 1):
         if rows == size:
             yield where, first, rows
             where, first, rows = byte, number, 0
@@ -137,45 +183,80 @@ def line_runs(path: str, source_name: str, size: int = LINES) -> Iterator[tuple[
     yield where, first, rows
 
 
-def _raw_lines(path: Path, source_name: str) -> Iterator[bytes]:
-    try:
-        with path.open("rb") as file:
-            yield from file
-    except OSError as error:
-        raise SqatError(
-            f"cannot be read: {error.strerror or error}", "check its permissions", source_name, code="unreadable-file"
-        ) from None
-
-
-def _read_csv(path: Path, source_name: str) -> Iterator[Placed]:
+def read_csv(path: Path, source_name: str) -> Iterator[Placed]:
     """Yield a row per record; the place is the record's first line, also where a quoted field has several."""
-    reader = csv.reader(_lines(path, source_name), strict=True)
+    delimiter = find_delimiter(path, source_name)
+    reader = csv.reader(csv_lines(path, source_name), strict=True, delimiter=delimiter)
     header: list[str] = []
     start = 1
     try:
-        for fields in reader:
+        while (fields := next_record(reader)) is not None:
             place, start = f"{source_name}:{start}", reader.line_num + 1
             if not fields:
                 continue
             if not header:
-                header = _checked_header(fields, place)
+                header = fields
+                check_columns(header, place)
                 continue
             if len(fields) != len(header):
                 raise SqatError(
                     f"{len(fields)} fields under a header of {len(header)}",
-                    "put text with commas or line ends in double quotes",
+                    f"put text with {DELIMITERS[delimiter]} or line ends in double quotes",
                     place,
                     code="invalid-data",
                 )
             yield place, dict(zip(header, fields, strict=True))
     except csv.Error as error:
-        raise SqatError(
-            f"not CSV: {error}", "use commas and double quotes", f"{source_name}:{start}", code="unreadable-file"
-        ) from None
+        is_long = "field limit" in str(error)
+        problem = f"a field of more than {MAX_LINE // MEGABYTE} MB" if is_long else f"not CSV: {error}"
+        hint = "is a quotation mark never closed?" if is_long else "put fields with quotation marks in double quotes"
+        raise bad_line(problem, hint, source_name, start) from None
 
 
-def _checked_header(fields: list[str], place: str) -> list[str]:
-    twice = {name for name in fields if fields.count(name) > 1}
+def csv_lines(path: Path, source_name: str) -> Iterator[str]:
+    """Yield the lines of a CSV file, in which every character counts."""
+    for number, line in enumerate(text_lines(path, source_name), 1):
+        if "\x00" in line:
+            raise bad_line("a NUL byte", "remove it, or is this no text?", source_name, number)
+        if line[0] == "\ufeff":
+            raise bad_line(*JOINED, source_name, number)
+        yield line
+
+
+def next_record(reader: Any) -> list[str] | None:
+    """Return the next record; None at the end. The limit on fields is the whole process's, so it is set back."""
+    before = csv.field_size_limit(MAX_LINE)
+    try:
+        return next(reader, None)
+    finally:
+        csv.field_size_limit(before)
+
+
+def find_delimiter(path: Path, source_name: str) -> str:
+    """Return what separates the fields of a CSV file: what cuts header and first record into most fields alike."""
+
+    def count_fields(delimiter: str) -> tuple[bool, int]:
+        reader = csv.reader(csv_lines(path, source_name), delimiter=delimiter)
+        with suppress(csv.Error):  # reading the rows tells it
+            records = [len(record) for _ in range(2) if (record := next_record(reader))]
+            return len(set(records)) == 1 and records[0] > 1, records[0] if records else 0
+        return False, 0
+
+    return max(DELIMITERS, key=count_fields)
+
+
+def describe_delimiter(path: Path, source_name: str) -> str:
+    """Return a remark on a CSV file whose fields are not separated by commas; nothing for other files."""
+    delimiter = find_delimiter(path, source_name) if is_csv(path) else ","
+    return "" if delimiter == "," else f"{source_name}: read as fields separated by {DELIMITERS[delimiter]}"
+
+
+def check_columns(names: Sequence[str], place: str) -> None:
+    """Refuse too many columns, and two of one name, of which only one could be read."""
+    if len(names) > MAX_COLUMNS:
+        raise SqatError(f"{len(names)} columns, more than {MAX_COLUMNS}", "keep those that are needed", place,
+                        code="invalid-data")  # fmt: skip
+    twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise SqatError(
             f"the header has {listed(twice)} more than once",
@@ -183,12 +264,25 @@ def _checked_header(fields: list[str], place: str) -> list[str]:
             place,
             code="invalid-data",
         )
-    return fields
 
 
-def listed(names: set[str] | list[str]) -> str:
-    """Join names in quotes: ``"a", "b"``."""
-    return ", ".join(f'"{name}"' for name in sorted(names))
+def listed(names: Iterable[str], most: int = 20) -> str:
+    """Join names in quotes: ``"a", "b"``; of many, the first, each shortened."""
+    names = sorted(map(str, names))
+    shown = ", ".join(f'"{shorten(name)}"' for name in names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def shorten(text: str, most: int = 40) -> str:
+    """Return the beginning of a long text."""
+    return f"{text[:most]}..." if len(text) > most else text
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return a hint with the nearest of some names, or with all of them."""
+    names = list(names)
+    near = nearest(name, names)
+    return f'did you mean "{near}"?' if near else f"there is {listed(names) or 'none at all'}"
 
 
 def kind(value: object) -> str:
@@ -197,10 +291,12 @@ def kind(value: object) -> str:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, (int, float)):
-        return f"the number {value:.6g}" if isinstance(value, float) else "a whole number"
+    if isinstance(value, float):
+        return f"the number {value:.6g}"
+    if isinstance(value, int):
+        return "a whole number" if abs(value) < 1e18 else f"a whole number of {len(str(abs(value)))} digits"
     if isinstance(value, str):
-        return f'the text "{value[:40]}{"..." if len(value) > 40 else ""}"'
+        return f'the text "{shorten(value)}"'
     if isinstance(value, dict):
         return "an object"
     return "a list" if isinstance(value, list) else f"a {type(value).__name__}"

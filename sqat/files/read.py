@@ -10,8 +10,9 @@ import json
 import os
 import stat
 from collections.abc import Iterable
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from sqat.errors import SqatError, suggest_file
 
@@ -33,7 +34,7 @@ KINDS = {
 }
 
 
-def open_file(path: Path, *, place: str = "", root: Path | None = None) -> BinaryIO:
+def open_file(path: Path, *, place: str = "", root: Path | None = None) -> BufferedReader:
     """Open a regular file for reading.
 
     Args:
@@ -59,6 +60,14 @@ def open_file(path: Path, *, place: str = "", root: Path | None = None) -> Binar
         problem = f"is {KINDS.get(stat.S_IFMT(mode), 'something else')}, not a file"
         raise SqatError(problem, "name a file", place, code="unreadable-file")
     return os.fdopen(handle, "rb")
+
+
+def is_file(path: Path) -> bool:
+    """Say whether a path is a regular file; never fails, whatever the name."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def find_link(path: Path, root: Path) -> Path | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +16,10 @@ import torch
 from torch import Tensor
 
 from sqat.data.batch import Batch
-from sqat.data.fields import check_two_labels, class_of, read_texts
+from sqat.data.fields import check_two_labels, class_name, class_of, read_texts, similar_labels
 from sqat.data.rows import Record, Rows, SplitName, column
-from sqat.data.text_files import Placed, listed
-from sqat.errors import SqatError
+from sqat.data.text_files import Placed, listed, shorten
+from sqat.errors import SqatError, nearest
 from sqat.recipe.inputs import Columns
 from sqat.recipe.tasks import ClassificationTask
 from sqat.tasks import metrics
@@ -57,10 +56,15 @@ class Classification(Task):
         names = list(rows["label"])
         unknown = next((row for row, name in enumerate(names) if name not in numbers), None)
         if unknown is not None:
-            near = get_close_matches(names[unknown], self.labels, n=1)
-            hint = f'did you mean "{near[0]}"?' if near else f"train has {listed(list(self.labels)[:20])}"
-            raise SqatError(f'unknown class "{names[unknown]}"', hint, rows[unknown]["place"], code="invalid-data")
+            near = nearest(names[unknown], self.labels)
+            hint = f'did you mean "{near}"?' if near else f"train has {listed(self.labels)}"
+            raise SqatError(
+                f'unknown class "{shorten(names[unknown])}"', hint, rows[unknown]["place"], code="invalid-data"
+            )
         return rows.remove_columns("label").add_column("label", [numbers[name] for name in names])
+
+    def data_warnings(self, rows: Rows) -> list[str]:
+        return similar_labels(self.labels)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         return torch.nn.functional.cross_entropy(logits.float(), batch.labels)
@@ -94,7 +98,8 @@ def build(settings: ClassificationTask, train_rows: Rows, architecture: str = "t
     Raises:
         SqatError: fewer than two classes, or one of them twice.
     """
-    labels = settings.labels or sort_labels(set(train_rows["label"]))
+    given = tuple(class_name(label) or label for label in settings.labels or ())
+    labels = given or sort_labels(set(train_rows["label"]))
     if len(labels) < 2 or len(set(labels)) < len(labels):
         raise SqatError(f"task.labels is {listed(list(labels))}", "give at least two, each once",
                         code="invalid-recipe")  # fmt: skip

@@ -78,7 +78,7 @@ MISTAKES = {
     "objects": ({"x": pictures(), "y": np.array([0, "a", None, 1], object)}, "Python objects", "numbers and texts"),
     "no column": ({"x": pictures(), "names": LABELS}, 'no column "y"', "data.columns.label"),
     "not an image": ({"x": np.arange(4), "y": LABELS}, '"x" must be an array or the path', "data.columns.image"),
-    "fraction": ({"x": pictures(), "y": LABELS + 0.5}, "must be a class", "data.columns.label"),
+    "a class that is no number": ({"x": pictures(), "y": LABELS * np.nan}, "must be a class", "data.columns.label"),
     "single number": ({"x": pictures(), "y": LABELS, "z": np.float32(1)}, '"z" has none', "one row an image"),
 }
 
@@ -94,16 +94,19 @@ def test_mistakes_in_arrays_are_told(tmp_path: Path, case: str) -> None:
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 cut short"])
-def test_what_is_no_npz_is_told(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(("content", "problem"), [
+    (b"", "not a .npz file, or cut short"), (b"text", "is a text file"),
+    (b"PK\x03\x04 cut short", "not a .npz file, or cut short"), (b"PK\x03\x04 xl/workbook", "is an Excel workbook"),
+])  # fmt: skip
+def test_what_is_no_npz_is_told(tmp_path: Path, content: bytes, problem: str) -> None:
     (tmp_path / "train.npz").write_bytes(content)
-    assert "not a .npz file, or cut short" in told(tmp_path)
+    assert problem in told(tmp_path)
 
 
 def test_a_single_array_is_told(tmp_path: Path) -> None:
     with (tmp_path / "train.npz").open("wb") as file:
         np.save(file, pictures())
-    assert "a single array" in told(tmp_path)
+    assert "a single NumPy array" in told(tmp_path)
 
 
 def test_a_cut_npz_is_told(tmp_path: Path) -> None:
@@ -210,8 +213,8 @@ def test_what_no_file_is_called_is_told(tmp_path: Path) -> None:
     image_files(tmp_path, [image.fromarray(pictures(1)[0])])
     (tmp_path / "ring").symlink_to(tmp_path / "ring")
     os.mkfifo(tmp_path / "pipe")
-    for name in ("a\0b", "\ud800"):
-        assert "is no path of a file" in naming(tmp_path, name)
+    assert "is no path of a file" in naming(tmp_path, "a\0b")
+    assert "half of a surrogate pair" in naming(tmp_path, "\ud800")
     for name in ("pipe", "pictures", ""):
         assert f'the image "{name}" is no file' in naming(tmp_path, name)
     for name in ("ring", "x" * 5000):

@@ -32,7 +32,7 @@ POINTWISE = RelevanceTask(loss="pointwise")
 MEND = "mend the row or set data.columns.label"
 
 
-CLASS = 'a.jsonl:1: "label" must be a class (a text or a whole number), got'
+CLASS = 'a.jsonl:1: "label" must be a class (a text or a number), got'
 
 
 NUMBER = 'a.jsonl:1: "label" must be a finite number, got'
@@ -73,7 +73,7 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
         b"[1, 2]\n",
         "a.jsonl:1: a line must hold a JSON object, this one holds a list; write one object a line",
     ),
-    ("a.jsonl", b"[" * 100_000, "a.jsonl:1: not JSON: ..."),
+    ("a.jsonl", b"[" * 100_000, "a.jsonl:1: holds lists and objects more than 100 deep; write it flatter"),
     ("a.jsonl", b"", "a.jsonl: no rows; the split must hold at least one"),
     (
         "a.csv",
@@ -99,7 +99,8 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
         "a.jsonl.gz:2: the gzip stream ends too early; the file is cut short; copy it again",
     ),
     ("a.jsonl.gz", jsonl(GOOD), "a.jsonl.gz:1: not a gzip file: ..."),
-    ("a.parquet", jsonl(GOOD), "a.parquet: not a Parquet file: ..."),
+    ("a.parquet", jsonl(GOOD), "a.parquet: is a text file; is the ending right?"),
+    ("a.parquet", b"PAR1" + b"x" * 20, "a.parquet: not a Parquet file: ..."),
 ]
 
 
@@ -143,14 +144,12 @@ BAD_ROWS: list[tuple[bytes, Columns, TaskSettings, str]] = [
         'a.jsonl:1: "text" holds half of a surrogate pair; write the character whole',
     ),
     (one("x", None), Columns(), CLASSES, f"{CLASS} null; {MEND}"),
-    (one("x", True), Columns(), CLASSES, f"{CLASS} true; {MEND}"),
-    (one("x", 0.5), Columns(), CLASSES, f"{CLASS} the number 0.5; {MEND}"),
     (one("x", float("nan")), Columns(), CLASSES, f"{CLASS} the number nan; {MEND}"),
     (one("x", ""), Columns(), CLASSES, f"{CLASS} an empty text; {MEND}"),
     (one("x", "high"), Columns(), SCORES, f'{NUMBER} the text "high"; {MEND}'),
     (one("x", float("nan")), Columns(), SCORES, f"{NUMBER} the number nan; {MEND}"),
     (one("x", False), Columns(), SCORES, f"{NUMBER} false; {MEND}"),
-    (one("x", 10**400), Columns(), SCORES, f"{NUMBER} a whole number; {MEND}"),
+    (one("x", 10**400), Columns(), SCORES, f"{NUMBER} a whole number of 401 digits; {MEND}"),
     (jsonl(GOOD, GOOD), Columns(), CLASSES, f'a.jsonl: all 2 rows have the same class "x"; {TRAIN}'),
     (one("x", 2), Columns(), SCORES, f'a.jsonl: all 1 rows have the same score "2.0"; {TRAIN}'),
     (
@@ -242,11 +241,11 @@ def test_a_bad_row_of_parquet_is_told_by_its_number(tmp_path: Path) -> None:
 def test_a_missing_file_names_the_nearest_one(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl.gz").touch()
     split = SplitConfig(path="trian.jsonl.gz")
-    with pytest.raises(SqatError, match=r'trian.jsonl.gz: no such file; did you mean "train.jsonl.gz"\?'):
+    with pytest.raises(SqatError, match=r"trian.jsonl.gz: no such file; did you mean .*train.jsonl.gz\?"):
         load_rows(split, "train", Columns(), CLASSES, tmp_path)
     with pytest.raises(SqatError, match="there is no folder"):
         load_rows(SplitConfig(path="nowhere/a.csv"), "train", Columns(), CLASSES, tmp_path)
-    with pytest.raises(SqatError, match=r"trian\.jsonl\.gz: cannot be read: No such file"):
+    with pytest.raises(SqatError, match=r"trian\.jsonl\.gz: no such file"):
         split_digest(split, tmp_path)
 
 

@@ -258,7 +258,7 @@ def test_shards_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(SqatError, match=r"part-\*\.parquet: no file is called so or matches it"):
         stream_of(tmp_path, "parquet")
     for kind in ("parquet", "arrow"):
-        (tmp_path / f"part-0.{kind}").write_bytes(b"ARROW1 and nothing more")
+        (tmp_path / f"part-0.{kind}").write_bytes(b"PAR1" if kind == "parquet" else b"ARROW1 and nothing more")
         with pytest.raises(SqatError, match=rf"part-0\.{kind}: not an? {kind.capitalize()} file: .*right\?"):
             stream_of(tmp_path, kind)
     (tmp_path / "part-0.jsonl").write_bytes(b"\n")
