@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sqat.data.real_format import check_binary
-from sqat.data.text_files import check_columns
+from sqat.data.wording import check_columns
 from sqat.errors import SqatError
 
 Placed = tuple[str, dict[str, Any]]

@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 
 from sqat.data.image_files import check_same_size, picture_of
 from sqat.data.rows import Record, Rows
-from sqat.data.text_files import Placed, Row, did_you_mean, kind, shorten
+from sqat.data.text_files import Placed, Row
+from sqat.data.wording import did_you_mean, kind, shorten
 from sqat.errors import SqatError
 from sqat.recipe.inputs import Columns
 

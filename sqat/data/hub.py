@@ -9,7 +9,8 @@ import datasets
 
 from sqat.data.arrow_files import parquet_schema
 from sqat.data.rows import Rows, SplitName
-from sqat.data.text_files import Placed, listed
+from sqat.data.text_files import Placed
+from sqat.data.wording import listed
 from sqat.errors import SqatError
 from sqat.recipe.inputs import SplitConfig
 

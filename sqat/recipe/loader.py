@@ -12,13 +12,14 @@ from glob import glob
 from pathlib import Path
 
 from sqat.errors import SqatError, suggest, suggest_file
+from sqat.files import read
 from sqat.recipe.cross_checks import check_recipe
 from sqat.recipe.json_schema import KeyPath, describe, is_open, schema_at, union_of, variant
 from sqat.recipe.schema import LoadedRecipe, Recipe
 from sqat.recipe.validation import Finding, dotted, make_finding, raise_first, show, validate
 from sqat.recipe.yaml_nodes import Node, Place, compose
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 1 << 20
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), *, check_files: bool = False) -> LoadedRecipe:
@@ -56,17 +57,7 @@ def read_text(path: Path) -> str:
         raise SqatError("is a folder, not a recipe", hint, str(path), code="unreadable-file")
     if not path.exists():
         raise SqatError("no such recipe", suggest_file(path), str(path), code="missing-file")
-    if path.stat().st_size > MAX_BYTES:
-        problem = f"is larger than {MAX_BYTES // 1_000_000} MB, which no recipe is"
-        raise SqatError(problem, place=str(path), code="unreadable-file")
-    raw = path.read_bytes()
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise SqatError(
-            "is not UTF-8 text", "save it as UTF-8", f"{path.name}:{line}", code="unreadable-file"
-        ) from None
+    return read.read_text(path, limit=MAX_BYTES, place=str(path))
 
 
 def read_tree(text: str, source: str, overrides: Sequence[str]) -> Node:
@@ -186,13 +177,15 @@ def open_mapping_(tree: Node, node: Node, path: KeyPath, place: Place) -> None:
 
 
 def find_missing_files(recipe: Recipe, tree: Node, folder: Path) -> list[Finding]:
-    """Find the local files of the splits that do not exist."""
+    """Find the local files of the splits that do not exist or are no files."""
     findings = []
     for name in ("train", "dev", "test"):
         split = getattr(recipe.data, name)
-        if split is None or split.path is None or (folder / split.path).is_file():
+        if split is None or split.path is None or (split.streaming and glob(split.path, root_dir=folder)):
             continue
-        if not (split.streaming and glob(split.path, root_dir=folder)):
-            text = f"data.{name}: no file {split.path}"
-            findings.append(make_finding(tree, ("data", name, "path"), text, suggest_file(folder / split.path)))
+        try:
+            read.open_file(folder / split.path, place=split.path).close()
+        except SqatError as error:
+            text = f"data.{name}: {split.path}: {error.problem}"
+            findings.append(make_finding(tree, ("data", name, "path"), text, error.hint))
     return findings

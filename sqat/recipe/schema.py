@@ -51,7 +51,9 @@ class Recipe(BaseModel):
     stages: Annotated[
         dict[StageName, Annotated[StageConfig, Field(discriminator="type")]], BeforeValidator(fill_in_types)
     ] = Field(
-        min_length=1, description="name -> stage, in order of execution; a stage named by its type needs no key 'type'"
+        min_length=1,
+        max_length=100,
+        description="name -> stage, in order of execution; a stage named by its type needs no key 'type'",
     )
     results: dict[str, str] = Field(
         default={}, description="rows of the results table: label -> stage or stage/target; default: every last stage"

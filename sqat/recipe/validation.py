@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -38,15 +37,11 @@ def validate(tree: Node) -> Recipe:
         return Recipe.model_validate_json(json.dumps(tree.plain()), strict=True, by_alias=True, by_name=False)
     except ValidationError as error:
         located = [(*locate(tree, item["loc"]), item) for item in error.errors(include_url=False)]
-        paths = [path for path, _, _ in located]
-        findings = [translate(tree, *item) for item in located if not is_shadow(item[0], item[2]["type"], paths)]
+        # An error only repeats a deeper one where unions and short lists are tried.
+        outer = {path[:length] for path, _, _ in located for length in range(len(path))}
+        findings = [translate(tree, *item) for item in located if item[2]["type"] == "missing" or item[0] not in outer]
         raise_first(findings, "invalid-recipe")
         raise
-
-
-def is_shadow(path: KeyPath, error_type: str, paths: Sequence[KeyPath]) -> bool:
-    """Tell whether an error only repeats a deeper one (other members of a union, a short list)."""
-    return error_type != "missing" and any(other[: len(path)] == path and len(other) > len(path) for other in paths)
 
 
 def locate(tree: Node, loc: tuple[int | str, ...]) -> tuple[KeyPath, tuple[int | str, ...]]:
@@ -89,6 +84,9 @@ def translate(tree: Node, path: KeyPath, rest: KeyPath, error: Any) -> Finding:
         message = str(error["ctx"]["error"])
         key = message.split(" ", 1)[0]
         return make_finding(tree, (*path, key) if node.child(key) else path, f"{dotted(path)}: {message}", "")
+    if error_type == "too_long":
+        size = len(node.value) if isinstance(node.value, dict | list) else 0
+        return make_finding(tree, path, f"{subject} has {size} entries", f"at most {error['ctx']['max_length']}")
     if rest[-1:] == ("[key]",):
         words = schema_at(path[:-1], tree)["propertyNames"]["words"]
         return make_finding(tree, path, f"the name {path[-1]!r} may only hold {words}", "")

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import yaml
 
@@ -99,6 +100,21 @@ def join_surrogates(text: str, place: Place) -> str:
         raise error_at(place, "holds half of a surrogate pair, which is no character") from None
 
 
+def grow_(node: Node, child: Node) -> None:
+    """Count the values of a child into its parent; SqatError above the limit, before the rest is read."""
+    node.size += child.size
+    if node.size > MAX_VALUES:
+        raise error_at(node.place, f"holds more than {MAX_VALUES} values once its aliases are followed")
+
+
+def mappings_of(node: Node, place: Place) -> list[Node]:
+    """Return what ``<<`` merges: a mapping, or a list of mappings of which the first one counts."""
+    found = node.value if isinstance(node.value, list) else [node]
+    if not all(isinstance(each.value, dict) for each in found):
+        raise error_at(place, "<< needs a mapping or a list of mappings", "write <<: *anchor")
+    return found
+
+
 class Composer:
     """Compose the events of one document into nodes; anchors are the only state."""
 
@@ -125,9 +141,10 @@ class Composer:
             node = self.sequence(place, depth)
         else:
             node = self.mapping(place, depth)
-        if node.size > MAX_VALUES:
-            raise error_at(place, f"holds more than {MAX_VALUES} values once its aliases are followed")
         node.tag = event.tag or ""
+        if event.anchor in self.anchors:
+            first = f"first on {self.anchors[event.anchor].place}"
+            raise error_at(place, f"the anchor &{event.anchor} is given twice", first)
         if event.anchor is not None:
             self.anchors[event.anchor] = node
         return node
@@ -146,24 +163,31 @@ class Composer:
         node = Node(place, items := [])
         while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
             items.append(self.node(event, self.place(event), depth + 1))
-            node.size += items[-1].size
+            grow_(node, items[-1])
         return node
 
     def mapping(self, place: Place, depth: int) -> Node:
         items: dict[str, Node] = {}
-        merged: dict[str, Node] = {}
+        node = Node(place, items)
+        merged: list[Node] | None = None
         while not isinstance(event := next(self.events), yaml.MappingEndEvent):
             where = self.place(event)
             key, is_merge = self.key(event, where)
             value = self.node(next(self.events), where, depth + 1)
-            if is_merge and isinstance(value.value, dict):
-                merged = value.value
+            if key in items or (is_merge and merged is not None):
+                first = f"first on {items[key].place}" if key in items else "give << one list: << : [*a, *b]"
+                raise error_at(where, f"the key {key!r} is given twice", first)
+            if is_merge:
+                merged = mappings_of(value, where)
                 continue
-            if key in items:
-                raise error_at(where, f"the key {key!r} is given twice", f"first on {items[key].place}")
             items[key] = Node(where, value.value, value.size, value.tag)
-        items = {**{key: value for key, value in merged.items() if key not in items}, **items}
-        return Node(place, items, 1 + sum(value.size for value in items.values()))
+            grow_(node, items[key])
+        inherited = (each.value.items() for each in merged or () if isinstance(each.value, dict))
+        for name, child in chain.from_iterable(inherited):
+            if name not in items:
+                items[name] = child
+                grow_(node, child)
+        return node
 
     def key(self, event: yaml.Event, place: Place) -> tuple[str, bool]:
         """Return the text of a key, and whether it is the merge key ``<<``."""

@@ -18,7 +18,8 @@ from torch import Tensor
 from sqat.data.batch import Batch
 from sqat.data.fields import check_two_labels, class_name, class_of, read_texts, similar_labels
 from sqat.data.rows import Record, Rows, SplitName, column
-from sqat.data.text_files import Placed, listed, shorten
+from sqat.data.text_files import Placed
+from sqat.data.wording import listed, shorten
 from sqat.errors import SqatError, nearest
 from sqat.recipe.inputs import Columns
 from sqat.recipe.tasks import ClassificationTask

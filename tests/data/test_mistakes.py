@@ -14,6 +14,7 @@ from sqat.data import text_files as readers
 from sqat.data.fields import grade_range
 from sqat.data.rows import SplitName, column
 from sqat.data.sources import split_digest
+from sqat.data.wording import kind
 from sqat.errors import SqatError
 from sqat.recipe.inputs import Columns, SplitConfig
 from sqat.recipe.tasks import RelevanceTask, TaskSettings
@@ -274,7 +275,7 @@ def test_dev_needs_a_query_on_both_sides_of_relevant_from(tmp_path: Path) -> Non
     ],
 )
 def test_values_are_told_in_the_words_of_the_file(value: object, told: str) -> None:
-    assert readers.kind(value) == told
+    assert kind(value) == told
 
 
 @pytest.mark.skipif(not (REAL / "wikiqa").is_dir(), reason=f"no {REAL}/wikiqa (set SQAT_DATA)")

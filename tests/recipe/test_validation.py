@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,13 @@ def test_the_first_of_several_errors_by_line_is_raised(tmp_path: Path) -> None:
     assert str(error_of(tmp_path, text)) == (
         "r.yaml:1: model.source needs a text or null, got 3 (and 2 more); quote it if it is a text"
     )
+
+
+@pytest.mark.parametrize(("old", "new", "problem"), [
+    ("targets: [onnx-int8, onnx-fp32]", f"targets: [{'x, ' * 9000}]", "and 8999 more"),
+    ("  qat:\n", "".join(f"  s{number}: {{type: qat}}\n" for number in range(3000)), "stages has 3004 entries"),
+])  # fmt: skip
+def test_thousands_of_mistakes_take_no_longer(tmp_path: Path, old: str, new: str, problem: str) -> None:
+    start = time.process_time()
+    assert problem in str(error_of(tmp_path, GOOD.replace(old, new)))
+    assert time.process_time() - start < 5

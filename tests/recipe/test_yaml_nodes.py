@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sqat.errors import SqatError
 from sqat.recipe.stages import QatConfig
 from sqat.recipe.yaml_nodes import Place, compose, resolve_scalar
 from tests.recipe.valid_recipe import GOOD, error_of, load
@@ -79,3 +81,50 @@ JSON_VALUES = st.recursive(
 @given(JSON_VALUES)
 def test_any_json_is_read_as_json_reads_it(value: object) -> None:
     assert compose(json.dumps(value), "x").plain() == value
+
+
+TWICE = [
+    ("a: &a {x: 1}\nb: &b {y: 2}\nc:\n  <<: *a\n  <<: *b\n", 5),
+    ("a: &a {x: 1}\nc: {<<: *a, z: 1, <<: *a}\n", 2),
+    ("a: &a {x: 1}\nc:\n  <<: *a\n  x: 2\n  x: 3\n", 5),
+    ("a: &a 1\nb: &a 2\n", 2),
+    ("a: &a {b: &a 2}\n", 1),
+    ("a: &a {x: 1}\nc: {<<: 3}\n", 2),
+    ("a: &a {x: 1}\nc: {<<: [*a, 3]}\n", 2),
+    ("a: &a [1]\nc: {<<: *a}\n", 2),
+]
+
+
+@pytest.mark.parametrize(("text", "line"), TWICE)
+def test_what_is_given_twice_or_merges_nothing_is_refused(text: str, line: int) -> None:
+    with pytest.raises(SqatError) as caught:
+        compose(text, "x")
+    assert (caught.value.place, caught.value.code) == (f"x:{line}", "invalid-recipe")
+
+
+def test_merges_of_a_list_follow_yaml() -> None:
+    """Keys of its own come first, then the earlier mappings of the list."""
+    text = "a: &a {x: 1, y: 1}\nb: &b {y: 2, z: 2}\nc: {<<: [*a, *b], x: 3}\nd: {<<: *b, '<<': 4}\ne: {<<: []}\n"
+    plain = compose(text, "x").plain()
+    assert isinstance(plain, dict)
+    assert (plain["c"], plain["d"]) == ({"x": 3, "y": 1, "z": 2}, {"<<": 4, "y": 2, "z": 2})
+    assert plain["e"] == {}
+
+
+SHAPES = {
+    "flow list": lambda count: "a: [" + "x, " * count + "]",
+    "flow mapping": lambda count: "{" + ", ".join(f"k{number}: 1" for number in range(count)) + "}",
+    "block list": lambda count: "a:\n" + "- x\n" * count,
+    "empty lists": lambda count: "[" + "[]," * count + "]",
+    "merges": lambda count: (
+        "k0: &a0 {x0: 1}\n" + "".join(f"k{at}: &a{at} {{<<: *a{at - 1}, x{at}: 1}}\n" for at in range(1, count // 100))
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_recipe_of_too_many_values_is_told_at_once(shape: str) -> None:
+    start = time.process_time()
+    with pytest.raises(SqatError, match="more than 10000 values"):
+        compose(SHAPES[shape](250_000), "x")
+    assert time.process_time() - start < 3
