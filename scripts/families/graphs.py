@@ -15,14 +15,20 @@ from sqat.export import graph, source
 
 @contextmanager
 def shared_graphs() -> Iterator[None]:
-    """Give equal models, with equal inputs, the graph of the first of them."""
-    known: dict[str, bytes] = {}
+    """Give equal models, with equal inputs, the graph of the first of them, or its error."""
+    known: dict[str, bytes | Exception] = {}
 
     def export_float(model: nn.Module, inputs: Mapping[str, Tensor], output: str = "logits") -> ModelProto:
         key = digest(model, inputs, output)
         if key not in known:
-            known[key] = graph.export_float(model, inputs, output).SerializeToString()
-        copy: ModelProto = ModelProto.FromString(known[key])
+            try:
+                known[key] = graph.export_float(model, inputs, output).SerializeToString()
+            except Exception as error:
+                known[key] = error
+        first = known[key]
+        if isinstance(first, Exception):
+            raise first
+        copy: ModelProto = ModelProto.FromString(first)
         return copy
 
     with patch.object(source, "export_float", export_float):

@@ -5,7 +5,7 @@ Weights are random. `scripts.families.source` writes a family's folder, as `mode
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -91,15 +91,6 @@ def image(name: str, traits: str = "", **config: Any) -> Family:
 def pyramid(name: str, traits: str = "", **config: Any) -> Family:
     """A family that classifies images, with sizes of its own in each part."""
     return Family(name, "image", {**PIXELS, **config}, tuple(traits.split()))
-
-
-def families() -> Iterator[Family]:
-    """All families: encoders of texts, decoders, encoder-decoders, transformers of images, networks of convolutions."""
-    yield from ENCODERS
-    yield from DECODERS
-    yield from ENCODER_DECODERS
-    yield from IMAGE_TRANSFORMERS
-    yield from CONVOLUTIONAL
 
 
 ENCODERS = (
@@ -253,4 +244,11 @@ CONVOLUTIONAL = (
             stage_kernel_size=[3, 5], stage_numb_of_layers=[2, 2], depths=[1, 1], hidden_sizes=[32, 64],
             embedding_size=16),
 )  # fmt: skip
-FAMILIES: dict[str, Family] = {family.name: family for family in families()}
+SECTIONS = {
+    "Encoders of texts": ENCODERS,
+    "Decoders": DECODERS,
+    "Encoder-decoders": ENCODER_DECODERS,
+    "Transformers of images": IMAGE_TRANSFORMERS,
+    "Networks of convolutions": CONVOLUTIONAL,
+}
+FAMILIES = {family.name: family for section in SECTIONS.values() for family in section}

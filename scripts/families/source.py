@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -52,19 +51,6 @@ def build_family(family: Family, seed: int = 0) -> PreTrainedModel:
                 parameter.normal_(std=0.1)
     model.eval()
     return model
-
-
-def random_inputs(family: Family, seed: int = 1) -> dict[str, Tensor]:
-    """Return four padded texts or four images of noise, as the model's forward takes them."""
-    draw = torch.Generator().manual_seed(seed)
-    if family.kind == "image":
-        return {"pixel_values": torch.randn(4, 3, family.side, family.side, generator=draw)}
-    lengths = torch.tensor([12, 9, 5, 8])
-    mask = (torch.arange(12) < lengths[:, None]).long()
-    ids = torch.randint(len(SPECIAL), len(VOCABULARY), (4, 12), generator=draw)
-    ids[:, 0] = VOCABULARY["[CLS]"]
-    ids[torch.arange(4), lengths - 1] = VOCABULARY["[SEP]"]
-    return {"input_ids": ids * mask, "attention_mask": mask}
 
 
 def make_tokenizer(family: Family) -> PreTrainedTokenizerBase:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import traceback
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,25 +19,15 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from scripts.families.graphs import shared_graphs
 from scripts.families.registry import FAMILIES, LONGEST, Family
-from scripts.families.source import build_family, random_inputs, write_source, write_splits
+from scripts.families.source import write_source, write_splits
 from sqat.cli.commands import app
-from sqat.compat import quiet_transformers
-from sqat.compress.quantize import attention_for
 from sqat.errors import SqatError
-from sqat.models.attention import use_eager
-from sqat.models.layer_selection import choose_layers, encoder_blocks
-from sqat.modules.hooks import Hooks, hook_sites
-from sqat.modules.site_discovery import discover_sites
 from sqat.quantization.placement import PLACEMENTS
-from sqat.recipe.stages import Layers
 from sqat.recipe.targets import TARGETS
 
-SAME = 1e-5  # of the spread of the logits: rounding
 TASKS = {"text": "classification", "image": "image-classification"}
 OUTPUTS_ONLY = {"minilm_weight": 0, "output_weight": 1}
 FIT = {"steps": 2, "batch_size": 8, "learning_rate": 1e-4}
@@ -67,9 +59,9 @@ class Record:
     Attributes:
         distillation: how the default one ends; where it is refused, qat learns from outputs alone.
         layers: number of linears and convolutions.
-        dense: layer -> why it is not pruned.
-        hooks: placement -> by how much hooks without quantizers change a logit, of the spread of the logits.
-        placements: placement -> layers left in float and why, number of sites, notes, and outcome of each target.
+        dense: why layers are not pruned -> how many.
+        placements: placement -> why layers stay in float and how many, number of sites, notes, and outcome of each
+            target.
     """
 
     name: str
@@ -77,8 +69,7 @@ class Record:
     kind: str
     distillation: dict[str, str] = field(default_factory=lambda: {"end": "works"})
     layers: int = 0
-    dense: dict[str, str] = field(default_factory=dict)
-    hooks: dict[str, float | str] = field(default_factory=dict)
+    dense: dict[str, int] = field(default_factory=dict)
     placements: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -95,34 +86,7 @@ def try_family(
         for placement in placements:
             fitting = [target for target in targets if fits(target, placement)]
             record.placements[placement] = try_placement(record, folder, family, files, placement, fitting)
-    record.hooks = {
-        placement: change_by_hooks(family, placement) for placement in placements if not PLACEMENTS[placement].kernels
-    }
     return record
-
-
-def failures(entry: Mapping[str, Any]) -> list[str]:
-    """Return a line for each outcome of a record that is a fault, or a refusal after the first step."""
-    lines = [f"died: {entry['died']}"] if "died" in entry else []
-    distillation = entry.get("distillation", {})
-    if distillation.get("end") in ("late", "fault"):
-        lines.append(f"default distillation: {line_of(distillation)}")
-    for placement, change in entry.get("hooks", {}).items():
-        if isinstance(change, str) or change > SAME:
-            lines.append(f"{placement}: hooks without quantizers change the logits: {change}")
-    for placement, result in entry.get("placements", {}).items():
-        told: dict[str, list[str]] = {}
-        for target, outcome in result["targets"].items():
-            if outcome["end"] in ("late", "fault"):
-                told.setdefault(line_of(outcome), []).append(target)
-        lines += [f"{placement} -> {', '.join(targets)}: {line}" for line, targets in told.items()]
-    return lines
-
-
-def line_of(outcome: Mapping[str, str]) -> str:
-    """Return an outcome in one line."""
-    where = f" at {outcome['where']}" if "where" in outcome else ""
-    return f"{outcome['end']} in {outcome.get('stage', 'no stage')}: {outcome['code']}: {outcome['message']}{where}"
 
 
 def fits(target: str, placement: str) -> bool:
@@ -227,35 +191,15 @@ def describe(record: Record, run: Path, placement: str) -> dict[str, Any]:
         return {}
     layers = manifest["layers"]
     record.layers = len(layers)
-    record.dense = {name: entry["dense_because"] for name, entry in layers.items() if entry["dense_because"]}
+    record.dense = count_reasons(layers, "dense_because")
     return {
-        "float": {name: entry["float_because"] for name, entry in layers.items() if entry["float_because"]},
+        "float": count_reasons(layers, "float_because"),
         "sites": len(manifest["sites"]),
         "notes": manifest["notes"],
     }
 
 
-def change_by_hooks(family: Family, placement: str) -> float | str:
-    """Return by how much hooks without quantizers change a logit, of the spread of the logits."""
-    model = build_family(family)
-    inputs = random_inputs(family)
-    try:
-        use_eager(model)
-        with torch.no_grad(), quiet_transformers():
-            expected = model(**inputs).logits
-            with attention_for(model, placement):
-                hooks = hook_all(model, inputs, placement)
-                try:
-                    hooked = model(**inputs).logits
-                finally:
-                    hooks.remove()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"[:300]
-    return float((hooked - expected).abs().max() / expected.std())
-
-
-def hook_all(model: PreTrainedModel, inputs: Mapping[str, Tensor], placement: str) -> Hooks:
-    """Hook every site of a placement with a function that changes nothing."""
-    layers, blocks = choose_layers(model, Layers(), "quantize").chosen, encoder_blocks(model)
-    sites = discover_sites(model, inputs, layers, blocks, PLACEMENTS[placement])
-    return hook_sites(model, lambda site, x: x, sites.shared_with, blocks)
+def count_reasons(layers: Mapping[str, Mapping[str, str]], entry: str) -> dict[str, int]:
+    """Count the layers that have each reason; the shape that a reason begins with is left out."""
+    reasons = (re.sub(r"^\[\d+, \d+\] is ", "", layer[entry]) for layer in layers.values() if layer[entry])
+    return dict(Counter(reasons))
