@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
@@ -26,9 +25,11 @@ class GraphEditor:
         self.model.CopyFrom(model)
         self.changes: list[Change] = []
         self.view = GraphView(self.model)
+        self.committed = 0
         self.inserted: dict[int, list[NodeProto]] = defaultdict(list)
         self.removed: set[int] = set()
         self.names = all_names(self.model.graph)
+        self.numbers: Counter[str] = Counter()
         self.unused = self.names - self.view.needed_names()
 
     def record(self, rule: str, node: str, text: str) -> None:
@@ -37,8 +38,10 @@ class GraphEditor:
 
     def unique_name(self, name: str) -> str:
         """Reserve a name, numbered if it is taken."""
-        names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(1)))
-        unique = next(candidate for candidate in names if candidate not in self.names)
+        unique = name
+        while unique in self.names:
+            self.numbers[name] += 1  # goes on where it was, so that thousands of one name take linear time
+            unique = f"{name}_{self.numbers[name]}"
         self.names.add(unique)
         return unique
 
@@ -78,10 +81,13 @@ class GraphEditor:
         self.remove(node)
 
     def commit(self) -> None:
-        """Write the edits into the graph and view it anew."""
+        """Write the edits into the graph and view it anew, if there are any."""
+        if len(self.changes) == self.committed and not self.inserted and not self.removed:
+            return
+        self.committed = len(self.changes)
         nodes = []
         for node in self.view.nodes:
-            nodes += self.inserted[id(node)]
+            nodes += self.inserted.get(id(node), [])
             if id(node) not in self.removed:
                 nodes.append(NodeProto.FromString(node.SerializeToString()))
         del self.model.graph.node[:]

@@ -7,7 +7,9 @@ and a repaired file keeps all that it does not change.
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from functools import cached_property
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,9 @@ QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 LAYOUT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Split", "Slice", "Cast")
 SIZE_READERS = ("Shape", "Size")
+# Nodes between a product and what belongs to it: its weight, bias, activation function or quantizer. Without an end,
+# walks from each of many products along one long chain would take quadratic time.
+LONGEST_PATH = 32
 
 
 def op_type(node: NodeProto) -> str:
@@ -51,6 +56,7 @@ class GraphView:
         self.outputs = {value.name for value in model.graph.output}
         self.producers: dict[str, NodeProto] = {}
         self.consumers: dict[str, list[NodeProto]] = defaultdict(list)
+        self.found: dict[tuple[str, int, int, str], Weight] = {}
         for node in self.nodes:
             self.producers.update(dict.fromkeys(filter(None, node.output), node))
             for name in input_names(node):
@@ -82,6 +88,8 @@ class GraphView:
 
     def consumers_of(self, node: NodeProto) -> list[NodeProto]:
         """Nodes that read a node's outputs."""
+        if len(node.output) == 1:  # a list of thousands is not copied for each of them
+            return self.consumers.get(node.output[0], [])
         return [reader for name in node.output for reader in self.consumers.get(name, ())]
 
     def needed_names(self) -> set[str]:
@@ -99,18 +107,30 @@ class GraphView:
 
     def is_constant(self, name: str) -> bool:
         """Whether a tensor is a constant, or one behind Q, DQ and changes of layout."""
-        while name not in self.constants:
-            node = self.producer(name, QUANTIZE, DEQUANTIZE, *STEPS)
-            if node is None:
-                return False
-            name = node.input[0]
-        return True
+        return name in self.constants or name in self.derived_constants
+
+    @cached_property
+    def derived_constants(self) -> set[str]:
+        """Tensors that nodes compute from one constant; nodes are sorted, so that one pass finds them."""
+        derived: set[str] = set()
+        for node in self.nodes:
+            is_step = op_type(node) in (QUANTIZE, DEQUANTIZE, *STEPS) and len(node.input) > 0
+            if is_step and (node.input[0] in self.constants or node.input[0] in derived):
+                derived.update(node.output)
+        return derived
 
     def layout_source(self, name: str) -> str:
         """The tensor before all changes of layout of a tensor."""
-        while (node := self.producer(name, *LAYOUT)) is not None:
-            name = node.input[0]
-        return name
+        return self.layout_sources.get(name, name)
+
+    @cached_property
+    def layout_sources(self) -> dict[str, str]:
+        """For each tensor behind changes of layout, the tensor before all of them."""
+        sources: dict[str, str] = {}
+        for node in self.nodes:
+            if op_type(node) in LAYOUT and node.input:
+                sources |= dict.fromkeys(node.output, sources.get(node.input[0], node.input[0]))
+        return sources
 
     @cached_property
     def all_weights(self) -> list[Weight]:
@@ -130,23 +150,26 @@ class GraphView:
     def find_weight(self, node: NodeProto) -> Weight | None:
         """Constant operand of a product, behind Q, DQ and changes of layout; None for two activations."""
         operands = OPERANDS.get(op_type(node))
-        if operands is None or len(node.input) <= operands.weight:
+        if operands is None or len(node.input) <= operands.weight or not node.output:
             return None
         steps: list[NodeProto] = []
         name = node.input[operands.weight]
-        while (step := self.producer(name, QUANTIZE, DEQUANTIZE, *STEPS)) is not None:
+        while (step := self.producer(name, QUANTIZE, DEQUANTIZE, *STEPS)) is not None and len(steps) < LONGEST_PATH:
             steps.insert(0, step)
             name = step.input[0]
         stored = self.constants.get(name)
         dims = self.step_shapes(stored, steps) if stored is not None else []
-        if stored is None or not dims or len(dims[-1]) < 2:
+        if stored is None or not dims or len(dims[-1]) < 2 or not prod(dims[-1]):
             return None
         dequantizer = next((step for step in reversed(steps) if op_type(step) == DEQUANTIZE), None)
         quantizer = next((step for step in steps if op_type(step) == QUANTIZE), None)
         out, reduction = weight_axes(node, len(dims[-1]))
         source = quantizer if quantizer is not None else dequantizer
         zero_point = source.input[2] if source is not None and len(source.input) > 2 else operands.zero_point_of(node)
-        return Weight(
+        same = (node.input[operands.weight], out, reduction, zero_point)
+        if same in self.found:
+            return replace(self.found[same], node=node)
+        weight = self.found[same] = Weight(
             node=node,
             name=name,
             stored=stored,
@@ -159,6 +182,7 @@ class GraphView:
             out=out,
             reduction=reduction,
         )
+        return weight
 
     def step_shapes(self, stored: TensorProto, steps: list[NodeProto]) -> list[tuple[int, ...]]:
         """Shape of a weight as stored and behind each step; empty where a shape is unknown."""

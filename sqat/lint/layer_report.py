@@ -133,9 +133,9 @@ def make_row(view: GraphView, weight: Weight, verdict: Verdict) -> LayerRow:
     return LayerRow(
         name=module_of(weight.node) or weight.node.name or weight.name or label(weight.node),
         shape=(weight.size[1], weight.size[0], *kernel_shape(weight)),
-        pattern=find_pattern(weight.values, weight.reduction),
-        zeros=float(np.equal(weight.values, 0).mean()),
-        weight_scale=None if scale is None else (float(scale.min()), float(scale.max())),
+        pattern=weight.once("pattern", lambda: find_pattern(weight.values, weight.reduction)),
+        zeros=weight.zeros,
+        weight_scale=None if scale is None or not scale.size else (float(scale.min()), float(scale.max())),
         input_amax=input_amax(view, weight),
         sqnr_db=None,
         saturated=None,
@@ -164,4 +164,4 @@ def input_amax(view: GraphView, weight: Weight) -> float | None:
     """Largest absolute input that int8 represents, from the scale of the DQ before the layer."""
     dequantizer = view.producer(weight.node.input[0], DEQUANTIZE)
     scale = view.constant_value(dequantizer.input[1]) if dequantizer is not None else None
-    return float(scale.max()) * INT8_MAX if scale is not None else None
+    return float(scale.max()) * INT8_MAX if scale is not None and scale.size else None

@@ -64,7 +64,7 @@ def make_groups(
 
 def without_names(text: str) -> str:
     """A text without its names and numbers."""
-    return re.sub(r"\S*[\d/:]\S*", "#", text)
+    return re.sub(r"\S+", lambda word: "#" if re.search(r"[\d/:]", word[0]) else word[0], text)
 
 
 def report_lines(report: LintReport, repair: RepairResult | None, width: int) -> Iterator[str]:

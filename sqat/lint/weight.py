@@ -7,10 +7,9 @@ type; a float weight is itself. Transposes and reshapes are applied: axes are th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +17,7 @@ from onnx import NodeProto, TensorProto, numpy_helper
 
 Array = NDArray[np.generic]
 Dims = tuple[int, ...]
+T = TypeVar("T")
 STEPS = ("Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
 HALF = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, *HALF)
@@ -52,6 +52,7 @@ class Weight:
         zero_point: of the same, or of the integer product itself.
         out: axis of the output channels as the product reads the weight.
         reduction: axis of the sum, likewise.
+        computed: what was computed from the values; products that read the same tensor share it.
     """
 
     node: NodeProto
@@ -65,6 +66,14 @@ class Weight:
     zero_point: Array | None
     out: int
     reduction: int
+    computed: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, key: object, compute: Callable[[], T]) -> T:
+        """Compute something from the values once for all products that read them."""
+        if key not in self.computed:
+            self.computed[key] = compute()
+        result: T = self.computed[key]
+        return result
 
     @property
     def size(self) -> tuple[int, int]:
@@ -93,9 +102,28 @@ class Weight:
         """Index of a step's input shape in ``dims``; 0 for no step."""
         return next((index for index, step in enumerate(self.steps) if step is node), 0)
 
-    @cached_property
+    @property
     def values(self) -> Array:
         """The weight as the product reads it: integers less the zero-point if it is quantized, else floats."""
+        return self.once("values", self.read_values)
+
+    @property
+    def zeros(self) -> float:
+        """Share of zeros."""
+        return self.once("zeros", lambda: float(np.equal(self.values, 0).mean()))
+
+    @property
+    def smallest(self) -> float:
+        """The smallest value."""
+        return self.once("smallest", lambda: float(self.values.min()))
+
+    def count_over(self, limit: int, size: int) -> int:
+        """Number of groups of a size along the sum that hold more than some nonzero values."""
+        key = ("over", limit, size)
+        return self.once(key, lambda: int(np.greater(count_nonzeros(self.values, size, self.reduction), limit).sum()))
+
+    def read_values(self) -> Array:
+        """Apply all steps to the stored values."""
         values: Array = numpy_helper.to_array(self.stored)
         source = self.quantizer if self.quantizer is not None else self.dequantizer
         if source is None:

@@ -9,7 +9,7 @@ from onnx import NodeProto
 
 from sqat.lint.findings import Problem
 from sqat.lint.graph_editor import GraphEditor
-from sqat.lint.graph_view import DEQUANTIZE, LAYOUT, QUANTIZE, Array, GraphView, label, op_type
+from sqat.lint.graph_view import DEQUANTIZE, LAYOUT, LONGEST_PATH, QUANTIZE, Array, GraphView, label, op_type
 from sqat.lint.rules.quantizers import is_valid_scale
 
 HEAD_SIZES = (16, 32, 64)
@@ -43,7 +43,7 @@ def node_behind_dequantizer(view: GraphView, name: str) -> NodeProto | None:
 def path_to_dequantizer(view: GraphView, name: str) -> list[NodeProto]:
     """Constant factors and changes of layout between a tensor and the DQ before it, the DQ last; empty without one."""
     path: list[NodeProto] = []
-    while (node := view.producer(name, *FACTORS, *LAYOUT, DEQUANTIZE)) is not None:
+    while (node := view.producer(name, *FACTORS, *LAYOUT, DEQUANTIZE)) is not None and len(path) < LONGEST_PATH:
         path.append(node)
         if op_type(node) == DEQUANTIZE:
             return path
@@ -73,8 +73,11 @@ def check_fused_attention(view: GraphView) -> Iterator[Problem]:
 def reaches_quantizer(view: GraphView, node: NodeProto) -> bool:
     """Whether a product's output meets a Q behind nothing but changes of layout."""
     readers = view.consumers_of(node)
-    while readers and all(op_type(reader) in LAYOUT for reader in readers):
-        readers = [after for reader in readers for after in view.consumers_of(reader)]
+    for _ in range(LONGEST_PATH):
+        if not readers or any(op_type(reader) not in LAYOUT for reader in readers):
+            break
+        distinct = {id(reader): reader for reader in readers}.values()  # one may read a tensor several times
+        readers = [after for reader in distinct for after in view.consumers_of(reader)]
     return any(op_type(reader) == QUANTIZE for reader in readers)
 
 

@@ -13,7 +13,17 @@ from dataclasses import dataclass, field
 from onnx import NodeProto
 
 from sqat.lint.findings import Problem
-from sqat.lint.graph_view import DEQUANTIZE, LAYOUT, PRODUCTS, QUANTIZE, SIZE_READERS, GraphView, label, op_type
+from sqat.lint.graph_view import (
+    DEQUANTIZE,
+    LAYOUT,
+    LONGEST_PATH,
+    PRODUCTS,
+    QUANTIZE,
+    SIZE_READERS,
+    GraphView,
+    label,
+    op_type,
+)
 from sqat.lint.weight import Weight
 
 STAYS_FLOAT, IN_DOUBT = "its output stays float", "int8 only behind"
@@ -41,8 +51,12 @@ def trace_output(view: GraphView, node: NodeProto) -> OutputTrace:
     """Follow a product's output forward."""
     trace = OutputTrace()
     pending = [(str(node.output[0]), False)]
-    while pending:
+    seen: set[str] = set()
+    while pending and len(seen) < LONGEST_PATH:
         name, has_bias = pending.pop()
+        if name in seen:
+            continue
+        seen.add(name)
         if name in view.outputs:
             trace.others.append((None, name))
         for reader in view.consumers.get(name, ()):
@@ -72,6 +86,8 @@ def activation_before_quantizer(view: GraphView, starts: list[str]) -> str:
     pending = list(inside)
     seen: list[NodeProto] = []
     while pending:
+        if len(inside) > LONGEST_PATH:  # no activation function is that long
+            return ""
         name = pending.pop()
         if name in view.outputs:
             return ""
@@ -101,8 +117,8 @@ def reads_from_outside(view: GraphView, node: NodeProto, inside: set[str]) -> bo
 def is_gate(view: GraphView, node: NodeProto, inside: set[str]) -> bool:
     """Whether what comes from elsewhere is another layer's result, element by element."""
     pending = [name for name in node.input if name not in inside and not view.is_constant(name)]
-    while pending:
-        source = view.producers.get(pending.pop())
+    for _ in range(LONGEST_PATH):
+        source = view.producers.get(pending.pop()) if pending else None
         if source is None:
             return False
         if op_type(source) in PRODUCTS:
@@ -134,7 +150,7 @@ def check_one_output_scale(view: GraphView) -> Iterator[Problem]:
         quantizer = view.quantizer_before(weight.node.input[0])
         trace = trace_output(view, weight.node)
         scales = [scale for node in trace.quantizers if (scale := view.constant_value(node.input[1])) is not None]
-        if quantizer is not None and scales and not trace.others:
+        if quantizer is not None and scales and all(scale.size for scale in scales) and not trace.others:
             groups[quantizer.input[0]].append((weight, max(float(scale.max()) for scale in scales)))
     for group in groups.values():
         largest = max(own for _, own in group)
@@ -163,7 +179,7 @@ def check_residual_adds(view: GraphView) -> Iterator[Problem]:
 
 def comes_from_layer(view: GraphView, name: str, layers: set[int]) -> bool:
     """Whether a tensor is the result of one of the layers, behind bias, Q/DQ and changes of layout."""
-    while True:
+    for _ in range(LONGEST_PATH):
         node = view.producer(name, *LAYOUT, QUANTIZE, DEQUANTIZE, "Add", *PRODUCTS)
         if node is None or id(node) in layers:
             return node is not None
@@ -171,6 +187,7 @@ def comes_from_layer(view: GraphView, name: str, layers: set[int]) -> bool:
         if not data or (op_type(node) == "Add" and len(data) > 1) or op_type(node) in PRODUCTS:
             return False
         name = data[0]
+    return False
 
 
 def have_same_shape(first: tuple[int | str, ...] | None, second: tuple[int | str, ...] | None) -> bool | None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 from onnx import NodeProto, TensorProto
 
 from sqat.lint.findings import Problem
-from sqat.lint.graph_view import DEQUANTIZE, LAYOUT, PRODUCTS, QUANTIZE, GraphView, label, op_type
+from sqat.lint.graph_view import DEQUANTIZE, LAYOUT, LONGEST_PATH, PRODUCTS, QUANTIZE, GraphView, label, op_type
 from sqat.lint.rules.attention import node_behind_dequantizer
 from sqat.lint.rules.operators import reads_embedding_table
 from sqat.lint.rules.weights import is_sparse
@@ -37,7 +36,9 @@ def is_linear_output(view: GraphView, dequantizer: NodeProto) -> bool:
     """Whether a DQ carries the int8 output of a quantized linear."""
     quantizer = view.producer(dequantizer.input[0], QUANTIZE)
     name = quantizer.input[0] if quantizer is not None else ""
-    while (node := view.producer(name, *LAYOUT, "Add")) is not None:
+    for _ in range(LONGEST_PATH):
+        if (node := view.producer(name, *LAYOUT, "Add")) is None:
+            break
         name = next((entry for entry in node.input if not view.is_constant(entry)), "")
     product = view.producer(name, *PRODUCTS)
     return product is not None and view.producer(product.input[1], DEQUANTIZE) is not None
@@ -47,7 +48,7 @@ def check_sparse_sizes(view: GraphView) -> Iterator[Problem]:
     """B8: sparse products have sizes that sparse kernels take."""
     for weight in view.weights:
         inputs, outputs = weight.size
-        if (inputs % SPARSE_INPUTS or outputs % SPARSE_OUTPUTS) and np.any(weight.values) and is_sparse(weight):
+        if (inputs % SPARSE_INPUTS or outputs % SPARSE_OUTPUTS) and weight.zeros < 1 and is_sparse(weight):
             text = f"sparse at {weight.size} [in, out], which are not multiples of {SPARSE_INPUTS} and {SPARSE_OUTPUTS}"
             yield Problem(label(weight.node), text)
 
@@ -77,11 +78,9 @@ def check_both_operands(view: GraphView) -> Iterator[Problem]:
 def is_convolution_output(view: GraphView, name: str) -> bool:
     """Whether a tensor is the int8 output of a quantized convolution, which is no one else's int8 input."""
     quantizer = view.quantizer_before(name)
-    return quantizer is not None and any(
-        weight.node.output[0] == quantizer.input[0]
-        for weight in view.quantized_weights
-        if op_type(weight.node) == "Conv"
-    )
+    product = view.producer(quantizer.input[0], "Conv") if quantizer is not None else None
+    weight = view.find_weight(product) if product is not None else None
+    return weight is not None and weight.dequantizer is not None
 
 
 def layout_behind_dequantizer(view: GraphView, name: str) -> NodeProto | None:
@@ -128,12 +127,15 @@ def has_bias_operand(view: GraphView, add: NodeProto, weight: Weight) -> bool:
 
 def readers_behind_layout(view: GraphView, node: NodeProto) -> list[NodeProto]:
     """Nodes that read a node's output behind one change of layout or more."""
-    pending = [reader for reader in view.consumers_of(node) if op_type(reader) in LAYOUT]
-    result = []
-    while pending:
-        readers = view.consumers_of(pending.pop())
-        result += readers
-        pending += [reader for reader in readers if op_type(reader) in LAYOUT]
+    pending, seen, result = [node], {id(node)}, []
+    while pending and len(seen) < LONGEST_PATH:
+        current = pending.pop()
+        for reader in view.consumers_of(current):
+            if current is not node:
+                result.append(reader)
+            if op_type(reader) in LAYOUT and id(reader) not in seen:
+                seen.add(id(reader))
+                pending.append(reader)
     return result
 
 

@@ -9,7 +9,17 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from sqat.lint.findings import Problem
 from sqat.lint.graph_editor import GraphEditor
-from sqat.lint.graph_view import DEQUANTIZE, LAYOUT, QUANTIZE, Array, GraphView, int_attribute, label, op_type
+from sqat.lint.graph_view import (
+    DEQUANTIZE,
+    LAYOUT,
+    LONGEST_PATH,
+    QUANTIZE,
+    Array,
+    GraphView,
+    int_attribute,
+    label,
+    op_type,
+)
 from sqat.lint.rules.operators import reads_embedding_table
 from sqat.lint.weight import FLOATS, Weight
 
@@ -106,6 +116,8 @@ def check_scales(view: GraphView) -> Iterator[Problem]:
         if scale is None:
             if not reads_embedding_table(view, node):
                 yield Problem(label(node), "scale is not constant")
+        elif not scale.size:
+            yield Problem(label(node), "scale is empty")
         elif not is_valid_scale(scale).all():
             yield Problem(label(node), f"smallest scale is {scale.min()}, must be positive and finite")
 
@@ -178,7 +190,9 @@ def may_have_several_scales(view: GraphView, node: NodeProto) -> bool:
 def feeds_one_product(view: GraphView, node: NodeProto, products: set[int]) -> bool:
     """Whether a node feeds one attention product alone, behind nothing but changes of layout."""
     readers = view.consumers_of(node)
-    while len(readers) == 1 and op_type(readers[0]) in LAYOUT:
+    for _ in range(LONGEST_PATH):
+        if len(readers) != 1 or op_type(readers[0]) not in LAYOUT:
+            break
         readers = view.consumers_of(readers[0])
     return [id(reader) in products for reader in readers] == [True]
 

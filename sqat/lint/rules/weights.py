@@ -15,7 +15,7 @@ from sqat.export.names import module_of
 from sqat.lint.findings import Problem
 from sqat.lint.graph_editor import GraphEditor, remove_attribute_
 from sqat.lint.graph_view import DEQUANTIZE, QUANTIZE, Array, GraphView, int_attribute, label, op_type
-from sqat.lint.weight import FLOATS, Weight, count_nonzeros, permutation
+from sqat.lint.weight import FLOATS, Weight, permutation
 from sqat.sparsity.pattern import Pattern, parse_pattern
 
 MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
@@ -94,7 +94,7 @@ def check_claimed_patterns(view: GraphView, pruned: Mapping[str, str]) -> Iterat
 def check_almost_sparse(view: GraphView) -> Iterator[Problem]:
     """B6: no layer with many zeros, and yet groups of four with three weights or more."""
     for weight in view.weights:
-        zeros = float(np.equal(weight.values, 0).mean())
+        zeros = weight.zeros
         if zeros <= ALMOST or weight.size[0] % TWO_OF_FOUR.m:
             continue
         if broken := count_violations(weight, TWO_OF_FOUR):
@@ -105,7 +105,7 @@ def check_almost_sparse(view: GraphView) -> Iterator[Problem]:
 
 def count_violations(weight: Weight, pattern: Pattern) -> int:
     """Groups along the sum that hold more weights than the pattern keeps."""
-    return int(np.greater(count_nonzeros(weight.values, pattern.m, weight.reduction), pattern.n).sum())
+    return weight.count_over(pattern.n, pattern.m)
 
 
 def is_sparse(weight: Weight) -> bool:
@@ -116,7 +116,7 @@ def is_sparse(weight: Weight) -> bool:
 def check_weight_values(view: GraphView) -> Iterator[Problem]:
     """B7: int8 weights are in [-127, 127]; float ones hold no -0.0."""
     for weight in view.weights:
-        if weight.dequantizer is not None and weight.values.min() < -127:
+        if weight.dequantizer is not None and weight.smallest < -127:
             yield Problem(label(weight.node), "int8 weight of -128")
         if weight.stored.data_type in FLOATS and (negative := int(negative_zeros(weight).sum())):
             yield Problem(label(weight.node), f"{negative} weights are -0.0")
@@ -124,7 +124,11 @@ def check_weight_values(view: GraphView) -> Iterator[Problem]:
 
 def negative_zeros(weight: Weight) -> NDArray[np.bool_]:
     """Which stored values are -0.0."""
-    values = numpy_helper.to_array(weight.stored)
+    return weight.once("negative zeros", lambda: is_negative_zero(numpy_helper.to_array(weight.stored)))
+
+
+def is_negative_zero(values: Array) -> NDArray[np.bool_]:
+    """Which values are -0.0."""
     negative: NDArray[np.bool_] = np.signbit(values) & np.equal(values, 0)
     return negative
 
@@ -179,16 +183,13 @@ def check_shared_weights(view: GraphView) -> Iterator[Problem]:
 def copy_shared_weights_(editor: GraphEditor) -> None:
     """Give each quantized layer a weight that nothing else reads (B15); the first of several layers keeps it."""
     seen: set[str] = set()
+    layers = {id(node) for weight in editor.view.weights for node in (*weight.steps, weight.node)}
     for weight in editor.view.quantized_weights:
         chain = [weight.name, *(step.output[0] for step in weight.steps)]
         is_shared = any(len(editor.view.consumers[name]) > 1 for name in chain)
-        if weight.name in seen or (is_shared and not is_read_only_by_layers(editor.view, weight.name)):
+        if weight.name in seen or (
+            is_shared and any(id(reader) not in layers for reader in editor.view.consumers[weight.name])
+        ):
             store_weight_(editor, weight, weight.steps, numpy_helper.to_array(weight.stored))
             editor.record("B15", label(weight.node), f"got a copy of {weight.name}, which something else reads too")
         seen.add(weight.name)
-
-
-def is_read_only_by_layers(view: GraphView, name: str) -> bool:
-    """Whether every reader of a constant is a layer, or a step on the way to one."""
-    layers = {id(node) for weight in view.weights for node in (*weight.steps, weight.node)}
-    return all(id(reader) in layers for reader in view.consumers[name])
