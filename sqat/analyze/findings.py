@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pydantic import BaseModel, ConfigDict
 
 from sqat.checkpoint.manifest import Figure
+from sqat.checkpoint.outputs import MADE_BY
 from sqat.recipe.stages import Layers
 
 STRICT = ConfigDict(extra="forbid")
@@ -91,6 +92,7 @@ class Findings(BaseModel):
 
     model_config = STRICT
 
+    comment: str = MADE_BY
     checkpoint: str
     prune: str | None
     calibrate: str | None

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from sqat.bench.intervals import Interval
 from sqat.bench.parity import Parity
+from sqat.checkpoint.outputs import MADE_BY
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -73,6 +74,7 @@ class Report(BaseModel):
     model_config = STRICT
 
     format: int = 1
+    comment: str = MADE_BY
     cpu: str
     cores: int
     threads: int

@@ -44,12 +44,12 @@ def analyze(
     """Measure the sensitivity of each layer, without training."""
     loaded = load(recipe, overrides)
     from sqat.analyze.options import Options, check_options
-    from sqat.files.replace import check_json_name
+    from sqat.checkpoint.outputs import check_output
     from sqat.plots.figure import check_plot
 
     options = Options(stage, parent, prune_stage, calibrate_stage, samples, split, metric, budget)
     check_options(options, loaded.recipe)
-    check_json_name(json_file)
+    check_output(json_file, ".json")
     check_plot(plot)
     from sqat.analyze import command
     from sqat.cli.progress_bars import open_reporter

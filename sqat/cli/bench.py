@@ -43,14 +43,14 @@ def bench(
 ) -> None:
     """Time checkpoints and ONNX files in every backend."""
     from sqat.bench import command
+    from sqat.checkpoint.outputs import check_output
     from sqat.cli.progress_bars import open_reporter
-    from sqat.files.replace import check_json_name
     from sqat.plots.figure import check_plot
 
     options = command.Options(
         artifacts, batch, sequence, threads, baseline, backends or [], rounds, min_seconds, within, max_seconds
     )
-    check_json_name(json_file)
+    check_output(json_file, ".json")
     check_plot(plot)
     with open_reporter(quiet=quiet) as reporter:
         report = command.run_bench(options, reporter)

@@ -21,6 +21,8 @@ def schema(
 
         print_text(schema_text().rstrip())
     else:
+        from sqat.checkpoint.outputs import check_output
         from sqat.files.replace import replace_file
 
+        check_output(output, ".json")
         replace_file(output, schema_text().encode())

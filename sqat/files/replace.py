@@ -236,14 +236,3 @@ def cannot_write(error: Exception, path: Path) -> SqatError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return SqatError(f"cannot be written: {reason}", "free space, or choose another place", str(path),
                      code="unwritable-file")  # fmt: skip
-
-
-def check_json_name(path: Path | None) -> None:
-    """Refuse to write figures over another kind of file: ``bench --json model.onnx`` would cost the model.
-
-    Raises:
-        SqatError: the file's name does not end in .json.
-    """
-    if path is not None and path.suffix != ".json":
-        raise SqatError(f"figures are written as JSON, not to a {path.suffix or 'file without an ending'}",
-                        "name a .json file", str(path), code="usage")  # fmt: skip

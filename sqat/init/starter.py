@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 
+from sqat.checkpoint.outputs import check_output
 from sqat.data.text_files import read_rows
 from sqat.errors import SqatError
 from sqat.files.replace import replace_file
@@ -50,6 +51,8 @@ def write_starter(
     if output.exists() and not force:
         hint = "give --force to overwrite it, or another --output"
         raise SqatError("exists already", hint, str(output), code="output-exists")
+    check_output(output, ".yaml", ".yml", force=force)
+    check_output(output.with_name(SCHEMA_FILE), ".json")
     check_task(task)
     rows = [row for _, row in islice(read_rows(data, str(data)), ROWS_READ)]
     if not rows:

@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
+from sqat.checkpoint.outputs import check_output
 from sqat.errors import GateError, SqatError
 from sqat.lint.apply_rules import fix
 from sqat.lint.findings import Change, plural
@@ -78,8 +79,9 @@ def output_path(path: Path, output: Path | None) -> Path:
     """``model.onnx`` -> ``model.fixed.onnx``, unless another place is named.
 
     Raises:
-        SqatError: the place is a folder, or in a folder that does not exist.
+        SqatError: see `check_output`; or the place is in a folder that does not exist.
     """
+    check_output(output, ".onnx", force=True)
     place = output if output is not None else path.with_name(f"{path.stem}.fixed.onnx")
     if place.is_dir():
         raise SqatError("is a folder", "name a file", str(place), code="unwritable-file")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from sqat.checkpoint.manifest import Manifest, load_manifest, verify_files
+from sqat.checkpoint.manifest import MANIFEST, Manifest, load_manifest, verify_files
 from sqat.checkpoint.store import load_checkpoint
 from sqat.data.rows import SplitName
 from sqat.distributed import broadcast_from_rank0, raise_on_lost_peer
@@ -130,6 +130,8 @@ def run_stage(
 def check_output(output: Path, name: str, force: bool) -> None:
     """Raise SqatError where the output exists and is not a checkpoint of this stage, or with ``force`` of any stage."""
     check_stage_folder(output)
+    if (output.parent / MANIFEST).is_file():
+        raise SqatError("lies in another checkpoint", "choose another folder", str(output), code="output-exists")
     manifest = try_load_manifest(output)
     if force or not output.exists() or not any(output.iterdir()) or (manifest is not None and manifest.stage == name):
         return

@@ -6,6 +6,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from sqat.checkpoint.outputs import MADE_BY, PLOTS, check_output
 from sqat.errors import SqatError
 from sqat.files.replace import replace_file
 
@@ -14,14 +15,12 @@ def check_plot(path: Path | None) -> None:
     """Check before the work starts that a plot can be written.
 
     Raises:
-        SqatError: matplotlib is not installed, or does not write the format.
+        SqatError: matplotlib is not installed, or see `check_output`.
     """
     if path is None:
         return
-    formats = sorted(blank_figure(1, 1).canvas.get_supported_filetypes())
-    if path.suffix.removeprefix(".").lower() not in formats:
-        problem = f"matplotlib writes no {path.suffix or 'file without an ending'}"
-        raise SqatError(problem, "name a .png, .svg or .pdf", str(path), code="usage")
+    blank_figure(1, 1)
+    check_output(path, *PLOTS)
 
 
 def blank_figure(width: float, height: float) -> Any:
@@ -42,9 +41,9 @@ def save_figure(figure: Any, path: Path) -> None:
     """Write a figure to a PNG, SVG or PDF file, atomically.
 
     Raises:
-        SqatError: matplotlib does not write the format, or the file cannot be written.
+        SqatError: see `check_plot`; or the file cannot be written.
     """
     check_plot(path)
-    content = BytesIO()
-    figure.savefig(content, dpi=150, format=path.suffix.removeprefix(".").lower())
+    content, ending = BytesIO(), path.suffix.removeprefix(".").lower()
+    figure.savefig(content, dpi=150, format=ending, metadata={"Software" if ending == "png" else "Creator": MADE_BY})
     replace_file(path, content.getvalue())

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, TypeAlias
 
+from sqat.checkpoint.outputs import MADE_BY
 from sqat.recipe.schema import Recipe
 from sqat.recipe.stages import STAGE_TYPES
 from sqat.recipe.yaml_nodes import Node
@@ -24,7 +25,7 @@ KeyPath: TypeAlias = tuple[str | int, ...]
 def recipe_schema() -> Schema:
     """Return the JSON schema of a recipe file: every key with its type, bounds, default and description."""
     schema = Recipe.model_json_schema(by_alias=True)
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **drop_titles(schema)}
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$comment": MADE_BY, **drop_titles(schema)}
     stages = schema["properties"]["stages"]
     (pattern, stage), *_ = stages["patternProperties"].items()
     types = "|".join(STAGE_TYPES)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sqat import __version__
+from sqat.checkpoint.outputs import MADE_BY, check_output
 from sqat.errors import SqatError
 from sqat.files.replace import replace_file
 from sqat.progress import Reporter
@@ -25,7 +26,7 @@ def write_page(directory: Path, output: Path | None, reporter: Reporter) -> Path
     """Write the report of a run folder, by default into that folder, and return its path.
 
     Raises:
-        SqatError: the folder holds no run, or Jinja2 or matplotlib is not installed.
+        SqatError: the folder holds no run, Jinja2 or matplotlib is not installed, or see `check_output`.
     """
     try:
         import jinja2
@@ -33,11 +34,12 @@ def write_page(directory: Path, output: Path | None, reporter: Reporter) -> Path
     except ImportError as error:
         hint = "pip install 'sqat[report]'"
         raise SqatError(f"{error.name} is not installed", hint, "sqat report", code="missing-package") from error
+    path = output / NAME if output is not None and output.is_dir() else output or directory / NAME
+    check_output(path, ".html")
     run = read_run(directory, reporter)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
                                      lstrip_blocks=True)  # fmt: skip
     template = environment.from_string(files("sqat.report").joinpath("page.html").read_text(encoding="utf-8"))
-    path = output / NAME if output is not None and output.is_dir() else output or directory / NAME
     replace_file(path, template.render(template_values(run)).encode())
     return path
 
@@ -54,6 +56,7 @@ def template_values(run: Run) -> dict[str, Any]:
     return {
         "name": run.directory.resolve().name,
         "version": __version__,
+        "made_by": MADE_BY,
         "run": run,
         "about": about(run),
         "headline": headline(run),

@@ -41,16 +41,17 @@ def test_pictures_of_each_kind(tmp_path: Path) -> None:
     for ending, start in {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}.items():
         save_figure(blank_figure(2, 1), tmp_path / f"plot.{ending}")
         assert (tmp_path / f"plot.{ending}").read_bytes().startswith(start)
+        save_figure(blank_figure(2, 1), tmp_path / f"plot.{ending}")  # it knows its own
 
 
 @pytest.mark.parametrize("name", ["plot.txt", "plot"])
 def test_another_kind_is_refused_before_anything_is_timed(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SqatError, match="matplotlib writes no"):
+    with pytest.raises(SqatError, match="not written to a"):
         check_plot(tmp_path / name)
     check_plot(None)
     assert main(["bench", str(tmp_path / "nothing.onnx"), "--plot", str(tmp_path / name)]) == 2
     error = capsys.readouterr().err
-    assert "matplotlib writes no" in error
+    assert "not written to a" in error
     assert error.count("\n") <= 2

@@ -11,8 +11,8 @@ from pathlib import Path
 from scripts.benchmarks.beside_modelopt import __doc__ as about
 from scripts.benchmarks.beside_modelopt.rows import CHAINS, METRICS, MODEL, SEEDS, Budget, Comparison, read
 from scripts.benchmarks.beside_modelopt.table import render
+from sqat.checkpoint.outputs import check_output
 from sqat.errors import SqatError
-from sqat.files.replace import check_json_name
 from sqat.hardware.machine import describe_processor, version_of
 
 MISTAKE = 2
@@ -67,7 +67,7 @@ def compare(arguments: argparse.Namespace) -> None:
     Raises:
         SqatError: Model Optimizer or a data set is missing, or the file is of another budget.
     """
-    check_json_name(arguments.json)
+    check_output(arguments.json, ".json", force=True)
     budget = Budget(
         dense_steps=arguments.dense_steps, sparse_steps=arguments.sparse_steps, qat_steps=arguments.qat_steps
     )
