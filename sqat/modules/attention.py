@@ -1,7 +1,7 @@
 """Attention with a hook on each operand of its two products: query, key, softmax and value.
 
-The arithmetic is the family's own eager attention, whatever it computes. `byte_attention` keeps the weight of a key as
-a byte, as the kernels of target cpu-sparse do, and divides by the sum of the bytes.
+The arithmetic is the family's own. `byte_attention` keeps the weight of a key as a byte, as the kernels of target
+cpu-sparse do, and divides by the sum of the bytes.
 
 Shapes: B batch, h heads, T queries, S keys, d head width.
 """
