@@ -17,7 +17,7 @@ from sqat.errors import SqatError
 from sqat.files.read import read_text
 from sqat.recipe.yaml_nodes import Node, compose
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 1 << 20
 MAX_NUMBER = 1e9  # of epochs, rates and shares
 FENCE = re.compile(r"^---[ \t]*$", re.MULTILINE)
 OPERATIONS: dict[type, Callable[[Any, Any], Any]] = {

@@ -26,7 +26,7 @@ BAD_CALLS = [
     (["run", "."], "error: .: is a folder, not a recipe; name a file in it: r.yaml"),
     (["run", "r.yaml", "--set", "seed=x"],
      "error: --set seed: seed needs a whole number from 0 to 4294967295, got 'x'"),
-    (["run", "r.yaml", "--set", "data.dev=no.jsonl"], "error: --set data.dev: data.dev: no file no.jsonl"),
+    (["run", "r.yaml", "--set", "data.dev=no.jsonl"], "error: --set data.dev: data.dev: no.jsonl: no such file"),
     (["run", "r.yaml", "--from", "qta", "--dry-run"], "error: --from qta: the recipe has no such stage"),
     (["train", "r.yaml", "--from", "gone"], "error: gone: no such file or folder"),
     (["qat", "r.yaml", "--stage", "prune"], "error: --stage: no qat stage 'prune'; allowed: qat"),
