@@ -12,6 +12,7 @@ from sqat.api.arguments import Inputs, choose_part, model_inputs
 from sqat.compress.training_losses import RelationFn, minilm_loss
 from sqat.distillation import LOSSES, RelationLoss
 from sqat.errors import SqatError
+from sqat.models.conv1d import linears_for_conv1d
 
 
 @contextmanager
@@ -46,7 +47,11 @@ def distillation_loss(
                         code="usage")  # fmt: skip
     if teacher.training:
         raise SqatError("the teacher is in training mode", "call teacher.eval()", code="usage")
-    with minilm_loss(model, teacher, relations, qkv, teacher_qkv) as relation_loss:
+    with (
+        linears_for_conv1d(model),
+        linears_for_conv1d(teacher),
+        minilm_loss(model, teacher, relations, qkv, teacher_qkv) as relation_loss,
+    ):
 
         def compute_loss(batch: Inputs) -> Tensor:
             inputs = model_inputs(batch, next(teacher.parameters()).device)

@@ -23,6 +23,7 @@ from sqat.export.qdq import insert_qdq
 from sqat.export.quantized_model import QuantizedModel
 from sqat.lint.apply_rules import verify
 from sqat.models.attention import use_eager
+from sqat.models.conv1d import to_linears_
 from sqat.modules.parametrize import get_layer
 from sqat.onnx_files.write import on_disk, write_onnx
 from sqat.quantization.fake_quant import quantize_weight
@@ -90,6 +91,7 @@ def make_float_copy(model: nn.Module) -> nn.Module:
     """Copy a model to the CPU, in float32 and eval mode, with eager attention and named outputs."""
     copy = deepcopy(model).cpu().float().eval()
     use_eager(copy)
+    to_linears_(copy)
     config: Any = getattr(copy, "config", None)
     if hasattr(config, "return_dict"):
         config.return_dict = True

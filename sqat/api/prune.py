@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -18,6 +18,7 @@ from sqat.compress.permute import permute_
 from sqat.compress.statistics import collect_statistics
 from sqat.data.batch import Batch
 from sqat.errors import SqatError
+from sqat.models.conv1d import linears_for_conv1d
 from sqat.modules.parametrize import insert_weights_, remove_weights_
 from sqat.modules.plain_state import remove_all, save_plain_weights_
 from sqat.sparsity.criteria import CRITERIA, Criterion
@@ -34,7 +35,7 @@ class Masks:
     """Which weights of which layers stay.
 
     Attributes:
-        kept: layer -> bool mask of its weight's shape, True where kept.
+        kept: layer -> bool mask of its weight's shape, [out,in] also for a Conv1D, True where kept.
         patterns: layer -> ``N:M``.
         skipped: layer -> why it stays dense.
         notes: what permuting channels gained.
@@ -80,14 +81,15 @@ def masked(model: nn.Module, masks: Masks) -> Iterator[None]:
         SqatError: the masks are not this model's, or it already has masks or quantizers.
     """
     check_unchanged(model)
-    check_masks(model, masks.kept)
-    transforms = insert_weights_(model, masks.kept, ())
-    hooks = save_plain_weights_(model, transforms)
-    try:
-        yield
-    finally:
-        remove_all(hooks)
-        remove_weights_(model, transforms)
+    with linears_for_conv1d(model):
+        check_masks(model, masks.kept)
+        transforms = insert_weights_(model, masks.kept, ())
+        hooks = save_plain_weights_(model, transforms)
+        try:
+            yield
+        finally:
+            remove_all(hooks)
+            remove_weights_(model, transforms)
 
 
 class Pruner:
@@ -146,11 +148,15 @@ class Pruner:
             raise SqatError(f"criterion {self.criterion.name} reads all batches at every mask",
                             "give a list or a DataLoader, not a generator", code="usage")  # fmt: skip
         self.model, self.batches, self.loss = model, batches, loss or model_loss
-        self.patterns, self.skipped = choose_patterns(model, select_layers(include, exclude), pattern)
-        mask_steps = plan_mask_steps(schedule, steps, recovery_fraction)
-        self.notes = self.permute() if permute else []
-        self.mask_schedule = MaskSchedule(model, self.patterns, self.criterion, schedule, mask_steps, self.collect)
-        self.hooks = save_plain_weights_(model, self.mask_schedule.transforms, masks=True)
+        with ExitStack() as undo:
+            undo.enter_context(linears_for_conv1d(model))
+            self.patterns, self.skipped = choose_patterns(model, select_layers(include, exclude), pattern)
+            mask_steps = plan_mask_steps(schedule, steps, recovery_fraction)
+            self.notes = self.permute() if permute else []
+            self.mask_schedule = MaskSchedule(model, self.patterns, self.criterion, schedule, mask_steps, self.collect)
+            undo.callback(self.mask_schedule.remove)
+            undo.callback(remove_all, save_plain_weights_(model, self.mask_schedule.transforms, masks=True))
+            self.undo = undo.pop_all()
         self.steps_taken = 0
 
     def permute(self) -> list[str]:
@@ -202,8 +208,7 @@ class Pruner:
 
     def remove(self) -> None:
         """Take the current masks off; the pruned weights are +0.0."""
-        remove_all(self.hooks)
-        self.mask_schedule.remove()
+        self.undo.close()
 
     def collect(self, owners: Mapping[str, str]) -> dict[str, Tensor]:
         """Collect the criterion's statistics over all batches."""

@@ -14,6 +14,7 @@ from sqat.compress.calibrate import calibrate as calibrate_model
 from sqat.compress.quantize import quantized_model
 from sqat.errors import SqatError, suggest
 from sqat.export.cpu_encoder import check_encoder
+from sqat.models.conv1d import linears_for_conv1d
 from sqat.models.layer_selection import choose_layers, is_convolutional, weighted_layers
 from sqat.modules.plain_state import remove_all, save_plain_weights_
 from sqat.quantization.calibrators import CALIBRATORS, Calibrator
@@ -74,11 +75,12 @@ def calibrate(
     if is_convolutional(model):
         raise SqatError("sqat.calibrate does not fold the batch norms of a network of convolutions",
                         "calibrate it with a recipe", code="unsupported-model")  # fmt: skip
-    if PLACEMENTS[placement].kernels:
-        check_encoder(model)
     find_amax: CalibratorFn = choose_part("method", method, CALIBRATORS, Calibrator)
-    choice = choose_layers(model, select_layers(include, exclude), "quantize")
-    calibration = calibrate_model(model, read_inputs(model, batches), find_amax, placement, choice.chosen)
+    with linears_for_conv1d(model):
+        if PLACEMENTS[placement].kernels:
+            check_encoder(model)
+        choice = choose_layers(model, select_layers(include, exclude), "quantize")
+        calibration = calibrate_model(model, read_inputs(model, batches), find_amax, placement, choice.chosen)
     return Scales(
         calibration.amax,
         calibration.shared_with,
@@ -109,14 +111,15 @@ def quantized(model: nn.Module, masks: Masks | None, scales: Scales) -> Iterator
     """
     masks_kept = {} if masks is None else masks.kept
     check_unchanged(model)
-    check_masks(model, masks_kept)
-    check_scales(model, scales)
-    with quantized_model(model, masks_kept, scales.layers, scales.amax, scales.shared_with, scales.placement):
-        hooks = save_plain_weights_(model, dict.fromkeys((*masks_kept, *scales.layers)))
-        try:
-            yield
-        finally:
-            remove_all(hooks)
+    with linears_for_conv1d(model):
+        check_masks(model, masks_kept)
+        check_scales(model, scales)
+        with quantized_model(model, masks_kept, scales.layers, scales.amax, scales.shared_with, scales.placement):
+            hooks = save_plain_weights_(model, dict.fromkeys((*masks_kept, *scales.layers)))
+            try:
+                yield
+            finally:
+                remove_all(hooks)
 
 
 def check_scales(model: nn.Module, scales: Scales) -> None:
