@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -18,12 +19,20 @@ from sqat.errors import SqatError
 
 @dataclass(frozen=True)
 class TextProcessor:
-    """A tokenizer: one or two texts a row."""
+    """A tokenizer: one or two texts a row.
+
+    Attributes:
+        num_types: token types that the model has; None where that is not known, or has no limit.
+    """
 
     tokenizer: Any
+    num_types: int | None = field(default=None, kw_only=True)
 
     def prepare(self, rows: Rows, max_length: int) -> Rows:
-        return tokenize(rows, self.tokenizer, max_length)
+        tokens = tokenize(rows, self.tokenizer, max_length)
+        if self.num_types is not None:
+            check_types(tokens, self.num_types)
+        return tokens
 
     def collate(self, rows: Rows, indices: list[int]) -> Batch:
         return collate(rows, indices, self.tokenizer)
@@ -56,6 +65,22 @@ def tokenize(rows: Rows, tokenizer: Any, max_length: int) -> Rows:
     for name, arrays in parts.items():
         table = table.append_column(name, pa.chunked_array(arrays))
     return in_memory(table)
+
+
+def check_types(rows: Rows, num_types: int) -> None:
+    """Refuse token types that the model does not have.
+
+    Raises:
+        SqatError: see above.
+    """
+    if "token_type_ids" not in rows.column_names:
+        return
+    types = rows.with_format("arrow")[:]["token_type_ids"]
+    largest = max((pc.max(chunk.flatten()).as_py() or 0 for chunk in types.chunks), default=0)
+    if largest >= num_types:
+        raise SqatError(f"the tokenizer gives tokens the type {largest}, but the model has {num_types} token types",
+                        "use the model's own tokenizer, or take token_type_ids from its model_input_names",
+                        code="model-mismatch")  # fmt: skip
 
 
 def collate(rows: Rows, indices: list[int], tokenizer: Any) -> Batch:

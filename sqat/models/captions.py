@@ -18,6 +18,7 @@ from sqat.checkpoint.manifest import WEIGHTS, file_digest
 from sqat.compat import quiet_transformers
 from sqat.errors import SqatError, first_line
 from sqat.models.sources import LOADING_ERRORS, resolve_source
+from sqat.models.text import check_length, check_tokens
 
 CHUNK = 64
 
@@ -87,6 +88,8 @@ class Captions:
         except LOADING_ERRORS as error:
             problem = f"the text encoder {self.source!r} cannot be loaded: {first_line(error)}"
             raise SqatError(problem, "check model.text_encoder", code="unsupported-model") from error
+        check_tokens(model, tokenizer, self.source)
+        check_length(model, self.tokens)
         cut = [len(ids) > self.tokens for ids in tokenizer(list(texts))["input_ids"]]
         options = {"padding": "max_length", "truncation": True, "max_length": self.tokens}
         tokens = tokenizer(list(texts), return_tensors="pt", **options)

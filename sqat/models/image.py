@@ -7,6 +7,7 @@ config's ``image_size``, else that of the source's preprocessor. Images must hav
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from sqat.models.sources import LOADING_ERRORS
 from sqat.recipe.inputs import ModelConfig
 
 MIDDLE = 0.5
+MAX_SIDE = 8192
 
 
 class Images:
@@ -42,8 +44,9 @@ class Images:
         """
         try:
             if config.config is not None:
-                return from_config(config.config, config.dropout, head.entries)
-            return from_source(config, source, head)
+                model, processor = from_config(config.config, config.dropout, head.entries)
+            else:
+                model, processor = from_source(config, source, head)
         except ImportError as error:
             raise SqatError(
                 "an image model's preprocessor needs Pillow", "pip install 'sqat[images]'", code="missing-package"
@@ -55,6 +58,8 @@ class Images:
                 "it must be an image classifier",
                 code="unsupported-model",
             ) from error
+        check_image(model, processor, source or "model.config")
+        return model, processor
 
     def model(self, folder: Path) -> PreTrainedModel:
         return make_classifier(AutoModelForImageClassification, folder)
@@ -93,21 +98,57 @@ def from_source(config: ModelConfig, source: str, head: TaskHead) -> tuple[PreTr
     model = load_classifier(AutoModelForImageClassification, config, source, head)
     scaling = AutoImageProcessor.from_pretrained(source, revision=config.revision, trust_remote_code=False).to_dict()
     height, width = image_size(model.config.to_dict() | scaling_size(scaling))
-    middle = [MIDDLE] * channels(model.config.to_dict())
-    mean, deviation = (scaling.get(name) or middle for name in ("image_mean", "image_std"))
-    return model, ImageProcessor(height, width, tuple(mean), tuple(deviation))
+    count = channels(model.config.to_dict())
+    mean, deviation = (channel_values(scaling, name, count, source) for name in ("image_mean", "image_std"))
+    return model, ImageProcessor(height, width, mean, deviation)
+
+
+def channel_values(scaling: Mapping[str, Any], name: str, count: int, source: str) -> tuple[float, ...]:
+    """Return a preprocessor's mean or deviation of each channel; a half where it has none.
+
+    Raises:
+        SqatError: it has other channels than the model, or no numbers.
+    """
+    values = scaling.get(name) or [MIDDLE] * count
+    values = list(values) if isinstance(values, list | tuple) else [values] * count
+    sound = all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+    if not sound or len(values) != count or (name == "image_std" and not all(values)):
+        raise SqatError(f"{name} is {values}, and the model's images have {count} channels", "give each channel one "
+                        "number, for image_std not 0", f"{source}/{PREPROCESSOR}", code="model-mismatch")  # fmt: skip
+    return tuple(map(float, values))
+
+
+def check_image(model: PreTrainedModel, processor: ImageProcessor, place: str) -> None:
+    """Show the model an empty image of the processor's size.
+
+    Raises:
+        SqatError: the model does not take it.
+    """
+    height, width, training = processor.height, processor.width, model.training
+    try:
+        with torch.no_grad():
+            model.eval()(pixel_values=torch.zeros(1, processor.channels, height, width))
+    except (ValueError, RuntimeError, TypeError, IndexError, ArithmeticError) as error:
+        problem = f"the model does not read images of {height} x {width} with {processor.channels} channels"
+        raise SqatError(f"{problem}: {first_line(error)}", f"make image_size of its config and the size in "
+                        f"{PREPROCESSOR} fit", place, code="model-mismatch") from error  # fmt: skip
+    finally:
+        model.train(training)
 
 
 def image_size(entries: Mapping[str, Any]) -> tuple[int, int]:
     """Return height and width by a config's ``image_size``."""
     size = entries.get("image_size")
-    if isinstance(size, int):
-        return size, size
-    if isinstance(size, list | tuple) and len(size) == 2:
-        return int(size[0]), int(size[1])
-    raise SqatError(
-        "nothing says how large the model's images are", "give model.config an image_size", code="invalid-recipe"
-    )
+    sides = [size, size] if isinstance(size, int) else size
+    if not isinstance(sides, list | tuple) or len(sides) != 2:
+        raise SqatError(
+            "nothing says how large the model's images are", "give model.config an image_size", code="invalid-recipe"
+        )
+    height, width = sides
+    if not all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in sides):
+        raise SqatError(f"the model's images are {height!r} x {width!r}", f"a side has 1 to {MAX_SIDE} pixels",
+                        code="unsupported-model")  # fmt: skip
+    return height, width
 
 
 def scaling_size(entries: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from sqat.models.pooling import (
     side_files,
 )
 from sqat.models.sources import LOADING_ERRORS, check_loaded
-from sqat.models.text import check_length, check_vocabulary, load_tokenizer
+from sqat.models.text import check_length, check_tokens, check_vocabulary, count_types, load_tokenizer
 from sqat.recipe.inputs import ModelConfig
 
 
@@ -116,10 +116,11 @@ class Sentences:
         new = [name for name in sorted(report["missing_keys"]) if not name.startswith("pooler.")]  # nothing reads it
         check_loaded(new, source)
         check_vocabulary(tokenizer, source)
+        check_tokens(model, tokenizer, source)
         check_length(model, config.max_length)
         pooling = Pooling(head.entries.get("pooling", pooling.mode), pooling.normalized)
         return add_pooling_(model, pooling), SentenceProcessor(
-            tokenizer, pooling, model.config.hidden_size, config.max_length, carried
+            tokenizer, pooling, model.config.hidden_size, config.max_length, carried, num_types=count_types(model)
         )
 
     def model(self, folder: Path) -> PreTrainedModel:

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from sqat.data.tokens import TextProcessor
@@ -20,6 +20,8 @@ from sqat.models.conv1d import to_linears_
 from sqat.models.head import TaskHead
 from sqat.models.sources import LOADING_ERRORS
 from sqat.recipe.inputs import ModelConfig
+
+POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe", "positions_embed")
 
 
 class Texts:
@@ -52,7 +54,8 @@ class Texts:
         to_linears_(model)
         if is_decoder(model):
             set_padding_(model, tokenizer, source)
-        return model, TextProcessor(tokenizer)
+        check_tokens(model, tokenizer, source)
+        return model, TextProcessor(tokenizer, num_types=count_types(model))
 
     def model(self, folder: Path) -> PreTrainedModel:
         model = make_classifier(AutoModelForSequenceClassification, folder)
@@ -108,13 +111,39 @@ def set_padding_(model: PreTrainedModel, tokenizer: Any, source: str) -> None:
 
 
 def longest_text(model: PreTrainedModel) -> int | None:
-    """Return the number of tokens with a position; RoBERTa and its like start after their padding index."""
-    longest: int | None = getattr(model.config, "max_position_embeddings", None)  # absent where positions are relative
-    tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
-    table = next((m for m in tables if isinstance(m, nn.Embedding)), None)
-    if longest is None or table is None or table.padding_idx is None:
-        return longest
-    return longest - table.padding_idx - 1
+    """Return the number of tokens with a position; None where positions are relative and have no limit."""
+    entry = getattr(model.config, "max_position_embeddings", None)
+    limits = [entry] if isinstance(entry, int) and entry > 0 else []  # XLNet says -1, others null
+    for name, table in model.named_modules():
+        weight = getattr(table, "weight", None)
+        if name.rpartition(".")[2] in POSITION_TABLES and isinstance(weight, Tensor) and weight.dim() == 2:
+            limits.append(len(weight) - getattr(table, "offset", 0))  # BART's table has two rows more
+            padding = getattr(table, "padding_idx", None)  # RoBERTa and its like start after it
+            limits.append(min(limits) - (0 if padding is None else padding + 1))
+    return min(limits, default=None)
+
+
+def check_tokens(model: PreTrainedModel, tokenizer: Any, place: str) -> None:
+    """Refuse a tokenizer with tokens that have no row in the model's embedding table."""
+    try:
+        table = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:  # CANINE hashes characters
+        return
+    beyond = [(number, token) for token, number in tokenizer.get_vocab().items()
+              if table is not None and number >= len(table)]  # fmt: skip
+    if beyond and table is not None:
+        number, token = min(beyond)
+        more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
+        raise SqatError(f"the tokenizer has the token {token!r} with number {number}{more}, but the model's embedding "
+                        f"table has {len(table)} rows", "call model.resize_token_embeddings(len(tokenizer)) and save "
+                        "the model, or use its own tokenizer", place, code="model-mismatch")  # fmt: skip
+
+
+def count_types(model: PreTrainedModel) -> int | None:
+    """Return the number of token types that a model has; None where it has no table of them."""
+    tables = (module for name, module in model.named_modules() if name.endswith("token_type_embeddings"))
+    weight = getattr(next(tables, None), "weight", None)
+    return len(weight) if isinstance(weight, Tensor) else None
 
 
 def check_length(model: PreTrainedModel, max_length: int) -> None:
