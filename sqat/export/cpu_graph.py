@@ -1,8 +1,8 @@
 """The graph of target `cpu-sparse`: the float graph with embeddings and layers as nodes of the domain `sqat`.
 
 One `Embed` and five nodes a layer replace them: q, k and v as one `Linear`, `Attention`, `Linear`
-with residual add and norm, and two more `Linear`. Pooling and head stay as traced. Activations between nodes are
-uint8 around 128.
+with residual add and norm, and two more `Linear`. A mean over tokens is one `MeanPool`; other heads stay as traced.
+Activations between nodes are uint8 around 128.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def to_cpu_sparse(graph: ModelProto, encoder: Encoder, int8_words: bool = False)
     last = find_node(editor, f"{encoder.layers[-1]}.{encoder.family.second_norm}", "LayerNormalization").outputs[0]
     assert stream.floats is not None
     last.replace_all_uses_with(stream.floats, replace_graph_outputs=True)
+    replace_mean_pooling(editor, stream.floats)
     for name in encoder.quantized.weights:
         if not name.startswith(tuple(f"{layer}." for layer in encoder.layers)):
             replace_outer_linear(editor, encoder, name)
@@ -176,6 +177,35 @@ def replace_outer_linear(editor: GraphEditor, encoder: Encoder, name: str) -> No
         floats = add_linear(editor, encoder.fuse(name), name, quantized).floats
         assert floats is not None
         output.replace_all_uses_with(floats, replace_graph_outputs=True)
+
+
+def replace_mean_pooling(editor: GraphEditor, states: ir.Value) -> None:
+    """Replace the mean over the tokens of the last states: ONNX Runtime's own sum depends on the number of threads."""
+    mask = graph_input(editor, "attention_mask")
+    for product in readers(states, "Mul"):
+        weights = next(value for value in product.inputs if value is not states)
+        for mean in [mean for total in readers(product, "ReduceSum") for mean in readers(total, "Div")]:
+            if is_computed_from(weights, ["Cast", "Unsqueeze"], mask) and is_computed_from(
+                mean.inputs[1], ["Clip", "ReduceSum"], weights
+            ):
+                shape = [size for axis, size in enumerate(shape_of(states)) if axis != 1]
+                pooled = add_node(editor, "MeanPool", "pooling", [states, mask], {}, shape, {FLOAT: True})[0]
+                mean.outputs[0].replace_all_uses_with(pooled, replace_graph_outputs=True)
+
+
+def readers(value: ir.Value | ir.Node, op: str) -> list[ir.Node]:
+    """List the nodes of an operator that read a value, or the first output of a node."""
+    value = value.outputs[0] if isinstance(value, ir.Node) else value
+    return [use.node for use in value.uses() if use.node.op_type == op]
+
+
+def is_computed_from(value: ir.Value | None, ops: Sequence[str], source: ir.Value | None) -> bool:
+    """Say whether each of some operators, in any order, made a value from the first input of the next."""
+    left = list(ops)
+    while left and value is not None and (node := value.producer()) is not None and node.op_type in left:
+        left.remove(node.op_type)
+        value = node.inputs[0]
+    return not left and value is source
 
 
 def add_quantize(editor: GraphEditor, x: ir.Value, step: float, name: str) -> ir.Value:

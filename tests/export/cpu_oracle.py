@@ -142,6 +142,14 @@ class EmbedInt8(OpRun):
         return embedded(self, words, ids, types, places, position, type_, gamma, beta, y_scale, epsilon)
 
 
+class MeanPool(OpRun):
+    op_domain = "sqat"
+
+    def _run(self, states: Array, mask: Array) -> tuple[Array]:
+        weights = mask.astype(np.float64)[..., None]
+        return (((states * weights).sum(1) / np.maximum(weights.sum(1), 1e-9)).astype(F32),)
+
+
 def embedded(op: OpRun, words: Array, ids: Array, types: Array | None, places: Array | None, position: Array,
              type_: Array | None, gamma: Array, beta: Array, y_scale: float,
              epsilon: float) -> tuple[Array, ...]:  # fmt: skip
@@ -154,7 +162,7 @@ def embedded(op: OpRun, words: Array, ids: Array, types: Array | None, places: A
 def interpret(model: ModelProto, inputs: Mapping[str, Array]) -> list[Array]:
     """Outputs of a graph for inputs by name; those it does not take are left out."""
     names = [value.name for value in model.graph.input]
-    evaluator = ReferenceEvaluator(named_outputs(model), new_ops=[Linear, Attention, Embed, EmbedInt8])
+    evaluator = ReferenceEvaluator(named_outputs(model), new_ops=[Linear, Attention, Embed, EmbedInt8, MeanPool])
     outputs: list[Array] = evaluator.run(None, {name: inputs[name] for name in names})
     return outputs
 

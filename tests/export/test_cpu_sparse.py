@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from sqat import runtime
 from sqat.checkpoint.store import Checkpoint
 from sqat.data.tokens import TextProcessor
 from sqat.errors import GateError
@@ -35,6 +36,7 @@ from tests.export.cpu_models import (
     with_states,
 )
 from tests.export.cpu_oracle import unpack
+from tests.runtime.nodes import needs_library
 from tests.tensorrt.encoder import encoder
 from tests.tiny import BASE
 
@@ -177,6 +179,43 @@ def test_pooled_embeddings(engine: str, tokenizer: Any, tmp_path: Path) -> None:
     assert close(by_torch(checkpoint, inputs), got)
     assert np.linalg.norm(got, axis=1) == pytest.approx(1)
     assert not [node for node in nodes(file) if "pooler" in node.name], "nothing reads BERT's own pooler"
+
+
+def outputs_by_threads(file: Path, inputs: Inputs) -> list[Any]:
+    """The outputs of a file for each number of threads; more than the machine's cores may be asked for."""
+    sessions = [runtime.session(file, threads=threads) for threads in (1, 2, 3, 4, 8)]
+    names = [entry.name for entry in sessions[0].get_inputs()]
+    return [session.run(None, {name: inputs[name].numpy() for name in names})[0] for session in sessions]
+
+
+@needs_library
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_number_of_threads_gives_the_same_bits(family: str, made: Making) -> None:
+    for lengths in (LENGTHS, (16,), (16, 3), (1, 2, 16)):
+        first, *others = outputs_by_threads(made(family).file, texts(lengths, typed=family == "bert"))
+        assert all(np.array_equal(first, other) for other in others)
+
+
+@needs_library
+@pytest.mark.parametrize("mode", ["mean", "cls"])
+def test_neither_threads_nor_padding_change_a_bit_of_an_embedding(mode: str, tokenizer: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    wide = {"hidden_size": 256, "num_hidden_layers": 1, "max_position_embeddings": 130}
+    pooling = Pooling(mode)
+    model = add_pooling_(
+        transformers.AutoModel.from_config(transformers.BertConfig(**{**BASE, **wide})).eval(), pooling
+    )
+    processor = SentenceProcessor(tokenizer, pooling, 256, 128, {})
+    checkpoint = calibrate(model, processor, texts(LENGTHS), "cpu", purpose="quantize")
+    file, _ = exported(checkpoint, model, texts(LENGTHS), tmp_path)
+    assert close(by_torch(checkpoint, texts(LENGTHS)), by_kernels(file, texts(LENGTHS))[0])
+    assert any(node.op_type == "MeanPool" for node in nodes(file)) == (mode == "mean")
+    for lengths in ((128,), (64, 31), (7, 100, 2), LENGTHS):
+        inputs = texts(lengths)
+        first, *others = outputs_by_threads(file, inputs)
+        assert all(np.array_equal(first, other) for other in others)
+        padded = {name: torch.nn.functional.pad(tensor, (0, 2)) for name, tensor in inputs.items()}
+        assert np.array_equal(by_kernels(file, padded)[0], first)
 
 
 def test_a_module_that_was_not_traced_is_one_line_of_error() -> None:

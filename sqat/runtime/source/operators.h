@@ -19,6 +19,7 @@ std::unique_ptr<Kernel> make_linear(const Engine& engine, const KernelInfo* info
 std::unique_ptr<Kernel> make_attention(const Engine& engine, const KernelInfo* info);
 std::unique_ptr<Kernel> make_embed(const Engine& engine, const KernelInfo* info);
 std::unique_ptr<Kernel> make_embed_int8(const Engine& engine, const KernelInfo* info);
+std::unique_ptr<Kernel> make_mean_pool(const Engine& engine, const KernelInfo* info);
 
 struct Slot {
   ElementType type;

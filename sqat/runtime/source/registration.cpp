@@ -34,6 +34,8 @@ const std::vector<Operator>& operators() {
      {i64, optional(i64), optional(i64), i8, f32, f32, optional(f32), f32, f32},
      {optional(f32), optional(u8)},
      make_embed_int8},
+    // states, mask -> Y
+    {"MeanPool", {f32, i64}, {f32}, make_mean_pool},
   };
   return *all;
 }
