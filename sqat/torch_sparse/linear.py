@@ -79,6 +79,11 @@ class SparseLinear(nn.Module):
         """The weight as it is stored."""
         return SemiStructured(self.values, self.metadata, self.order)
 
+    @property
+    def weight(self) -> Tensor:
+        """A tensor without values, for models that ask for its type (T5): int8 takes inputs of any float type."""
+        return torch.empty(self.out_features, self.in_features, dtype=torch.int8, device="meta")
+
     def dense(self) -> Tensor:
         """Unpack the weight [N,K] to float32."""
         weight = unpack(self.packed).float()

@@ -17,6 +17,7 @@ from sqat.checkpoint.store import Checkpoint
 from sqat.errors import SqatError
 from sqat.export.quantized_model import quantize_model
 from sqat.export.targets.compressed_tensors import check_compressed, skipped_sites, write_compressed
+from tests.errors import raises_code
 
 FAMILIES = ("bert", "roberta", "distilbert", "electra", "mpnet", "modernbert")
 MakeCheckpoint = Callable[..., Checkpoint]
@@ -98,6 +99,25 @@ def test_a_layer_without_an_input_scale_is_an_error(make_checkpoint: MakeCheckpo
     with pytest.raises(SqatError, match=LAYER) as error:
         write(replace(checkpoint, manifest=checkpoint.manifest.model_copy(update={"sites": sites})), tmp_path)
     assert error.value.code == "unsupported-target"
+
+
+def test_a_convolution_is_an_error_before_anything_is_written(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint("bert")
+    name = f"{LAYER}.weight"
+    weights = {**checkpoint.weights, name: checkpoint.weights[name][:, :, None, None]}
+    masks = {layer: mask for layer, mask in checkpoint.masks.items() if layer != LAYER}
+    with raises_code("unsupported-target", match=f"{LAYER} is a convolution"):
+        write(replace(checkpoint, weights=weights, masks=masks), tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_float_matrix_that_is_no_layer_is_ignored(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint("bert")
+    router = {"experts.router.weight": torch.randn(2, 32), "experts.router.bias": torch.zeros(2)}
+    folder = write(replace(checkpoint, weights={**checkpoint.weights, **router}), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization_config"]["ignore"].count("experts.router") == 1
+    assert check_compressed(folder, patterns(checkpoint)) == []
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -21,6 +21,7 @@ from sqat.errors import SqatError
 from sqat.export.quantized_model import quantize_model
 from sqat.export.targets.semi_structured import write_packed
 from sqat.quantization.fake_quant import quantize_weight
+from tests.errors import raises_code
 
 FIRST = "bert.encoder.layer.0.attention.self.query"  # left float in `make_checkpoint`
 QUERY = "bert.encoder.layer.1.attention.self.query"  # [32, 32]
@@ -214,3 +215,15 @@ def test_nothing_to_pack_is_one_line_of_error(make_checkpoint: MakeCheckpoint) -
     with pytest.raises(SqatError) as error:
         write(bare)
     assert error.value.code == "unsupported-target"
+
+
+def test_convolutions_stay_dense_and_alone_are_an_error(make_checkpoint: MakeCheckpoint) -> None:
+    checkpoint = make_checkpoint()
+    weight = checkpoint.weights[f"{QUERY}.weight"][:, :, None, None]
+    entries, _ = read(with_weight(checkpoint, QUERY, weight))
+    assert "convolution" in entries["dense"][QUERY]
+    records = checkpoint.manifest.layers
+    others = {name: record.model_copy(update={"pattern": ""}) for name, record in records.items() if name != QUERY}
+    alone = checkpoint.manifest.model_copy(update={"layers": {QUERY: records[QUERY], **others}})
+    with raises_code("unsupported-target", match="convolution.*leave it out"):
+        write(with_weight(replace(checkpoint, manifest=alone), QUERY, weight))

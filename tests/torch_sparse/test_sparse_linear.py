@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import T5Config
+from transformers.models.t5.modeling_t5 import T5DenseActDense
 
 from sqat.quantization.fake_quant import fake_quantize, fake_quantize_weight, quantize_weight
 from sqat.sparsity.masks import nm_mask
@@ -20,6 +22,7 @@ from sqat.torch_sparse.linear import Scales, SparseLinear, insert_sparse_, quant
 from sqat.torch_sparse.plans import Plan
 
 AMAX = torch.tensor(2.3)
+MakeLayer = Callable[[nn.Linear], SparseLinear]
 
 
 def plain_layer(inputs: int = 64, outputs: int = 96, bias: bool = True, seed: int = 0) -> nn.Linear:
@@ -126,6 +129,18 @@ def test_a_16_bit_layer_rounds_input_weight_and_result(kind: torch.dtype) -> Non
     assert y.dtype == torch.float32
     assert torch.equal(y.to(kind).float(), y), "the result is one of the type's numbers"
     assert float((y - exact).abs().max()) <= torch.finfo(kind).eps * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("make", [int8_layer, half_layer])
+def test_a_model_that_asks_for_the_type_of_the_weight_casts_nothing(make: MakeLayer, kind: torch.dtype) -> None:
+    torch.manual_seed(0)
+    feed_forward = T5DenseActDense(T5Config(d_model=64, d_ff=96, dropout_rate=0.0)).to(kind)
+    linear, x = plain_layer(96, 64, bias=False), torch.randn(3, 64).to(kind)
+    expected = make(linear)(torch.relu(feed_forward.wi(x)))
+    insert_sparse_(feed_forward, {"wo": make(linear)})
+    assert feed_forward(x).dtype == kind
+    assert torch.equal(feed_forward(x), expected)
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])

@@ -50,8 +50,11 @@ def write_compressed(checkpoint: Checkpoint, quantized: QuantizedModel, folder: 
     """Write a calibrated checkpoint as a compressed-tensors folder.
 
     Raises:
-        SqatError: a quantized layer has no input scale, or layers are Conv1D.
+        SqatError: a quantized layer has no input scale, or layers are convolutions or Conv1D.
     """
+    if convolutions := [name for name, (integers, _) in quantized.weights.items() if integers.dim() != 2]:
+        raise SqatError(f"target compressed-tensors is for linears, and layer {convolutions[0]} is a convolution",
+                        "leave it out of stages.export.targets", code="unsupported-target")  # fmt: skip
     if missing := [name for name in quantized.weights if f"{name}:input" not in quantized.amax]:
         raise SqatError(f"layer {missing[0]} has no input scale, which target compressed-tensors needs",
                         code="unsupported-target")  # fmt: skip
@@ -66,7 +69,8 @@ def write_compressed(checkpoint: Checkpoint, quantized: QuantizedModel, folder: 
         tensors[f"{name}.input_scale"] = (amax / HIGH).reshape(1)
     config = json.loads(checkpoint.files[CONFIG])
     ignored = [name for name, record in checkpoint.manifest.layers.items() if not record.quantized]
-    config["quantization_config"] = {**QUANTIZATION, "ignore": ignored}
+    ignored += float_linears(tensors)  # also those that are no nn.Linear, such as routers of experts
+    config["quantization_config"] = {**QUANTIZATION, "ignore": list(dict.fromkeys(ignored))}
     files = {name: content for name, content in checkpoint.files.items() if Path(name).suffix in SIDE_FILES}
     files[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
     for name, content in files.items():
@@ -142,17 +146,23 @@ def check_tensors(tensors: Mapping[str, Tensor], ignored: set[str], pruned: Mapp
         yield from check_layer(layer, tensors)
         if layer in ignored:
             yield f"{layer} is quantized and in the ignore list"
-    for name, tensor in tensors.items():
-        layer = name.removesuffix(".weight")
-        linear = tensor.dim() == 2 and name.endswith(".weight") and f"{layer}.bias" in tensors
-        if linear and tensor.is_floating_point() and layer not in ignored:
+    for layer in float_linears(tensors):
+        if layer not in ignored:
             yield f"{layer} is a float linear and not in the ignore list"
+    for name in tensors:
         if name.endswith("_zero_point"):
             yield f"{name}: symmetric quantization stores no zero point"
     yield from (f"{layer} is in the ignore list and has no weight" for layer in ignored
                 if f"{layer}.weight" not in tensors)  # fmt: skip
     for layer, pattern in pruned.items():
         yield from check_pattern(layer, tensors.get(f"{layer}.weight"), pattern)
+
+
+def float_linears(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the modules with a bias and a matrix of floats, as their tensors tell."""
+    matrices = [name for name, x in tensors.items() if x.dim() == 2 and x.is_floating_point()]
+    layers = [name.removesuffix(".weight") for name in matrices if name.endswith(".weight")]
+    return [layer for layer in layers if f"{layer}.bias" in tensors]
 
 
 def check_layer(layer: str, tensors: Mapping[str, Tensor]) -> Iterator[str]:

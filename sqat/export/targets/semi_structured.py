@@ -63,7 +63,9 @@ def write_packed(checkpoint: Checkpoint, quantized: QuantizedModel, folder: Path
             tensors[f"{name}.weight"] = on_grid(quantized, name, weight) if record.quantized else weight
     if not packed:
         first = next((f": {name}: {reason}" for name, reason in dense.items()), "")
-        raise SqatError(f"target torch-semi-structured found no layer it can pack{first}", "prune to 2:4 before",
+        pruned = any(record.pattern for record in checkpoint.manifest.layers.values())
+        raise SqatError(f"target torch-semi-structured found no layer it can pack{first}",
+                        "leave it out of stages.export.targets" if pruned else "prune to 2:4 before",
                         code="unsupported-target")  # fmt: skip
     facts = checkpoint.manifest
     layers = {name: describe(weight, facts.layers[name].pattern) for name, weight in packed.items()}
@@ -85,6 +87,8 @@ def pack_layer(
         return "its weight is kept under another layer's name"
     if not record.pattern:
         return record.dense_because or "not pruned"
+    if weight.dim() != 2:
+        return "a convolution, and torch has no sparse kernel for one"
     if record.quantized and f"{name}:input" not in checkpoint.manifest.sites:
         return "its input has no scale: it was not seen in calibration"
     stored = quantized.weights[name][0] if record.quantized else weight.detach().cpu().half() + 0.0
