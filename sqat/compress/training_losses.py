@@ -12,6 +12,7 @@ from sqat.data.batch import Batch
 from sqat.distillation.relations import QKV
 from sqat.errors import SqatError
 from sqat.models.attention import hook_last_qkv
+from sqat.modules.qkv_hooks import INSTEAD
 from sqat.recipe.stages import DistillConfig
 from sqat.tasks import Task
 from sqat.training.data_parallel import Loss
@@ -78,20 +79,36 @@ def minilm_loss(
     """
     student_hooks, teacher_hooks = hook_last_qkv(student, student_qkv), hook_last_qkv(teacher, teacher_qkv)
 
-    def loss(inputs: Inputs) -> Tensor:
-        if not student_hooks.outputs:
-            raise SqatError("the student has not seen this batch", "call model(**batch) before the loss", code="usage")
-        seen = student_hooks.pop()
-        mask = inputs.get("attention_mask")  # images have none
-        mask = seen.query.new_ones(seen.query.shape[:2]) if mask is None else mask
-        return relations(seen, teacher_hooks.pop(), mask)
-
-    try:
-        try:  # before training, on two positions of zeros
-            relations(student_hooks.zeros(2), teacher_hooks.zeros(2), torch.ones(1, 2))
+    def compare(student_qkv: QKV, teacher_qkv: QKV, mask: Tensor) -> Tensor:
+        try:
+            return relations(student_qkv, teacher_qkv, mask)
         except ValueError as error:
             raise SqatError(str(error), "choose another distillation loss", code="unsupported-model") from error
+
+    def loss(inputs: Inputs) -> Tensor:
+        if not student_hooks.calls:
+            raise SqatError("the student has not seen this batch", "call model(**batch) before the loss", code="usage")
+        samples, tokens = batch_shape(inputs)
+        seen, taught = student_hooks.pop(samples, tokens), teacher_hooks.pop(samples, tokens)
+        if torch.is_grad_enabled() and not seen.query.requires_grad:  # Reformer, reentrant checkpointing
+            raise SqatError(f"{type(student).__name__} computes {student_hooks.names[0]} without a gradient",
+                            INSTEAD, code="unsupported-model")  # fmt: skip
+        mask = inputs.get("attention_mask")  # images have none
+        return compare(seen, taught, seen.query.new_ones(seen.query.shape[:2]) if mask is None else mask)
+
+    try:
+        compare(student_hooks.zeros(2), teacher_hooks.zeros(2), torch.ones(1, 2))  # before training
         yield loss
     finally:
         student_hooks.remove()
         teacher_hooks.remove()
+
+
+def batch_shape(inputs: Inputs) -> tuple[int, int | None]:
+    """Return the number of samples and of tokens; None for images."""
+    texts = [inputs[name] for name in TEXT_INPUTS if name in inputs]
+    first = texts[0] if texts else next(iter(inputs.values()))
+    return first.shape[0], first.shape[1] if texts else None
+
+
+TEXT_INPUTS = ("input_ids", "inputs_embeds", "attention_mask")

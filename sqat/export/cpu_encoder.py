@@ -99,7 +99,7 @@ class Encoder:
     @property
     def heads(self) -> int:
         """Number of attention heads."""
-        return attention_heads(self.model)
+        return attention_heads(self.model, f"{self.layers[0]}.{self.family.query}")
 
     @property
     def activation(self) -> str:

@@ -172,15 +172,15 @@ def find_qkv(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str,
         unknown = [name for name in names if name not in found]
         if unknown or len(names) not in (1, 3):
             raise SqatError(
-                f"distill.qkv names {unknown[0] if unknown else len(names)}",
+                f"qkv names {unknown[0] if unknown else len(names)}",
                 "give three linear layers or one fused",
                 code="no-layer",
             )
         return tuple(names)
     blocks = encoder_blocks(model)
     if not blocks:
-        raise SqatError("MiniLM distillation needs attention, and the model is a network of convolutions",
-                        "set distill.minilm_weight: 0 and distill.output_weight, or distill: null",
+        raise SqatError("MiniLM distillation needs attention, and sqat treats the model as a network of convolutions",
+                        "train on labels or outputs (in a recipe, distill: {minilm_weight: 0})",
                         code="unsupported-model")  # fmt: skip
     last = f"{blocks[-1]}."
     inside = [name for name in found if name.startswith(last)]
@@ -194,5 +194,6 @@ def find_qkv(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str,
     if len(fused) == 1 and not any(roles.values()):
         return (fused[0],)
     raise SqatError("which linears make q, k and v of the last block cannot be told from their names",
-                    f"set distill.qkv to three (or one fused) of: {', '.join(inside)}",
+                    "name three linears (or one fused) as qkv (in a recipe, distill.qkv), or distil outputs only "
+                    f"(distill: {{minilm_weight: 0}}); it has: {', '.join(inside)}",
                     code="unsupported-model")  # fmt: skip

@@ -90,7 +90,7 @@ def test_q_k_and_v_lie_side_by_side(linears: PreTrainedModel, batch: dict[str, T
     handle = get_layer(linears, f"{LAST}.attn.c_attn").register_forward_hook(lambda *a: seen.append(a[2]))
     with torch.no_grad():
         linears(**batch)
-    caught = capture.pop()
+    caught = capture.pop(3, 12)
     assert all(torch.equal(a, b) for a, b in zip(caught[:3], seen[0].split(32, -1), strict=True))
     assert caught.causal
     capture.remove()

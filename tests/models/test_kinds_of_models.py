@@ -46,7 +46,7 @@ def test_a_network_of_convolutions_has_no_attention_to_distil() -> None:
     net = nn.Sequential(*[nn.Conv2d(16, 16, 3) for _ in range(4)])
     assert is_convolutional(net)
     assert encoder_blocks(net) == []
-    with pytest.raises(SqatError, match=r"MiniLM distillation needs attention.*set distill.minilm_weight: 0"):
+    with pytest.raises(SqatError, match=r"MiniLM distillation needs attention.*distill: {minilm_weight: 0}"):
         find_qkv(net)
 
 

@@ -79,7 +79,8 @@ def test_qkv_that_cannot_be_told_name_the_candidates(names: tuple[str, ...]) -> 
     candidates = ", ".join(f"blocks.1.{name}" for name in names)
     assert problem(find_qkv, MadeUp(*names)) == (
         "which linears make q, k and v of the last block cannot be told from their names; "
-        f"set distill.qkv to three (or one fused) of: {candidates}"
+        "name three linears (or one fused) as qkv (in a recipe, distill.qkv), or distil outputs only "
+        f"(distill: {{minilm_weight: 0}}); it has: {candidates}"
     )
 
 
@@ -97,9 +98,9 @@ def test_the_recipe_may_name_qkv() -> None:
     wanted = [f"blocks.0.to_{x}" for x in "qkv"]
     assert find_qkv(model, wanted) == tuple(wanted)
     assert problem(find_qkv, model, ["blocks.0.to_q", "blocks.0.x", "blocks.0.to_v"]) == (
-        "distill.qkv names blocks.0.x; give three linear layers or one fused"
+        "qkv names blocks.0.x; give three linear layers or one fused"
     )
-    assert problem(find_qkv, model, wanted[:2]) == "distill.qkv names 2; give three linear layers or one fused"
+    assert problem(find_qkv, model, wanted[:2]) == "qkv names 2; give three linear layers or one fused"
 
 
 def test_rule_b8_with_its_reasons(make_model: MakeModel) -> None:
