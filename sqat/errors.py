@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Literal
+from unicodedata import category
 
 ErrorCode = Literal[
     "usage",  # an option or an argument is wrong, or two exclude each other
@@ -82,8 +83,13 @@ class StoppedError(SqatError):
 
 
 def escape_control(text: str) -> str:
-    """Escape line breaks and control characters: names come from users' files."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """Escape what moves a cursor, breaks a line, reverses or hides text: names come from users' files.
+
+    Spaces of any width stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or category(c) == "Zs" else c.encode("unicode_escape").decode() for c in text)
 
 
 def first_line(error: Exception) -> str:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import sys
@@ -18,7 +19,8 @@ from typing import cast
 import typer
 
 from sqat.cli.commands import app
-from sqat.errors import SqatError
+from sqat.cli.streams import prepare_streams, show_log
+from sqat.errors import SqatError, escape_control
 
 INTERRUPTED = 130
 # UsageError: old versions of Typer take it from click, new ones have a copy of their own.
@@ -31,6 +33,8 @@ QUIET = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "DATASETS_VERBOSITY": "error",
 }
 
 
@@ -38,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code."""
     signal.signal(signal.SIGTERM, raise_interrupt)
     warnings.simplefilter("ignore")
+    prepare_streams()
+    show_log(logging.ERROR)
     for name, value in QUIET.items():  # read when the libraries are imported, once per process
         os.environ.setdefault(name, value)
     code = run_app(argv)
@@ -79,7 +85,8 @@ def report_error(error: BaseException) -> int:
 
     debug = os.environ.get("SQAT_DEBUG", "") not in ("", "0")
     if debug and not isinstance(error, USAGE_ERROR | KeyboardInterrupt):
-        traceback.print_exception(error)
+        for line in "".join(traceback.format_exception(error)).splitlines():
+            print(escape_control(line), file=sys.stderr)
     match error:
         case SqatError(exit_code=130):
             print_failure(str(error))

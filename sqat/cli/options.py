@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sqat.cli.streams import show_log
 from sqat.errors import SqatError, suggest_file
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def set_verbosity(count: int) -> int:
     """Show the libraries' messages for -v, and tracebacks as well for -vv."""
     if count:
-        logging.basicConfig(level=logging.INFO if count == 1 else logging.DEBUG, stream=sys.stderr)
+        show_log(logging.INFO if count == 1 else logging.DEBUG)
+        logging.captureWarnings(True)
         warnings.simplefilter("default")
     if count > 1:
         os.environ["SQAT_DEBUG"] = "1"

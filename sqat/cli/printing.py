@@ -1,31 +1,53 @@
-"""What every command prints: texts and JSON on standard output, errors on standard error."""
+"""What every command prints: texts and JSON on standard output, errors on standard error.
+
+Nothing else in sqat writes there. So this is the one place where text from outside is escaped: names of columns,
+layers and files, labels, and the lines of other libraries.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.text import Text
 
-from sqat.errors import SqatError
+from sqat.errors import SqatError, escape_control
 
 STORE_TIMEOUT = 10.0  # seconds to wait for the launcher's store
 
 
+class SafeConsole(Console):
+    """A console that escapes control characters in every text, also in the cells of tables."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(escape_control(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        return super().render(self.escape(renderable) if isinstance(renderable, Text) else renderable, options)
+
+    def escape(self, text: Text) -> Text:
+        """Escape a text with styles."""
+        if text.plain.isprintable():
+            return text
+        parts = [(escape_control(segment.text), segment.style or "") for segment in text.render(self)]
+        return Text.assemble(*parts, justify=text.justify, overflow=text.overflow, no_wrap=text.no_wrap, end=text.end)
+
+
 def error_console() -> Console:
     """Return the console for messages, progress and errors."""
-    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+    return SafeConsole(stderr=True, highlight=False, markup=False, emoji=False)
 
 
-def result_console() -> Console:
-    """Return the console for results."""
-    return Console(highlight=False, markup=False, emoji=False)
+def result_console(width: int | None = None) -> Console:
+    """Return the console for results, of the terminal's width or another."""
+    return SafeConsole(width=width, highlight=False, markup=False, emoji=False)
 
 
 def print_error(error: SqatError) -> None:
@@ -38,7 +60,7 @@ def print_failure(text: str, label: str = "") -> None:
     if not is_first_to_fail():
         return
     console = error_console()
-    console.print(Text.assemble((label, "bold red"), text), soft_wrap=not console.is_terminal)
+    console.print(Text.assemble((label, "bold red"), escape_control(text)), soft_wrap=not console.is_terminal)
 
 
 def is_first_to_fail() -> bool:
@@ -60,13 +82,19 @@ def is_first_to_fail() -> bool:
 
 
 def print_text(text: str) -> None:
-    """Print a text as it is on standard output."""
-    print(text)
+    """Print a line on standard output."""
+    print(escape_control(text))
 
 
 def print_json(value: Any) -> None:
     """Print JSON on standard output; infinities and NaN become strings that Python's float() reads."""
-    print(json.dumps(to_json(value), indent=2, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(to_json(value), indent=2, ensure_ascii=False, allow_nan=False)
+    print("\n".join(escape_json(line) for line in text.split("\n")))
+
+
+def escape_json(line: str) -> str:
+    """Escape what `escape_control` escapes, in JSON's way: the line means the same."""
+    return "".join(c if escape_control(c) == c else json.dumps(c)[1:-1] for c in line)
 
 
 def to_json(value: Any) -> Any:

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from sqat.cli import printing
 from sqat.cli.printing import format_time
+from sqat.errors import escape_control
 from sqat.files.replace import append_text, cannot_write
 from sqat.progress import Reporter, SilentReporter
 
@@ -35,11 +36,15 @@ class LineReporter:
     """
 
     def __init__(self, write: Callable[[str], None]) -> None:
-        self.write = write
+        self.print_line = write
         self.title, self.total = "", 0
         self.start_time = self.written_time = 0.0
         self.written_step = self.step = 0
         self.line = ""
+
+    def write(self, line: str) -> None:
+        """Print one line, whatever the text holds."""
+        self.print_line(escape_control(line))
 
     def info(self, text: str) -> None:
         self.write(text)
@@ -74,15 +79,15 @@ class BarReporter:
         self.live: Live | None = None
 
     def info(self, text: str) -> None:
-        self.console.print(Text(text))
+        self.console.print(text)
 
     def start(self, title: str, total: int) -> None:
         self.finish()
         self.progress = Progress(
-            TextColumn("[bold]{task.description}", markup=True),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[rate]}", markup=False),
             TimeRemainingColumn(compact=True),
             console=self.console,
             expand=True,

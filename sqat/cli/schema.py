@@ -19,7 +19,8 @@ def schema(
     if output is None:
         from sqat.cli.printing import print_text
 
-        print_text(schema_text().rstrip())
+        for line in schema_text().splitlines():
+            print_text(line)
     else:
         from sqat.checkpoint.outputs import check_output
         from sqat.files.replace import replace_file

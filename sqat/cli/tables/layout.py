@@ -13,6 +13,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from sqat.cli.printing import result_console
+
 LABEL_WIDTH = 11
 
 
@@ -27,7 +29,7 @@ def new_table(first: str, *others: str) -> Table:
 
 def natural_width(table: Table) -> int:
     """Return the number of columns that a table takes if nothing in it is wrapped."""
-    wide = Console(width=10_000)
+    wide = result_console(10_000)
     return Measurement.get(wide, wide.options, table).maximum
 
 
