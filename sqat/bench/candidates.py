@@ -286,8 +286,12 @@ def open_tensorrt(path: Path, threads: int, stack: ExitStack) -> Run:
     """Open an ONNX file in ONNX Runtime's TensorRT provider; a fall back to another provider is an error."""
     import onnxruntime
 
+    from sqat.runtime.sessions import SILENT
+
     options = {"trt_fp16_enable": True, "trt_int8_enable": True, "trt_sparsity_enable": True}
-    session = onnxruntime.InferenceSession(str(path), providers=[("TensorrtExecutionProvider", options)])
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = SILENT
+    session = onnxruntime.InferenceSession(str(path), settings, providers=[("TensorrtExecutionProvider", options)])
     if session.get_providers()[0] != "TensorrtExecutionProvider":
         raise SqatError("ONNX Runtime could not start TensorRT", place=str(path), code="missing-hardware")
     return session_run(session)

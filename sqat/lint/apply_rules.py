@@ -124,6 +124,6 @@ def fix(model: ModelProto, target: Target) -> tuple[ModelProto, list[Change]]:
     for repair in sorted(repairs, key=lambda repair: repair.order):
         repair.function(editor)
         editor.commit()
-    if fault := structure_error(editor.model):
+    if fault := structure_error(editor.model) or (not typing_error(model) and typing_error(editor.model)):
         raise ValueError(f"the repaired graph is not valid: {fault}")
     return editor.model, editor.changes

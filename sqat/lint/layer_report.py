@@ -91,13 +91,7 @@ def lint(model: ModelProto, target: Target, place: str = "") -> LintReport:
 
 def layer_rows(view: GraphView, findings: Sequence[Finding], target: Target, place: str) -> list[LayerRow]:
     """Make a row per layer."""
-    if needs_kernels(view.model):
-        raise SqatError(
-            "is of target cpu-sparse: its layers are operators of sqat, which these rules do not read",
-            "name the checkpoint that it was exported from",
-            place,
-            code="unsupported-target",
-        )
+    refuse_kernels(view.model, place)
     if not view.all_weights:
         raise SqatError(
             "holds no MatMul, Gemm or Conv with a constant weight, so no layer to inspect",
@@ -106,6 +100,17 @@ def layer_rows(view: GraphView, findings: Sequence[Finding], target: Target, pla
         )
     verdicts = judge_layers(view, findings, target)
     return [make_row(view, weight, verdict) for weight, verdict in zip(view.all_weights, verdicts, strict=True)]
+
+
+def refuse_kernels(model: ModelProto, place: str) -> None:
+    """Raise SqatError for a file of target cpu-sparse."""
+    if needs_kernels(model):
+        raise SqatError(
+            "is of target cpu-sparse: its layers are operators of sqat, which these rules do not read",
+            "name the checkpoint that it was exported from",
+            place,
+            code="unsupported-target",
+        )
 
 
 def missing_layers(view: GraphView, layers: Sequence[LayerRow], target: Target) -> list[Finding]:

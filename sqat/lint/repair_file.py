@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-import onnx
 from onnx import TensorProto
 
 from sqat.checkpoint.outputs import check_output
 from sqat.errors import GateError, SqatError
 from sqat.lint.apply_rules import fix
-from sqat.lint.findings import Change, plural
-from sqat.lint.layer_report import LintReport, lint
+from sqat.lint.compare import require_equal
+from sqat.lint.findings import Change, Finding, plural
+from sqat.lint.layer_report import LintReport, lint, refuse_kernels
 from sqat.lint.rules.table import Target
-from sqat.onnx_files.read import read_onnx
+from sqat.onnx_files.read import parse_onnx, read_onnx
 from sqat.onnx_files.write import write_onnx
+
+ROUNDED = "B12"  # its repair multiplies a factor into a scale, which may round once
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,12 @@ class RepairResult:
     Attributes:
         changes: in order.
         path: the repaired file; None where there was nothing to repair and no place was named.
+        problem: why no repair is kept; empty if nothing speaks against it.
     """
 
     changes: list[Change]
     path: Path | None
+    problem: str = ""
 
 
 def lint_file(path: Path, target: Target) -> LintReport:
@@ -41,7 +46,7 @@ def lint_file(path: Path, target: Target) -> LintReport:
 
 
 def repair_file(path: Path, target: Target, output: Path | None = None) -> tuple[LintReport, RepairResult]:
-    """Repair a file and check the result by the rules.
+    """Repair a file and check the result by the rules; it is kept if it computes what the file computes.
 
     Args:
         output: where to write it; default ``<name>.fixed.onnx`` beside the file.
@@ -50,12 +55,26 @@ def repair_file(path: Path, target: Target, output: Path | None = None) -> tuple
         SqatError: not a readable ONNX file with layers, or nowhere to write.
     """
     place = output_path(path, output)
-    model, changes = fix(read_onnx(path), target)
-    report = lint(model, target, str(path))
-    if not changes and output is None:
-        return report, RepairResult([], None)
-    write_onnx(model, place, external=has_external_data(path))
+    original = read_onnx(path)
+    refuse_kernels(original, str(path))
+    try:
+        model, changes = fix(original, target)
+        report = lint(model, target, str(path))
+        if not changes and output is None:
+            return report, RepairResult([], None)
+        is_exact = not any(change.rule == ROUNDED for change in changes)
+        compare = partial(require_equal, path, model=original, is_exact=is_exact) if changes else None
+        write_onnx(model, place, external=has_external_data(path), check=compare)
+    except ValueError as error:
+        return keep_findings(lint(original, target, str(path)), str(error))
     return report, RepairResult(changes, place)
+
+
+def keep_findings(report: LintReport, problem: str) -> tuple[LintReport, RepairResult]:
+    """The report of a file that is not repaired, with the reason."""
+    findings = [replace(finding, fixable=False) for finding in report.findings if finding.rule != "fix"]
+    reason = Finding("fix", "", problem, True, "a repair that keeps the numbers", "repair the file by hand")
+    return replace(report, findings=[*findings, reason]), RepairResult([], None, problem)
 
 
 def require(report: LintReport, path: Path, repaired: bool) -> None:
@@ -92,5 +111,4 @@ def output_path(path: Path, output: Path | None) -> Path:
 
 def has_external_data(path: Path) -> bool:
     """Whether a file stores some of its tensors outside."""
-    graph = onnx.load(path, load_external_data=False).graph
-    return any(tensor.data_location == TensorProto.EXTERNAL for tensor in graph.initializer)
+    return any(tensor.data_location == TensorProto.EXTERNAL for tensor in parse_onnx(path).graph.initializer)

@@ -101,6 +101,9 @@ def finding_title(group: Group[Finding]) -> str:
 
 def repair_lines(repair: RepairResult, width: int) -> Iterator[str]:
     """What was repaired, and where the result is."""
+    if repair.problem:
+        yield from hanging("no file written:", repair.problem, width)
+        return
     if repair.path is None:
         yield "nothing here that --fix can repair, no file written"
         return
@@ -154,5 +157,6 @@ def report_values(report: LintReport, path: Path, repair: RepairResult | None) -
         "layers": [vars(layer) for layer in report.layers],
         "findings": [vars(finding) for finding in report.findings],
         "changes": [vars(change) for change in repair.changes] if repair is not None else [],
+        "not_written_because": repair.problem if repair is not None else "",
         "written": str(repair.path) if repair is not None and repair.path is not None else None,
     }

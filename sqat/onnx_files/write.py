@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,11 +16,14 @@ from sqat.files.replace import sync
 LARGEST = 2_000_000_000  # bytes of weights in one protobuf, which ends at 2^31
 
 
-def write_onnx(model: ModelProto, path: Path, *, external: bool = False) -> None:
+def write_onnx(
+    model: ModelProto, path: Path, *, external: bool = False, check: Callable[[Path], None] | None = None
+) -> None:
     """Write a model whole or not at all.
 
     Args:
         external: put the weights in ``<name>.data`` beside it, as weights that do not fit one protobuf always are.
+        check: sees the written file before it takes its place; what it raises leaves the old files.
 
     Raises:
         OSError: the folder cannot be written.
@@ -34,6 +37,8 @@ def write_onnx(model: ModelProto, path: Path, *, external: bool = False) -> None
         else:
             new.write_bytes(model.SerializeToString())
         sync(new)
+        if check is not None:
+            check(new)
         if new_data.exists():
             new_data.replace(data)
             new.replace(path)

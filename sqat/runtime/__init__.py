@@ -101,6 +101,7 @@ def session(
     if threads is not None:
         options.intra_op_num_threads = threads
     if is_new:
+        options.log_severity_level = 4  # failures are exceptions; ONNX Runtime would also print them in colour
         register(options)
     try:
         return open_file(path, options)

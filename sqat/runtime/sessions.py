@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -18,11 +17,12 @@ from sqat.errors import SqatError, first_line
 
 Array = NDArray[np.generic]
 EXTERNAL_DATA = "session.optimized_model_external_initializers_file_name"
+SILENT = 4  # only what ends the process is logged; every failure is an exception, and its line stands in our own
 FLOAT_PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv")
 
 
 def session(
-    model: Path | str | bytes, *, threads: int = 0, optimized: Path | None = None
+    model: Path | str | bytes, *, threads: int = 0, optimized: Path | None = None, optimize: bool = True
 ) -> onnxruntime.InferenceSession:
     """Load a model for the CPU.
 
@@ -30,13 +30,16 @@ def session(
         model: file (with its external data beside it), or the bytes of a serialized ModelProto.
         threads: of one operator; 0 = one per core.
         optimized: file for the graph as ONNX Runtime rewrites it; large weights go beside it.
+        optimize: False runs operator by operator as the graph says.
 
     Raises:
         SqatError: ONNX Runtime cannot load it.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options.log_severity_level = SILENT
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if int8_saturates():
         # The product of uint8 activations and int8 weights would saturate in 16 bits: make the weights uint8 too.
         # With VNNI this would choose the slower kernel.
@@ -84,11 +87,6 @@ def optimized_graph(model: Path | str | bytes) -> GraphProto:
         optimized = Path(folder) / "optimized.onnx"
         session(model, optimized=optimized)
         return onnx.load(optimized, load_external_data=False).graph
-
-
-def count_operators(graph: GraphProto) -> Counter[str]:
-    """Return how many nodes of each operator a graph has."""
-    return Counter(node.op_type for node in graph.node)
 
 
 def find_float_products(optimized: GraphProto) -> list[str]:

@@ -22,7 +22,6 @@ from sqat.export.onnx_edit import GraphEditor
 from sqat.models.sentence import Pooling, SentenceProcessor, add_pooling_
 from sqat.onnx_files.checks import check_file
 from sqat.recipe.stages import Layers
-from sqat.runtime.sessions import count_operators
 from tests.calibrated_encoders import calibrate
 from tests.export.cpu_models import (
     ENGINES,
@@ -36,6 +35,7 @@ from tests.export.cpu_models import (
     with_states,
 )
 from tests.export.cpu_oracle import unpack
+from tests.onnx_graphs import count_operators
 from tests.runtime.nodes import needs_library
 from tests.tensorrt.encoder import encoder
 from tests.tiny import BASE

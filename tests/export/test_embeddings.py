@@ -16,7 +16,8 @@ from sqat.export.embeddings import TableForm, Widen, quantize_rows, store_embedd
 from sqat.export.float16 import to_float16
 from sqat.export.qdq import insert_qdq
 from sqat.lint.apply_rules import list_findings
-from sqat.runtime.sessions import count_operators, parity, run_batches, session
+from sqat.runtime.sessions import parity, run_batches, session
+from tests.onnx_graphs import count_operators
 from tests.onnx_models import ATTENTION, Family, ImageFamily, build_family, rtx_weight_bytes
 
 TENSORRT = ("output", *ATTENTION, "add")

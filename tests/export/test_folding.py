@@ -14,7 +14,8 @@ from sqat.bench.candidates import openvino_core
 from sqat.export.folding import fold_attention_scale
 from sqat.export.qdq import insert_qdq
 from sqat.lint.apply_rules import list_findings
-from sqat.runtime.sessions import count_operators, find_float_products, optimized_graph, parity, run_batches, session
+from sqat.runtime.sessions import find_float_products, optimized_graph, parity, run_batches, session
+from tests.onnx_graphs import count_operators
 from tests.onnx_models import ATTENTION, Family, ImageFamily, build_family, rtx_weight_bytes
 
 BATCHES = [(1, 2, "right"), (3, 9, "right"), (4, 20, "left"), (2, 33, "right"), (8, 16, "left")]

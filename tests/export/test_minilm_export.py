@@ -23,7 +23,8 @@ from sqat.export.float16 import to_float16
 from sqat.export.folding import fold_attention_scale
 from sqat.export.qdq import insert_qdq
 from sqat.lint.apply_rules import verify
-from sqat.runtime.sessions import count_operators, find_float_products, optimized_graph, parity, run_batches, session
+from sqat.runtime.sessions import find_float_products, optimized_graph, parity, run_batches, session
+from tests.onnx_graphs import count_operators
 from tests.onnx_models import ATTENTION, Family, prepare, rtx_weight_bytes
 from tests.traces import traced
 

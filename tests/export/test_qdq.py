@@ -18,7 +18,8 @@ from sqat.export.names import module_of
 from sqat.export.qdq import insert_qdq
 from sqat.export.quantized_model import QuantizedModel
 from sqat.lint.apply_rules import list_findings, verify
-from sqat.runtime.sessions import count_operators, find_float_products, optimized_graph, parity, run_batches, session
+from sqat.runtime.sessions import find_float_products, optimized_graph, parity, run_batches, session
+from tests.onnx_graphs import count_operators
 from tests.onnx_models import ATTENTION, Family, ImageFamily
 
 PLACEMENTS = {

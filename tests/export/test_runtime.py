@@ -11,15 +11,8 @@ import onnxruntime
 import pytest
 
 from sqat.errors import SqatError
-from sqat.runtime.sessions import (
-    count_operators,
-    find_float_products,
-    int8_saturates,
-    optimized_graph,
-    parity,
-    run_batches,
-    session,
-)
+from sqat.runtime.sessions import find_float_products, int8_saturates, optimized_graph, parity, run_batches, session
+from tests.onnx_graphs import count_operators
 
 WIDE = """<ir_version: 9, opset_import: ["" : 20]>
 agraph (float[batch, 64] x) => (float[batch, 32] logits)

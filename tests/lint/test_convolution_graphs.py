@@ -11,7 +11,8 @@ from onnx import ModelProto, numpy_helper
 
 from sqat.export.qdq import insert_qdq
 from sqat.export.quantized_model import QuantizedModel
-from sqat.runtime.sessions import count_operators, find_float_products, optimized_graph, run_batches, session
+from sqat.runtime.sessions import find_float_products, optimized_graph, run_batches, session
+from tests.onnx_graphs import count_operators
 
 CHAIN = """agraph (float[batch, 32, 8, 8] x) => (float[batch, 32, 8, 8] y)
 <float s = {0.01}, int8 z1 = {0}, int8 z2 = {0}, int8 z3 = {0}, int8 z4 = {0}> {

@@ -15,7 +15,8 @@ from sqat.onnx_files import write as files
 from sqat.onnx_files.checks import check_file
 from sqat.onnx_files.read import read_onnx
 from sqat.onnx_files.write import is_large, on_disk, write_onnx
-from sqat.runtime.sessions import count_operators, optimized_graph, run_batches, session
+from sqat.runtime.sessions import optimized_graph, run_batches, session
+from tests.onnx_graphs import count_operators
 from tests.onnx_models import Family
 
 

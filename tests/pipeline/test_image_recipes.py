@@ -18,9 +18,10 @@ from sqat.cli import main
 from sqat.models.loading import build
 from sqat.pipeline.runner import run
 from sqat.recipe.loader import load_recipe
-from sqat.runtime.sessions import count_operators, find_float_products, optimized_graph
+from sqat.runtime.sessions import find_float_products, optimized_graph
 from sqat.sparsity.masks import count_violations
 from sqat.sparsity.pattern import parse_pattern
+from tests.onnx_graphs import count_operators
 from tests.pipeline.shipped import RECIPES, run_shipped
 from tests.tiny import Recorder
 

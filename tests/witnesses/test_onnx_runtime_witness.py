@@ -6,7 +6,8 @@ import numpy as np
 import onnx
 import pytest
 
-from sqat.runtime.sessions import count_operators, find_float_products, optimized_graph, run_batches, session
+from sqat.runtime.sessions import find_float_products, optimized_graph, run_batches, session
+from tests.onnx_graphs import count_operators
 from tests.witnesses.flavours import (
     FAMILIES,
     FLAVOURS,

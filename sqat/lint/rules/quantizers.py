@@ -8,7 +8,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from sqat.lint.findings import Problem
-from sqat.lint.graph_editor import GraphEditor
+from sqat.lint.graph_editor import GraphEditor, remove_attribute_
 from sqat.lint.graph_view import (
     DEQUANTIZE,
     LAYOUT,
@@ -103,6 +103,8 @@ def center_(editor: GraphEditor, nodes: Sequence[NodeProto]) -> None:
         point = editor.view.constant_value(node.input[2])
         assert point is not None
         node.input[2] = editor.add_constant(f"{node.input[2]}_int8", np.zeros(point.shape, np.int8))
+        if op_type(node) == QUANTIZE:
+            remove_attribute_(node, "output_dtype")  # it says uint8; the zero-point gives the type
     editor.record("B2", label(nodes[0]), "uint8 around 128 became int8 around 0")
     for value in editor.model.graph.value_info:
         if op_type(nodes[0]) == QUANTIZE and value.name == nodes[0].output[0]:
