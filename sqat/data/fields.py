@@ -20,12 +20,11 @@ import pyarrow.compute as pc
 from sqat.data.image_files import check_same_size, picture_of
 from sqat.data.rows import Record, Rows
 from sqat.data.text_files import Placed, Row
-from sqat.data.wording import did_you_mean, kind, shorten
+from sqat.data.wording import GRADES_OF_TRUTH, did_you_mean, kind, shorten
 from sqat.errors import SqatError
 from sqat.recipe.inputs import Columns
 
 HIGHEST_GRADE = 100
-GRADES_OF_TRUTH = {"true": 1.0, "false": 0.0}
 WHOLE = re.compile(r"([+-]?[0-9]+)\.0*")
 
 

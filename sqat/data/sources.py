@@ -12,7 +12,7 @@ from sqat.data.hub import hub_fingerprint, hub_rows
 from sqat.data.image_files import image_file
 from sqat.data.rows import SplitName
 from sqat.data.shards import shard_paths
-from sqat.data.text_files import Placed, read_rows
+from sqat.data.text_files import Placed, describe_delimiter, read_rows
 from sqat.errors import SqatError
 from sqat.files.read import open_file
 from sqat.recipe.inputs import SplitConfig
@@ -34,6 +34,16 @@ def read_split(split: SplitConfig, name: SplitName, folder: Path) -> tuple[Itera
         return hub_rows(split, name, place), None
     path = folder / split.path
     return read_rows(path, place), path.parent
+
+
+def describe_split(split: SplitConfig, name: SplitName, folder: Path) -> list[str]:
+    """Return a remark for each file of a split whose separator was found, not given."""
+    if split.path is None:
+        return []
+    paths = shard_paths(split.path, folder) if split.streaming else [folder / split.path]
+    places = [path.relative_to(folder).as_posix() if split.streaming else split_place(split, name) for path in paths]
+    remarks = [describe_delimiter(path, place) for path, place in zip(paths, places, strict=True)]
+    return [remark for remark in remarks if remark]
 
 
 def split_digest(split: SplitConfig, folder: Path, images: str | None = None) -> str:

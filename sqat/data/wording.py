@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from sqat.errors import SqatError, nearest
 
 MAX_COLUMNS = 10_000
+GRADES_OF_TRUTH = {"true": 1.0, "false": 0.0}
 
 
 def check_columns(names: Sequence[str], place: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from sqat.errors import SqatError
+from sqat.errors import SqatError, escape_control
 from sqat.init.layer_patterns import EVERYTHING, to_globs
 from sqat.init.sparseml_modifiers import (
     ARGUMENTS,
@@ -98,8 +98,8 @@ def make_stages(modifiers: Sequence[Modifier]) -> Translation:
         if end <= quantize_epoch:
             notes.append("qat: one epoch; the recipe only calibrates. Delete the stage to do the same")
     stages["export"] = {"targets": ["onnx-int8" if quantizing else "onnx-fp16"]}
-    result.notes = list(dict.fromkeys([*notes, *rates.notes, *unused_arguments(modifiers),
-                                       *without_counterpart(modifiers)]))  # fmt: skip
+    notes += [*rates.notes, *unused_arguments(modifiers), *without_counterpart(modifiers)]
+    result.notes = [escape_control(note) for note in dict.fromkeys(notes)]
     return result
 
 

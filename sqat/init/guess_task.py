@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sqat.data.text_files import Row
+from sqat.data.wording import GRADES_OF_TRUTH, listed, shorten
 from sqat.errors import SqatError
 
 RANKING_TASKS = ("relevance", "retrieval")  # both read the same rows; relevance is the guess
@@ -66,7 +67,7 @@ def guess_task(rows: Sequence[Row], task: str | None, place: str) -> Guess:
     values = [row.get(label) for row in rows]
     texts = find_texts(rows, exclude=label)
     if not texts:
-        raise SqatError("no text column", f"its columns: {', '.join(rows[0])}", place, code="invalid-data")
+        raise SqatError("no text column", f"there is {listed(rows[0])}", place, code="invalid-data")
     query = first_name(QUERIES, texts)
     repeated = query is not None and len({str(row.get(query)) for row in rows}) < 0.7 * len(rows)
     if task is None and repeated and len(texts) > 1 and are_numbers(values):
@@ -74,7 +75,7 @@ def guess_task(rows: Sequence[Row], task: str | None, place: str) -> Guess:
     columns = find_pair(texts) | {"label": label}
     lengths = [sum(len(str(row.get(key, ""))) for key in columns.values()) for row in rows]
     if task == "regression" or (task is None and are_scores(values)):
-        reason = f"{label!r} holds numbers such as {values[0]}"
+        reason = f"{label!r} holds numbers such as {shorten(str(values[0]))}"
         return Guess("regression", columns, reason, tokens_for(lengths))
     reason = f"{label!r} has {len(set(map(str, values)))} different values in the first {len(rows)} rows"
     return Guess("classification", columns, reason, tokens_for(lengths))
@@ -88,13 +89,13 @@ def guess_ranking(rows: Sequence[Row], place: str) -> Guess:
     label = find_label(rows, list(rows[0]), place)
     texts = find_texts(rows, exclude=label)
     if not texts:
-        raise SqatError("no text column", f"its columns: {', '.join(rows[0])}", place, code="invalid-data")
+        raise SqatError("no text column", f"there is {listed(rows[0])}", place, code="invalid-data")
     return guess_flat(rows, first_name(QUERIES, texts) or texts[0], texts, label, place)
 
 
 def guess_nested(rows: Sequence[Row], nested: str, place: str) -> Guess:
     """Guess the columns of rows that hold a list of candidates."""
-    candidates = [candidate for row in rows for candidate in row.get(nested) or []]
+    candidates = [candidate for row in rows if is_candidates(row.get(nested)) for candidate in row[nested]]
     label = find_label(candidates, list(candidates[0]), place)
     passages, texts = find_texts(candidates, exclude=label), find_texts(rows, exclude=nested)
     if not passages or not texts:
@@ -118,7 +119,7 @@ def guess_flat(rows: Sequence[Row], query: str, texts: list[str], label: str, pl
     """Guess the columns of rows that hold one passage each."""
     passages = [key for key in texts if key != query]
     if not passages:
-        hint = f"its columns: {', '.join(rows[0])}"
+        hint = f"there is {listed(rows[0])}"
         raise SqatError("no column of passages beside the query", hint, place, code="invalid-data")
     passage = first_name(PASSAGES, passages) or passages[0]
     group = first_name(GROUPS, list(rows[0]))
@@ -129,7 +130,7 @@ def guess_flat(rows: Sequence[Row], query: str, texts: list[str], label: str, pl
 
 def is_candidates(value: Any) -> bool:
     """Return whether a value is a list of rows."""
-    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) and item for item in value)
 
 
 def first_name(names: Sequence[str], columns: Sequence[str]) -> str | None:
@@ -147,7 +148,7 @@ def find_label(rows: Sequence[Row], columns: list[str], place: str) -> str:
     counts = {key: len({str(row.get(key)) for row in rows}) for key in columns if not is_id(key)}
     few = [key for key, count in counts.items() if 2 <= count <= max(2, len(rows) // 10)]
     if not numeric and not few:
-        hint = f"rename it to 'label'; the columns are {', '.join(columns)}"
+        hint = f'rename it to "label"; there is {listed(columns)}'
         raise SqatError("no column looks like a label", hint, place, code="invalid-data")
     return (numeric or few)[0]
 
@@ -184,10 +185,10 @@ def find_pair(texts: list[str]) -> dict[str, str]:
 
 
 def parse_numbers(values: Sequence[Any]) -> list[float] | None:
-    """Parse values as numbers; None if one is no number."""
+    """Parse values as numbers, without true and false, which are grades; None if one is no number."""
     try:
-        return [float(value) for value in values if not isinstance(value, bool)]
-    except (TypeError, ValueError):
+        return [float(value) for value in values if str(value).lower() not in GRADES_OF_TRUTH]
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

@@ -9,19 +9,29 @@ import importlib.util
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sqat.checkpoint.outputs import check_output
 from sqat.data.text_files import read_rows
-from sqat.errors import SqatError
+from sqat.errors import SqatError, escape_control
+from sqat.files.read import is_file
 from sqat.files.replace import replace_file
 from sqat.init.from_sparseml import Translation, translate
 from sqat.init.guess_task import RANKING_TASKS, Guess, guess_task
 from sqat.recipe.json_schema import SCHEMA_FILE, schema_text
+from sqat.recipe.loader import check_tree, read_tree
+from sqat.recipe.stages import TrainConfig
 from sqat.recipe.yaml_nodes import Place, resolve_scalar
 
+if TYPE_CHECKING:
+    from sqat.tasks.splits import Splits
+
+BATCH = TrainConfig.model_fields["batch_size"].default
 TASKS = ("classification", "regression", *RANKING_TASKS)
 ROWS_READ = 500
 HUB_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -48,7 +58,7 @@ def write_starter(
     Raises:
         SqatError: the recipe exists, the data cannot be read, or no task fits its columns.
     """
-    if output.exists() and not force:
+    if os.path.lexists(output) and not force:
         hint = "give --force to overwrite it, or another --output"
         raise SqatError("exists already", hint, str(output), code="output-exists")
     check_output(output, ".yaml", ".yml", force=force)
@@ -67,17 +77,89 @@ def write_starter(
         "test": find_split(data, ("test",)),
     }
     translation = None if sparseml is None else translate(sparseml)
-    text = compose_recipe(guess, splits, model or default_model(), output.parent, translation)
-    replace_file(output, text.encode())
+    starter = Starter(guess, splits, model or default_model(), output, translation)
+    lines = starter.check()
+    replace_file(output, compose_recipe(starter, output.parent).encode())
     replace_file(output.with_name(SCHEMA_FILE), schema_text().encode())
     columns = ", ".join(f"{key} = {name}" for key, name in guess.columns.items())
-    lines = [f"task: {guess.task} ({guess.reason})", f"columns: {columns}"]
+    lines = [f"task: {guess.task} ({guess.reason})", f"columns: {columns}", *lines]
     lines += [f"{name}: {path or 'none found'}" for name, path in splits.items()]
     if translation is not None:
         lines += [f"{sparseml}: {note}" for note in translation.notes]
     if splits["dev"] is None:
         lines.append("warning: no dev file found, so dev is train; name one with --dev before you trust a metric")
     return [*lines, f"wrote {output}, and {SCHEMA_FILE} for editors; next: sqat run {output}"]
+
+
+@dataclass
+class Starter:
+    """A recipe in the making: what was guessed, and the settings of the task that the data need."""
+
+    guess: Guess
+    splits: dict[str, Path | None]
+    model: str
+    output: Path
+    translation: Translation | None
+    settings: dict[str, float] = field(default_factory=dict)
+
+    def check(self) -> list[str]:
+        """Load the recipe and read its data as `sqat run` does; fit the task's settings to the data.
+
+        Returns:
+            remarks on the data, a line each.
+
+        Raises:
+            SqatError: what `sqat run` would refuse.
+        """
+        from sqat.pipeline.plan import check_data  # imports torch
+
+        remarks = self.check_test()
+        self.settings = self.fit_settings()
+        splits = self.load()
+        check_data(splits)
+        warnings = splits.task.data_warnings(splits.task.encode(splits.rows("train")))
+        return [*remarks, *splits.remarks, *(f"warning: {warning}" for warning in warnings)]
+
+    def load(self) -> Splits:
+        """Load the recipe as it is now, with the loader that `sqat run` has."""
+        from sqat.tasks.splits import Splits
+
+        return Splits(check_tree(read_tree(compose_recipe(self, self.folder), self.output.name, ())), self.folder)
+
+    def check_test(self) -> list[str]:
+        """Leave out a test file that was found beside the data and cannot be measured, for instance without labels."""
+        if self.splits["test"] is None:
+            return []
+        splits = self.load()
+        try:
+            splits.task.encode(splits.rows("test"))
+        except SqatError as error:
+            path, self.splits["test"] = self.splits["test"], None
+            return [f"test: {path} is left out: {error}"]
+        return []
+
+    def fit_settings(self) -> dict[str, float]:
+        """Return the settings of a ranking task that the grades and the longest list of candidates need."""
+        if self.guess.task not in RANKING_TASKS:
+            return {}
+        from sqat.data.sources import read_split
+        from sqat.tasks.task import task_module
+
+        splits = self.load()
+        recipe, (source, images) = splits.recipe, read_split(splits.recipe.data.train, "train", splits.folder)
+        records = task_module(recipe.task).read_records(source, recipe.data.columns, recipe.task, None, images)
+        passages = [(record["group"], record["label"]) for record in records if record["label"] >= 0]
+        settings: dict[str, float] = {}
+        if 0 < (highest := max((label for _, label in passages), default=0)) < 1:
+            settings["relevant_from"] = 0.99 * highest  # a hundredth below it, so that no rounding leaves it out
+        if self.guess.task == "relevance" and max(Counter(group for group, _ in passages).values(), default=0) > BATCH:
+            settings["candidates"] = BATCH
+        return settings
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the data, which exists already; that of the recipe may not."""
+        return (self.splits["train"] or self.output).parent
 
 
 def check_task(task: str | None) -> None:
@@ -89,7 +171,7 @@ def check_task(task: str | None) -> None:
 def find_split(data: Path, names: Sequence[str]) -> Path | None:
     """Return the file beside ``train.jsonl`` that is named ``dev.jsonl`` or similar."""
     paths = (data.with_name(data.name.replace("train", name)) for name in names if "train" in data.name)
-    return next((path for path in paths if path.is_file()), None)
+    return next((path for path in paths if is_file(path)), None)
 
 
 def default_model() -> str:
@@ -104,25 +186,23 @@ def default_model() -> str:
 def scalar(text: str) -> str:
     """Format a text for YAML, in quotes if YAML would read it as something else."""
     plain = re.fullmatch(r"[\w./][\w./ @+-]*", text, re.ASCII) and text == text.strip()
-    return text if plain and isinstance(resolve_scalar(text, Place("")), str) else json.dumps(text, ensure_ascii=False)
+    if plain and isinstance(resolve_scalar(text, Place("")), str):
+        return text
+    return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
-def compose_recipe(
-    guess: Guess,
-    splits: dict[str, Path | None],
-    model: str,
-    folder: Path,
-    translation: Translation | None = None,
-) -> str:
+def compose_recipe(starter: Starter, folder: Path) -> str:
     """Return the text of the recipe; paths are relative to ``folder``."""
-    paths = {name: scalar(os.path.relpath(path, folder)) for name, path in splits.items() if path is not None}
+    guess, translation = starter.guess, starter.translation
+    paths = {name: scalar(os.path.relpath(path, folder)) for name, path in starter.splits.items() if path is not None}
     dev = f"  dev: {paths['dev']}" if "dev" in paths else DEV_IS_TRAIN.format(train=paths["train"])
     test = f"  test: {paths['test']}" if "test" in paths else "  # test: measured once, at the end"
     columns = "\n".join(f"    {key}: {scalar(name)}" for key, name in guess.columns.items())
+    settings = "".join(f", {name}: {value:.3g}" for name, value in starter.settings.items())
     parts = {
-        "task": guess.task,
-        "reason": guess.reason,
-        "model": scalar(model),
+        "task": f"{{name: {guess.task}{settings}}}" if settings else guess.task,
+        "reason": escape_control(guess.reason),
+        "model": scalar(starter.model),
         "max_length": guess.max_length,
         "distill": "{output_weight: 10, task_weight: 0}"
         if guess.task == "retrieval"

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sqat.data.batch import check_group_size
 from sqat.pipeline.graph import StageGraph, StageNode, resolve_graph
 from sqat.pipeline.quality_gates import describe_gates, predicted_failure
 from sqat.recipe.schema import LoadedRecipe
-from sqat.recipe.stages import CalibrateConfig, StageConfig, TrainConfig
+from sqat.recipe.stages import CalibrateConfig, StageConfig, TrainConfig, learns_from_labels
 from sqat.tasks.splits import Splits
 
 
@@ -41,6 +42,7 @@ def make_plan(
 ) -> list[PlannedStage]:
     """Plan the stages from ``first`` to ``last`` without running any."""
     graph, splits = resolve_graph(loaded), Splits(loaded.recipe, loaded.path.parent)
+    check_data(splits)
     pending, numbers = pending_stages(graph, first, last, force), list(graph.nodes)
     plan = []
     for node in graph.select(first, last):
@@ -63,6 +65,18 @@ def make_plan(
             )
         )
     return plan
+
+
+def check_data(splits: Splits) -> None:
+    """Read every split and refuse what its stages would refuse later.
+
+    Raises:
+        SqatError: a row is wrong, dev or test has a class that train lacks, or a query does not fit into a batch.
+    """
+    splits.check()
+    for config in splits.recipe.stages.values():
+        if isinstance(config, TrainConfig) and learns_from_labels(config) and splits.stream is None:
+            check_group_size(splits.epoch_sizes[1], config.batch_size)
 
 
 def pending_stages(graph: StageGraph, first: str | None, last: str | None, force: bool) -> list[StageNode]:

@@ -33,8 +33,8 @@ from sqat.pipeline.quality_gates import reference_manifest
 from sqat.pipeline.result_files import REHEARSED_FILE
 from sqat.pipeline.stage_run import STAGES, load_parent, load_teacher
 from sqat.progress import Reporter, SilentReporter
-from sqat.recipe.stages import StageConfig, TrainConfig
-from sqat.stages.context import StageContext, learns_from_labels
+from sqat.recipe.stages import StageConfig, TrainConfig, learns_from_labels
+from sqat.stages.context import StageContext
 from sqat.tasks.splits import Splits
 from sqat.training.optimizer import learning_rate_factor
 from sqat.training.resume_state import ResumeState

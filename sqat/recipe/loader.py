@@ -34,15 +34,25 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, check_files: bool 
     """
     text = read_text(path)
     tree = read_tree(text, path.name, overrides)
-    recipe = validate(tree)
-    findings = [make_finding(tree, problem.path, problem.text, problem.hint) for problem in check_recipe(recipe)]
-    raise_first(findings, "recipe-conflict")
+    recipe = check_tree(tree)
     if check_files:
         raise_first(find_missing_files(recipe, tree, path.parent), "missing-file")
     if not recipe.name:
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip(".-")
         recipe = recipe.model_copy(update={"name": stem or "recipe"})
     return LoadedRecipe(recipe=recipe, path=path, text=text, overrides=tuple(overrides))
+
+
+def check_tree(tree: Node) -> Recipe:
+    """Check a recipe's tree: names, types and bounds, and the rules between its parts.
+
+    Raises:
+        SqatError: the first problem, at its line.
+    """
+    recipe = validate(tree)
+    findings = [make_finding(tree, problem.path, problem.text, problem.hint) for problem in check_recipe(recipe)]
+    raise_first(findings, "recipe-conflict")
+    return recipe
 
 
 def read_text(path: Path) -> str:

@@ -263,4 +263,10 @@ class ExportConfig(BaseStage):
     max_disagreement: float = Field(default=0.005, ge=0, le=1, description="share of decisions that may differ")
 
 
+def learns_from_labels(config: TrainConfig) -> bool:
+    """Whether a stage learns from labels; one that only imitates its teacher takes every row, each alone."""
+    distill = config.distill if isinstance(config, PruneConfig | QatConfig) else None
+    return distill is None or distill.task_weight > 0
+
+
 StageConfig = DenseTrainConfig | PruneConfig | CalibrateConfig | QatConfig | ExportConfig

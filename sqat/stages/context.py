@@ -24,7 +24,7 @@ from sqat.export.traced_graphs import TracedGraphs
 from sqat.models.loading import build, check_head, load_pretrained, versions
 from sqat.progress import Reporter
 from sqat.recipe.schema import Recipe
-from sqat.recipe.stages import DistillConfig, PruneConfig, QatConfig, StageConfig, TrainConfig
+from sqat.recipe.stages import DistillConfig, StageConfig, TrainConfig, learns_from_labels
 from sqat.stages.training_batches import make_batches
 from sqat.tasks import Task
 from sqat.tasks.splits import Splits
@@ -192,9 +192,3 @@ class StageContext:
             notes=list(notes),
             **{**inherited, **trained, **entries},
         )
-
-
-def learns_from_labels(config: TrainConfig) -> bool:
-    """Whether a stage learns from labels; one that only imitates its teacher takes every row, each alone."""
-    distill = config.distill if isinstance(config, PruneConfig | QatConfig) else None
-    return distill is None or distill.task_weight > 0

@@ -15,7 +15,8 @@ def run(config: DenseTrainConfig, parent: Checkpoint | None, context: StageConte
         raise SqatError(f"stage {context.name} would undo the masks or scales of {parent.manifest.stage}",
                         "start from a train stage, or from the pretrained model", code="stage-order")  # fmt: skip
     model, processor = context.load_model(parent)
-    for warning in context.task.data_warnings(context.splits.prepared("train", processor)):
+    warnings = context.task.data_warnings(context.splits.prepared("train", processor))
+    for warning in [*context.splits.remarks, *warnings]:
         context.reporter.info(warning)
     rows, measured = len(context.splits.rows("dev")), len(context.splits.prepared("dev", processor))
     if measured < rows:

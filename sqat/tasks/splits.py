@@ -11,7 +11,7 @@ import numpy as np
 
 from sqat.data.batch import Processor
 from sqat.data.rows import Rows, SplitName, column, rows_of
-from sqat.data.sources import read_split, split_place
+from sqat.data.sources import describe_split, read_split, split_place
 from sqat.data.streaming import Stream, stream_split
 from sqat.data.text_files import Placed
 from sqat.errors import SqatError
@@ -54,6 +54,7 @@ def open_stream(split: SplitConfig, columns: Columns, settings: TaskSettings, fo
 class Splits:
     """The rows of a recipe, read and prepared once for all its stages.
 
+    ``remarks`` say how files were read, where that is not evident.
     Of a streamed train split, ``rows`` and ``prepared`` are its buffer as it is first filled.
 
     Attributes:
@@ -64,6 +65,7 @@ class Splits:
     folder: Path
     raw: dict[str, Rows] = field(default_factory=dict)
     encoded: dict[str, Rows] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
     limit: int | None = None
 
     def first_rows(self, limit: int) -> Splits:
@@ -80,6 +82,7 @@ class Splits:
             if config is None:
                 raise SqatError(f"the recipe has no data.{name}", f"add data.{name} or choose another split",
                                 code="unknown-name")  # fmt: skip
+            self.remarks += describe_split(config, name, self.folder)
             if name == "train" and self.stream is not None:
                 self.raw[name] = self.stream.read(0, 0, self.stream.buffer)
             else:
@@ -120,6 +123,17 @@ class Splits:
     def task(self) -> Task:
         """The task, with the classes and grades of the train rows."""
         return build_task(self.recipe.task, self.rows("train"))
+
+    def check(self) -> None:
+        """Read every split, and refuse what a stage would refuse hours later.
+
+        Raises:
+            SqatError: a row is wrong, or dev or test has a class that train lacks.
+        """
+        names: tuple[SplitName, ...] = ("train", "dev", "test")
+        for name in names:
+            if getattr(self.recipe.data, name) is not None:
+                self.task.encode(self.rows(name))
 
     def prepared(self, name: SplitName, processor: Processor) -> Rows:
         """Return the rows of a split as the model reads them: all of train, of dev and test those that are measured.

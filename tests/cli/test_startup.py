@@ -54,7 +54,7 @@ TABLE: dict[str, tuple[int, set[str]]] = {
     "bench one.onnx --backend nothing": (2, {*TYPER, "numpy", "onnx"}),
     "report empty": (2, TYPER),
     "init train.jsonl --dev nowhere.jsonl": (2, TYPER),
-    "init train.jsonl": (0, YAML),
+    "init train.jsonl": (0, ROWS),
     "schema": (0, YAML),
 }
 

@@ -129,9 +129,9 @@ def test_a_given_task_wins(tmp_path: Path) -> None:
     ("rows", "line"),
     [
         ([{"text": "some words", "id": 3}] * 3,
-         "x: no column looks like a label; rename it to 'label'; the columns are text, id"),
-        ([{"id": 3, "x_id": 4}] * 3, "x: no column looks like a label; rename it to 'label'; the columns are id, x_id"),
-        ([{"label": 3, "n": 4}] * 3, "x: no text column; its columns: label, n"),
+         'x: no column looks like a label; rename it to "label"; there is "id", "text"'),
+        ([{"id": 3, "x_id": 4}] * 3, 'x: no column looks like a label; rename it to "label"; there is "id", "x_id"'),
+        ([{"label": 3, "n": 4}] * 3, 'x: no text column; there is "label", "n"'),
     ],
 )  # fmt: skip
 def test_what_cannot_be_guessed_is_an_error(rows: list[dict[str, Any]], line: str) -> None:

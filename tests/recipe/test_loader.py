@@ -38,7 +38,7 @@ def test_a_good_recipe_is_read_with_its_types(tmp_path: Path) -> None:
 def test_files_that_are_no_recipe_are_refused(tmp_path: Path) -> None:
     (tmp_path / "relevance.yaml").write_text(GOOD)
     (tmp_path / "latin.yaml").write_bytes(b"a: 1\nb: caf\xe9\n")
-    (tmp_path / "big.yaml").write_bytes(b"#" * 1_000_001)
+    (tmp_path / "big.yaml").write_bytes(b"#" * 1_100_000)
     cases = [
         (tmp_path / "relevanse.yaml", "missing-file", f"did you mean {tmp_path}/relevance.yaml?"),
         (tmp_path / "x.yaml", "missing-file", "x.yaml"),
