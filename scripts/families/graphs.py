@@ -10,15 +10,15 @@ from unittest.mock import patch
 from onnx import ModelProto
 from torch import Tensor, nn
 
-from sqat.export import graph, source
+from sqat.export import graph, source, traced_graphs
 
 
 @contextmanager
 def shared_graphs() -> Iterator[None]:
-    """Give equal models, with equal inputs, the graph of the first of them, or its error."""
+    """Trace each architecture once, as rehearsals do, and fill in the weights of each model."""
     known: dict[str, bytes | Exception] = {}
 
-    def export_float(model: nn.Module, inputs: Mapping[str, Tensor], output: str = "logits") -> ModelProto:
+    def export_once(model: nn.Module, inputs: Mapping[str, Tensor], output: str = "logits") -> ModelProto:
         key = digest(model, inputs, output)
         if key not in known:
             try:
@@ -31,7 +31,10 @@ def shared_graphs() -> Iterator[None]:
         copy: ModelProto = ModelProto.FromString(first)
         return copy
 
-    with patch.object(source, "export_float", export_float):
+    with (
+        patch.object(traced_graphs, "export_float", export_once),
+        patch.object(source, "export_float", traced_graphs.TracedGraphs().export),
+    ):
         yield
 
 

@@ -12,7 +12,7 @@ import re
 import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,6 +31,7 @@ from sqat.recipe.targets import TARGETS
 TASKS = {"text": "classification", "image": "image-classification"}
 OUTPUTS_ONLY = {"minilm_weight": 0, "output_weight": 1}
 FIT = {"steps": 2, "batch_size": 8, "learning_rate": 1e-4}
+REHEARSAL = "rehearsal of stage "  # place of what a rehearsal refuses
 UNCHANGED = 1e-30  # a learning rate with which qat does all its work and moves no weight: one float graph for all
 
 
@@ -40,7 +41,7 @@ class Outcome:
 
     Attributes:
         end: ``works``, ``refused`` (by a line before the first step), ``late`` (by a line after it), or ``fault``.
-        stage: that was running; empty where none was.
+        stage: that was running, or was rehearsed; empty where none was.
         code: of the SqatError, or the exception's class.
         where: last line of sqat's own code; of faults alone.
     """
@@ -105,23 +106,34 @@ def try_placement(
     def attempt(targets: Sequence[str]) -> Outcome:
         content = recipe_of(family, folder, files, placement, targets, record.distillation["end"] == "works")
         recipe.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-        return run_command("run", str(recipe), "--quiet")
+        before = trained(folder)
+        outcome = run_command("run", str(recipe), "--quiet")
+        late = outcome.end == "refused" and trained(folder) != before
+        return replace(outcome, end="late") if late else outcome
 
     whole = attempt(targets)
     if is_about_distillation(whole) and record.distillation["end"] == "works":
         record.distillation = short(whole)
         whole = attempt(targets)
     each = dict.fromkeys(targets, whole)
-    if whole.end != "works" and whole.stage in ("", "export") and len(targets) > 1:
+    if whole.end != "works" and whole.stage == "export" and len(targets) > 1:
         each = {target: attempt([target]) for target in targets}
+    if whole.end == "late":  # what was trained is kept, so that the same target is refused at once the second time
+        each = {name: replace(each[name], end="late") if each[name].end == "refused" else each[name] for name in each}
     facts = describe(record, folder / "runs" / "family", placement)
     return {**facts, "targets": {target: short(outcome) for target, outcome in each.items()}}
 
 
+def trained(folder: Path) -> dict[Path, float]:
+    """Return the checkpoints that training wrote, with their times."""
+    files = (path for stage in ("train", "prune", "qat") for path in folder.glob(f"runs/family/??-{stage}/sqat.json"))
+    return {path: path.stat().st_mtime for path in files}
+
+
 def is_about_distillation(outcome: Outcome) -> bool:
     """Say whether a run ended because q, k and v cannot be learned from the dense model."""
-    words = ("MiniLM", "distill", "num_attention_heads", "attention mask")
-    return (outcome.end == "fault" and outcome.stage == "qat") or any(word in outcome.message for word in words)
+    words = ("MiniLM", "distill", "q, k", "attention")
+    return outcome.stage == "qat" and (outcome.end == "fault" or any(word in outcome.message for word in words))
 
 
 def recipe_of(
@@ -156,8 +168,8 @@ def run_command(*arguments: str) -> Outcome:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             app(args=list(arguments), prog_name="sqat", standalone_mode=False)
     except SqatError as error:
-        stage = running_stage(error.__traceback__)
-        return Outcome("late" if stage else "refused", stage, error.code, str(error))
+        stage = error.place.removeprefix(REHEARSAL) if error.place.startswith(REHEARSAL) else ""
+        return Outcome("refused", stage or running_stage(error.__traceback__), error.code, str(error))
     except Exception as error:
         own = [frame for frame in traceback.extract_tb(error.__traceback__) if "/sqat/" in frame.filename]
         where = f"{own[-1].filename.rpartition('/sqat/')[2]}:{own[-1].lineno} {own[-1].name}" if own else ""
@@ -170,8 +182,8 @@ def running_stage(trace: TracebackType | None) -> str:
     """Return the name of the stage that an exception ended; empty where none was running."""
     while trace is not None:
         frame = trace.tb_frame
-        if "rehears" in frame.f_code.co_filename:
-            return ""
+        if frame.f_code.co_filename.endswith("rehearsal.py") and frame.f_code.co_name == "run_with":
+            return str(frame.f_locals["node"].name)
         if frame.f_code.co_name == "run_attempt":
             return str(frame.f_locals["self"].node.name)
         trace = trace.tb_next
