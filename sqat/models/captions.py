@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoTokenizer
 from sqat.checkpoint.manifest import WEIGHTS, file_digest
 from sqat.compat import quiet_transformers
 from sqat.errors import SqatError, first_line
+from sqat.models.source_files import header_of
 from sqat.models.sources import LOADING_ERRORS, resolve_source
 from sqat.models.text import check_length, check_tokens
 
@@ -80,6 +81,7 @@ class Captions:
         Raises:
             SqatError: the encoder cannot be loaded.
         """
+        header_of(self.folder)
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
             model = AutoModel.from_pretrained(

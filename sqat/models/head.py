@@ -5,7 +5,6 @@ A source numbers its labels its own way. Its rows keep their meaning only if eac
 
 from __future__ import annotations
 
-import copy
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from sqat.compat import draw_weights_
@@ -106,23 +104,22 @@ def same_order(source: Sequence[str], labels: Sequence[str]) -> bool:
     return tuple(source) == tuple(labels) or (has_default_names(source) and has_default_names(labels))
 
 
-def label_axes(build: Callable[[Any], nn.Module], settings: Any) -> dict[str, int]:
+def label_axes(
+    shapes: Mapping[str, Sequence[int]], larger: Mapping[str, Sequence[int]], outputs: int
+) -> dict[str, int]:
     """Find the tensors that have a row for each label: their shape follows the number of labels.
 
     Args:
-        build: makes a model by a config.
+        shapes: of a model's weights.
+        larger: the same with one more output.
 
     Returns:
         The axis of each, by name.
     """
-    larger = copy.deepcopy(settings)
-    larger.num_labels = settings.num_labels + 1
-    with torch.device("meta"):
-        shapes = [{name: t.shape for name, t in build(config).state_dict().items()} for config in (settings, larger)]
     axes = {}
-    for name, shape in shapes[0].items():
-        differs = [axis for axis, size in enumerate(shape) if shapes[1][name][axis] != size]
-        if len(differs) == 1 and shape[differs[0]] == settings.num_labels:
+    for name, shape in shapes.items():
+        differs = [axis for axis, size in enumerate(shape) if larger[name][axis] != size]
+        if len(differs) == 1 and shape[differs[0]] == outputs:
             axes[name] = differs[0]
     return axes
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from sqat.data.pixels import PREPROCESSOR, ImageProcessor
 from sqat.errors import SqatError, first_line
 from sqat.models.classifiers import load_classifier, make_classifier, set_dropout
 from sqat.models.head import TaskHead
+from sqat.models.source_files import shapes_on_meta
 from sqat.models.sources import LOADING_ERRORS
 from sqat.recipe.inputs import ModelConfig
 
@@ -48,10 +48,13 @@ class Images:
             else:
                 model, processor = from_source(config, source, head)
         except ImportError as error:
+            if error.name not in ("PIL", None) and "PIL" not in str(error):
+                raise SqatError(f"the model {config.source!r} cannot be built: {first_line(error)}", "install it",
+                                code="missing-package") from error  # fmt: skip
             raise SqatError(
                 "an image model's preprocessor needs Pillow", "pip install 'sqat[images]'", code="missing-package"
             ) from error
-        except (*LOADING_ERRORS, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+        except LOADING_ERRORS as error:
             what = "of model.config" if config.config is not None else repr(config.source)
             raise SqatError(
                 f"the model {what} cannot be built: {first_line(error)}",
@@ -87,6 +90,7 @@ def from_config(
         )
     settings = AutoConfig.for_model(**{"architectures": [], **entries, **head})
     set_dropout(settings, dropout)
+    shapes_on_meta(AutoModelForImageClassification.from_config, settings, None, "model.config")
     model: PreTrainedModel = AutoModelForImageClassification.from_config(settings, dtype=torch.float32)
     height, width = image_size(settings.to_dict())
     middle = (MIDDLE,) * channels(settings.to_dict())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from sqat.data.tokens import TextProcessor
 from sqat.errors import SqatError, first_line
@@ -33,8 +33,9 @@ from sqat.models.pooling import (
     reader_of,
     side_files,
 )
+from sqat.models.source_files import CONFIG, header_of, shapes_on_meta
 from sqat.models.sources import LOADING_ERRORS, check_loaded
-from sqat.models.text import check_length, check_tokens, check_vocabulary, count_types, load_tokenizer
+from sqat.models.text import check_length, check_tokens, check_vocabulary, count_types, load_tokenizer, read_tokenizer
 from sqat.recipe.inputs import ModelConfig
 
 
@@ -99,12 +100,14 @@ class Sentences:
         """
         options = {"revision": config.revision, "trust_remote_code": False}
         try:
+            header = header_of(source)
             settings = AutoConfig.from_pretrained(source, **options)
             set_dropout(settings, config.dropout)
+            shapes_on_meta(AutoModel.from_config, settings, header, str(Path(source) / CONFIG))
             model, report = AutoModel.from_pretrained(
                 source, config=settings, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
             )
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            tokenizer = read_tokenizer(source, config.revision)
             read = reader_of(source, config.revision)
             pooling, carried = read_pooling(read, source), side_files(source, read)
         except LOADING_ERRORS as error:

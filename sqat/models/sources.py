@@ -13,14 +13,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from sqat.checkpoint.manifest import WEIGHTS, file_digest
 from sqat.errors import SqatError
+from sqat.files.read import open_file
+from sqat.models.source_files import check_regular
 from sqat.recipe.inputs import ModelConfig
 
 ADAPTER = "adapter_config.json"
-LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # of libraries, for a bad model
+# What libraries raise for a bad model.
+LOADING_ERRORS = (
+    *(OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError, AssertionError),
+    *(ImportError, MemoryError, SafetensorError, StrictDataclassError),
+)
 
 
 def resolve_source(source: str, folder: Path) -> str:
@@ -71,6 +78,7 @@ def check_own_weights(folder: Path) -> None:
     Raises:
         SqatError: it is one of these.
     """
+    check_regular(folder)
     if (path := folder / ADAPTER).is_file():
         raise SqatError("is an adapter, whose weights belong to another model", "merge them and save the whole model",
                         str(path), code="unsupported-model")  # fmt: skip
@@ -100,6 +108,7 @@ def source_digest(config: ModelConfig, folder: Path) -> str:
             continue
         for path in sorted([*source.glob("*"), *source.glob("*/config.json")]):
             if path.suffix in (".json", ".txt", ".model", ".safetensors"):
+                open_file(path).close()  # of a folder below, a pipe would block
                 hasher.update(f"{path.relative_to(source)} {file_digest(path)}\n".encode())
     return hasher.hexdigest()
 

@@ -42,7 +42,7 @@ class Texts:
         """
         try:
             model = load_classifier(AutoModelForSequenceClassification, config, source, head)
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision, trust_remote_code=False)
+            tokenizer = read_tokenizer(source, config.revision)
         except LOADING_ERRORS as error:
             raise SqatError(
                 f"the model {config.source!r} cannot be loaded: {first_line(error)}",
@@ -66,11 +66,24 @@ class Texts:
         return TextProcessor(load_tokenizer(folder, place))
 
 
+def read_tokenizer(source: str, revision: str | None = None) -> Any:
+    """Load the tokenizer of a source.
+
+    Raises:
+        SqatError: it is damaged.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except Exception as error:  # the library of tokenizers raises Exception itself
+        raise SqatError(f"the tokenizer cannot be loaded: {first_line(error)}", "get the model again", source,
+                        code="unsupported-model") from error  # fmt: skip
+
+
 def load_tokenizer(folder: Path, place: str) -> Any:
     """Load the tokenizer in a folder, which errors call ``place``."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except LOADING_ERRORS as error:
+    except Exception as error:
         raise SqatError(
             "no tokenizer lies beside the model", "keep its files together", place, code="model-mismatch"
         ) from error

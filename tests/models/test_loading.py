@@ -172,8 +172,8 @@ def test_what_cannot_be_loaded_is_told_in_one_line(
 
     start = "the model 'SOURCE' cannot be loaded: "
     own_code = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
-    assert spoiled(lambda f: (f / "model.safetensors").write_bytes(b"abc")).startswith(start)
-    assert spoiled(lambda f: (f / "config.json").write_text("{")).startswith(start)
+    assert spoiled(lambda f: (f / "model.safetensors").write_bytes(b"abc")).startswith("SOURCE/model.safetensors: ")
+    assert spoiled(lambda f: (f / "config.json").write_text("{")).startswith("SOURCE/config.json: ")
     assert spoiled(lambda f: edit_config(f, model_type="unheard")).startswith(f"{start}The checkpoint you are trying")
     assert "contains custom code" in spoiled(lambda f: edit_config(f, **own_code))
     assert capsys.readouterr().out == "", "nobody was asked anything"
