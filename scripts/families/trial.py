@@ -168,7 +168,8 @@ def run_command(*arguments: str) -> Outcome:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             app(args=list(arguments), prog_name="sqat", standalone_mode=False)
     except SqatError as error:
-        stage = error.place.removeprefix(REHEARSAL) if error.place.startswith(REHEARSAL) else ""
+        place = error.place.partition(":")[0]
+        stage = place.removeprefix(REHEARSAL) if place.startswith(REHEARSAL) else ""
         return Outcome("refused", stage or running_stage(error.__traceback__), error.code, str(error))
     except Exception as error:
         own = [frame for frame in traceback.extract_tb(error.__traceback__) if "/sqat/" in frame.filename]
