@@ -89,4 +89,8 @@ def test_all_ranks_report_that_rank_0_has_no_room(folder: Path) -> None:
         *_, last = (folder / f"full/output{rank}").read_text().splitlines()
         assert "/01-train: cannot be written: " in last
         assert "File too large" in last
-    assert {path.name for path in (folder / "full/runs/tiny").iterdir()} == {"metrics.jsonl", "sqat.log"}
+    assert {path.name for path in (folder / "full/runs/tiny").iterdir()} == {
+        "metrics.jsonl",
+        "rehearsed.json",
+        "sqat.log",
+    }
