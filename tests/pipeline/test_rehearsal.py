@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from sqat.cli import main
 from sqat.errors import SqatError, StoppedError
@@ -23,7 +24,7 @@ from sqat.recipe.loader import load_recipe
 from sqat.stages import calibrate
 from sqat.training import loop
 from tests.errors import raises_code
-from tests.tiny import Project, Recorder, write_model, write_project, write_rows
+from tests.tiny import Project, Recorder, build_model, write_model, write_project, write_rows
 
 pytestmark = pytest.mark.pipeline
 Change = Callable[[Path], list[str]]
@@ -76,6 +77,20 @@ def without_kernels(folder: Path) -> list[str]:
     return ["stages.calibrate.placement=cpu"]
 
 
+def with_token_beyond_the_table(folder: Path) -> list[str]:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer.add_tokens(["beyond"])
+    tokenizer.save_pretrained(folder / "model")
+    return []
+
+
+def with_other_labels(folder: Path) -> list[str]:
+    model = build_model(vocab_size=len(AutoTokenizer.from_pretrained(folder / "model")))
+    model.config.id2label, model.config.label2id = {0: "negative", 1: "neutral"}, {"negative": 0, "neutral": 1}
+    model.save_pretrained(folder / "model")
+    return ["stages.train={steps: 0}"]
+
+
 def with_test_row(row: dict[str, Any]) -> Change:
     def change(folder: Path) -> list[str]:
         write_rows(folder / "test.jsonl", [{"text": "good film", "label": "positive"}, row])
@@ -99,6 +114,8 @@ LATE: dict[str, tuple[Change, str, int, str]] = {
     "distillation finds no q, k and v": (with_settings("stages.qat.distill.qkv=[query]"), "no-layer", 2, "qat"),
     "the width is no multiple of the relation heads": (
         with_settings("stages.qat.distill.loss={name: minilm-v2, relation_heads: 5}"), "unsupported-model", 2, "qat"),
+    "a token lies beyond the table": (with_token_beyond_the_table, "model-mismatch", 2, "train"),
+    "the source has other labels": (with_other_labels, "model-mismatch", 2, "train"),
     "a test row has an unknown label": (with_test_row({"text": "a film", "label": "other"}), "invalid-data", 2, ""),
     "a test row has no text": (with_test_row({"label": "positive"}), "invalid-data", 2, ""),
     "a query does not fit a later batch": (
