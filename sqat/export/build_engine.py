@@ -90,13 +90,22 @@ def read_settings(path: Path) -> dict[str, Any]:
 def import_library(backend: str) -> ModuleType:
     """Import a backend; ``auto`` is TensorRT if it is installed, else TensorRT-RTX."""
     names = list(MODULES) if backend == "auto" else [backend]
-    module = next((MODULES[name] for name in names if importlib.util.find_spec(MODULES[name])), None)
+    module = next((MODULES[name] for name in names if is_installed(MODULES[name])), None)
     if module is None:
         raise BuildError(f"{' and '.join(names)} not installed; the head of this file says how")
     try:
-        return importlib.import_module(module)
+        library = importlib.import_module(module)
     except ImportError as error:
         raise BuildError(f"{module} cannot be imported: {error}") from error
+    if not hasattr(library, "Builder") or not hasattr(library, "OnnxParser"):
+        raise BuildError(f"the module {module} is not NVIDIA's: {getattr(library, '__file__', module)}")
+    return library
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be imported; a folder of that name, which has no origin, is none."""
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None
 
 
 def build(

@@ -23,6 +23,7 @@ from sqat.lint.weight import FLOATS, HALF, Weight, count_nonzeros
 from sqat.onnx_files.read import read_onnx
 from sqat.sparsity.pattern import Pattern
 
+SPARSE_PATTERNS = ("1:4", "2:4")
 GROUP_SIZES = (4, 8, 16, 32)
 INT8_MAX = 127
 
@@ -127,7 +128,8 @@ def missing_layers(view: GraphView, layers: Sequence[LayerRow], target: Target) 
         advice = "quantize it (stages calibrate, qat), then export again"
         return [Finding("layers", "", problem, requirement="quantized layers", advice=advice)]
     if target not in ("onnx-int8", "onnx-fp32") and not any(layer.runs.startswith("sparse") for layer in layers):
-        advice = "prune to 2:4 (stage prune), and see the reasons above"
+        sparse = sum(layer.pattern in SPARSE_PATTERNS for layer in layers)
+        advice = f"see the reasons above: {sparse} of them have 2:4 weights" if sparse else "prune to 2:4 (stage prune)"
         return [Finding("layers", "", "no layer will run sparse", True, "sparse layers", advice)]
     return []
 

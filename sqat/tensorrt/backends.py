@@ -19,6 +19,7 @@ from sqat.hardware.machine import Gpu, find_gpus
 
 TENSORRT, RTX = "tensorrt", "tensorrt-rtx"
 BACKENDS = ("auto", TENSORRT, RTX)
+HOME = Path(__file__).parents[2]  # -m imports from its folder first, and a user's may hold a tensorrt.py
 SPARSE_CAPABILITY = (8, 0)
 INSTALL_RTX = "pip install 'sqat[tensorrt-rtx]' builds ahead of time without a GPU"
 BUILD_ELSEWHERE = "or build on the GPU machine and give its log with --log"
@@ -105,11 +106,14 @@ def build_engine(model: Path, output: Path, shapes: Shapes, *, backend: str, hal
     layers.unlink(missing_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     precisions = ["INT8", "FP16"] if half else ["INT8"]
-    command = [sys.executable, "-m", "sqat.export.build_engine", model, "--backend", backend, "--output", output,
-               "--log", log, "--layers", layers, "--shapes", json.dumps(shapes),
+    files = {"--output": output, "--log": log, "--layers": layers}
+    options = [part for name, path in files.items() for part in (name, path.absolute())]
+    command = [sys.executable, "-m", "sqat.export.build_engine", model.absolute(), "--backend", backend, *options,
+               "--shapes", json.dumps(shapes),
                "--precisions", *precisions]  # fmt: skip
     start = time.monotonic()
-    process = subprocess.run([str(part) for part in command], capture_output=True, text=True, errors="replace")
+    words = [str(part) for part in command]
+    process = subprocess.run(words, capture_output=True, text=True, errors="replace", cwd=HOME)
     if process.returncode:
         raise SqatError(
             f"{backend} builds no engine: {failure(process)}",

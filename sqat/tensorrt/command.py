@@ -45,8 +45,7 @@ def build_report(
     sequence_option = parse_range(sequence, "--sequence") if sequence else None
     settings = read_settings(path)
     target = output or path.with_suffix(".engine")
-    if target.resolve() == path.resolve():
-        raise SqatError("the engine would be written over the model", place="--output", code="output-exists")
+    check_output(target, path)
     model = read_model(path)
     library = choose_backend(backend)
     shapes = profile_shapes(
@@ -61,7 +60,28 @@ def build_report(
     report = make_report(path, model, read_build(built.log, built.layers))
     note = sparse_kernel_problem(find_gpus()) if library == TENSORRT else ""
     return replace(report, engine=built.engine, log=built.log, backend=library, seconds=built.seconds,
-                   notes=(note,) if note else ())  # fmt: skip
+                   notes=(*report.notes, *([note] if note else [])))  # fmt: skip
+
+
+def check_output(target: Path, model: Path) -> None:
+    """Raise SqatError unless an engine can be written to a path: a new file, or an older engine."""
+    place = str(target)
+    try:
+        if target.is_dir() or not target.name:
+            raise SqatError("is a folder", "give the name of a file in it", place, code="unwritable-file")
+        if target.exists() and target.samefile(model):
+            raise SqatError("the engine would be written over the model", place="--output", code="output-exists")
+        if target.suffix == ".onnx":
+            raise SqatError("is the name of a model, not of an engine", "give it another name", place, code="usage")
+        if target.exists() and not target.is_file():
+            raise SqatError("is no regular file", "give the name of a file", place, code="unwritable-file")
+        above = next(folder for folder in target.absolute().parents if folder.exists())
+    except OSError as error:
+        raise SqatError(f"cannot be written: {error.strerror}", "give another name", place,
+                        code="unwritable-file") from error  # fmt: skip
+    if not above.is_dir():
+        raise SqatError("is a file, so that no engine can lie in it", "name a folder", str(above),
+                        code="unwritable-file")  # fmt: skip
 
 
 def read_report(path: Path, log: Path | None, layers: Path | None) -> EngineReport:

@@ -166,6 +166,7 @@ def make_report(path: Path, model: ModelProto, log: BuildLog) -> EngineReport:
         file_bytes=file_bytes,
         slack=int(RELATIVE_SLACK * file_bytes) + BYTES_PER_NODE * len(view.nodes),
         untraced=tuple(untraced),
+        notes=(f"the log holds {log.builds} builds, this is the last",) if log.builds > 1 else (),
     )
 
 

@@ -14,15 +14,15 @@ from onnx import NodeProto
 from sqat.errors import SqatError
 from sqat.lint.apply_rules import apply_rules
 from sqat.lint.graph_view import GraphView
-from sqat.lint.layer_report import layer_rows
+from sqat.lint.layer_report import SPARSE_PATTERNS, layer_rows
 from sqat.lint.layer_row import LayerRow
 from sqat.lint.rules.table import Target
-from sqat.lint.verdicts import DOUBT
+from sqat.lint.verdicts import DOUBT, FLOAT
 from sqat.lint.weight import Weight
 from sqat.tensorrt.build_log import BuildLog, EngineLayer
 from sqat.tensorrt.tracing import is_of_another_model, layers_by_node, trace, weight_type
 
-SPARSE_PATTERNS = ("1:4", "2:4")
+DENSE_IS_FASTER = "a dense kernel was faster"
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def make_row(node: str, weight: Weight, row: LayerRow, facts: BuildFacts, log: B
         chosen=chosen,
         weight_type=weight_type(facts.layers, prod(weight.size)),
         kernel=kernel_name(facts.layers),
-        reason="" if chosen else reason_not_sparse(row, eligible, chosen, log),
+        reason="" if chosen else reason_not_sparse(row, facts, chosen, log),
     )
 
 
@@ -143,14 +143,17 @@ def kernel_name(layers: list[EngineLayer]) -> str:
     return tactics[0].tactic if tactics else ""
 
 
-def reason_not_sparse(row: LayerRow, eligible: bool, chosen: bool | None, log: BuildLog) -> str:
+def reason_not_sparse(row: LayerRow, facts: BuildFacts, chosen: bool | None, log: BuildLog) -> str:
     """Why a layer does not run sparse; empty where it may, once the GPU chooses."""
-    if not row.runs.startswith("sparse"):
+    is_listed = is_eligible(facts, log, default=False)
+    if is_listed and chosen is False and row.runs == FLOAT:
+        return f"eligible; {DENSE_IS_FASTER}"  # what keeps a layer in float does not keep it dense
+    if not row.runs.startswith("sparse") and not (is_listed and chosen is False):
         return row.reason
     if log.chosen_later:
         return f"in doubt: {row.reason}" if row.runs.endswith(DOUBT) else ""
     if chosen is None:
         return "the build does not say"
-    if not eligible:
+    if not is_eligible(facts, log, default=True):
         return "TensorRT does not list it, though the file is in order"
-    return "a dense kernel was faster" + (f", perhaps because {row.reason}" if row.reason else "")
+    return DENSE_IS_FASTER + (f", perhaps because {row.reason}" if row.reason else "")

@@ -256,3 +256,146 @@ def test_no_json_breaks_the_reader(tmp_path_factory: pytest.TempPathFactory, con
     path.write_text(json.dumps({"Layers": [entry]}))
     with contextlib.suppress(SqatError):
         assert len(read_layers(path).layers) == 1
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "Name: ",
+        "Name: a, LayerType: ",
+        "Name: a, LayerType: b, TacticName: ",
+        "Constants: [",
+        "Constants: [{",
+        " ",
+        "}",
+        "Name: a, LayerType: b, Constants: [{",
+        "Dimensions: [1], ",
+        "Dimensions: [1",
+        "[ONNX Layer: ",
+        "_myl1",
+        "1",
+        ",",
+        "Metadata: ",
+        "Weights: {",
+        "tensorrt_rtx 1.",
+        "(Sparsity) Found ",
+        "&&&& RUNNING TensorRT",
+        "\r",
+        "\x1e",
+        "a, ",
+    ],
+)
+@pytest.mark.parametrize(
+    "head",
+    ["", "Name: a, LayerType: b, ", "Name: a, LayerType: b, Constants: [{ ", "Name: a, LayerType: b, Metadata: "],
+)
+def test_a_line_of_a_megabyte_is_read_at_once(piece: str, head: str) -> None:
+    """In quadratic time, each would take many minutes."""
+    parse_log(head + piece * (1_000_000 // len(piece)))
+
+
+LAYER_LINE = "Name: %s, LayerType: gemm, TacticName: sparse, StreamId: 0"
+
+
+def whole_build(name: str, begin: str = "", end: str = "") -> str:
+    lines = [
+        *form_10([f"{name}a", f"{name}b"], [f"{name}a"]),
+        f"Name: {name}a, LayerType: gemm, TacticName: sparse, StreamId: 0",
+    ]
+    return "\n".join([begin, *lines, end])
+
+
+BEGINS = [
+    "&&&& RUNNING TensorRT.trtexec [TensorRT v101300] # trtexec",
+    "[I] [TRT] tensorrt 10.13.0, sparse weights allowed",
+]
+ENDS = [
+    "[I] Engine built in 3.1 sec.",
+    "[I] [TRT] Engine generation completed in 2.9 s.",
+    "&&&& PASSED TensorRT.trtexec",
+]
+
+
+@pytest.mark.parametrize(("begin", "end"), [*((begin, "") for begin in BEGINS), *(("", end) for end in ENDS)])
+def test_of_several_builds_the_last_counts(begin: str, end: str, tmp_path: Path) -> None:
+    path = tmp_path / "build.log"
+    path.write_text("\n".join(whole_build(name, begin, end) for name in ("x", "y", "z")))
+    log = read_log(path)
+    assert (log.builds, log.choice) == (3, Choice(2, 1, ("za", "zb"), ("za",)))
+    assert [layer.name for layer in log.layers] == ["za"]
+    path.write_text(whole_build("x", begin, end) + "\n" + (begin or whole_build("y").splitlines()[1]))
+    with pytest.raises(SqatError, match="2 builds" if begin else "cut short"):
+        read_log(path)
+
+
+def test_parts_of_one_build_are_one_build() -> None:
+    parts = "\n".join([*form_10(["a"], []), *form_10(["a", "b", "c"], ["b"]), *form_10(["c"], ["c"]), *ENDS])
+    assert parse_log("\n".join([*BEGINS[:1], parts, LAYER_LINE % "b"])).builds == 1
+    assert parse_log(parts).choice == Choice(3, 1, ("a", "b", "c"), ("b",))
+
+
+LAYER = {"Name": "a", "LayerType": "gemm"}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"Constants": 3},
+        {"Constants": [{"Dimensions": [[1]]}]},
+        {"Constants": [{"Dimensions": [None]}]},
+        {"Constants": [{"Dimensions": [float("inf")]}]},
+        {"Constants": [{"Dimensions": ["1-2"]}]},
+        {"Constants": [{"Dimensions": [10**20]}]},
+        {"Weights": {"Count": []}},
+        {"Weights": {"Count": "x"}},
+        {"Weights": {"Count": float("inf")}},
+        {"Weights": {"Count": float("nan")}},
+        {"Constants": None},
+    ],
+)
+def test_a_layer_in_an_unknown_form_is_one_line(entry: dict[str, object], tmp_path: Path) -> None:
+    path = tmp_path / "layers.json"
+    path.write_text(json.dumps({"Layers": [LAYER | entry]}))
+    with pytest.raises(SqatError, match="describes a layer in an unknown form") as error:
+        read_layers(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"Metadata": 3},
+        {"Metadata": None},
+        {"Name": {"a": [1]}},
+        {"TacticName": []},
+        {"Weights": 3},
+        {"HasSparseWeights": "x"},
+        {"Constants": ["a"]},
+        {"Constants": [{}]},
+        {"Constants": [{"Dimensions": []}]},
+    ],
+)
+def test_odd_values_of_a_layer_say_nothing(entry: dict[str, object], tmp_path: Path) -> None:
+    path = tmp_path / "layers.json"
+    path.write_text(json.dumps([LAYER | entry]))
+    assert all(constant.count == 0 for constant in read_layers(path).layers[0].constants)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"Layers": ' * 300,
+        '{"Layers": [' + "9" * 5000 + "]}",
+        '["\\ud800"]',
+        "[NaN, {}]",
+        "[[]]",
+        "[{}]",
+    ],
+)
+def test_odd_json_is_one_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "layers.json"
+    path.write_text(text)
+    with pytest.raises(SqatError) as error:
+        read_layers(path)
+    assert error.value.code == "unreadable-file"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from sqat.cli import main
 from sqat.errors import SqatError
+from sqat.export import build_engine
 from sqat.export.engine_files import make_engine_files
 from sqat.hardware.machine import Gpu
 from sqat.tensorrt import backends, command
@@ -241,3 +244,53 @@ def test_errors_name_the_place() -> None:
     with pytest.raises(SqatError) as error:
         choose_backend("cuda")
     assert (error.value.code, error.value.place, error.value.exit_code) == ("unknown-name", "--backend", 2)
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        (".", "is a folder"),
+        ("..", "is a folder"),
+        ("folder", "is a folder"),
+        ("folder/", "is a folder"),
+        ("/", "is a folder"),
+        ("", "is a folder"),
+        ("file/a.engine", "is a file"),
+        ("file/b/a.engine", "file"),
+        ("other.onnx", "is the name of a model"),
+        ("model.tensorrt.onnx", "over the model"),
+        ("folder/../model.tensorrt.onnx", "over the model"),
+        ("link.engine", "over the model"),
+        ("hard.engine", "over the model"),
+        ("pipe", "is no regular file"),
+        ("a" * 300, "cannot be written"),
+    ],
+)
+def test_an_output_that_is_no_place_for_an_engine(
+    output: str, words: str, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(model.parent)
+    Path("folder").mkdir()
+    Path("file").write_text("")
+    Path("link.engine").symlink_to(model)
+    Path("hard.engine").hardlink_to(model)
+    os.mkfifo("pipe")
+    before, content = sorted(Path().iterdir()), model.read_bytes()
+    assert main(["engine", model.name, "--output", output]) == 2
+    assert words in only_line(capsys)
+    assert (sorted(Path().iterdir()), model.read_bytes()) == (before, content)
+
+
+def test_a_module_that_is_not_tensorrt_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in build_engine.MODULES.values():
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    (tmp_path / "tensorrt.py").write_text("Builder = None\n")
+    with pytest.raises(build_engine.BuildError, match="is not NVIDIA's"):
+        build_engine.import_library("tensorrt")
+    (tmp_path / "tensorrt.py").unlink()
+    (tmp_path / "tensorrt").mkdir()
+    importlib.invalidate_caches()
+    sys.modules.pop("tensorrt", None)
+    with pytest.raises(build_engine.BuildError, match="not installed"):
+        build_engine.import_library("tensorrt")

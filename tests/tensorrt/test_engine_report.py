@@ -290,3 +290,47 @@ KNOWN = {"/a/layer.0/q/MatMul", "/a/layer.0/k/MatMul", "/c/Gemm", "Conv_2", "Con
 )
 def test_names_of_fused_layers(name: str, nodes: set[str]) -> None:
     assert named_nodes(name, KNOWN) == nodes
+
+
+def float_convolutions(count: int) -> ModelProto:
+    """Convolutions with float 2:4 weights."""
+    nodes = " ".join(f"c{i} = Conv({f'c{i - 1}' if i else 'x'}, w{i})" for i in range(count))
+    model = onnx.parser.parse_model(
+        '<ir_version: 9, opset_import: ["" : 17]> g (float[n, 32, 4, 4] x) => (float[n, 32, 4, 4] y)'
+        f" {{ {nodes} y = Relu(c{count - 1}) }}"
+    )
+    for index, node in enumerate(model.graph.node):
+        node.name = f"Conv_{index}"
+    weight = np.ones((32, 32, 1, 1), np.float32)
+    weight[:, ::2] = 0
+    model.graph.initializer.extend(numpy_helper.from_array(weight, f"w{i}") for i in range(count))
+    return model
+
+
+@pytest.mark.parametrize("version_8", [True, False])
+def test_an_eligible_float_layer_is_dense_since_that_was_faster(version_8: bool) -> None:
+    """What the chosen layers lack as well is no reason."""
+    names = tuple(f"Conv_{index}" for index in range(4))
+    log = BuildLog(Choice(4, 2, names, names[:2], version_8))
+    rows = report_of(float_convolutions(5), log).rows
+    assert [(row.eligible, row.chosen) for row in rows] == [(True, True)] * 2 + [(True, False)] * 2 + [(False, False)]
+    assert [row.reason for row in rows[:4]] == ["", "", f"eligible; {FASTER}", f"eligible; {FASTER}"]
+    assert "no DequantizeLinear" in rows[4].reason
+
+
+def test_a_flag_of_the_layer_information_makes_it_eligible() -> None:
+    layers = tuple(
+        EngineLayer(f"Conv_{index}", "CaskConvolution", "sm80_dense", (f"Conv_{index}",), (), eligible=index == 0)
+        for index in range(2)
+    )
+    first, second = report_of(float_convolutions(2), BuildLog(layers=layers)).rows
+    assert (first.eligible, first.chosen, first.reason) == (True, False, f"eligible; {FASTER}")
+    assert "no DequantizeLinear" in second.reason
+
+
+def test_several_builds_are_said(bert: ModelProto) -> None:
+    text = (LOGS / "trtexec-10.log").read_text() + "\nEngine built in 3 sec.\n"
+    assert report_of(bert, parse_log(text)).notes == ()
+    report = report_of(bert, parse_log(text * 2))
+    assert report.notes == ("the log holds 2 builds, this is the last",)
+    assert report.chosen == 8
