@@ -92,7 +92,7 @@ def escape_control(text: str) -> str:
     return "".join(c if c.isprintable() or category(c) == "Zs" else c.encode("unicode_escape").decode() for c in text)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of a library's message that is not empty, or else the class name."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 

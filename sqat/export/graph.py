@@ -12,16 +12,21 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
+from textwrap import shorten
+from typing import Any
 
 import torch
 from onnx import GraphProto, ModelProto, NodeProto
 from torch import Tensor, nn
 
+from sqat.errors import SqatError, first_line
 from sqat.export.names import WEIGHTED, module_of, node_name
 from sqat.export.outputs import tensor_outputs
 
 OPSET = 20
+LONGEST_REASON = 200  # characters
 SCOPES = "pkg.torch.onnx.name_scopes"
 ROOT = "model"
 
@@ -53,6 +58,7 @@ def export_float(model: nn.Module, inputs: Mapping[str, Tensor], output: str | N
 
     Raises:
         ValueError: an input has another shape, or the model is in training mode.
+        SqatError: torch cannot trace the model.
     """
     example = tuple(example_rows(name, tensor) for name, tensor in inputs.items())
     if model.training:
@@ -61,22 +67,50 @@ def export_float(model: nn.Module, inputs: Mapping[str, Tensor], output: str | N
     axes = tuple({0: batch} if tensor.is_floating_point() else {0: batch, 1: sequence} for tensor in example)
     with quiet(), torch.no_grad():
         returned = ["logits"] if output else list(tensor_outputs(model(**dict(zip(inputs, example, strict=True)))))
-        program = torch.onnx.export(
-            PositionalModel(model, list(inputs), returned).eval(),
-            example,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=list(inputs),
-            output_names=[output] if output else returned,
-            dynamic_shapes=(axes,),
-            verbose=False,
-        )
-    assert program is not None
+        wrapper = PositionalModel(model, list(inputs), returned).eval()
+        program = trace(wrapper, example, [output] if output else returned, axes)
     exported: ModelProto = program.model_proto
     name_nodes_(exported.graph)
     name_initializers_(exported.graph)
     strip_metadata_(exported)
     return exported
+
+
+def trace(
+    model: PositionalModel, example: tuple[Tensor, ...], outputs: list[str], axes: Sequence[dict[int, Any]]
+) -> torch.onnx.ONNXProgram:
+    """Run torch's exporter; whatever it raises becomes one line.
+
+    Raises:
+        SqatError: torch cannot trace the model, or ONNX has no operator for a part of it.
+    """
+    try:
+        program = torch.onnx.export(
+            model,
+            example,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(model.inputs),
+            output_names=outputs,
+            dynamic_shapes=(axes,),
+            verbose=False,
+        )
+    except (SqatError, MemoryError):
+        raise
+    except Exception as error:
+        name, reason = type(model.model).__name__, first_line(root_cause(error))
+        raise SqatError(f"torch cannot export {name} as ONNX: {shorten(reason, LONGEST_REASON)}",
+                        "export torch-semi-structured or compressed-tensors, which need no ONNX graph",
+                        code="unsupported-model") from error  # fmt: skip
+    assert program is not None
+    return program
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """Return the error that all others were raised from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def example_rows(name: str, tensor: Tensor) -> Tensor:
@@ -92,11 +126,11 @@ def example_rows(name: str, tensor: Tensor) -> Tensor:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the exporter's warnings and log lines for as long as the block runs."""
+    """Silence what the exporter warns, logs and prints for as long as the block runs."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 
 import pytest
@@ -10,12 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import NodeProto, numpy_helper
-from torch import nn
+from torch import Tensor, nn
 
+from scripts.families import registry
+from scripts.families.source import build_family
+from sqat.errors import SqatError, StoppedError
 from sqat.export.graph import export_float, quiet
 from sqat.export.names import WEIGHTED, module_of, node_name
 from sqat.runtime.sessions import run_batches, session
+from tests.errors import raises_code
 from tests.onnx_models import FAMILIES, Family, ImageFamily
+from tests.tiny import MakeModel
 
 NAMES = st.lists(st.from_regex(r"[A-Za-z_][A-Za-z_0-9]{0,5}|[0-9]{1,2}", fullmatch=True), max_size=6)
 
@@ -109,3 +115,62 @@ def test_images_that_cannot_stand_for_a_batch(shape: tuple[int, ...]) -> None:
 def test_a_model_in_training_mode_is_refused() -> None:
     with pytest.raises(ValueError, match="eval mode"):
         export_float(FAMILIES["bert"]().train(), {"input_ids": torch.ones(2, 4, dtype=torch.long)})
+
+
+def raise_chain(error: Exception) -> None:
+    """Raise an error as the exporter does: from its cause, with pages of advice."""
+    raise RuntimeError("Failed to export the model.\nNext steps:\n- Modify the model code\n" * 50) from error
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ValueError("\n\n  a guard fails on u1 < 8  \nmore\nand more"), "a guard fails on u1 < 8"),
+        (KeyError("aten::made_up"), "aten::made_up"),
+        (AssertionError(), "AssertionError"),
+        (TypeError("x" * 5000), "..."),
+    ],
+)
+def test_what_the_exporter_raises_and_prints_becomes_one_line(
+    error: Exception,
+    told: str,
+    make_model: MakeModel,
+    batch: dict[str, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def export(*_: object, **__: object) -> None:
+        print("a graph of 364 lines")
+        print("and another", file=sys.stderr)
+        warnings.warn("a warning", stacklevel=1)
+        logging.getLogger("torch").error("an error")
+        raise_chain(error)
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    with pytest.raises(SqatError, match=r"^torch cannot export BertForSequenceClassification as ONNX: ") as refusal:
+        export_float(make_model("bert"), batch)
+    assert refusal.value.code == "unsupported-model"
+    assert told in refusal.value.problem
+    assert len(str(refusal.value)) < 400
+    assert "\n" not in str(refusal.value)
+    assert capfd.readouterr() == ("", "")
+    assert not logging.root.manager.disable
+
+
+def test_a_refusal_of_our_own_passes_the_exporter(
+    make_model: MakeModel, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export(*_: object, **__: object) -> None:
+        raise StoppedError("stopped", code="stopped")
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    with raises_code("stopped"):
+        export_float(make_model("bert"), batch)
+
+
+def test_longformer_is_refused_by_name(capfd: pytest.CaptureFixture[str]) -> None:
+    """Its windows depend on the number of tokens in a way that torch cannot trace."""
+    model, ids = build_family(registry.FAMILIES["longformer"]), torch.full((2, 12), 7)
+    with raises_code("unsupported-model", match="torch cannot export LongformerForSequenceClassification as ONNX: "):
+        export_float(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert "def forward" not in "".join(capfd.readouterr())
