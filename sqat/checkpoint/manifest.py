@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,13 +15,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
 
 from sqat.errors import SqatError
+from sqat.files.read import open_file, read_json
 
 FORMAT = 1
 MANIFEST, WEIGHTS, STATE, RECIPE = "sqat.json", "model.safetensors", "sqat.safetensors", "recipe.yaml"
 HISTOGRAMS = "histograms.json"  # activations that a calibrate stage saw: `sqat.stages.calibrate.summarize`
 LAYOUT = "layout.json"  # names the linears whose weights are stored as [in, out]
 SIDE_FILES = (".json", ".txt", ".model", ".jinja")  # suffixes of config and tokenizer files
-REMAKE = "run the stage again with --force, or use another checkpoint"
+REMAKE = "run {stage} again with --force, or use another checkpoint"
+STAGE_FOLDER = re.compile(r"\d{2,}-(.+?)(\.rejected)?")
 
 # JSON has no infinity (a PNR without a discordant pair), so such a figure is stored as its name.
 Figure = Annotated[
@@ -54,6 +57,7 @@ class Manifest(BaseModel):
     """The content of `sqat.json`.
 
     ``retry_multiplier`` multiplied the steps of this attempt; ``skipped`` maps a site to the reason why it stays float.
+    ``recipe_file`` is the name of the recipe that ``recipe.yaml`` is a copy of.
     ``files`` maps names to sha256; the entry ``sha256`` is of all other entries, so that no changed byte goes unseen.
     """
 
@@ -73,6 +77,7 @@ class Manifest(BaseModel):
     skipped: dict[str, str] = {}
     placement: str = ""
     notes: list[str] = []
+    recipe_file: str = ""
     overrides: list[str] = []
     attempt: int = 1
     retry_multiplier: float = 1.0
@@ -96,9 +101,9 @@ def load_manifest(directory: Path) -> Manifest:
         problem = f"the folder has no {MANIFEST}" if directory.is_dir() else "no such checkpoint folder"
         raise SqatError(problem, "give the folder of a finished stage", str(directory), code="not-a-checkpoint")
     try:
-        raw: Any = json.loads(path.read_bytes())
-    except (ValueError, OSError, RecursionError) as error:
-        raise damaged(f"cannot be read as JSON ({error})", path) from error
+        raw: Any = read_json(path)
+    except SqatError as error:
+        raise damaged(error.problem, path) from error
     version = raw.get("format") if isinstance(raw, dict) else None
     if not isinstance(version, int) or version < 1:
         raise damaged(f"has no valid format version, got {version!r}", path)
@@ -113,6 +118,13 @@ def load_manifest(directory: Path) -> Manifest:
     if manifest_digest(raw) != manifest.sha256:
         raise damaged("the manifest is not what its own sha256 says: it was changed or damaged", path)
     return manifest
+
+
+def content_digest(manifest: Manifest) -> str:
+    """Compute the sha256 of what a stage makes from the same inputs: no times, versions, or copy of the recipe."""
+    entries = manifest.model_dump(mode="json", exclude={"seconds", "overrides", "versions", "recipe_file"})
+    entries["files"] = {name: digest for name, digest in manifest.files.items() if name != RECIPE}
+    return manifest_digest(entries)
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
@@ -141,8 +153,9 @@ def verify_file(directory: Path, name: str, digest: str, manifest: str = MANIFES
         raise damaged(f"the manifest names a file outside the folder: {name!r}", directory / manifest)
     try:
         actual = file_digest(path)
-    except OSError as error:
-        raise damaged(f"the file is missing or unreadable ({error.strerror})", path) from error
+    except (OSError, SqatError) as error:
+        reason = error.problem if isinstance(error, SqatError) else error.strerror
+        raise damaged(f"the file is missing or unreadable ({reason})", path) from error
     if actual != digest:
         raise damaged("the content is not what the manifest's sha256 says: the file was changed or damaged", path)
     return path
@@ -151,7 +164,7 @@ def verify_file(directory: Path, name: str, digest: str, manifest: str = MANIFES
 def file_digest(path: Path) -> str:
     """Compute the sha256 of a file, in blocks."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -159,4 +172,6 @@ def file_digest(path: Path) -> str:
 
 def damaged(problem: str, place: Path) -> SqatError:
     """Make the error for a checkpoint that is not what it says."""
-    return SqatError(problem, REMAKE, str(place), code="damaged-checkpoint")
+    matches = (STAGE_FOLDER.fullmatch(part) for part in reversed(place.parts))
+    stage = next((f"stage {match[1]}" for match in matches if match), "the stage that wrote it")
+    return SqatError(problem, REMAKE.format(stage=stage), str(place), code="damaged-checkpoint")

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 
-from sqat.checkpoint.manifest import FORMAT, Manifest
+from sqat.checkpoint.manifest import FORMAT, Manifest, content_digest
 from sqat.data.sources import split_digest
 from sqat.models.sources import source_digest
 from sqat.recipe.schema import LoadedRecipe
@@ -62,9 +62,9 @@ def fingerprint(config: StageConfig, shared: Mapping[str, object], parent: str, 
 
 
 def input_digests(parent: Manifest | None, teacher: Manifest | None) -> dict[str, str]:
-    """Return the digests of the manifests of a stage's parent and teacher."""
+    """Return the digests of what a stage's parent and teacher hold."""
     manifests = {"parent": parent, "teacher": teacher}
-    return {role: manifest.sha256 for role, manifest in manifests.items() if manifest is not None}
+    return {role: content_digest(manifest) for role, manifest in manifests.items() if manifest is not None}
 
 
 def is_possible_attempt(manifest: Manifest, config: StageConfig) -> bool:

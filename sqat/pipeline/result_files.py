@@ -32,4 +32,4 @@ def result_artifacts(graph: StageGraph) -> dict[str, tuple[StageNode, Path]]:
 def artifact_size(artifact: Path) -> int:
     """Return the bytes of an exported file, or of a checkpoint's tensors."""
     files = [artifact] if artifact.is_file() else artifact.glob("*.safetensors")
-    return sum(file.stat().st_size for file in files)
+    return sum(file.stat().st_size for file in files if file.is_file())

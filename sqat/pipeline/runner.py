@@ -7,12 +7,13 @@ A stage is unchanged if its checkpoint is what the recipe makes from the checkpo
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 from sqat.checkpoint.manifest import MANIFEST, Manifest, load_manifest, verify_files
 from sqat.checkpoint.store import load_checkpoint
 from sqat.data.rows import SplitName
-from sqat.distributed import broadcast_from_rank0, raise_on_lost_peer
+from sqat.distributed import broadcast_from_rank0, raise_on_lost_peer, run_on_rank0
 from sqat.errors import SqatError
 from sqat.evaluation.evaluate import evaluate_artifact
 from sqat.pipeline.graph import StageGraph, StageNode, resolve_graph, stage_directory, try_load_manifest
@@ -22,7 +23,7 @@ from sqat.pipeline.quality_gates import first_failed_gate, gate_error, gate_limi
 from sqat.pipeline.rehearsal import rehearse, rehearse_new
 from sqat.pipeline.results import Results, measure_results
 from sqat.pipeline.run_folder import check_run_folder, check_stage_folder
-from sqat.pipeline.stage_run import StageRun, load_parent
+from sqat.pipeline.stage_run import StageRun, load_parent, remove_rejected
 from sqat.progress import Reporter
 from sqat.recipe.schema import LoadedRecipe
 from sqat.tasks.splits import Splits
@@ -154,6 +155,8 @@ def check_unchanged(graph: StageGraph, node: StageNode, reporter: Reporter) -> b
     failure = broadcast_from_rank0(first_failed_gate(limits, manifest.metrics))
     if failure and manifest.attempt >= node.config.max_attempts:
         raise gate_error(node.name, failure, node.directory, keeps_older=False)
+    if not failure:
+        run_on_rank0(partial(remove_rejected, node.directory))
     reporter.info(f"{node.name}: unchanged" + (f", but it misses a gate: {failure}" if failure else ""))
     return not failure
 

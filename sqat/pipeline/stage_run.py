@@ -159,6 +159,7 @@ class StageRun:
             run_on_rank0(partial(self.save, checkpoint, folder))
             self.report(checkpoint.manifest, folder)
             if not failure:
+                run_on_rank0(partial(remove_rejected, self.directory))
                 return
             self.info(f"misses a gate: {failure}")
         raise gate_error(self.node.name, failure, folder, keeps_older=self.directory.exists())
@@ -182,6 +183,7 @@ class StageRun:
         facts = {
             # the manifest of a resumed stage counts the seconds before the interruption too
             "seconds": round(max(checkpoint.manifest.seconds, time.monotonic() - start), 3),
+            "recipe_file": loaded.path.name,
             "overrides": [*loaded.overrides],
             "attempt": attempt,
             "retry_multiplier": factor,
@@ -223,6 +225,18 @@ def load_parent(node: StageNode) -> Checkpoint | None:
         hint = f"run from an earlier stage: sqat run --from {parent.name}, or give --from CHECKPOINT"
         raise SqatError(problem, hint, place, code="stale-checkpoint")
     return checkpoint
+
+
+def remove_rejected(directory: Path) -> None:
+    """Delete the result that was set aside, if it is of the same stage and inputs as the one in place."""
+    rejected, accepted = try_load_manifest(rejected_folder(directory)), try_load_manifest(directory)
+    if rejected is not None and accepted is not None and is_same_stage(rejected, accepted):
+        remove_folder(rejected_folder(directory), MANIFEST)
+
+
+def is_same_stage(one: Manifest, other: Manifest) -> bool:
+    """Whether two checkpoints are attempts of the same stage with the same inputs."""
+    return (one.fingerprint, one.input_digests) == (other.fingerprint, other.input_digests)
 
 
 def load_teacher(node: StageNode) -> Checkpoint:

@@ -9,8 +9,10 @@ from typing import Any
 from sqat.checkpoint.manifest import Manifest
 from sqat.recipe.stages import PruneConfig, StageConfig
 from sqat.sparsity.pattern import parse_pattern
+from sqat.training.metrics_log import is_finite
 
 MOST_POINTS = 400  # of one curve; more cannot be told apart in a figure
+MOST_STEPS = 10**7  # of a schedule that is drawn; one may have a mask at every step
 Points = list[tuple[int, float]]
 
 
@@ -42,13 +44,16 @@ def curves_of(manifest: Manifest, config: StageConfig, entries: Iterable[Mapping
     logged = read_losses(manifest, entries)
     losses = {name: logged.get(name, []) for name in manifest.losses}
     for name, value in manifest.losses.items():
+        if not is_finite(value):
+            continue
         if not losses[name] or losses[name][-1][0] < manifest.steps:
             losses[name] = [*losses[name], (manifest.steps, value)]
     metrics: dict[str, Points] = {}
     for entry in manifest.history:
-        for name, value in entry.items():
-            if name != "step":
+        for name, value in entry.items() if is_finite(entry.get("step")) else ():
+            if name != "step" and is_finite(value):
                 metrics.setdefault(name, []).append((int(entry["step"]), value))
+    losses = {name: points for name, points in losses.items() if points}
     return Curves(manifest.steps, losses, metrics, schedule_of(config, manifest.steps))
 
 
@@ -69,7 +74,7 @@ def read_losses(manifest: Manifest, entries: Iterable[Mapping[str, Any]]) -> dic
 
 def schedule_of(config: StageConfig, steps: int) -> Points:
     """Steps and sparsities of a prune stage."""
-    if not isinstance(config, PruneConfig) or not steps:
+    if not isinstance(config, PruneConfig) or not 0 < steps <= MOST_STEPS:
         return []
     sparsities = config.schedule.sparsities(parse_pattern(config.pattern))
     return [

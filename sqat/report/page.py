@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sqat.files.replace import replace_file
 from sqat.progress import Reporter
 from sqat.report.figures import draw_activations, draw_curves, draw_map, draw_trade
 from sqat.report.grid import Grid, make_grid
+from sqat.report.parts import read_part
 from sqat.report.read_run import LintedFile, Result, Run, Stage, read_run
 from sqat.report.summary import dense_baseline, format_metric, headline, remarks
 
@@ -49,7 +51,8 @@ def template_values(run: Run) -> dict[str, Any]:
     from markupsafe import Markup
 
     grid = make_grid(run.layers) if run.layers else None
-    trades = [draw_trade(run, setting) for setting in run.latencies]
+    draw = partial(read_part, run.missing)
+    trades = [draw(f"figure of {setting.title}", "", partial(draw_trade, run, setting)) for setting in run.latencies]
     trained = [stage for stage in run.stages if stage.curves is not None]
     metrics = dict.fromkeys(name for row in run.results for name in row.metrics)
     saturated = [each for each in run.activations if each.saturated]
@@ -64,10 +67,15 @@ def template_values(run: Run) -> dict[str, Any]:
         "columns": sorted(metrics, key=lambda name: name != run.metric),
         "rows": [result_cells(run, row) for row in run.results],
         "trades": [Markup(each) for each in trades if each],
-        "curves": [(stage.name, curve_note(stage), Markup(draw_curves(stage))) for stage in trained],
-        "maps": [Markup(each) for each in draw_maps(run, grid)] if grid is not None else [],
+        "curves": [
+            (stage.name, curve_note(stage), Markup(draw(f"curves of {stage.name}", "", partial(draw_curves, stage))))
+            for stage in trained
+        ],
+        "maps": [Markup(each) for each in draw("maps", list[str](), partial(draw_maps, run, grid))] if grid else [],
         "grid": grid,
-        "activations": Markup(draw_activations(run.activations)) if run.activations else "",
+        "activations": Markup(draw("activations", "", partial(draw_activations, run.activations)))
+        if run.activations
+        else "",
         "saturated": sorted(saturated, key=lambda each: -(each.saturated or 0.0))[:MAX_FINDINGS],
         "stages": [stage_cells(stage, run.metric) for stage in run.stages],
         "lints": [lint_cells(each) for each in run.lints],
@@ -159,7 +167,9 @@ def commands(run: Run) -> list[str]:
     """Return the commands that reproduce the run and the report."""
     command = run.record.get("command")
     if not isinstance(command, list) or not command:
-        command = ["sqat", "run", "recipe.yaml", *(part for each in run.loaded.overrides for part in ("--set", each))]
+        names = [manifest.recipe_file for manifest in run.manifests.values() if manifest.recipe_file]
+        recipe = names[-1] if names else str(run.loaded.path)
+        command = ["sqat", "run", recipe, *(part for each in run.loaded.overrides for part in ("--set", each))]
     return [shlex.join(map(str, command)), shlex.join(["sqat", "report", str(run.directory)])]
 
 

@@ -5,9 +5,11 @@ What is absent is listed in ``missing``. Nothing is run again: a report never ch
 
 from __future__ import annotations
 
-import json
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from sqat.checkpoint.manifest import HISTOGRAMS, RECIPE, Manifest, load_manifest
 from sqat.checkpoint.store import load_checkpoint
 from sqat.errors import SqatError
 from sqat.evaluation.inspection import inspect_checkpoint
-from sqat.files.read import try_read_object
+from sqat.files.read import parse_json, try_read_object
 from sqat.lint.apply_rules import parse_target
 from sqat.lint.layer_report import LintReport
 from sqat.lint.layer_row import LayerRow
@@ -32,6 +34,7 @@ from sqat.recipe.targets import TARGETS
 from sqat.report.curves import Curves, curves_of
 from sqat.report.folder import newest_stage
 from sqat.report.latencies import LatencySetting, read_latencies
+from sqat.report.parts import read_part
 from sqat.training.metrics_log import METRICS_FILE
 from sqat.training.metrics_log import read_metrics as read_metrics_log
 
@@ -142,7 +145,8 @@ def read_run(directory: Path, reporter: Reporter) -> Run:
     stages = read_stages(graph, directory, missing)
     results, split, digest = read_results(graph, missing)
     latencies = read_latencies(directory, {row.label: row.path for row in results}, missing)
-    layers_of, layers = read_layers(graph, stages, reporter)
+    no_layers: tuple[str, list[LayerRow]] = ("", [])
+    layers_of, layers = read_part(missing, "layers", no_layers, lambda: read_layers(graph, stages, reporter))
     metric = str(loaded.recipe.task.metric)
     measured = list(dict.fromkeys(name for row in results for name in row.metrics))
     return Run(
@@ -156,14 +160,14 @@ def read_run(directory: Path, reporter: Reporter) -> Run:
         latencies=latencies,
         layers=layers,
         layers_of=layers_of,
-        activations=read_activations(graph, stages),
+        activations=read_part(missing, "activations", [], lambda: read_activations(graph, stages)),
         gates=[
             f"{stage.name} ({'; '.join(describe_gates(graph.nodes[stage.name]))}): {check_gates(graph, stage)}"
             for stage in stages
             if stage.config.gates
         ],
-        lints=read_lints(results, reporter),
-        record=try_read_object(directory / RUN_RECORD),
+        lints=read_part(missing, "lint", [], lambda: read_lints(results, reporter)),
+        record=try_read_object(directory / RUN_RECORD, root=directory),
         missing=missing,
     )
 
@@ -180,22 +184,39 @@ def read_recipe(directory: Path) -> LoadedRecipe:
 def read_stages(graph: StageGraph, directory: Path, missing: list[str]) -> list[Stage]:
     """Read every stage of the recipe with its curves."""
     path = directory / METRICS_FILE
-    entries = [*read_metrics_log(path)] if path.is_file() else []
+    entries = read_part(missing, "loss curves", list[dict[str, Any]](), lambda: [*read_metrics_log(path)])
     if not entries:
-        missing.append(f"loss curves: the folder has no {METRICS_FILE}, so only the last step is shown")
+        missing.append(f"loss curves: no {METRICS_FILE} with readable lines, so only the last step is shown")
     stages = []
     for node in graph.nodes.values():
         manifest = node.manifest
         if manifest is None:
-            missing.append(f"stage {node.name}: has not run")
-        curves = curves_of(manifest, node.config, entries) if manifest is not None and manifest.steps > 0 else None
+            missing.append(f"stage {node.name}: {describe_absence(node.directory)}")
+        curves = None
+        if manifest is not None and manifest.steps > 0:
+            read = partial(curves_of, manifest, node.config, entries)
+            curves = read_part(missing, f"curves of stage {node.name}", None, read)
         stages.append(Stage(node.name, node.config, manifest, curves))
     return stages
 
 
+def describe_absence(directory: Path) -> str:
+    """Say why a stage has no manifest."""
+    if not os.path.lexists(directory):
+        return "has not run"
+    if directory.is_symlink():
+        return "is left out, since its folder is a link, which is not followed"
+    try:
+        load_manifest(directory)
+    except SqatError as error:
+        return f"is left out: {error.problem}"
+    return "has not run"
+
+
 def read_results(graph: StageGraph, missing: list[str]) -> tuple[list[Result], str, str]:
     """Read the results table, its split and its data digest."""
-    entries = try_read_object(graph.loaded.run_directory / RESULTS_FILE)
+    directory = graph.loaded.run_directory
+    entries = try_read_object(directory / RESULTS_FILE, root=directory)
     entries = {label: entry for label, entry in entries.items() if isinstance(entry, dict)}
     rows = []
     for label, (node, path) in result_artifacts(graph).items():
@@ -219,7 +240,7 @@ def read_metrics(entry: Mapping[str, Any]) -> dict[str, float]:
     """Read the metrics of one entry; empty if they are damaged."""
     try:
         return {str(name): float(value) for name, value in entry["metrics"].items()}
-    except (KeyError, AttributeError, TypeError, ValueError):
+    except (KeyError, AttributeError, TypeError, ValueError, OverflowError):
         return {}
 
 
@@ -241,12 +262,16 @@ def read_activations(graph: StageGraph, stages: list[Stage]) -> list[Activation]
         return []
     manifest = manifests[-1]
     checkpoint = load_checkpoint(graph.nodes[manifest.stage].directory)
-    histograms: dict[str, Any] = json.loads(checkpoint.files[HISTOGRAMS])
-    return [
+    histograms: dict[str, Any] = parse_json(checkpoint.files[HISTOGRAMS], HISTOGRAMS)
+    activations = [
         Activation(site, float(checkpoint.amax[manifest.sites[site].shared_with]), float(each["width"]),
-                   [*each["counts"]], manifest.sites[site].saturated, float(each["covers"]))
+                   [int(count) for count in each["counts"]], manifest.sites[site].saturated, float(each["covers"]))
         for site, each in histograms.items()
     ]  # fmt: skip
+    for each in activations:
+        if not (each.counts and min(each.counts) >= 0 and sum(each.counts) and 0 < each.width < math.inf):
+            raise ValueError(f"{HISTOGRAMS} holds no histogram of {each.site}")
+    return activations
 
 
 def check_gates(graph: StageGraph, stage: Stage) -> str:
@@ -258,6 +283,8 @@ def check_gates(graph: StageGraph, stage: Stage) -> str:
         limits = gate_limits(graph, node, node.parent_manifest)
     except SqatError as error:
         return f"unknown: {error.problem}"
+    except OSError as error:  # an input of the run that is gone
+        return f"unknown: {error.strerror}"
     failure = first_failed_gate(limits, stage.manifest.metrics)
     return f"missed: {failure}" if failure else "passed"
 

@@ -16,9 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sqat.errors import SqatError
+from sqat.files.read import open_file, parse_json
 from sqat.files.replace import append_text
 
 METRICS_FILE = "metrics.jsonl"
+MAX_LINE, MAX_STEP = 1 << 20, 1 << 40
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,27 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file in order; a line that was cut short is skipped."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with suppress(ValueError):
-                entry = json.loads(line)
-                if isinstance(entry, dict):
-                    yield entry
+    """Yield the objects of a file in order, without damaged lines, and without losses that are not finite.
+
+    Raises:
+        SqatError: the file cannot be read.
+    """
+    with open_file(path, root=path.parent) as file:
+        while line := file.readline(MAX_LINE):
+            with suppress(SqatError):
+                entry = parse_json(line, METRICS_FILE)
+                if is_entry(entry):
+                    losses = {name: value for name, value in entry["losses"].items() if is_finite(value)}
+                    yield {**entry, "losses": losses}
+
+
+def is_entry(entry: Any) -> bool:
+    """Whether a line holds what `MetricsLog.write` writes."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("losses"), dict):
+        return False
+    return type(entry.get("step")) is int and 0 <= entry["step"] <= MAX_STEP
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)

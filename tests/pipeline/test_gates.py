@@ -172,3 +172,22 @@ def test_the_stage_that_a_gate_compares_with_must_have_run(copy: Project) -> Non
     changed = ("stages.calibrate.samples=32", "stages.calibrate.from=train", "stages.prune.epochs=1", gate)
     with raises_code("stage-order", "prune"):
         run(copy, *changed, first="calibrate", last="calibrate")
+
+
+def test_a_result_set_aside_goes_once_one_of_its_stage_is_in_place(copy: Project) -> None:
+    with pytest.raises(GateError):
+        run(copy, *FEW[:3])
+    assert rejected(copy).exists()
+    run(copy, *FEW[:2], "stages.prune.gates={accuracy: {min: 0.1}}")
+    assert not rejected(copy).exists()
+    with pytest.raises(GateError):
+        run(copy, WRECK, DROP)
+    run(copy, *FEW[:2], "stages.prune.gates={accuracy: {min: 0.1}}")
+    assert rejected(copy).exists(), "it is of another recipe, whose gates may be changed yet"
+
+
+def test_equal_inputs_make_no_child_run_again(copy: Project) -> None:
+    before = load_manifest(copy.stage("calibrate")).sha256
+    run(copy, first="calibrate", last="calibrate", force=True)
+    assert load_manifest(copy.stage("calibrate")).sha256 != before, "it took another time"
+    assert run(copy, last="qat")[-1] == "qat: unchanged"

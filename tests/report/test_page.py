@@ -147,7 +147,7 @@ def test_an_incomplete_run_lists_what_is_missing(run: Path) -> None:
     assert [each for each in page.ids if each in SECTIONS] == SECTIONS
     assert "Nothing to compare" in flat
     assert "No latency beside this run" in flat
-    for what in ("stage qat: has not run", "not measured", "no metrics.jsonl", "no latency.json"):
+    for what in ("stage qat: has not run", "not measured", "no metrics.jsonl with", "no latency.json"):
         assert what in flat[flat.index("What is missing") :]
     assert page.tags.count("svg") == 2 + 3 + 1, "the losses of last steps; layers; activations"
 
