@@ -13,17 +13,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from sqat.compress.idle_layers import find_idle_layers
 from sqat.compress.patterns import choose_patterns
 from sqat.compress.quantize import quantized_model
 from sqat.compress.training_losses import task_loss
 from sqat.data.batch import Processor
-from sqat.models.layer_selection import choose_layers
 from sqat.modules.parametrize import get_layer, original_weight
 from sqat.recipe.stages import CalibrateConfig, PruneConfig
 from sqat.sparsity.schedules.per_group import PerGroup
 from sqat.stages.calibrate import calibrate_on_rows
 from sqat.stages.context import StageContext
-from sqat.stages.prune import start_pruning
+from sqat.stages.prune import example_inputs, start_pruning
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,9 @@ def set_weights_(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 def find_pruning(model: nn.Module, config: PruneConfig, context: StageContext, processor: Processor) -> Pruning:
     """Choose the masks of a prune stage as if it had one step; weights stay as they are, in the stage's order."""
     at_once = config.model_copy(update={"schedule": PerGroup(num_masks=1)})
-    patterns, _ = choose_patterns(model, config.layers, config.pattern, config.patterns)
     batches = context.training_batches(config, processor)
+    idle = find_idle_layers(model, example_inputs(model, batches, context.recipe.seed))
+    patterns, _ = choose_patterns(model, config.layers, config.pattern, config.patterns, idle)
     masks, _ = start_pruning(at_once, model, patterns, {0: 0}, batches, task_loss(context.task), context, {})
     before = {name: original_weight(get_layer(model, name)).detach().clone() for name in patterns}
     try:
@@ -94,6 +95,5 @@ def find_quantization(
     model: nn.Module, config: CalibrateConfig, context: StageContext, processor: Processor
 ) -> Quantization:
     """Calibrate as a calibrate stage of placement ``linear`` does; batch norms are folded, and stay folded."""
-    layers = choose_layers(model, config.layers, "quantize").chosen
-    calibration = calibrate_on_rows(config, "linear", model, processor, layers, context)
-    return Quantization(layers, calibration.amax, calibration.shared_with)
+    choice, calibration = calibrate_on_rows(config, "linear", model, processor, context)
+    return Quantization(choice.chosen, calibration.amax, calibration.shared_with)

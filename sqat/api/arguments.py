@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from sqat.errors import SqatError, suggest
 from sqat.models.layer_selection import weighted_layers
 from sqat.modules.activation_quantizers import QUANTIZERS
+from sqat.modules.parametrize import is_ours
 from sqat.recipe.stages import Layers
 
 Inputs = Mapping[str, Tensor]
@@ -64,8 +64,8 @@ def is_label(name: str) -> bool:
 
 
 def check_unchanged(model: nn.Module) -> None:
-    """Raise for a model that has masks or quantizers."""
-    changed = next((name for name, module in model.named_modules() if parametrize.is_parametrized(module)), None)
+    """Raise for a model that has masks or quantizers of ours; other parametrizations are the model's own."""
+    changed = next((name for name, module in model.named_modules() if is_ours(module)), None)
     if changed is not None or hasattr(model, QUANTIZERS):  # an attribute only while quantized
         raise SqatError(f"the model already has masks or quantizers{f', at {changed}' if changed else ''}",
                         "leave the with block, or call finish(), before", code="usage")  # fmt: skip

@@ -74,7 +74,7 @@ def export_onnx(
         check_scales(copy, scales)
     graph = export_float(copy, example, None)
     if scales is not None:
-        graph = insert_qdq(graph, quantize_for_onnx(copy, scales))
+        graph = insert_qdq(graph, quantize_for_onnx(copy, scales), join_outputs=target == "onnx-int8")
     if target == "tensorrt":
         graph = fold_attention_scale(graph)
     patterns = {} if masks is None else dict(masks.patterns)

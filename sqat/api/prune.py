@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sqat.api.arguments import Inputs, check_masks, check_unchanged, choose_part, model_inputs, select_layers
+from sqat.compress.eval_mode import eval_mode
+from sqat.compress.idle_layers import find_idle_layers
 from sqat.compress.mask_schedule import MaskSchedule
 from sqat.compress.patterns import choose_patterns
 from sqat.compress.permute import permute_
@@ -106,7 +108,7 @@ class Pruner:
         schedule: ``per-group`` or ``group-fraction``, or one of them with its settings; equal steps up to N:M.
         recovery_fraction: share of the steps after the last mask.
         batches: arguments of the model's forward, for criteria that need statistics. All are read at every mask, so
-            give a list or a loader, not a generator.
+            give a list or a loader, not a generator. Layers that the first never calls stay dense.
         loss: of the model and a batch, for criterion ``taylor``; default: the model's own, of ``labels``.
         include: globs over layer names; default: every linear of the encoder whose shape allows the pattern.
         exclude: globs of layers that stay dense.
@@ -148,9 +150,10 @@ class Pruner:
             raise SqatError(f"criterion {self.criterion.name} reads all batches at every mask",
                             "give a list or a DataLoader, not a generator", code="usage")  # fmt: skip
         self.model, self.batches, self.loss = model, batches, loss or model_loss
+        layers = select_layers(include, exclude)
         with ExitStack() as undo:
             undo.enter_context(linears_for_conv1d(model))
-            self.patterns, self.skipped = choose_patterns(model, select_layers(include, exclude), pattern)
+            self.patterns, self.skipped = choose_patterns(model, layers, pattern, idle=self.find_idle_layers())
             mask_steps = plan_mask_steps(schedule, steps, recovery_fraction)
             self.notes = self.permute() if permute else []
             self.mask_schedule = MaskSchedule(model, self.patterns, self.criterion, schedule, mask_steps, self.collect)
@@ -159,10 +162,20 @@ class Pruner:
             self.undo = undo.pop_all()
         self.steps_taken = 0
 
+    def find_idle_layers(self) -> set[str]:
+        """Return the layers that the first batch never calls; none where a batch can be read once only."""
+        inputs = None if isinstance(self.batches, Iterator) else self.first_inputs()
+        return set() if inputs is None else find_idle_layers(self.model, inputs)
+
+    def first_inputs(self) -> dict[str, Tensor] | None:
+        """Return the first batch on the model's device; the caller's random numbers stay."""
+        device = next(self.model.parameters()).device
+        with eval_mode(self.model):
+            return next((model_inputs(batch, device) for batch in self.batches), None)
+
     def permute(self) -> list[str]:
         """Reorder channels so that pruning loses less; returns notes."""
-        device = next(self.model.parameters()).device
-        inputs = next((model_inputs(batch, device) for batch in self.batches), None)
+        inputs = self.first_inputs()
         if inputs is None:
             raise SqatError("permute needs a batch, to prove that the model stays the same", "give batches=[...]",
                             code="no-rows")  # fmt: skip

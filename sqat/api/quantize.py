@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import Tensor, nn
 
 from sqat.api.arguments import Inputs, check_masks, check_unchanged, choose_part, model_inputs, select_layers
 from sqat.api.prune import Masks
 from sqat.compress.calibrate import calibrate as calibrate_model
+from sqat.compress.eval_mode import eval_mode
+from sqat.compress.idle_layers import find_idle_layers
 from sqat.compress.quantize import quantized_model
 from sqat.errors import SqatError, suggest
 from sqat.export.cpu_encoder import check_encoder
@@ -76,11 +79,15 @@ def calibrate(
         raise SqatError("sqat.calibrate does not fold the batch norms of a network of convolutions",
                         "calibrate it with a recipe", code="unsupported-model")  # fmt: skip
     find_amax: CalibratorFn = choose_part("method", method, CALIBRATORS, Calibrator)
-    with linears_for_conv1d(model):
+    layers, inputs = select_layers(include, exclude), read_inputs(model, batches)
+    with linears_for_conv1d(model), eval_mode(model):  # where a loader draws nothing of the caller's
         if PLACEMENTS[placement].kernels:
             check_encoder(model)
-        choice = choose_layers(model, select_layers(include, exclude), "quantize")
-        calibration = calibrate_model(model, read_inputs(model, batches), find_amax, placement, choice.chosen)
+        example = next(inputs, None)
+        if example is None:
+            raise SqatError("there is no batch to calibrate with", "give some training batches", code="no-rows")
+        choice = choose_layers(model, layers, "quantize", idle=find_idle_layers(model, example))
+        calibration = calibrate_model(model, chain([example], inputs), find_amax, placement, choice.chosen)
     return Scales(
         calibration.amax,
         calibration.shared_with,

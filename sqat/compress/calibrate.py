@@ -22,7 +22,7 @@ from sqat.modules.batch_norm import find_foldable_norms, fold_batch_norms_
 from sqat.modules.hooks import hook_sites
 from sqat.modules.site_discovery import discover_sites
 from sqat.modules.sites import Site, Sites, align_positions
-from sqat.quantization.fake_quant import check_amax
+from sqat.quantization.fake_quant import SMALLEST_AMAX, check_amax
 from sqat.quantization.histogram import Histogram
 from sqat.quantization.placement import PLACEMENTS
 
@@ -129,7 +129,11 @@ def choose_amax(
     sites: Sites, histograms: Mapping[str, Histogram], find_amax: Callable[[Histogram], float], has_attention: bool
 ) -> Calibration:
     """Choose the amax of every site; sites that share one get the largest of theirs (rule T16)."""
-    values = {site: float(find_amax(histogram)) for site, histogram in histograms.items()}
+    # Any scale holds what is always 0, such as the output of dead channels.
+    values = {
+        site: float(find_amax(histogram)) if histogram.max_abs >= SMALLEST_AMAX else 1.0
+        for site, histogram in histograms.items()
+    }
     shared_with, values = share_amax(sites, values)
     amax = {site: torch.tensor(value, dtype=torch.float32) for site, value in values.items()}
     for site, value in amax.items():

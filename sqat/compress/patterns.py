@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -17,7 +17,11 @@ DENSE = "dense"
 
 
 def choose_patterns(
-    model: nn.Module, layers: Layers, default: str, by_glob: Mapping[str, str] | None = None
+    model: nn.Module,
+    layers: Layers,
+    default: str,
+    by_glob: Mapping[str, str] | None = None,
+    idle: Collection[str] = (),
 ) -> tuple[dict[str, Pattern], dict[str, str]]:
     """Choose the pattern of every layer that is pruned, and say why the others are skipped.
 
@@ -25,6 +29,7 @@ def choose_patterns(
         layers: globs of the layers that may be pruned.
         default: ``N:M``.
         by_glob: glob over layer names -> ``N:M`` or ``dense``.
+        idle: layers that no forward pass calls.
 
     Raises:
         SqatError: a glob that no layer follows, a weight with two patterns, or no layer to prune.
@@ -33,7 +38,7 @@ def choose_patterns(
     globs = {name: first_match(name, by_glob) for name in weighted_layers(model)}
     texts = {name: by_glob[glob] for name, glob in globs.items() if glob is not None}
     multiples = {name: parse_pattern(text).m for name, text in texts.items() if text != DENSE}
-    choice = choose_layers(model, layers, "prune", parse_pattern(default).m, multiples)
+    choice = choose_layers(model, layers, "prune", parse_pattern(default).m, multiples, idle)
     check_globs_followed(by_glob, globs, choice)
     pruned = {name: texts.get(name, default) for name in choice.chosen}
     dense = {name: f"dense by the recipe's pattern {globs[name]!r}" for name, text in pruned.items() if text == DENSE}

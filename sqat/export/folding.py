@@ -1,8 +1,8 @@
-"""Fold the attention scale 1/sqrt(d) into a constant of the query (B12).
+"""Move the attention scale 1/sqrt(d) behind its product, and fold it into a constant of the query (B12).
 
-A Mul or Div by a constant right after a product of two activations goes away, and the first operand is scaled. A query
-behind a DequantizeLinear gets another scale there: k and v share the QuantizeLinear's (T16). Else weight and bias of
-the query's linear are scaled.
+A Mul or Div by a constant right after a product of activations goes away, and the query is scaled: behind a
+DequantizeLinear by another scale there, since k and v share the QuantizeLinear's (T16); else by its linear's weight
+and bias.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from sqat.export.onnx_edit import (
     LAYOUT_OPS,
     GraphEditor,
     constant_value,
+    module_name,
     only_reader,
     producer,
     require_constant,
@@ -71,6 +72,88 @@ class ScaleFolder:
         return self.scaled[key]
 
 
+def move_factors(model: ModelProto) -> ModelProto:
+    """Move a constant factor between a DequantizeLinear and a product of two activations behind the product.
+
+    Families outside transformers' attention interface (DeBERTa) scale an operand. The product is int8 without it.
+
+    Args:
+        model: with Q/DQ pairs; is not changed.
+    """
+    editor, moved = GraphEditor(model), False
+    for product in [node for node in editor.graph if node.op_type == "MatMul"]:
+        operands = {index: find_operand(value) for index, value in enumerate(product.inputs)}
+        found = {index: operand for index, operand in operands.items() if operand is not None}
+        if not found or any(is_weight(value) for value in product.inputs):
+            continue
+        moved, output, total = True, product.outputs[0], np.float32(1)
+        for index, operand in found.items():
+            product.replace_input_with(index, operand.without_factor(editor, product))
+            total *= operand.factor
+        module, uses = module_name(product), list(output.uses())
+        constant = editor.add_constant(f"{module}.scale", total)
+        scaled = editor.add_node("Mul", [output, constant], module, after=product, dtype=output.dtype,
+                                 shape=output.shape)  # fmt: skip
+        for reader, index in uses:
+            reader.replace_input_with(index, scaled)
+    return editor.finish() if moved else model
+
+
+@dataclass(frozen=True)
+class ScaledOperand:
+    """An operand of a product: a DequantizeLinear's result, times a factor, in another layout.
+
+    Attributes:
+        source: what is multiplied.
+        layout: changes of layout of the result, the last first.
+    """
+
+    source: ir.Value
+    factor: np.float32
+    layout: list[ir.Node]
+
+    def without_factor(self, editor: GraphEditor, product: ir.Node) -> ir.Value:
+        """Repeat the changes of layout before a product, on what is multiplied."""
+        value = self.source
+        for node in reversed(self.layout):
+            output = node.outputs[0]
+            attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+            value = editor.add_node(node.op_type, [value, *node.inputs[1:]], module_name(node), before=product,
+                                    dtype=output.dtype, shape=output.shape, attributes=attributes)  # fmt: skip
+        return value
+
+
+def find_operand(value: ir.Value | None) -> ScaledOperand | None:
+    """Find the factor of an operand that comes from a DequantizeLinear; None where it has none."""
+    layout = list[ir.Node]()
+    while (node := producer(value, *LAYOUT_OPS)) is not None:
+        layout.append(node)
+        value = node.inputs[0]
+    node = producer(value, "Mul", "Div")
+    found = factor_of(node) if node is not None else None
+    if found is None:
+        return None
+    source = value = found[0]
+    while (node := producer(value, *LAYOUT_OPS)) is not None:
+        value = node.inputs[0]
+    return ScaledOperand(source, found[1], layout) if producer(value, "DequantizeLinear") is not None else None
+
+
+def factor_of(node: ir.Node) -> tuple[ir.Value, np.float32] | None:
+    """Get what a Mul or Div multiplies by one positive constant, and the factor; None for another one."""
+    left, right = node.inputs
+    constant = constant_value(right)
+    data = left
+    if constant is None and node.op_type == "Mul":
+        constant, data = constant_value(left), right
+    if constant is None or data is None or constant.size != 1:
+        return None
+    number = np.float32(constant.reshape(()))
+    if not (np.isfinite(number) and number > 0):
+        return None
+    return data, number if node.op_type == "Mul" else np.float32(1) / number
+
+
 def is_weight(value: ir.Value | None) -> bool:
     """Whether a product's operand is stored in the graph, in float or behind Q/DQ."""
     return constant_value(value) is not None or bool(weight_chain(value))
@@ -78,18 +161,11 @@ def is_weight(value: ir.Value | None) -> bool:
 
 def find_scale(product: ir.Node) -> tuple[ir.Node, np.float32] | None:
     """Find the Mul or Div by one positive number that alone reads a product, and its factor."""
-    output = product.outputs[0]
-    reader = only_reader(output)
+    reader = only_reader(product.outputs[0])
     if reader is None or reader.op_type not in ("Mul", "Div") or reader.outputs[0].is_graph_output():
         return None
-    left, right = reader.inputs
-    other = constant_value(right if left is output else left)
-    if other is None or other.size != 1 or (reader.op_type == "Div" and right is output):
-        return None
-    number = np.float32(other.reshape(()))
-    if not (np.isfinite(number) and number > 0):
-        return None
-    return reader, number if reader.op_type == "Mul" else np.float32(1) / number
+    found = factor_of(reader)
+    return None if found is None else (reader, found[1])
 
 
 def query_constants(operand: ir.Value | None) -> list[tuple[ir.Node, int]]:

@@ -70,8 +70,9 @@ def export_float(model: nn.Module, inputs: Mapping[str, Tensor], output: str | N
         wrapper = PositionalModel(model, list(inputs), returned).eval()
         program = trace(wrapper, example, [output] if output else returned, axes)
     exported: ModelProto = program.model_proto
-    name_nodes_(exported.graph)
-    name_initializers_(exported.graph)
+    paths = first_paths(model)
+    name_nodes_(exported.graph, paths)
+    name_initializers_(exported.graph, paths)
     strip_metadata_(exported)
     return exported
 
@@ -137,11 +138,22 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def name_nodes_(graph: GraphProto) -> None:
-    """Name every node after its module and operator, with a number where that repeats."""
+def first_paths(model: nn.Module) -> dict[str, str]:
+    """Return for each path to a module the one that `named_modules` gives; a module may have several."""
+    first = {module: path for path, module in model.named_modules()}
+    return {path: first[module] for path, module in model.named_modules(remove_duplicate=False)}
+
+
+def name_nodes_(graph: GraphProto, paths: Mapping[str, str]) -> None:
+    """Name every node after its module and operator, with a number where that repeats.
+
+    Args:
+        paths: from `first_paths`.
+    """
     counts: dict[str, int] = {}
     for node in graph.node:
-        name = node_name(scope_module(node), node.op_type)
+        module = scope_module(node)
+        name = node_name(paths.get(module, module), node.op_type)
         counts[name] = counts.get(name, -1) + 1
         node.name = f"{name}_{counts[name]}" if counts[name] else name
 
@@ -155,9 +167,13 @@ def scope_module(node: NodeProto) -> str:
     return re.sub(r"@[0-9]+", "", module).removeprefix(f"{ROOT}.") if module.startswith(f"{ROOT}.") else ""
 
 
-def name_initializers_(graph: GraphProto) -> None:
-    """Name weights after their module (the exporter says ``val_87``); drop the wrapper's prefix elsewhere."""
-    names = {tensor.name: tensor.name.removeprefix(f"{ROOT}.") for tensor in graph.initializer}
+def name_initializers_(graph: GraphProto, paths: Mapping[str, str]) -> None:
+    """Name weights after their module (the exporter says ``val_87``); drop the wrapper's prefix elsewhere.
+
+    Args:
+        paths: from `first_paths`.
+    """
+    names = {tensor.name: first_name(tensor.name.removeprefix(f"{ROOT}."), paths) for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type in WEIGHTED and node.input[1] in names and module_of(node):
             names[node.input[1]] = f"{module_of(node)}.weight"
@@ -169,6 +185,12 @@ def name_initializers_(graph: GraphProto) -> None:
         tensor.name = names[tensor.name]
     for node in graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]
+
+
+def first_name(tensor: str, paths: Mapping[str, str]) -> str:
+    """Return the name of a parameter by the first path to its module."""
+    module, dot, own = tensor.rpartition(".")
+    return f"{paths.get(module, module)}{dot}{own}"
 
 
 def strip_metadata_(model: ModelProto) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -18,20 +18,24 @@ from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 from torch import Tensor
 
 from sqat.errors import SqatError
+from sqat.export.folding import move_factors
 from sqat.export.names import node_name
 from sqat.export.quantized_model import QuantizedModel
 from sqat.export.sites import Edge, SiteIndex
-from sqat.quantization.fake_quant import HIGH
+from sqat.quantization.fake_quant import ACTIVATION_LOW, HIGH
 
 WeightForm = Literal["dq", "qdq"]
 
 
-def insert_qdq(model: ModelProto, quantized: QuantizedModel, weights: WeightForm = "dq") -> ModelProto:
+def insert_qdq(
+    model: ModelProto, quantized: QuantizedModel, weights: WeightForm = "dq", join_outputs: bool = False
+) -> ModelProto:
     """Write the Q/DQ pairs and int8 weights into a copy of a float graph.
 
     Args:
         model: from `sqat.export.graph.export_float`.
         weights: ``dq`` for int8 -> DQ, ``qdq`` for float32 -> Q -> DQ.
+        join_outputs: one pair behind a product for all readers, the only form that ONNX Runtime computes in int8.
 
     Raises:
         SqatError: a layer or site is not in the graph, or a layer has a weight but no input amax.
@@ -41,8 +45,9 @@ def insert_qdq(model: ModelProto, quantized: QuantizedModel, weights: WeightForm
     check_names(index, quantized)
     result = ModelProto()
     result.CopyFrom(model)
-    writer = QdqWriter(result.graph, weights)
-    pairs = pairs_on_edges(index, quantized.amax)
+    forks = find_forks(index, quantized.amax) if join_outputs else frozenset[str]()
+    writer = QdqWriter(result.graph, weights, forks)
+    pairs = pairs_on_edges(index, quantized.amax, forks)
     layers = {run.node: layer for layer in quantized.weights for run in index.linears[layer]}
     for number, node in enumerate(model.graph.node):
         copy = NodeProto()
@@ -54,7 +59,8 @@ def insert_qdq(model: ModelProto, quantized: QuantizedModel, weights: WeightForm
             copy.input[1] = writer.add_weight(node, layers[number], *quantized.weights[layers[number]])
         writer.nodes.append(copy)
     writer.finish()
-    return result
+    has_outputs = any(site.endswith(":output") for site in quantized.amax)
+    return move_factors(result) if has_outputs else result
 
 
 def check_names(index: SiteIndex, quantized: QuantizedModel) -> None:
@@ -70,15 +76,29 @@ def check_names(index: SiteIndex, quantized: QuantizedModel) -> None:
                         code="model-mismatch")  # fmt: skip
 
 
-def pairs_on_edges(index: SiteIndex, amax: Mapping[str, float]) -> dict[Edge, list[tuple[str, np.float32]]]:
-    """List site and scale of the pairs on each edge: a producer's ``:output`` first, and a repeated scale once."""
+def pairs_on_edges(
+    index: SiteIndex, amax: Mapping[str, float], forks: Collection[str] = ()
+) -> dict[Edge, list[tuple[str, np.float32]]]:
+    """List site and scale of the pairs on each edge: a producer's ``:output`` first, and a repeated scale once.
+
+    What reads a fork has a pair of its own in any case, since that of the output is not right before it.
+    """
     pairs: dict[Edge, list[tuple[str, np.float32]]] = defaultdict(list)
     for site in sorted(amax, key=lambda name: not name.endswith(":output")):
         scale = activation_scale(site, amax[site])
         for edge in index.edges(site):
-            if not pairs[edge] or pairs[edge][-1][1] != scale:
+            is_fork = len(pairs[edge]) == 1 and index.nodes[edge.node].input[edge.operand] in forks
+            if not pairs[edge] or pairs[edge][-1][1] != scale or is_fork:
                 pairs[edge].append((site, scale))
     return pairs
+
+
+def find_forks(index: SiteIndex, amax: Iterable[str]) -> frozenset[str]:
+    """Find the quantized outputs of products that several nodes read, without a bias Add between."""
+    layers = (site.removesuffix(":output") for site in amax if site.endswith(":output"))
+    outputs = {run.output for layer in layers for run in index.linears[layer]
+               if run.output == index.nodes[run.node].output[0]}  # fmt: skip
+    return frozenset(output for output in outputs if len(index.consumers[output]) > 1)
 
 
 def activation_scale(site: str, amax: float) -> np.float32:
@@ -92,15 +112,19 @@ def activation_scale(site: str, amax: float) -> np.float32:
 class QdqWriter:
     """A graph under change: its new nodes in order, and its initializers by name."""
 
-    def __init__(self, graph: GraphProto, form: WeightForm) -> None:
+    def __init__(self, graph: GraphProto, form: WeightForm, forks: Collection[str]) -> None:
         self.graph = graph
         self.form = form
+        self.forks = forks
+        self.joined: dict[str, str] = {}
         self.nodes: list[NodeProto] = []
         self.tensors = {tensor.name: tensor for tensor in graph.initializer}
         self.names = {node.name for node in graph.node} | set(self.tensors)
 
     def add_pair(self, tensor: str, site: str, scale: np.float32) -> str:
-        """Quantize and dequantize a tensor for one consumer (B10); return the name of the result."""
+        """Quantize and dequantize a tensor for one consumer (B10), a fork for all; return the name of the result."""
+        if tensor in self.joined:
+            return self.joined[tensor]
         # With a common zero point ONNX Runtime merges the equal pairs of q, k and v before it looks for int8 products,
         # and leaves all three in float.
         operands = [
@@ -108,7 +132,14 @@ class QdqWriter:
             self.add_constant(f"{site}_zero_point", np.int8(0)),
         ]
         quantized = self.add_node("QuantizeLinear", [tensor, *operands], site)
-        return self.add_node("DequantizeLinear", [quantized, *operands], site)
+        result = self.add_node("DequantizeLinear", [quantized, *operands], site)
+        if tensor in self.forks:
+            # ONNX Runtime has int8 products with one Q behind them, and gives each reader of a DQ one of its own, which
+            # undoes that on x86. A Clip to the whole range changes nothing, and is the only reader.
+            limits = (self.add_constant(f"{site}_{name}", np.float32(value) * scale)
+                      for name, value in (("low", ACTIVATION_LOW), ("high", HIGH)))  # fmt: skip
+            result = self.joined[tensor] = self.add_node("Clip", [result, *limits], site)
+        return result
 
     def add_weight(self, node: NodeProto, layer: str, weight_OI: Tensor, scale_O: Tensor) -> str:  # noqa: N803
         """Put a weight behind its DequantizeLinear, in the layout that its operator reads (B5)."""

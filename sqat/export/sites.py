@@ -1,10 +1,11 @@
 """Where the layers and activation sites of a checkpoint lie in an exported graph, by the modules in node names.
 
-The residual adds of a module that runs several times in one forward (ALBERT) cannot be told apart.
+A module may run several times in one forward (ALBERT): each run has nodes of its own, and its sites lie in all of them.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -82,9 +83,19 @@ class SiteIndex:
             products = self.products.get(module, [])
             return [Edge(node, operand) for node in products[which::2]] if len(products) % 2 == 0 else []
         match, adds = ADD_ROLE.fullmatch(role), self.adds.get(module, [])
-        if match is None or int(match[1]) >= len(adds):
+        per_run = len(adds) // self.count_runs(module)
+        if match is None or int(match[1]) >= per_run:
             return []
-        return [Edge(adds[int(match[1])], 0 if match[2] == "left" else 1)]
+        return [Edge(add, 0 if match[2] == "left" else 1) for add in adds[int(match[1]) :: per_run]]
+
+    def count_runs(self, module: str) -> int:
+        """Count how often a module with residual adds runs, by the linears in it; by those around it if it has none."""
+        adds, runs = len(self.adds.get(module, [])), list[int]()
+        while not runs and module:
+            within = (name for name in self.linears if name == module or name.startswith(f"{module}."))
+            runs = [len(self.linears[name]) for name in within]
+            module = module.rpartition(".")[0]
+        return math.gcd(adds, *runs) if adds and runs else 1
 
 
 def tensor_shapes(graph: GraphProto) -> dict[str, tuple[int | str, ...]]:

@@ -7,7 +7,7 @@ a convolutional network every layer counts but the first and the last.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypeAlias
@@ -15,6 +15,7 @@ from typing import TypeAlias
 from torch import nn
 
 from sqat.errors import SqatError
+from sqat.modules.parametrize import foreign_weight
 from sqat.recipe.stages import Layers
 from sqat.sparsity.hardware_limits import SMALLEST_SIDE, SPARSE_INPUTS, SPARSE_OUTPUTS
 
@@ -53,7 +54,7 @@ def outer_layers(model: nn.Module) -> dict[str, str]:
 def encoder_blocks(model: nn.Module) -> list[str]:
     """Return the names of the repeated blocks: the ModuleList of alike modules with the most linear weights.
 
-    A convolutional model has none.
+    A block that stands several times in the list counts once. A convolutional model has none.
     """
     if is_convolutional(model):
         return []
@@ -64,7 +65,8 @@ def encoder_blocks(model: nn.Module) -> list[str]:
         raise SqatError("no encoder blocks with linear layers were found in the model",
                         f"{type(model).__name__} is not a transformer encoder that sqat can treat",
                         code="unsupported-model")  # fmt: skip
-    return [f"{best[0]}.{index}" for index in range(len(best[1]))]
+    first = {block: index for index, block in reversed(list(enumerate(best[1])))}
+    return [f"{best[0]}.{index}" for index in sorted(first.values())]
 
 
 def linear_weights(module: nn.Module) -> int:
@@ -80,28 +82,40 @@ class Choice:
 
 
 def choose_layers(
-    model: nn.Module, layers: Layers, purpose: str, multiple: int = 4, multiples: Mapping[str, int] | None = None
+    model: nn.Module,
+    layers: Layers,
+    purpose: str,
+    multiple: int = 4,
+    multiples: Mapping[str, int] | None = None,
+    idle: Collection[str] = (),
 ) -> Choice:
-    """Apply the recipe's globs and rule B8.
+    """Apply the recipe's globs and rule B8, and leave alone what cannot be treated.
+
+    A layer that cannot be treated is skipped with the reason. Only a glob of ``include`` all of whose layers cannot
+    be treated is an error: such as a layer's name.
 
     Args:
         purpose: ``prune`` (in % 16, out % 8, in % ``multiple``) or ``quantize`` (in and out >= 16); of a convolution,
             its channels.
         multiple: M of the N:M pattern.
         multiples: of layers whose pattern has another.
+        idle: layers that no forward pass calls.
 
     Raises:
-        SqatError: a glob that matches nothing, or nothing left to treat.
+        SqatError: a glob that matches nothing, one of ``include`` whose layers cannot be treated, or nothing left.
     """
     candidates = weighted_layers(model)
     check_globs((*(layers.include or ()), *layers.exclude), candidates)
     outer, multiples = outer_layers(model), multiples or {}
     chosen, skipped = [], {}
     for name, module in candidates.items():
-        if reason := skip_reason(name, module, layers, outer.get(name, ""), purpose, multiples.get(name, multiple)):
+        reason = unselected_reason(name, layers, outer.get(name, ""))
+        reason = reason or untreatable_reason(module, purpose, multiples.get(name, multiple), name in idle)
+        if reason:
             skipped[name] = reason
         else:
             chosen.append(name)
+    check_includes(layers, chosen, skipped, purpose)
     if not chosen:
         raise SqatError(
             f"no layer is left to {purpose}: {next(iter(skipped.values()))}",
@@ -111,14 +125,25 @@ def choose_layers(
     return Choice(chosen, skipped)
 
 
-def skip_reason(name: str, module: Layer, layers: Layers, outside: str, purpose: str, multiple: int) -> str:
-    """Return why a layer is skipped; empty where it is treated."""
+def unselected_reason(name: str, layers: Layers, outside: str) -> str:
+    """Return why the recipe does not select a layer; empty where it does."""
     if any(fnmatchcase(name, glob) for glob in layers.exclude):
         return "excluded"
     if layers.include is None and outside:
         return outside
     if layers.include is not None and not any(fnmatchcase(name, glob) for glob in layers.include):
         return "not included by the recipe"
+    return ""
+
+
+def untreatable_reason(module: Layer, purpose: str, multiple: int, idle: bool) -> str:
+    """Return why a layer cannot be treated; empty where it can."""
+    if idle:
+        return "its forward is never called"
+    if foreign := foreign_weight(module):
+        return f"its weight is computed by the model ({foreign})"
+    if not module.weight.is_floating_point():
+        return f"its weight is {str(module.weight.dtype).removeprefix('torch.')}, not float"
     if isinstance(module, nn.Conv2d) and module.groups > 1:
         return f"grouped convolution ({module.groups} groups): no sparse kernel takes it"
     outputs, inputs = module.weight.shape[:2]
@@ -129,6 +154,15 @@ def skip_reason(name: str, module: Layer, layers: Layers, outside: str, purpose:
     if purpose == "quantize" and min(outputs, inputs) < SMALLEST_SIDE:
         return f"[{outputs}, {inputs}] is smaller than {SMALLEST_SIDE} (rule B8)"
     return ""
+
+
+def check_includes(layers: Layers, chosen: Sequence[str], skipped: Mapping[str, str], purpose: str) -> None:
+    """Refuse a glob of ``include`` that selects layers, of which none can be treated."""
+    for glob in layers.include or ():
+        selected = [name for name in (*chosen, *skipped) if fnmatchcase(name, glob) and skipped.get(name) != "excluded"]
+        if selected and not set(selected) & set(chosen):
+            raise SqatError(f"layers.include: {glob!r} selects no layer to {purpose}; {selected[0]} cannot be: "
+                            f"{skipped[selected[0]]}", "take it out of include", code="no-layer")  # fmt: skip
 
 
 def check_globs(globs: Iterable[str], layers: Mapping[str, Layer]) -> None:

@@ -12,7 +12,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from sqat.modules.parametrize import is_ours, original_weight
 from sqat.quantization.fake_quant import HIGH, quantize_weight
+
+LARGEST_BIAS = 2**30  # steps of an int32 sum; the rest is for the products
 
 
 class FoldedNorm(nn.Module):
@@ -112,7 +115,11 @@ def absorb_folded_norms_(model: nn.Module) -> None:
 
 
 def round_conv_biases_(
-    model: nn.Module, layers: Iterable[str], amax: Mapping[str, Tensor], shared_with: Mapping[str, str]
+    model: nn.Module,
+    layers: Iterable[str],
+    amax: Mapping[str, Tensor],
+    shared_with: Mapping[str, str],
+    masks: Mapping[str, Tensor],
 ) -> None:
     """Round the biases of quantized convolutions (those of folded norms too) to the grid of their int32 sums.
 
@@ -123,6 +130,7 @@ def round_conv_biases_(
         layers: names of quantized layers; their weights, masks applied, give the scales.
         amax: site -> amax.
         shared_with: site -> the site whose amax it uses.
+        masks: layer -> bool mask of its weight's shape, True where kept.
     """
     norms = find_folded_norms(model)
     for name in layers:
@@ -131,9 +139,27 @@ def round_conv_biases_(
         if not isinstance(convolution, nn.Conv2d) or not isinstance(bias, Tensor):
             continue
         with torch.no_grad():
+            input_scale = amax[shared_with[f"{name}:input"]].to(bias.device) / HIGH
+            raise_small_channels_(convolution, bias, input_scale, masks.get(name))
             _, scale_O = quantize_weight(convolution.weight)  # noqa: N806
-            step_O = (scale_O * (amax[shared_with[f"{name}:input"]].to(scale_O.device) / HIGH)).double()  # noqa: N806
+            step_O = (scale_O * input_scale).double()  # noqa: N806
             bias.copy_((bias.double() / step_O).round() * step_O)
+
+
+def raise_small_channels_(layer: nn.Conv2d, bias: Tensor, input_scale: Tensor, mask: Tensor | None) -> None:
+    """Raise the largest weight of each channel whose bias is too many steps for an int32 sum, a dead channel's.
+
+    It stays so small that what it adds to the sum is below 1e-5 of the bias.
+    """
+    own = original_weight(layer) if is_ours(layer) else layer.weight
+    needed_O = (bias.abs() * HIGH / (LARGEST_BIAS * input_scale)).to(own.dtype)  # noqa: N806
+    sizes_OI = layer.weight.abs().flatten(1)  # noqa: N806
+    if mask is not None:
+        sizes_OI = sizes_OI.masked_fill(~mask.to(own.device).flatten(1), -1)  # noqa: N806
+    largest_O, index_O = sizes_OI.max(1)  # noqa: N806
+    for row in (largest_O < needed_O).nonzero().flatten().tolist():
+        entry = own[row].view(-1)[index_O[row]]
+        entry.copy_(torch.where(entry < 0, -needed_O[row], needed_O[row]))
 
 
 def replace_module_(model: nn.Module, name: str, module: nn.Module) -> None:

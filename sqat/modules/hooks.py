@@ -87,9 +87,9 @@ def hook_attention(model: nn.Module, hook: Hook, modules: Iterable[str], hooks: 
 def hook_adds(model: nn.Module, hook: Hook, blocks: Sequence[str], hooks: Hooks | None = None) -> Hooks:
     """Hook both operands of every residual add inside the named encoder blocks."""
     hooks = hooks or Hooks()
-    watcher = AddWatcher(hook)
+    watcher, hooked = AddWatcher(hook), set[nn.Module]()  # blocks may share modules
     for block in blocks:
-        for name, module in model.get_submodule(block).named_modules(prefix=block):
+        for name, module in model.get_submodule(block).named_modules(hooked, block):
             before = partial(watcher.enter, name)
             hooks.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             hooks.handles.append(module.register_forward_hook(watcher.leave, always_call=True))

@@ -36,6 +36,26 @@ class WeightTransform(nn.Module):
         return weight if self.mask is None else apply_mask(weight, self.mask, self.straight_through)
 
 
+def is_ours(module: nn.Module) -> bool:
+    """Say whether a mask or fake quantizer of ours is on a module's weight."""
+    return any(isinstance(transform, WeightTransform) for transform in weight_transforms(module))
+
+
+def weight_transforms(module: nn.Module) -> list[nn.Module]:
+    """Return the parametrizations of a module's weight, whoever registered them."""
+    parametrizations: Any = module.parametrizations if parametrize.is_parametrized(module, "weight") else None
+    return [] if parametrizations is None else list(parametrizations.weight)
+
+
+def foreign_weight(module: nn.Module) -> str:
+    """Say from what a module computes its weight, such as a weight norm; empty for a plain weight, or one of ours."""
+    own = [name for name, _ in module.named_parameters(recurse=False)]
+    if "weight" in own or is_ours(module):
+        return ""
+    transforms = [type(transform).__name__.lstrip("_") for transform in weight_transforms(module)]
+    return ", ".join(transforms or own)
+
+
 def get_layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
     """Return the linear layer or convolution of a name; TypeError where it is neither."""
     module = model.get_submodule(name)

@@ -7,8 +7,10 @@ convolutions with int8 outputs only. Where only rectifiers read it, its amax is 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -40,7 +42,7 @@ def discover_sites(
         layers: names of the linears and convolutions to quantize.
         blocks: names of the encoder blocks, for attention and residual adds.
     """
-    keys: dict[Site, TensorKey] = {}
+    passes: dict[Site, list[TensorKey]] = defaultdict(list)
     readers = ReaderRecorder()
     hooks = Hooks()
     for module in model.modules():
@@ -48,9 +50,8 @@ def discover_sites(
             hooks.handles.append(module.register_forward_pre_hook(readers.enter_activation))
 
     def record(site: Site, x: Tensor) -> Tensor:
-        if site not in keys:  # DeBERTa runs q and k again, on the relative positions
-            keys[site] = key_of(x)
-            readers.watch(x)
+        passes[site].append(key_of(x))
+        readers.watch(x)
         return x
 
     hook_candidates(model, record, layers, blocks, placement, hooks)
@@ -61,11 +62,12 @@ def discover_sites(
     finally:
         model.train(training)
         hooks.remove()
+    keys = {site: tuple(dict.fromkeys(seen)) for site, seen in passes.items()}
     outputs = {site: keys[site] for name in convolutions(model, layers) if (site := Site.of(name, "output")) in keys}
-    stay_float = readers.activation_inputs - {key[0] for key in outputs.values()}
+    stay_float = readers.activation_inputs - {key[0] for seen in outputs.values() for key in seen}
     sites = choose_sites(keys, set() if placement.activation_inputs else stay_float)
     limits: dict[str, float] = {
-        site: limit for site, key in outputs.items() if (limit := readers.rectifier_limit(key[0])) is not None
+        site: limit for site, seen in outputs.items() if (limit := readers.rectifier_limit(seen)) is not None
     }
     # The fused q, k, v linear of the kernels has a scale for each channel, so that nothing needs one amax.
     groups = [] if placement.kernels else sites.shared_amax_groups
@@ -101,11 +103,12 @@ def version_of(x: Tensor) -> StorageVersion:
 
 
 def list_inner_modules(model: nn.Module, blocks: Sequence[str]) -> list[str]:
-    """Return every module with children inside the blocks; the attention modules are among them."""
+    """Return every module with children inside the blocks, once; the attention modules are among them."""
+    listed = set[nn.Module]()
     return [
         name
         for block in blocks
-        for name, module in model.get_submodule(block).named_modules(prefix=block)
+        for name, module in model.get_submodule(block).named_modules(listed, block)
         if next(module.children(), None) is not None
     ]
 
@@ -151,11 +154,11 @@ class ReaderRecorder(TorchFunctionMode):
                 self.limits[version].append(rectifier_limit_of(name, kwargs or {}))
         return result
 
-    def rectifier_limit(self, tensor: StorageVersion) -> float | None:
-        """Return the largest value that the readers of a tensor pass, if each of them is a rectifier; else None."""
-        limits = self.limits.get(tensor, [])
-        finite = [limit for limit in limits if limit is not None]
-        return max(finite) if finite and len(finite) == len(limits) else None
+    def rectifier_limit(self, tensors: Sequence[TensorKey]) -> float | None:
+        """Return the largest value that the readers of tensors pass, if each of them is a rectifier; else None."""
+        read = [self.limits.get(version, []) for version, _, _ in tensors]
+        limits = [limit for limit in chain(*read) if limit is not None]
+        return max(limits) if all(read) and len(limits) == sum(map(len, read)) else None
 
 
 def rectifier_limit_of(name: str, keywords: Mapping[str, Any]) -> float | None:

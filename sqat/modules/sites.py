@@ -1,13 +1,15 @@
-"""Activation sites: where activations can be quantized, and which sites see the same tensor.
+"""Activation sites: where activations can be quantized, and which see the same tensor.
 
 Sites that see one tensor (q, k and v inputs; a block's input and its skip connection) share one quantizer: the tensor
-is quantized once, and stays equal for all its readers.
+is quantized once, and stays equal for all its readers. A module that runs several times has one scale for all runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -67,36 +69,64 @@ class Sites:
     rectifier_limits: Mapping[str, float] = field(default_factory=dict)
 
 
-def choose_sites(keys: Mapping[Site, TensorKey], activation_inputs: Set[StorageVersion]) -> Sites:
+def choose_sites(keys: Mapping[Site, Sequence[TensorKey]], activation_inputs: Set[StorageVersion]) -> Sites:
     """Drop sites that another one covers, and group those that see one tensor.
 
     Args:
-        keys: site -> key of the tensor that it sees.
+        keys: site -> keys of the tensors that it sees, one for each run of its module.
         activation_inputs: storages that an activation function reads and that stay float, all of them or (a gated
             unit's half) in part.
     """
-    products = {key for site, key in keys.items() if site.role in PRODUCT_ROLES}
+    products = {key for site, seen in keys.items() if site.role in PRODUCT_ROLES for key in seen}
     skipped: dict[str, str] = {}
-    outputs = set()
-    for site, key in keys.items():
+    outputs = set[TensorKey]()
+    for site, seen in keys.items():
         if site.role != "output":
             continue
-        if key in products:
+        if products.issuperset(seen):
             skipped[site] = "quantized where the attention product reads it"
-        elif key[0] in activation_inputs:
+        elif any(version in activation_inputs for version, _, _ in seen):
             skipped[site] = "input of an activation function (rule B8)"
         else:
-            outputs.add(key)
-    for site, key in keys.items():
-        if site.is_add and key in outputs:
+            outputs.update(seen)
+    for site, seen in keys.items():
+        if site.is_add and outputs.issuperset(seen):
             skipped[site] = "quantized at the linear's output"
-    first: dict[TensorKey, Site] = {}
-    shared_with = {site: first.setdefault(key, site) for site, key in keys.items() if site not in skipped}
-    groups = [*attention_groups(keys, shared_with), *output_groups(shared_with)]
-    return Sites(shared_with, groups, skipped)
+    shared_with, owners = share_tensors({site: frozenset(seen) for site, seen in keys.items() if site not in skipped})
+    # What a quantized output and another site see in some runs would be rounded twice, on two grids.
+    overlaps = (tuple(sites) for sites in owners.values() if any(site.role == "output" for site in sites[1:] and sites))
+    groups = [*attention_groups(keys, shared_with), *output_groups(shared_with), *overlaps]
+    return Sites(shared_with, merge_groups(groups), skipped)
 
 
-def attention_groups(keys: Mapping[Site, TensorKey], shared_with: Mapping[Site, Site]) -> list[tuple[Site, ...]]:
+def share_tensors(
+    keys: Mapping[Site, frozenset[TensorKey]],
+) -> tuple[dict[Site, Site], dict[TensorKey, list[Site]]]:
+    """Return for each site the first one that sees all its tensors, itself for most; and these of each tensor."""
+    owners: dict[TensorKey, list[Site]] = defaultdict(list)
+    shared_with: dict[Site, Site] = {}
+    for site, seen in keys.items():
+        candidates = owners[next(iter(seen))]
+        shared_with[site] = next((owner for owner in candidates if seen <= keys[owner]), site)
+        if shared_with[site] == site:
+            for key in seen:
+                owners[key].append(site)
+    return shared_with, owners
+
+
+def merge_groups(groups: Iterable[tuple[Site, ...]]) -> list[tuple[Site, ...]]:
+    """Join groups that have a site in common; the others stay as they are."""
+    merged: list[tuple[Site, ...]] = []
+    for group in groups:
+        joined = [other for other in merged if set(other) & set(group)]
+        merged = [other for other in merged if other not in joined]
+        merged.append(tuple(dict.fromkeys(chain(*joined, group))))
+    return merged
+
+
+def attention_groups(
+    keys: Mapping[Site, Sequence[TensorKey]], shared_with: Mapping[Site, Site]
+) -> list[tuple[Site, ...]]:
     """Return q, k and v of each attention, with the quantized output of a fused q, k, v linear.
 
     With one amax for all of them, the second quantization of the fused output changes nothing.
@@ -104,11 +134,11 @@ def attention_groups(keys: Mapping[Site, TensorKey], shared_with: Mapping[Site, 
     groups = []
     for name in dict.fromkeys(site.module for site in shared_with if site.role == "query"):
         operands = [shared_with[Site.of(name, role)] for role in ("query", "key", "value")]
-        storage = keys[Site.of(name, "value")][0]
+        storages = {version for version, _, _ in keys[Site.of(name, "value")]}
         fused = [
             site
             for site, first in shared_with.items()
-            if site == first and site.role == "output" and keys[site][0] == storage
+            if site == first and site.role == "output" and storages & {version for version, _, _ in keys[site]}
         ]
         groups.append((*operands, *fused))
     return groups

@@ -18,6 +18,7 @@ from sqat.errors import SqatError, first_line
 Array = NDArray[np.generic]
 EXTERNAL_DATA = "session.optimized_model_external_initializers_file_name"
 SILENT = 4  # only what ends the process is logged; every failure is an exception, and its line stands in our own
+FUSED_SCALE = "/MatMulScaleFusion/"  # what ONNX Runtime appends to a product's name
 FLOAT_PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv")
 
 
@@ -89,20 +90,33 @@ def optimized_graph(model: Path | str | bytes) -> GraphProto:
         return onnx.load(optimized, load_external_data=False).graph
 
 
-def find_float_products(optimized: GraphProto) -> list[str]:
+def find_float_products(optimized: GraphProto, exported: GraphProto | None = None) -> list[str]:
     """Return the MatMul, Gemm and Conv nodes with quantized operands that ONNX Runtime computes in float (O21).
 
-    A convolution counts only if its output is quantized too: ONNX Runtime has no int8 one with a float output.
+    A convolution counts only if its output is quantized too: ONNX Runtime has no int8 one with a float output. None
+    counts whose output several nodes quantize: it has no int8 form of those.
 
     Args:
         optimized: from `optimized_graph`; every quantized product should be an int8 operator in it.
+        exported: the same graph as it was written. A product whose operands are split into heads behind their DQ is
+            float there, wherever ONNX Runtime moves the DQ (B12).
     """
-    dequantized = {name for node in optimized.node if node.op_type == "DequantizeLinear" for name in node.output}
-    quantized = {node.input[0] for node in optimized.node if node.op_type == "QuantizeLinear"}
+    dequantized = dequantized_tensors(optimized)
+    split = set[str]()
+    if exported is not None:
+        operands = dequantized_tensors(exported)
+        split = {node.name for node in exported.node if not set(node.input[:2]) <= operands}
+    quantized = Counter(node.input[0] for node in optimized.node if node.op_type == "QuantizeLinear")
     return [
         node.name
         for node in optimized.node
         if node.op_type in FLOAT_PRODUCTS
+        and node.name.removesuffix(FUSED_SCALE) not in split
         and set(node.input[:2]) <= dequantized
-        and ("Conv" not in node.op_type or node.output[0] in quantized)
+        and quantized[node.output[0]] in ((1,) if "Conv" in node.op_type else (0, 1))
     ]
+
+
+def dequantized_tensors(graph: GraphProto) -> set[str]:
+    """Return the outputs of the DequantizeLinear nodes of a graph."""
+    return {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}

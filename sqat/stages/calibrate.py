@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from sqat.checkpoint.manifest import HISTOGRAMS, LayerRecord, SiteRecord
 from sqat.checkpoint.store import Checkpoint
 from sqat.compress.calibrate import Calibration, calibrate, fold_norms_
+from sqat.compress.idle_layers import find_idle_layers
 from sqat.compress.quantize import quantized_model
 from sqat.data.batch import Batch, Processor, plan_batches
 from sqat.data.rows import column
 from sqat.distributed import process_state
 from sqat.export.cpu_encoder import check_encoder
-from sqat.models.layer_selection import choose_layers
+from sqat.models.layer_selection import Choice, choose_layers
 from sqat.models.loading import serialize_model
 from sqat.modules.batch_norm import round_conv_biases_
 from sqat.quantization.histogram import Histogram
@@ -31,15 +32,14 @@ SHOWN_PERCENTILE = 99.99  # for the pictures of the histograms
 def run(config: CalibrateConfig, parent: Checkpoint | None, context: StageContext) -> Checkpoint:
     """Observe ``samples`` rows in eval mode and choose every site's amax; of the weights only batch norms change."""
     model, processor = context.load_model(parent)
-    choice = choose_layers(model, config.layers, "quantize")
     if PLACEMENTS[config.placement].kernels:
         check_encoder(model)
     notes = []
-    found = calibrate_on_rows(config, config.placement, model, processor, choice.chosen, context)
+    choice, found = calibrate_on_rows(config, config.placement, model, processor, context)
     if not found.has_attention:
         notes.append(f"{type(model).__name__} has no attention interface: its attention products stay float")
-    round_conv_biases_(model, choice.chosen, found.amax, found.shared_with)
     masks = {} if parent is None else parent.masks
+    round_conv_biases_(model, choice.chosen, found.amax, found.shared_with, masks)
     with quantized_model(model, masks, choice.chosen, found.amax, found.shared_with, config.placement):
         metrics = {"dev": context.measure(model, processor, "dev")}
     records = {site: SiteRecord(shared_with=owner, saturated=found.saturated[site])
@@ -57,14 +57,16 @@ def calibrate_on_rows(
     placement: str,
     model: nn.Module,
     processor: Processor,
-    layers: list[str],
     context: StageContext,
-) -> Calibration:
-    """Fold batch norms, then calibrate the layers on the stage's rows; processes share the batches."""
+) -> tuple[Choice, Calibration]:
+    """Choose layers, fold batch norms, and calibrate on the stage's rows; processes share the batches."""
     batches = sample_batches(config, context, processor)
-    fold_norms_(model, batches[0].inputs)
+    example = batches[0].inputs
+    choice = choose_layers(model, config.layers, "quantize", idle=find_idle_layers(model, example))
+    fold_norms_(model, example)
     own = batches[process_state().process_index :: process_state().num_processes]
-    return calibrate(model, show_progress(own, context), config.method, placement, layers, batches[0].inputs)
+    found = calibrate(model, show_progress(own, context), config.method, placement, choice.chosen, example)
+    return choice, found
 
 
 def sample_batches(config: CalibrateConfig, context: StageContext, processor: Processor) -> list[Batch]:

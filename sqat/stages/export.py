@@ -108,7 +108,7 @@ def check_graph(path: Path, file: TargetFile, parent: Checkpoint) -> None:
         return
     patterns = {name: record.pattern for name, record in parent.manifest.layers.items() if record.pattern}
     verify(file.graph, patterns, file.rules, path)
-    if file.runs_in_int8 and (float_products := find_float_products(optimized_graph(path))):
+    if file.runs_in_int8 and (float_products := find_float_products(optimized_graph(path), file.graph.graph)):
         raise GateError(f"ONNX Runtime would run {float_products[0]} of {path.name} in float",
                         "this is a fault of the exporter: please report it with the recipe",
                         code="broken-rule")  # fmt: skip

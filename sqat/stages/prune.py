@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sqat.checkpoint.manifest import LayerRecord
 from sqat.checkpoint.store import Checkpoint
 from sqat.compress.eval_mode import eval_mode
+from sqat.compress.idle_layers import find_idle_layers
 from sqat.compress.mask_schedule import MaskSchedule, with_mask_decay
 from sqat.compress.patterns import choose_patterns
 from sqat.compress.permute import fixed_by_relation_heads, permute_
@@ -23,7 +24,7 @@ from sqat.stages.context import StageContext
 from sqat.training.batches import Batches
 from sqat.training.data_parallel import Loss
 
-EXAMPLE_ROWS = 2  # on which channel groups are found
+EXAMPLE_ROWS = 2  # on which idle layers and channel groups are found
 
 
 def run(config: PruneConfig, parent: Checkpoint | None, context: StageContext) -> Checkpoint:
@@ -32,8 +33,9 @@ def run(config: PruneConfig, parent: Checkpoint | None, context: StageContext) -
         raise SqatError(f"stage {context.name} would undo the scales of {parent.manifest.stage}",
                         "prune before calibrating", code="stage-order")  # fmt: skip
     model, processor = context.load_model(parent)
-    patterns, skipped = choose_patterns(model, config.layers, config.pattern, config.patterns)
     batches = context.training_batches(config, processor)
+    idle = find_idle_layers(model, example_inputs(model, batches, context.recipe.seed))
+    patterns, skipped = choose_patterns(model, config.layers, config.pattern, config.patterns, idle)
     mask_steps = config.schedule.mask_steps(context.total_steps(config, batches), config.recovery_fraction)
     if warning := describe_skipped_masks(mask_steps):
         context.reporter.info(f"{context.name}: {warning}")

@@ -23,7 +23,7 @@ def run(config: QatConfig, parent: Checkpoint | None, context: StageContext) -> 
         context.training_loss(model, config.distill) as loss,
     ):
         result = context.fit(model, processor, loss, config)
-        round_conv_biases_(model, quantized_layers(parent), quantizers.amax(), quantizers.shared_with)
+        round_conv_biases_(model, quantized_layers(parent), quantizers.amax(), quantizers.shared_with, parent.masks)
         metrics = {"dev": context.measure(model, processor, "dev")}
     files, weights = serialize_model(model, processor)
     sites = parent.manifest.sites

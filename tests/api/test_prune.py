@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
+from torch.nn.utils.parametrize import is_parametrized
 
 import sqat
 from sqat.sparsity.criteria.wanda import Wanda
@@ -85,6 +88,26 @@ def test_batches_are_read_one_at_a_time_and_the_users_random_numbers_stay(
     assert torch.equal(torch.get_rng_state(), before)
     assert seen[0] == 0
     assert all(earlier < later for earlier, later in itertools.pairwise(seen)), "each is used before the next is drawn"
+
+
+@pytest.mark.parametrize("parametrize", [weight_norm, spectral_norm, orthogonal])
+def test_other_parametrizations_are_the_models_own(
+    model: Any, batches: Batches, tmp_path: Path, parametrize: Callable[[nn.Module], object]
+) -> None:
+    parametrize(model.bert.pooler.dense)
+    parametrize(model.bert.encoder.layer[1].output.dense)
+    masks = sqat.prune(model)
+    scales = sqat.calibrate(model, batches)
+    own = {"bert.pooler.dense", "bert.encoder.layer.1.output.dense"}
+    assert not own & {*masks.kept, *scales.layers}
+    assert "computed by the model" in masks.skipped["bert.encoder.layer.1.output.dense"]
+    assert len(masks.kept) == len(scales.layers) == 11
+    with sqat.quantized(model, masks, scales):
+        train(model, batches)
+        with raises_code("usage"):
+            sqat.prune(model)
+    assert all(is_parametrized(model.get_submodule(name)) for name in own)
+    assert sqat.export_onnx(model, tmp_path / "model.onnx", batches[0], masks, scales) < 0.05
 
 
 def test_too_few_steps_for_the_schedule_are_a_warning(model: Any) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+import torch
 from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from sqat.models.layer_selection import choose_layers, encoder_blocks, find_qkv
 from sqat.recipe.stages import Layers
+from tests.errors import raises_code
 from tests.models.loading import MakeModel, problem
 
 BLOCKS = {
@@ -160,3 +166,39 @@ def test_a_glob_that_matches_nothing(field: str, make_model: MakeModel) -> None:
     assert problem(choose_layers, make_model("bert"), layers, "prune") == (
         f"layers: '*.queri' matches no layer; the model has {start}query, {start}key, {start}value, ... (14 in all)"
     )
+
+
+UNTREATABLE: list[tuple[Callable[[nn.Module], object], str]] = [
+    (weight_norm, "its weight is computed by the model (WeightNorm)"),
+    (spectral_norm, "its weight is computed by the model (SpectralNorm)"),
+    (lambda layer: prune.identity(layer, "weight"), "its weight is computed by the model (bias, weight_orig)"),
+    (lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.to(torch.int8), False)),
+     "its weight is int8, not float"),
+    (lambda layer: None, "its forward is never called"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("purpose", ["prune", "quantize"])
+@pytest.mark.parametrize(("spoil", "reason"), UNTREATABLE)
+def test_what_cannot_be_treated_is_left_alone_unless_it_is_named(
+    spoil: Callable[[nn.Module], object], reason: str, purpose: str, make_model: MakeModel
+) -> None:
+    model, name = make_model("bert"), "bert.encoder.layer.1.attention.self.key"
+    spoil(model.get_submodule(name))
+    idle = {name} if "never called" in reason else set()
+    for include in (None, ("*.key",), ("*.key", "*.query")):
+        choice = choose_layers(model, Layers(include=include), purpose, idle=idle)
+        assert choice.skipped[name] == reason
+        assert name.replace("layer.1", "layer.0") in choice.chosen
+    for include in ((name,), ("*.layer.1.*.key",), ("*.query", "*1.attention.self.k?y")):
+        with raises_code("no-layer", f"selects no layer to {purpose}"):
+            choose_layers(model, Layers(include=include), purpose, idle=idle)
+    excluded = Layers(include=("*.query", name), exclude=(name,))
+    assert choose_layers(model, excluded, purpose, idle=idle).skipped[name] == "excluded"
+
+
+def test_a_block_that_stands_twice_counts_once(make_model: MakeModel) -> None:
+    layers = (model := make_model("bert", num_hidden_layers=4)).bert.encoder.layer
+    layers[1], layers[3] = layers[0], layers[2]
+    assert encoder_blocks(model) == ["bert.encoder.layer.0", "bert.encoder.layer.2"]
+    assert len(choose_layers(model, Layers(), "prune").chosen) == 12

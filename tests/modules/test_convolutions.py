@@ -137,7 +137,7 @@ def test_rounded_biases_are_multiples_of_the_int32_step(block: nn.Module) -> Non
     amax = {"inner:input": torch.tensor(2.5), "last:input": torch.tensor(3.0)}
     shared_with = {"inner:input": "inner:input", "shortcut:input": "inner:input", "last:input": "last:input"}
     before = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
-    round_conv_biases_(block, LAYERS, amax, shared_with)
+    round_conv_biases_(block, LAYERS, amax, shared_with, {})
     for layer, owner in (("inner", "inner_norm"), ("shortcut", "shortcut_norm"), ("last", "last")):
         weight = block.get_submodule(layer).weight.detach().double()
         step = weight.flatten(1).abs().amax(1) / 127 * amax[shared_with[f"{layer}:input"]].double() / 127

@@ -12,7 +12,7 @@ from sqat.export.source import Source, TargetFile, shrink_embeddings, write_grap
 def write(source: Source, path: Path) -> TargetFile:
     """Write the int8 ONNX file."""
     reference = source.portable_checkpoint
-    graph = insert_qdq(source.graph, source.quantized.keep_sites(reference.manifest.sites))
+    graph = insert_qdq(source.graph, source.quantized.keep_sites(reference.manifest.sites), join_outputs=True)
     return write_graph(source, path, shrink_embeddings(source, graph), reference, "onnx-int8")
 
 

@@ -15,6 +15,7 @@ from sqat.lint.weight import Weight
 from sqat.sparsity.hardware_limits import GOOD_SIDE, SMALLEST_SIDE, SPARSE_INPUTS, SPARSE_OUTPUTS
 
 FLOAT_INPUTS = ("LayerNormalization", "Softmax", "Gelu", "Gather")
+INT8_OUTPUT_READERS = ("LayerNormalization", "Gelu")
 
 
 def check_sizes(view: GraphView) -> Iterator[Problem]:
@@ -28,7 +29,7 @@ def check_sizes(view: GraphView) -> Iterator[Problem]:
         source = view.producer(node.input[0], DEQUANTIZE) if op_type(node) in FLOAT_INPUTS else None
         if source is None or reads_embedding_table(view, source):
             continue
-        if not (op_type(node) == "Gelu" and is_linear_output(view, source)):  # T16 requires that one
+        if not (op_type(node) in INT8_OUTPUT_READERS and is_linear_output(view, source)):  # T16 requires that one
             yield Problem(label(node), f"input of {node.op_type} is quantized")
 
 
