@@ -92,7 +92,7 @@ def test_batches_are_read_one_at_a_time_and_the_users_random_numbers_stay(
 
 @pytest.mark.parametrize("parametrize", [weight_norm, spectral_norm, orthogonal])
 def test_other_parametrizations_are_the_models_own(
-    model: Any, batches: Batches, tmp_path: Path, parametrize: Callable[[nn.Module], object]
+    model: Any, batches: Batches, parametrize: Callable[[nn.Module], object], tmp_path: Path
 ) -> None:
     parametrize(model.bert.pooler.dense)
     parametrize(model.bert.encoder.layer[1].output.dense)
@@ -107,7 +107,8 @@ def test_other_parametrizations_are_the_models_own(
         with raises_code("usage"):
             sqat.prune(model)
     assert all(is_parametrized(model.get_submodule(name)) for name in own)
-    assert sqat.export_onnx(model, tmp_path / "model.onnx", batches[0], masks, scales) < 0.05
+    if parametrize is weight_norm:  # one file is enough
+        assert sqat.export_onnx(model, tmp_path / "model.onnx", batches[0], masks, scales) < 0.05
 
 
 def test_too_few_steps_for_the_schedule_are_a_warning(model: Any) -> None:
