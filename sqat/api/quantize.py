@@ -16,7 +16,7 @@ from sqat.compress.eval_mode import eval_mode
 from sqat.compress.idle_layers import find_idle_layers
 from sqat.compress.quantize import quantized_model
 from sqat.errors import SqatError, suggest
-from sqat.export.cpu_encoder import check_encoder
+from sqat.export.cpu.encoder import check_encoder
 from sqat.models.conv1d import linears_for_conv1d
 from sqat.models.layer_selection import choose_layers, is_convolutional, weighted_layers
 from sqat.modules.plain_state import remove_all, save_plain_weights_

@@ -17,7 +17,7 @@ from sqat.compress.quantize import quantized_model
 from sqat.data.batch import Batch, Processor, plan_batches
 from sqat.data.rows import column
 from sqat.distributed import process_state
-from sqat.export.cpu_encoder import check_encoder
+from sqat.export.cpu.encoder import check_encoder
 from sqat.models.layer_selection import Choice, choose_layers
 from sqat.models.loading import serialize_model
 from sqat.modules.batch_norm import round_conv_biases_

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sqat.export.cpu_packing import is_sparse, pack, pack_dense, pack_sparse
+from sqat.export.cpu.packing import is_sparse, pack, pack_dense, pack_sparse
 from tests.export.cpu_oracle import unpack
 
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 50))

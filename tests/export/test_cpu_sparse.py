@@ -17,7 +17,7 @@ from sqat import runtime
 from sqat.checkpoint.store import Checkpoint
 from sqat.data.tokens import TextProcessor
 from sqat.errors import GateError
-from sqat.export.cpu_graph import find_node as first_node
+from sqat.export.cpu.graph import find_node as first_node
 from sqat.export.onnx_edit import GraphEditor
 from sqat.models.sentence import Pooling, SentenceProcessor, add_pooling_
 from sqat.onnx_files.checks import check_file

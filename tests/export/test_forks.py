@@ -20,7 +20,8 @@ from sqat.modules.batch_norm import round_conv_biases_
 from sqat.modules.site_discovery import discover_sites
 from sqat.quantization.fake_quant import quantize_weight
 from sqat.quantization.placement import PLACEMENTS
-from sqat.runtime.sessions import count_operators, find_float_products, optimized_graph, parity, run_batches, session
+from sqat.runtime.sessions import find_float_products, optimized_graph, parity, run_batches, session
+from tests.onnx_graphs import count_operators
 
 Make = Callable[[], nn.Module]
 

@@ -16,8 +16,8 @@ from transformers import BertConfig
 from transformers.activations import ACT2FN
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
-from sqat.export.cpu_encoder import ACTIVATIONS, FAMILIES, check_encoder
-from sqat.export.cpu_packing import pack_dense
+from sqat.export.cpu.encoder import ACTIVATIONS, FAMILIES, check_encoder
+from sqat.export.cpu.packing import pack_dense
 from sqat.models.attention import use_hooked_attention
 from sqat.models.layer_selection import choose_layers, encoder_blocks
 from sqat.modules.activation_quantizers import Quantizers, insert_quantizers_, remove_quantizers_

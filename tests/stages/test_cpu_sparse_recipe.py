@@ -19,7 +19,7 @@ from sqat.cli import main
 from sqat.errors import SqatError
 from sqat.evaluation.artifacts import open_onnx
 from sqat.export import names
-from sqat.export.cpu_encoder import check_encoder, read_encoder
+from sqat.export.cpu.encoder import check_encoder, read_encoder
 from sqat.export.quantized_model import QuantizedModel, quantize_model
 from sqat.export.source import Source, input_sites_only
 from sqat.export.targets import write_target

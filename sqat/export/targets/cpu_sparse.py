@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from sqat.errors import GateError
-from sqat.export.cpu_encoder import Encoder, read_encoder
-from sqat.export.cpu_graph import to_cpu_sparse
+from sqat.export.cpu.encoder import Encoder, read_encoder
+from sqat.export.cpu.graph import to_cpu_sparse
 from sqat.export.embeddings import stored_tables
 from sqat.export.source import Source, TargetFile
 from sqat.export.targets.compressed_tensors import check_pattern

@@ -1,8 +1,8 @@
 """The graph of target `cpu-sparse`: the float graph with embeddings and layers as nodes of the domain `sqat`.
 
-One `Embed` and five nodes a layer replace them: q, k and v as one `Linear`, `Attention`, `Linear`
-with residual add and norm, and two more `Linear`. A mean over tokens is one `MeanPool`; other heads stay as traced.
-Activations between nodes are uint8 around 128.
+One `Embed` and five nodes a layer replace them: q, k and v as one `Linear`, `Attention`, `Linear` with residual add and
+norm, and two more `Linear`. A mean over tokens is one `MeanPool`; other heads stay. Activations between nodes are uint8
+around 128.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx import ModelProto
 
 from sqat.errors import GateError
-from sqat.export.cpu_encoder import Encoder, FusedLinear, Norm
+from sqat.export.cpu.encoder import Encoder, FusedLinear, Norm
 from sqat.export.embeddings import quantize_rows
 from sqat.export.names import KERNELS, node_name
 from sqat.export.onnx_edit import Array, GraphEditor, module_name

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sqat.errors import SqatError
-from sqat.export.cpu_packing import Packed, pack
+from sqat.export.cpu.packing import Packed, pack
 from sqat.export.quantized_model import QuantizedModel
 from sqat.models.attention import attention_heads
 from sqat.models.layer_selection import encoder_blocks
