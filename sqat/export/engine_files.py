@@ -79,7 +79,7 @@ def make_engine_files(
     return {
         SETTINGS: (settings.model_dump_json(indent=2) + "\n").encode(),
         SCRIPT: shell_script(settings).encode(),
-        BUILDER: resources.files("sqat.export").joinpath(BUILDER).read_bytes(),
+        BUILDER: resources.files("sqat.tensorrt").joinpath(BUILDER).read_bytes(),
     }
 
 

@@ -1,6 +1,6 @@
 """Build an engine here: with TensorRT where it and a GPU are, ahead of time with TensorRT-RTX, or not at all.
 
-`sqat.export.build_engine` does the work in a process of its own: a library that crashes ends only that process.
+`sqat.tensorrt.build_engine` does the work in a process of its own: a library that crashes ends only that process.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def build_engine(model: Path, output: Path, shapes: Shapes, *, backend: str, hal
     precisions = ["INT8", "FP16"] if half else ["INT8"]
     files = {"--output": output, "--log": log, "--layers": layers}
     options = [part for name, path in files.items() for part in (name, path.absolute())]
-    command = [sys.executable, "-m", "sqat.export.build_engine", model.absolute(), "--backend", backend, *options,
+    command = [sys.executable, "-m", "sqat.tensorrt.build_engine", model.absolute(), "--backend", backend, *options,
                "--shapes", json.dumps(shapes),
                "--precisions", *precisions]  # fmt: skip
     start = time.monotonic()

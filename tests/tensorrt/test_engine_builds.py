@@ -156,7 +156,7 @@ def test_the_same_script_builds_with_tensorrt(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "tensorrt.py").write_text("from tensorrt_rtx import *\nfrom tensorrt_rtx import __version__\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])]))
     model = save(encoder(layers=1), tmp_path)
-    command = [sys.executable, "-m", "sqat.export.build_engine", str(model), "--backend", "tensorrt"]
+    command = [sys.executable, "-m", "sqat.tensorrt.build_engine", str(model), "--backend", "tensorrt"]
     process = subprocess.run([*command, "--shapes", json.dumps(SHAPES)], capture_output=True, text=True)
     log = read_log(tmp_path / "model.tensorrt.build.log")
     assert log.weight_bytes

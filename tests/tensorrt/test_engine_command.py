@@ -13,10 +13,9 @@ import pytest
 
 from sqat.cli import main
 from sqat.errors import SqatError
-from sqat.export import build_engine
 from sqat.export.engine_files import make_engine_files
 from sqat.hardware.machine import Gpu
-from sqat.tensorrt import backends, command
+from sqat.tensorrt import backends, build_engine, command
 from sqat.tensorrt.backends import choose_backend, sparse_kernel_problem
 from sqat.tensorrt.command import free_inputs, holds_half, show_shapes
 from tests.tensorrt.encoder import encoder

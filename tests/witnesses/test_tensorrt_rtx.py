@@ -17,7 +17,7 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto
 
-from sqat.export.build_engine import BuildError, build
+from sqat.tensorrt.build_engine import BuildError, build
 from tests.witnesses.flavours import FAMILIES, FLAVOURS, embeds, exported
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
