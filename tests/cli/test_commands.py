@@ -258,13 +258,16 @@ def test_schema(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_init_prints_its_guess(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = call(capsys, "init", "train.jsonl", "-o", "new/first.yaml")
+    for name in ("train", "dev", "test"):
+        (folder / "data").mkdir(exist_ok=True)
+        (folder / "data" / f"{name}.jsonl").write_text('{"text": "a b", "label": 0}\n{"text": "b", "label": 1}\n')
+    code, out, err = call(capsys, "init", "data/train.jsonl", "-o", "new/first.yaml")
     assert (code, err) == (0, "")
     assert out.splitlines() == [
-        "task: classification ('label' has 1 different values in the first 1 rows)",
+        "task: classification ('label' has 2 different values in the first 2 rows)",
         "columns: text = text, label = label",
-        "train: train.jsonl",
-        "dev: dev.jsonl",
-        "test: test.jsonl",
+        "train: data/train.jsonl",
+        "dev: data/dev.jsonl",
+        "test: data/test.jsonl",
         "wrote new/first.yaml, and recipe.schema.json for editors; next: sqat run new/first.yaml",
     ]

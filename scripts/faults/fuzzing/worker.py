@@ -143,12 +143,14 @@ def try_function(function: Callable[[], object]) -> str:
 
 def try_command(argv: Sequence[str]) -> str:
     """Run a command line of sqat in this process."""
-    with capture_output() as outputs:
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = Path(scratch) / "output", Path(scratch) / "errors"
         try:
-            code = run_app(list(argv))
+            with capture_output(*paths):
+                code = run_app(list(argv))
         except BaseException as error:
             return f"{type(error).__name__} leaves the command: {error}"
-    text, errors = (path.read_bytes().decode("utf-8", "surrogateescape") for path in outputs)
+        text, errors = (path.read_bytes().decode("utf-8", "surrogateescape") for path in paths)
     return judge(code, text, errors)
 
 
@@ -174,22 +176,20 @@ def is_raw(character: str) -> bool:
 
 
 @contextmanager
-def capture_output() -> Iterator[tuple[Path, Path]]:
+def capture_output(*paths: Path) -> Iterator[None]:
     """Send standard output and error, also those of C libraries, to two files."""
-    with tempfile.TemporaryDirectory() as scratch:
-        paths = Path(scratch) / "output", Path(scratch) / "errors"
+    sys.stdout.flush(), sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    files = [os.open(path, os.O_WRONLY | os.O_CREAT) for path in paths]
+    os.dup2(files[0], 1), os.dup2(files[1], 2)
+    try:
+        yield
+    finally:
         sys.stdout.flush(), sys.stderr.flush()
-        kept = os.dup(1), os.dup(2)
-        files = [os.open(path, os.O_WRONLY | os.O_CREAT) for path in paths]
-        os.dup2(files[0], 1), os.dup2(files[1], 2)
-        try:
-            yield paths
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            for number, handle in zip((1, 2), kept, strict=True):
-                os.dup2(handle, number)
-            for handle in (*files, *kept):
-                os.close(handle)
+        for number, handle in zip((1, 2), kept, strict=True):
+            os.dup2(handle, number)
+        for handle in (*files, *kept):
+            os.close(handle)
 
 
 if __name__ == "__main__":
