@@ -106,10 +106,12 @@ def try_placement(
     def attempt(targets: Sequence[str]) -> Outcome:
         content = recipe_of(family, folder, files, placement, targets, record.distillation["end"] == "works")
         recipe.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-        before = trained(folder)
-        outcome = run_command("run", str(recipe), "--quiet")
-        late = outcome.end == "refused" and trained(folder) != before
-        return replace(outcome, end="late") if late else outcome
+        rehearsal = ["--no-rehearsal"] if record.placements else []  # one of them passes, where a family works
+        outcome = run_command("run", str(recipe), "--quiet", *rehearsal)
+        if outcome.end != "refused" or not outcome.stage or outcome.message.startswith(REHEARSAL):
+            return outcome
+        told = run_command("run", str(recipe), "--quiet", "--rehearse", "--force")
+        return replace(outcome, end="late") if told.end == "works" else told
 
     whole = attempt(targets)
     if is_about_distillation(whole) and record.distillation["end"] == "works":
@@ -118,16 +120,8 @@ def try_placement(
     each = dict.fromkeys(targets, whole)
     if whole.end != "works" and whole.stage == "export" and len(targets) > 1:
         each = {target: attempt([target]) for target in targets}
-    if whole.end == "late":  # what was trained is kept, so that the same target is refused at once the second time
-        each = {name: replace(each[name], end="late") if each[name].end == "refused" else each[name] for name in each}
     facts = describe(record, folder / "runs" / "family", placement)
     return {**facts, "targets": {target: short(outcome) for target, outcome in each.items()}}
-
-
-def trained(folder: Path) -> dict[Path, float]:
-    """Return the checkpoints that training wrote, with their times."""
-    files = (path for stage in ("train", "prune", "qat") for path in folder.glob(f"runs/family/??-{stage}/sqat.json"))
-    return {path: path.stat().st_mtime for path in files}
 
 
 def is_about_distillation(outcome: Outcome) -> bool:
