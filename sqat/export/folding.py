@@ -84,7 +84,8 @@ def move_factors(model: ModelProto) -> ModelProto:
     for product in [node for node in editor.graph if node.op_type == "MatMul"]:
         operands = {index: find_operand(value) for index, value in enumerate(product.inputs)}
         found = {index: operand for index, operand in operands.items() if operand is not None}
-        if not found or any(is_weight(value) for value in product.inputs):
+        is_output = product.outputs[0].is_graph_output()
+        if not found or is_output or any(is_weight(value) for value in product.inputs):
             continue
         moved, output, total = True, product.outputs[0], np.float32(1)
         for index, operand in found.items():
