@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sqat.checkpoint.manifest import LayerRecord
+from sqat.checkpoint.manifest import WEIGHTS, LayerRecord, damaged
 from sqat.checkpoint.store import Checkpoint, load_checkpoint, require_weights
 from sqat.lint.layer_row import LayerRow
 from sqat.models.loading import layer_names
@@ -25,7 +25,10 @@ def inspect_checkpoint(directory: Path) -> list[LayerRow]:
     """
     checkpoint = load_checkpoint(directory)
     require_weights(checkpoint, directory)
-    return [layer_row(checkpoint, name) for name in layer_names(checkpoint, str(directory))]
+    names = layer_names(checkpoint, str(directory))
+    if absent := [name for name in names if f"{name}.weight" not in checkpoint.weights]:
+        raise damaged(f"holds no weight of {absent[0]}, which its config.json describes", directory / WEIGHTS)
+    return [layer_row(checkpoint, name) for name in names]
 
 
 def layer_row(checkpoint: Checkpoint, name: str) -> LayerRow:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sqat.lint.layer_row import LayerRow
 from sqat.models.loading import serialize_model
 from sqat.sparsity.masks import apply_mask, nm_mask
 from sqat.sparsity.pattern import parse_pattern
+from tests.errors import raises_code
 
 LINEARS = (
     "attention.self.query",
@@ -166,3 +168,14 @@ def test_a_checkpoint_that_cannot_be_built(make_checkpoint: Callable[..., Checkp
     save_checkpoint(checkpoint, tmp_path / "c")
     with pytest.raises(SqatError, match="the checkpoint's model cannot be built"):
         inspect_checkpoint(tmp_path / "c")
+
+
+def test_weights_that_the_config_does_not_describe_are_told(make_checkpoint: Any, tmp_path: Path) -> None:
+    made = make_checkpoint()
+    name = next(iter(made.manifest.layers))
+    weights = {key: value for key, value in made.weights.items() if key != f"{name}.weight"}
+    bare = replace(made, weights=weights, masks={}, amax={},
+                   manifest=made.manifest.model_copy(update={"layers": {}, "sites": {}}))  # fmt: skip
+    save_checkpoint(bare, tmp_path / "01-x")
+    with raises_code("damaged-checkpoint", "stage x"):
+        inspect_checkpoint(tmp_path / "01-x")

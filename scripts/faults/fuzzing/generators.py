@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from scripts.faults.fuzzing import data_files, manifests, recipes
+from scripts.faults.fuzzing import data_files, manifests, recipes, run_folders
 from scripts.faults.fuzzing.case import MakeCase
 
 GENERATORS: dict[str, MakeCase] = {
     "recipe": recipes.make_case,
     "manifest": manifests.make_case,
     "data": data_files.make_case,
+    "run-folder": run_folders.make_case,
 }

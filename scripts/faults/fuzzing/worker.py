@@ -39,7 +39,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     (place / TEMPORARY_FOLDER).mkdir(exist_ok=True)
-    tempfile.tempdir = os.environ["TMPDIR"] = str(place / TEMPORARY_FOLDER)
+    tempfile.tempdir = os.environ["TMPDIR"] = os.environ["MPLCONFIGDIR"] = str(place / TEMPORARY_FOLDER)
     watch = Watch(place)
     sys.addaudithook(watch.see)
     import_libraries()
