@@ -86,7 +86,8 @@ class Watch:
         whole = os.path.realpath(os.path.dirname(os.path.abspath(path)))
         roots = (str(self.place / INPUT_FOLDER), str(self.place / TEMPORARY_FOLDER), "/dev", "/proc")
         # Python's caches, and what libraries keep in the user's cache folder.
-        return whole.startswith(roots) or "__pycache__" in path or "/.cache/" in path
+        is_folder = os.path.realpath(path) in roots  # `mkdir` of a folder that exists
+        return is_folder or whole.startswith(roots) or "__pycache__" in path or "/.cache/" in path
 
 
 def try_input(kind: str, seed: str, number: int, place: Path, watch: Watch) -> dict[str, str]:
