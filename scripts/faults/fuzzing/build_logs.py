@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from scripts.faults.fuzzing.case import HOSTILE_TEXTS, Action, cut, flip_bytes
 from scripts.faults.fuzzing.onnx_files import quantized_layer
@@ -23,7 +24,22 @@ PIECES = (
     "\r",
     ", ",
 )
-VALUES = (None, True, -1, 10**20, 1.5, float("inf"), float("nan"), "", "Int8", [], {}, [None], [[1]], {"Count": "x"})
+VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    10**20,
+    1.5,
+    float("inf"),
+    float("nan"),
+    "",
+    "Int8",
+    [],
+    {},
+    [None],
+    [[1]],
+    {"Count": "x"},
+)
 
 
 def make_case(draw: random.Random, folder: Path) -> Sequence[Action]:

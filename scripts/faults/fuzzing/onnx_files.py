@@ -6,9 +6,11 @@ import random
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, numpy_helper
 
 from scripts.faults.fuzzing.case import HOSTILE_TEXTS, Action, cut, flip_bytes
@@ -34,7 +36,7 @@ def quantized_layer() -> ModelProto:
     model = onnx.parser.parse_model(LAYER)
     weight = np.ones((32, 32), np.int8)
     weight[::2] = 0
-    values = {"w": weight, "ws": np.ones(32, np.float32), "wz": np.zeros(32, np.int8), "b": np.ones(32, np.float32),
+    values: dict[str, NDArray[Any]] = {"w": weight, "ws": np.ones(32, np.float32), "wz": np.zeros(32, np.int8), "b": np.ones(32, np.float32),
               "shape": np.array([-1, 32])}  # fmt: skip
     model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in values.items())
     return model
