@@ -36,8 +36,13 @@ def quantized_layer() -> ModelProto:
     model = onnx.parser.parse_model(LAYER)
     weight = np.ones((32, 32), np.int8)
     weight[::2] = 0
-    values: dict[str, NDArray[Any]] = {"w": weight, "ws": np.ones(32, np.float32), "wz": np.zeros(32, np.int8), "b": np.ones(32, np.float32),
-              "shape": np.array([-1, 32])}  # fmt: skip
+    values: dict[str, NDArray[Any]] = {
+        "w": weight,
+        "ws": np.ones(32, np.float32),
+        "wz": np.zeros(32, np.int8),
+        "b": np.ones(32, np.float32),
+        "shape": np.array([-1, 32]),
+    }
     model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in values.items())
     return model
 
