@@ -38,6 +38,7 @@ def main() -> None:
     seed, place = sys.argv[1], Path(sys.argv[2]).resolve()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print is no answer
     (place / TEMPORARY_FOLDER).mkdir(exist_ok=True)
     tempfile.tempdir = os.environ["TMPDIR"] = os.environ["MPLCONFIGDIR"] = str(place / TEMPORARY_FOLDER)
     watch = Watch(place)
