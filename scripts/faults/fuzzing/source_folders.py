@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import BertTokenizerFast
+from transformers import BertTokenizerFast  # type: ignore[attr-defined]
 
 from scripts.faults.fuzzing.case import HOSTILE_TEXTS, Action, cut, flip_bytes
 from sqat.models.loading import load_pretrained
@@ -24,7 +24,7 @@ from sqat.models.sources import source_digest
 from sqat.recipe.inputs import ModelConfig
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "blue", "good", "bad")
-SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 VALUES: tuple[Any, ...] = (
     *(None, True, False, -1, 0, 1, 3, 2**24, 2**31, 2**63, 10**7, 10**12, 1.5, -0.0, float("nan"), float("inf")),
     *([], {}, [1, 2], [[]], {"a": 1}, {"0": "a", "1": "a"}, ["a"], [10**7], {"quant_method": "gptq"}),
@@ -119,7 +119,7 @@ def sound_folder(kind: str) -> Path:
     """Write the folder of a tiny model with random weights, once for the process."""
     folder = Path(tempfile.mkdtemp(prefix=f"sound-{kind}-"))
     torch.manual_seed(0)
-    labels = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
+    labels: dict[str, Any] = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
     if kind == "images":
         config = transformers.ViTConfig(**SMALL, image_size=16, patch_size=8, **labels)
         transformers.ViTForImageClassification(config).save_pretrained(folder)
