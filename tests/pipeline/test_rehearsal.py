@@ -197,9 +197,9 @@ def test_what_was_rehearsed_is_not_rehearsed_again(project: Project, monkeypatch
 
 @pytest.mark.parametrize("stage", ["train", "calibrate"])
 def test_ctrl_c_ends_a_rehearsal(stage: str, project: Project, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*arguments: Any) -> Any:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
-        return work(*arguments)
+        return work(*arguments, **options)
 
     place = {"train": "sqat.training.loop.take_step", "calibrate": "sqat.stages.calibrate.choose_layers"}[stage]
     work = {"train": loop.take_step, "calibrate": calibrate.choose_layers}[stage]
