@@ -69,9 +69,11 @@ def counts(entries: Mapping[str, Entry]) -> str:
     kinds = [FAMILIES[name].kind for name in entries]
     bad = sum(bool(failures(entry)) for entry in entries.values())
     commits = ", ".join(dict.fromkeys(f"`{entry['commit']}`" for entry in entries.values()))
+    missing = ", ".join(name for name in FAMILIES if name not in entries)
     return (
         f"{kinds.count('text')} families read texts and {kinds.count('image')} images; {bad or 'none'} of them "
         f"{'have' if bad != 1 else 'has'} a fault. Measured at commit {commits}."
+        f"{f' Not measured yet: {missing}.' if missing else ''}"
     )
 
 

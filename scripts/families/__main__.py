@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,8 @@ def report_of(known: dict[str, Entry]) -> dict[str, Any]:
 def try_all(names: Iterable[str], jobs: int) -> Iterator[Entry]:
     """Try families, each in a process of its own."""
     with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(try_apart, names)
+        for tried in as_completed([pool.submit(try_apart, name) for name in names]):
+            yield tried.result()
 
 
 def try_apart(name: str) -> Entry:

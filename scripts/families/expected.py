@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scripts.families.registry import FAMILIES
 from sqat.errors import ErrorCode
 
 ALL = ("*",)
@@ -15,9 +14,9 @@ class Refusal:
     """A refusal that is right, and why.
 
     Attributes:
-        placement: of the recipe; ``qat`` for the default distillation.
-        targets: of the export; ``*`` for all.
-        families: names, or ``*``; a name with a plus stands for all families with this trait.
+        placement: of the recipe, or ``*``; ``qat`` for the default distillation.
+        targets: of the export, or ``*``.
+        families: names, or ``*``.
         but: families that it does not hold for.
     """
 
@@ -30,27 +29,44 @@ class Refusal:
 
     def holds(self, name: str, placement: str, target: str) -> bool:
         """Say whether it is expected of a family, with a placement and a target."""
-        if self.placement not in (placement, "*"):
+        is_distillation = placement == "qat"
+        if self.placement != placement and (self.placement != "*" or is_distillation):
             return False
-        if self.targets != ALL and target not in self.targets:
-            return False
-        return self.families == ALL or name in self.families or bool(self.traits & set(FAMILIES[name].traits))
-
-    @property
-    def traits(self) -> set[str]:
-        """Traits whose families it holds for."""
-        return {name.removeprefix("+") for name in self.families if name.startswith("+")}
+        fits_target = self.targets == ALL or target in self.targets
+        return fits_target and (self.families == ALL or name in self.families) and name not in self.but
 
 
 def expected_refusal(name: str, placement: str, target: str) -> Refusal | None:
     """Return the refusal that is expected; None where the family must work."""
-    found = (each for each in REFUSALS if name not in each.but and each.holds(name, placement, target))
-    return next(found, None)
+    return next((refusal for refusal in REFUSALS if refusal.holds(name, placement, target)), None)
 
 
+MODEL: ErrorCode = "unsupported-model"
+TARGET: ErrorCode = "unsupported-target"
 SERVED = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra")
+NETS = ("resnet", "convnext", "convnextv2", "mobilenet_v1", "mobilenet_v2", "efficientnet", "regnet", "poolformer")
+HYBRIDS = ("cvt", "mobilevit", "pvt", "segformer")  # attention between convolutions
+FEW_LINEARS = ("resnet", "mobilenet_v1", "mobilenet_v2", "efficientnet", "regnet", "poolformer")
+GRAPHS = ("onnx-int8", "onnx-fp32", "onnx-fp16", "tensorrt")
+PACKED = ("torch-semi-structured",)
 REFUSALS = (
-    Refusal(
-        "cpu", ALL, ALL, "unsupported-model", "the kernels of `cpu-sparse` compute six families of encoders", SERVED
-    ),
-)
+    Refusal("*", ALL, ("ibert", "squeezebert"), MODEL, "its blocks hold no linears of torch"),
+    Refusal("cpu", ALL, ALL, MODEL, f"the kernels of `cpu-sparse` compute {', '.join(SERVED)}", SERVED),
+    Refusal("qat", ALL, (*NETS, *HYBRIDS), MODEL, "with more than two convolutions a model counts as a net of them, "
+            "and MiniLM compares q, k and v"),
+    Refusal("qat", ALL, ("deberta", "bloom"), MODEL, "q, k and v are one linear in an order of the family's own"),
+    Refusal("qat", ALL, ("t5", "umt5", "bart", "mbart"), MODEL, "the last block has two attentions; "
+            "`distill.qkv` can name one"),
+    Refusal("qat", ALL, ("xlm", "flaubert"), MODEL, "attentions and feed-forwards stand in two lists, of which sqat "
+            "treats the larger; `distill.qkv` can name q, k and v"),
+    Refusal("qat", ALL, ("funnel",), MODEL, "q, k and v have unusual names; `distill.qkv` can name them"),
+    Refusal("qat", ALL, ("xlnet",), MODEL, "q, k and v are no linears"),
+    Refusal("qat", ALL, ("fnet",), MODEL, "it has no attention"),
+    Refusal("qat", ALL, ("perceiver",), MODEL, "its last block reads latents, not tokens"),
+    Refusal("*", GRAPHS, ("longformer", "xlnet", "gpt_oss"), MODEL, "torch cannot export it as ONNX"),
+    Refusal("*", GRAPHS, ("funnel",), MODEL, "torch exports it for texts of one length only"),
+    Refusal("*", ("compressed-tensors",), ("gpt2",), TARGET, "its layers are Conv1D, and the format stores linears"),
+    Refusal("*", ("compressed-tensors",), (*NETS, *HYBRIDS), TARGET, "quantized layers of it are convolutions, and the "
+            "format stores linears"),
+    Refusal("*", PACKED, FEW_LINEARS, TARGET, "it has no linears that the kernels take"),
+)  # fmt: skip

@@ -106,7 +106,8 @@ def open_compressed(folder: Path) -> nn.Module:
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
     model, _ = move_to_device(*assemble({**files, CONFIG: json.dumps(config).encode()}, str(folder)))
     tensors = read_tensors(folder / WEIGHTS)
-    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_scale")}
+    endings = (".weight_scale", ".input_scale")  # a model may have scales of its own
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith(endings)}
     amax = {}
     for name in [name for name in scales if name.endswith(".weight_scale")]:
         layer = name.removesuffix(".weight_scale")

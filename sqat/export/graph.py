@@ -29,6 +29,7 @@ OPSET = 20
 LONGEST_REASON = 200  # characters
 SCOPES = "pkg.torch.onnx.name_scopes"
 ROOT = "model"
+INSTEAD = "export torch-semi-structured or compressed-tensors, which need no ONNX graph"
 
 
 class PositionalModel(nn.Module):
@@ -58,7 +59,7 @@ def export_float(model: nn.Module, inputs: Mapping[str, Tensor], output: str | N
 
     Raises:
         ValueError: an input has another shape, or the model is in training mode.
-        SqatError: torch cannot trace the model.
+        SqatError: torch cannot trace the model, or only for inputs of the example's size.
     """
     example = tuple(example_rows(name, tensor) for name, tensor in inputs.items())
     if model.training:
@@ -70,11 +71,25 @@ def export_float(model: nn.Module, inputs: Mapping[str, Tensor], output: str | N
         wrapper = PositionalModel(model, list(inputs), returned).eval()
         program = trace(wrapper, example, [output] if output else returned, axes)
     exported: ModelProto = program.model_proto
+    check_axes(exported.graph, axes, type(model).__name__)
     paths = first_paths(model)
     name_nodes_(exported.graph, paths)
     name_initializers_(exported.graph, paths)
     strip_metadata_(exported)
     return exported
+
+
+def check_axes(graph: GraphProto, axes: Sequence[dict[int, Any]], model: str) -> None:
+    """Refuse a graph whose inputs have one size where they may vary.
+
+    Raises:
+        SqatError: such a graph reads no other texts.
+    """
+    for value, varying in zip(graph.input, axes, strict=True):
+        sizes = [dim.dim_value or "any" for dim in value.type.tensor_type.shape.dim]
+        if any(sizes[axis] != "any" for axis in varying):
+            raise SqatError(f"torch exports {model} only with {value.name} of size {' x '.join(map(str, sizes))}",
+                            INSTEAD, code="unsupported-model")  # fmt: skip
 
 
 def trace(
@@ -101,7 +116,7 @@ def trace(
     except Exception as error:
         name, reason = type(model.model).__name__, first_line(root_cause(error))
         raise SqatError(f"torch cannot export {name} as ONNX: {shorten(reason, LONGEST_REASON)}",
-                        "export torch-semi-structured or compressed-tensors, which need no ONNX graph",
+                        INSTEAD,
                         code="unsupported-model") from error  # fmt: skip
     assert program is not None
     return program

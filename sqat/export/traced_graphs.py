@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sqat.export.graph import export_float
 
 Places = dict[int, tuple[str, bool]]  # number of an initializer -> the weight that it holds, and whether transposed
+Traced = tuple[ModelProto, Places, str]  # the digest is of the parameters that the graph holds in other forms
 
 
 @dataclass
@@ -29,7 +30,7 @@ class TracedGraphs:
         is_used: whether a model got the graph that another was traced for.
     """
 
-    graphs: dict[tuple[str, ...], tuple[ModelProto, Places] | None] = field(default_factory=dict)
+    graphs: dict[tuple[str, ...], Traced | None] = field(default_factory=dict)
     is_used: bool = False
 
     def export(self, model: nn.Module, inputs: Mapping[str, Tensor], output: str) -> ModelProto:
@@ -41,19 +42,18 @@ class TracedGraphs:
         if key not in self.graphs:
             self.graphs[key] = trace_without_weights(model, inputs, output)
         traced = self.graphs[key]
-        if traced is None:
+        if traced is None or traced[2] != digest_without(model, traced[1]):
             return export_float(model, inputs, output)
         self.is_used = True
-        return fill_weights(*traced, model)
+        return fill_weights(traced[0], traced[1], model)
 
 
-def trace_without_weights(
-    model: nn.Module, inputs: Mapping[str, Tensor], output: str
-) -> tuple[ModelProto, Places] | None:
+def trace_without_weights(model: nn.Module, inputs: Mapping[str, Tensor], output: str) -> Traced | None:
     """Trace a copy with random weights, no two of them equal, and take these out of its graph.
 
     Returns:
-        The graph, and which initializer holds which weight; None where the exporter computes with a weight.
+        The graph, which initializer holds which weight, and a digest of the parameters without a gradient, which the
+        copy keeps; None where the exporter computes with a weight.
     """
     stranger = copy.deepcopy(model).requires_grad_()
     generator = torch.Generator().manual_seed(0)
@@ -63,6 +63,9 @@ def trace_without_weights(
     weights = {name: weight.detach() for name, weight in stranger.named_parameters() if weight.grad is not None}
     holders = {content_of(weight, is_transposed): (name, is_transposed)
                for name, weight in weights.items() for is_transposed in (True, False)}  # fmt: skip
+    for name, own in model.named_parameters():
+        if name not in weights:  # unused, or read without a gradient, such as tables of sines
+            stranger.get_parameter(name).data = own.detach().clone()
     stranger.zero_grad()
     graph = export_float(stranger, inputs, output)
     places: Places = {}
@@ -73,7 +76,14 @@ def trace_without_weights(
         return None
     for number in places:
         graph.graph.initializer[number].ClearField("raw_data")
-    return graph, places
+    return graph, places, digest_without(model, places)
+
+
+def digest_without(model: nn.Module, places: Places) -> str:
+    """Return a digest of the parameters that have no place."""
+    placed = {name for name, _ in places.values()}
+    others = (content_of(weight) for name, weight in model.named_parameters() if name not in placed)
+    return hashlib.sha256(b"".join(others)).hexdigest()
 
 
 def fill_weights(graph: ModelProto, places: Places, model: nn.Module) -> ModelProto:

@@ -142,6 +142,8 @@ def untreatable_reason(module: Layer, purpose: str, multiple: int, idle: bool) -
         return "its forward is never called"
     if foreign := foreign_weight(module):
         return f"its weight is computed by the model ({foreign})"
+    if has_own_forward(module):
+        return f"its class {type(module).__name__} computes with another weight than it stores"
     if not module.weight.is_floating_point():
         return f"its weight is {str(module.weight.dtype).removeprefix('torch.')}, not float"
     if isinstance(module, nn.Conv2d) and module.groups > 1:
@@ -154,6 +156,13 @@ def untreatable_reason(module: Layer, purpose: str, multiple: int, idle: bool) -
     if purpose == "quantize" and min(outputs, inputs) < SMALLEST_SIDE:
         return f"[{outputs}, {inputs}] is smaller than {SMALLEST_SIDE} (rule B8)"
     return ""
+
+
+def has_own_forward(module: Layer) -> bool:
+    """Say whether a subclass overrides what torch computes, as convolutions with standardized weights do."""
+    base = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Linear
+    own = type(module)
+    return any(getattr(own, name, None) is not getattr(base, name, None) for name in ("forward", "_conv_forward"))
 
 
 def check_includes(layers: Layers, chosen: Sequence[str], skipped: Mapping[str, str], purpose: str) -> None:

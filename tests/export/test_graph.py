@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import NodeProto, numpy_helper
 from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from scripts.families import registry
 from scripts.families.source import build_family
@@ -174,3 +175,17 @@ def test_longformer_is_refused_by_name(capfd: pytest.CaptureFixture[str]) -> Non
     with raises_code("unsupported-model", match="torch cannot export LongformerForSequenceClassification as ONNX: "):
         export_float(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     assert "def forward" not in "".join(capfd.readouterr())
+
+
+class OnlyTen(nn.Module):
+    """A model that torch exports with texts of one length alone."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SequenceClassifierOutput:
+        read = (input_ids * attention_mask).float() * torch.ones(10)
+        return SequenceClassifierOutput(logits=read.sum(1, keepdim=True))
+
+
+def test_a_graph_of_one_size_is_an_error() -> None:
+    batch = {"input_ids": torch.ones(3, 10, dtype=torch.int64), "attention_mask": torch.ones(3, 10, dtype=torch.int64)}
+    with raises_code("unsupported-model"):
+        export_float(OnlyTen().eval(), batch)

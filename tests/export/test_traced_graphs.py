@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import ModelProto
 from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from sqat.export import traced_graphs
 from sqat.export.graph import export_float
@@ -69,3 +70,28 @@ def test_a_weight_that_the_exporter_computes_with_is_traced_for_itself(
     assert traces[-1] is model
     assert not graphs.is_used
     assert np.array_equal(logits(graph), logits(export_float(model, random_batch())))
+
+
+class Sines(nn.Module):
+    """A model that reads a table without a gradient, as RoFormer reads its sines."""
+
+    def __init__(self, fill: float) -> None:
+        super().__init__()
+        self.config = "sines"
+        self.words, self.head = nn.Embedding(70, 8), nn.Linear(8, 2)
+        self.table = nn.Parameter(torch.full((40, 8), fill), requires_grad=False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SequenceClassifierOutput:
+        with torch.no_grad():
+            table = self.table[: input_ids.shape[1]].sin()
+        read = (self.words(input_ids) + table) * attention_mask[:, :, None]
+        return SequenceClassifierOutput(logits=self.head(read.sum(1)))
+
+
+def test_a_table_that_is_read_without_a_gradient_is_the_models_own() -> None:
+    graphs = TracedGraphs()
+    for fill in (0.5, 0.5, 1.5):
+        model = Sines(fill).eval()
+        with torch.no_grad():
+            expected = model(**random_batch()).logits.numpy()
+        np.testing.assert_allclose(logits(graphs.export(model, random_batch(), "logits")), expected, atol=1e-5)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
@@ -202,3 +202,25 @@ def test_a_block_that_stands_twice_counts_once(make_model: MakeModel) -> None:
     layers[1], layers[3] = layers[0], layers[2]
     assert encoder_blocks(model) == ["bert.encoder.layer.0", "bert.encoder.layer.2"]
     assert len(choose_layers(model, Layers(), "prune").chosen) == 12
+
+
+class Standardized(nn.Conv2d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+class Halved(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight / 2, self.bias)
+
+
+class Named(nn.Linear):
+    """A subclass that computes what torch's linear does."""
+
+
+def test_a_subclass_that_computes_with_another_weight_is_left_alone() -> None:
+    layers = [nn.Conv2d(16, 16, 1), Standardized(16, 16, 1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)]
+    choice = choose_layers(nn.Sequential(*layers, Halved(16, 16), Named(16, 16), nn.Linear(16, 16)), Layers(), "prune")
+    assert choice.chosen == ["2", "3", "5"]
+    assert "Standardized" in choice.skipped["1"]
+    assert "Halved" in choice.skipped["4"]
