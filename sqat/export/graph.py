@@ -17,8 +17,9 @@ from io import StringIO
 from textwrap import shorten
 from typing import Any
 
+import numpy as np
 import torch
-from onnx import GraphProto, ModelProto, NodeProto
+from onnx import GraphProto, ModelProto, NodeProto, numpy_helper
 from torch import Tensor, nn
 
 from sqat.errors import SqatError, first_line
@@ -72,6 +73,7 @@ def export_float(model: nn.Module, inputs: Mapping[str, Tensor], output: str | N
         program = trace(wrapper, example, [output] if output else returned, axes)
     exported: ModelProto = program.model_proto
     check_axes(exported.graph, axes, type(model).__name__)
+    fold_transposes_(exported.graph)
     paths = first_paths(model)
     name_nodes_(exported.graph, paths)
     name_initializers_(exported.graph, paths)
@@ -157,6 +159,27 @@ def first_paths(model: nn.Module) -> dict[str, str]:
     """Return for each path to a module the one that `named_modules` gives; a module may have several."""
     first = {module: path for path, module in model.named_modules()}
     return {path: first[module] for path, module in model.named_modules(remove_duplicate=False)}
+
+
+def fold_transposes_(graph: GraphProto) -> None:
+    """Store the weight of a module that runs several times as its products read it; the exporter does so for one."""
+    weights = {tensor.name: tensor for tensor in graph.initializer if len(tensor.dims) == 2}
+    readers: dict[str, list[NodeProto]] = {name: [] for name in weights}
+    for node in graph.node:
+        for name in node.input:
+            if name in readers:
+                readers[name].append(node)
+    folded: dict[str, str] = {}
+    for name, nodes in readers.items():
+        if nodes and all(node.op_type == "Transpose" for node in nodes):
+            transposed = np.ascontiguousarray(numpy_helper.to_array(weights[name]).T)
+            weights[name].CopyFrom(numpy_helper.from_array(transposed, name))
+            folded |= {node.output[0]: name for node in nodes}
+    kept = [node for node in graph.node if node.output[0] not in folded]
+    del graph.node[:]
+    graph.node.extend(kept)
+    for node in graph.node:
+        node.input[:] = [folded.get(name, name) for name in node.input]
 
 
 def name_nodes_(graph: GraphProto, paths: Mapping[str, str]) -> None:

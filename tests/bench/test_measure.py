@@ -290,7 +290,7 @@ def test_the_table_is_printed_before_the_files_are_written(tmp_path: Path, capsy
 def test_an_empty_file_is_no_graph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "m.onnx").touch()
     code, _, err = call(capsys, "m.onnx")
-    assert (code, "m.onnx: holds no graph" in err) == (2, True)
+    assert (code, "m.onnx: not an ONNX file" in err) == (2, True)
 
 
 def test_infinite_differences_survive_json() -> None:

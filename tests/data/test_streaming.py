@@ -303,7 +303,7 @@ def test_what_cannot_be_streamed_is_told_before_anything_runs(tmp_path: Path, ov
 def test_the_files_of_a_glob_must_be_there(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     (tmp_path / "dev.jsonl").touch()
-    with pytest.raises(SqatError, match=r"recipe.yaml:4: data.train: no file part-\*\.jsonl"):
+    with pytest.raises(SqatError, match=r"recipe.yaml:4: data.train: .*no such file"):
         load_recipe(tmp_path / "recipe.yaml", check_files=True)
     (tmp_path / "part-0.jsonl").touch()
     assert load_recipe(tmp_path / "recipe.yaml", check_files=True).recipe.data.train.streaming

@@ -44,9 +44,11 @@ CASES: dict[str, tuple[Callable[[], Any], int, int]] = {
     "albert of two groups": (albert_groups, 12, 24),
     "one block": (lambda: share(build_model(num_hidden_layers=3)), 6, 18),
     "one part": (lambda: share_parts(build_model()), 9, 12),
+    # The exporter folds transposes of small weights only.
+    "weights of usual size": (lambda: build_model("albert", hidden_size=96, intermediate_size=96), 6, 12),
 }
 TRIED = [("albert", "tensorrt-full"), ("albert of two groups", "linear"), ("one block", "tensorrt"),
-         ("one part", "tensorrt")]  # fmt: skip
+         ("one part", "tensorrt"), ("weights of usual size", "linear")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("case", "placement"), TRIED)
@@ -62,6 +64,15 @@ def test_every_run_is_quantized(case: str, placement: Any, tmp_path: Path) -> No
     products = [node for node in nodes if node.op_type == "MatMul" and set(node.input) <= dequantized]
     attention = 0 if placement == "linear" else 2 * runs // 6
     assert len(products) == runs + attention
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_positions_of_deberta_are_quantized_as_tokens_are(shared: bool, tmp_path: Path) -> None:
+    """The projections that run on the positions' table have int8 weights of a size that the exporter does not fold."""
+    model, batch = build_model("deberta-v2", hidden_size=96, num_hidden_layers=1, share_att_key=shared), random_batch()
+    masks, scales = sqat.prune(model), sqat.calibrate(model, [batch], placement="tensorrt")
+    assert sqat.export_onnx(model, tmp_path / "model.onnx", batch, masks, scales) < 10 * ROUNDING
+    assert sum("attention.self" in name for name in scales.layers) == (3 if shared else 5)
 
 
 def test_one_scale_covers_what_all_runs_see() -> None:

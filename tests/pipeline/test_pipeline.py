@@ -81,11 +81,17 @@ def test_force_runs_what_is_unchanged_and_measures_it_again(copy: Project) -> No
 
 
 def test_a_retrained_parent_runs_its_children_again(copy: Project) -> None:
-    """The fingerprints are the same; the checkpoint that qat started from is not."""
+    """The fingerprints are the same; the checkpoint that qat started from is not. Equal results make no child run."""
     run(copy, last="calibrate", first="calibrate", force=True)
-    lines = run(copy)
-    assert lines[:3] == ["train: unchanged", "prune: unchanged", "calibrate: unchanged"]
-    assert any(line.startswith("qat: dev accuracy") for line in lines)
+    assert run(copy)[:4] == [f"{name}: unchanged" for name in ("train", "prune", "calibrate", "qat")]
+    path = copy.folder / "runs" / "tiny" / "03-calibrate" / "sqat.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"]["config.json"] = "0" * 64
+    manifest["sha256"] = manifest_digest({name: value for name, value in manifest.items() if name != "sha256"})
+    path.write_text(json.dumps(manifest))
+    plan = {stage.name: stage.unchanged for stage in make_plan(load_recipe(copy.recipe))}
+    assert plan["calibrate"]
+    assert not plan["qat"]
 
 
 def test_other_pretrained_weights_run_everything_again(copy: Project) -> None:

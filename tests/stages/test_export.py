@@ -33,9 +33,9 @@ def export_wrong(project: Project, monkeypatch: pytest.MonkeyPatch, **changes: A
     """Message of an export whose writer is given another quantization than the checkpoint's."""
     original = onnx_int8.insert_qdq
 
-    def wrong(graph: Any, quantization: QuantizedModel) -> Any:
+    def wrong(graph: Any, quantization: QuantizedModel, **options: Any) -> Any:
         changed = {name: change(quantization) for name, change in changes.items()}
-        return original(graph, QuantizedModel(**{**vars(quantization), **changed}))
+        return original(graph, QuantizedModel(**{**vars(quantization), **changed}), **options)
 
     monkeypatch.setattr(onnx_int8, "insert_qdq", wrong)
     with pytest.raises(GateError) as caught:
