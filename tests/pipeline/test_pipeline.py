@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from sqat.checkpoint.manifest import content_digest
+from sqat.checkpoint.manifest import content_digest, manifest_digest
 from sqat.checkpoint.store import load_checkpoint
 from sqat.errors import SqatError
 from sqat.pipeline import runner as pipeline
