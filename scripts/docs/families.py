@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from scripts.docs.blocks import table
-from scripts.families.expected import expected_refusal
+from scripts.families.expected import Refusal, expected_refusal
 from scripts.families.registry import FAMILIES, SECTIONS
 from scripts.families.trial import fits
-from scripts.families.verdicts import failures, line_of
+from scripts.families.verdicts import failures, unexpected
 from sqat.quantization.placement import PLACEMENTS
 from sqat.recipe.targets import TARGETS
 
@@ -41,6 +41,7 @@ exported file passes its rules and agrees with torch in ONNX Runtime. {counts}
 """
 COLUMNS = ("family", *PLACEMENTS, "distillation", "left in float")
 OUTSIDE = "outside the encoder blocks (rule B8)"  # true of every transformer: poolers and heads
+LONGEST = 240  # of a line about a fault
 Entry = Mapping[str, Any]
 
 
@@ -59,7 +60,7 @@ def page(report: Mapping[str, Any]) -> str:
             parts += [f"## {title}", table(COLUMNS, rows)]
     if notes:
         parts += ["## Reasons", "\n".join(f"{number}. {note}" for number, note in enumerate(notes, start=1))]
-    if faults := [[name, line] for name, entry in entries.items() for line in failures(entry)]:
+    if faults := [[name, line[:LONGEST]] for name, entry in entries.items() for line in failures(entry)]:
         parts += ["## Faults", table(("family", "how it ends"), faults)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
@@ -92,7 +93,7 @@ def row(entry: Entry, notes: list[str]) -> list[str]:
     if "died" in entry:
         return [title, *["**fault**"] * len(PLACEMENTS), "", ""]
     cells = [placement_cell(name, placement, entry["placements"].get(placement, {}), notes) for placement in PLACEMENTS]
-    return [title, *cells, distillation_cell(name, entry["distillation"], notes), "; ".join(left_in_float(entry))]
+    return [title, *cells, distillation_cell(entry, notes), "; ".join(left_in_float(entry))]
 
 
 def placement_cell(name: str, placement: str, result: Mapping[str, Any], notes: list[str]) -> str:
@@ -100,32 +101,32 @@ def placement_cell(name: str, placement: str, result: Mapping[str, Any], notes: 
     ends = result.get("targets", {})
     refused, faulty = dict[int, list[str]](), list[str]()
     for target, outcome in ends.items():
-        if outcome["end"] == "refused":
-            refused.setdefault(note_of(name, placement, target, outcome, notes), []).append(target)
-        elif outcome["end"] != "works":
+        refusal = expected_refusal(name, placement, target)
+        if unexpected(outcome, refusal):
             faulty.append(target)
+        elif refusal:
+            refused.setdefault(note_of(refusal, notes), []).append(target)
     parts = ["**fault**" if len(faulty) == len(ends) else f"**fault**: {', '.join(faulty)}"] if faulty else []
     for number, targets in refused.items():
         parts.append(f"refused ({number})" if len(targets) == len(ends) else f"not {', '.join(targets)} ({number})")
     return "; ".join(parts) or ("works" if ends else "")
 
 
-def note_of(name: str, placement: str, target: str, outcome: Mapping[str, str], notes: list[str]) -> int:
+def note_of(refusal: Refusal, notes: list[str]) -> int:
     """Return the number of the reason of a refusal."""
-    expected = expected_refusal(name, placement, target)
-    reason = expected.reason if expected else line_of(outcome)
-    if reason not in notes:
-        notes.append(reason)
-    return notes.index(reason) + 1
+    if refusal.reason not in notes:
+        notes.append(refusal.reason)
+    return notes.index(refusal.reason) + 1
 
 
-def distillation_cell(name: str, outcome: Mapping[str, str], notes: list[str]) -> str:
-    """Say what qat learns from the dense model."""
-    if outcome["end"] == "works":
-        return "MiniLM"
-    if outcome["end"] == "refused":
-        return f"outputs ({note_of(name, 'qat', 'distillation', outcome, notes)})"
-    return "**fault**"
+def distillation_cell(entry: Entry, notes: list[str]) -> str:
+    """Say what qat learns from the dense model; nothing where it is never reached."""
+    outcome, refusal = entry["distillation"], expected_refusal(entry["name"], "qat", "distillation")
+    if not any("float" in result for result in entry["placements"].values()):
+        return ""
+    if unexpected(outcome, refusal):
+        return "**fault**"
+    return f"outputs ({note_of(refusal, notes)})" if refusal else "MiniLM"
 
 
 def left_in_float(entry: Entry) -> Iterator[str]:

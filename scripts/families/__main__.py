@@ -68,6 +68,14 @@ def report_of(known: dict[str, Entry]) -> dict[str, Any]:
     return {**versions, "families": [known[name] for name in FAMILIES if name in known]}
 
 
+def text_of(report: dict[str, Any]) -> str:
+    """Return a report as JSON with one line for each family."""
+    *others, (name, families) = report.items()
+    head = "".join(f"{json.dumps(key)}: {json.dumps(value)},\n" for key, value in others)
+    lines = ",\n".join(json.dumps(entry) for entry in families)
+    return f"{{{head}{json.dumps(name)}: [\n{lines}\n]}}\n"
+
+
 def try_all(names: Iterable[str], jobs: int) -> Iterator[Entry]:
     """Try families, each in a process of its own."""
     with ThreadPoolExecutor(jobs) as pool:
@@ -86,7 +94,9 @@ def try_apart(name: str) -> Entry:
             process.kill()
             process.join()
         path = Path(folder) / "record.json"
-        entry: Entry = {"name": name, "died": f"exit code {process.exitcode}"}
+        family = FAMILIES[name]
+        end = f"no result within {LIMIT} s" if process.exitcode == -9 else f"exit code {process.exitcode}"
+        entry: Entry = {"name": name, "model_type": family.model_type, "kind": family.kind, "died": end}
         if path.is_file():
             entry = json.loads(path.read_text())
     return {**entry, "seconds": round(time.monotonic() - begun, 1)}

@@ -50,6 +50,7 @@ FEW_LINEARS = ("resnet", "mobilenet_v1", "mobilenet_v2", "efficientnet", "regnet
 GRAPHS = ("onnx-int8", "onnx-fp32", "onnx-fp16", "tensorrt")
 PACKED = ("torch-semi-structured",)
 REFUSALS = (
+    Refusal("*", ALL, ("bit",), "no-layer", "its convolutions compute with standardized weights, and no zero stays"),
     Refusal("*", ALL, ("ibert", "squeezebert"), MODEL, "its blocks hold no linears of torch"),
     Refusal("cpu", ALL, ALL, MODEL, f"the kernels of `cpu-sparse` compute {', '.join(SERVED)}", SERVED),
     Refusal("qat", ALL, (*NETS, *HYBRIDS), MODEL, "with more than two convolutions a model counts as a net of them, "
@@ -62,7 +63,7 @@ REFUSALS = (
     Refusal("qat", ALL, ("funnel",), MODEL, "q, k and v have unusual names; `distill.qkv` can name them"),
     Refusal("qat", ALL, ("xlnet",), MODEL, "q, k and v are no linears"),
     Refusal("qat", ALL, ("fnet",), MODEL, "it has no attention"),
-    Refusal("qat", ALL, ("perceiver",), MODEL, "its last block reads latents, not tokens"),
+    Refusal("qat", ALL, ("perceiver", "canine"), MODEL, "its last block reads latents or groups, not tokens"),
     Refusal("*", GRAPHS, ("longformer", "xlnet", "gpt_oss"), MODEL, "torch cannot export it as ONNX"),
     Refusal("*", GRAPHS, ("funnel",), MODEL, "torch exports it for texts of one length only"),
     Refusal("*", ("compressed-tensors",), ("gpt2",), TARGET, "its layers are Conv1D, and the format stores linears"),

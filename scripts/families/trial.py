@@ -164,13 +164,19 @@ def run_command(*arguments: str) -> Outcome:
     except SqatError as error:
         place = error.place.partition(":")[0]
         stage = place.removeprefix(REHEARSAL) if place.startswith(REHEARSAL) else ""
-        return Outcome("refused", stage or running_stage(error.__traceback__), error.code, str(error))
+        return Outcome("refused", stage or running_stage(error.__traceback__), error.code, without_folders(str(error)))
     except Exception as error:
         own = [frame for frame in traceback.extract_tb(error.__traceback__) if "/sqat/" in frame.filename]
         where = f"{own[-1].filename.rpartition('/sqat/')[2]}:{own[-1].lineno} {own[-1].name}" if own else ""
         message = next((line for line in str(error).splitlines() if line.strip()), "")
-        return Outcome("fault", running_stage(error.__traceback__), type(error).__name__, message[:300], where)
+        message = without_folders(message[:300])
+        return Outcome("fault", running_stage(error.__traceback__), type(error).__name__, message, where)
     return Outcome("works")
+
+
+def without_folders(message: str) -> str:
+    """Return a message without the temporary folders that it names."""
+    return re.sub(r"/\S*/(?:sqat-\w+/)?(?=[\w.-]+)", "", message) if "/sqat-" in message else message
 
 
 def running_stage(trace: TracebackType | None) -> str:

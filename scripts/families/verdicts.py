@@ -21,8 +21,11 @@ def failures(entry: Entry) -> list[str]:
 
 
 def outcomes(entry: Entry) -> Iterator[tuple[str, str, Mapping[str, str]]]:
-    """Yield every outcome of a record with its placement and target; default distillation counts as a target."""
-    if "distillation" in entry:
+    """Yield every outcome of a record with its placement and target; default distillation counts as a target.
+
+    A family that no placement calibrates has not tried it.
+    """
+    if any("float" in result for result in entry.get("placements", {}).values()):
         yield "qat", "distillation", entry["distillation"]
     for placement, result in entry.get("placements", {}).items():
         for target, outcome in result["targets"].items():
@@ -42,7 +45,8 @@ def line_of(outcome: Mapping[str, str]) -> str:
     """Return an outcome in one line."""
     where = f" at {outcome['where']}" if "where" in outcome else ""
     stage = f" in {outcome['stage']}" if "stage" in outcome else ""
-    return f"{outcome['end']}{stage}: {outcome['code']}: {outcome['message']}{where}"
+    message = outcome.get("message", "").removeprefix(f"rehearsal of stage {outcome.get('stage')}: ")
+    return f"{outcome['end']}{stage}: {outcome['code']}: {message}{where}"
 
 
 def count_failures(entries: Sequence[Entry]) -> int:

@@ -93,7 +93,9 @@ def load_tokenizer(folder: Path, place: str) -> Any:
 
 def check_vocabulary(tokenizer: Any, place: str) -> None:
     """Refuse a tokenizer without words, which transformers makes for a folder without a tokenizer."""
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+    special = set(tokenizer.all_special_tokens)
+    # The first test spares the second, which takes seconds where each character is a token (Canine).
+    if tokenizer.vocab_size <= len(special) and set(tokenizer.get_vocab()) <= special:
         raise SqatError("no tokenizer lies beside the model", "keep its files together", place, code="model-mismatch")
 
 
