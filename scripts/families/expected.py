@@ -65,7 +65,7 @@ REFUSALS = (
     Refusal("qat", ALL, ("fnet",), MODEL, "it has no attention"),
     Refusal("qat", ALL, ("perceiver", "canine"), MODEL, "its last block reads latents or groups, not tokens"),
     Refusal("*", GRAPHS, ("longformer", "xlnet", "gpt_oss"), MODEL, "torch cannot export it as ONNX"),
-    Refusal("*", GRAPHS, ("funnel",), MODEL, "torch exports it for texts of one length only"),
+    Refusal("*", GRAPHS, ("funnel", "canine"), MODEL, "torch exports it for texts of one length only"),
     Refusal("*", ("compressed-tensors",), ("gpt2",), TARGET, "its layers are Conv1D, and the format stores linears"),
     Refusal("*", ("compressed-tensors",), (*NETS, *HYBRIDS), TARGET, "quantized layers of it are convolutions, and the "
             "format stores linears"),
