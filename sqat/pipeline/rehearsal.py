@@ -1,7 +1,7 @@
 """The rehearsal of a run: each pending stage runs on a few rows and for one step before the first one runs for good.
 
-The stages are the real ones, so what they would refuse after hours they refuse now. Results stay in memory, exported
-files in a temporary folder. Nothing is judged that depends on training: no metrics, gates or decisions.
+The stages are the real ones, so they refuse now what they would refuse after hours. Results stay in memory, exported
+files in a temporary folder. What depends on training is not judged: metrics, gates, decisions.
 """
 
 from __future__ import annotations
