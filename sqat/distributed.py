@@ -112,6 +112,12 @@ def assigned_indices(count: int) -> Iterator[tuple[int, bool]]:
         yield (index, True) if index < count else (0, False)
 
 
+def leave_processes() -> None:
+    """End the connection to the other ranks; torch may abort a process that exits with it."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 @contextmanager
 def raise_on_lost_peer() -> Iterator[None]:
     """Turn a broken connection to another rank into one clear error.

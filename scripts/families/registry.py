@@ -103,9 +103,11 @@ ENCODERS = (
     text("electra", "interface", types=True, embedding_size=16),
     text("mpnet", "own-attention relative"),
     text("deberta", "own-attention relative fused", types=True, **DISENTANGLED, type_vocab_size=0),
-    text("deberta-v2", "own-attention relative", types=True, **DISENTANGLED, type_vocab_size=0),
+    # The exporter folds products of small constants, which these have: the table of positions by a weight. A width of
+    # 96 is beyond, as real ones are.
+    text("deberta-v2", "own-attention relative", types=True, **DISENTANGLED, type_vocab_size=0, hidden_size=96),
     text("deberta-v3", "own-attention relative repeated", types=True, model_type="deberta-v2", **DISENTANGLED,
-         share_att_key=True, position_buckets=16, norm_rel_ebd="layer_norm", type_vocab_size=0,
+         hidden_size=96, share_att_key=True, position_buckets=16, norm_rel_ebd="layer_norm", type_vocab_size=0,
          position_biased_input=False),
     text("modernbert", "interface fused gated rotary", cls_token_id=2, sep_token_id=3, local_attention=8),
     text("nomic_bert", "interface fused gated rotary", types=True),

@@ -47,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in QUIET.items():  # read when the libraries are imported, once per process
         os.environ.setdefault(name, value)
     code = run_app(argv)
+    if not code and is_distributed() and "torch" in sys.modules:
+        from sqat.distributed import leave_processes
+
+        leave_processes()
     if code and is_distributed():
         # torch's exit handlers would wait for ranks that are gone.
         sys.stdout.flush()

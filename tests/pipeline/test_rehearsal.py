@@ -205,7 +205,11 @@ def test_ctrl_c_ends_a_rehearsal(stage: str, project: Project, scratch: Path, mo
     work = {"train": loop.take_step, "calibrate": calibrate.choose_layers}[stage]
     monkeypatch.setattr(place, interrupted)
     before = contents(project.folder)
-    assert main(["run", str(project.recipe), "--quiet"]) == 130
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores the signal
+    try:
+        assert main(["run", str(project.recipe), "--quiet"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert contents(project.folder) == before
     assert not [*scratch.iterdir()]
 
