@@ -167,7 +167,7 @@ def test_an_alias_bomb_is_reported_at_once(tmp_path: Path) -> None:
 
 def test_the_fuzzer_finds_nothing(tmp_path: Path) -> None:
     """Each generator makes inputs of both outcomes."""
-    each, figures = 30, tmp_path / "fuzz.json"
+    each, figures = 60, tmp_path / "fuzz.json"
     command = [sys.executable, "-m", "scripts.faults.fuzzing", "--inputs", str(each * len(GENERATORS))]
     run = subprocess.run([*command, "--json", str(figures)], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stdout + run.stderr
