@@ -7,6 +7,7 @@ config that lies costs neither memory nor time.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,8 +32,10 @@ OBJECTS = (
 READ = (".json", ".safetensors", ".txt", ".model", ".jinja", ".bin")  # suffixes of what libraries open
 SMALL = 4 * MEGABYTE  # JSON up to this size is parsed here; larger is a vocabulary
 MAX_HEADER = 100 * MEGABYTE  # of a safetensors file, as its own library says
-LARGEST = 1 << 24  # whole number in a config
-UNLIMITED = ("theta", "token_id", "window", "length", "seed")  # in names of entries that are no sizes
+LARGEST = 1 << 24  # size in a config
+# Names of entries that are sizes or counts. Others hold any number: ids, seeds, lengths, bases of hashes.
+SIZE = re.compile(r"num_\w+|(\w+_)?(sizes?|dims?|layers?|heads?|channels|embeddings|positions|experts|depths|blocks)")
+NO_SIZE = re.compile(r"(\w+_)?(window|chunk)_sizes?")  # how far attention or a reader looks
 # Entries that must be whole numbers of at least 1, where a config has them.
 SIZES = (
     *("hidden_size", "d_model", "dim", "n_embd", "embedding_size", "embed_dim", "hidden_dim", "head_dim", "patch_size"),
@@ -102,8 +105,8 @@ def check_config(entries: Any, place: str) -> None:
             for size in value if isinstance(value, list) else [value]:  # a list has one for each stage
                 if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                     raise bad_entry(name, value, "is a whole number of at least 1", place)
+        is_size = name in SIZES or (SIZE.fullmatch(name) and not NO_SIZE.fullmatch(name))
         numbers = value if isinstance(value, list) else [value]
-        is_size = not any(part in name for part in UNLIMITED)
         if is_size and any(isinstance(number, int) and abs(number) > LARGEST for number in numbers):
             raise bad_entry(name, value, f"is at most {LARGEST}", place)
 

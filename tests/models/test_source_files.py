@@ -18,7 +18,7 @@ import transformers
 
 from sqat.errors import SqatError
 from sqat.models.loading import load_pretrained
-from sqat.models.source_files import bounded_modules, read_header
+from sqat.models.source_files import bounded_modules, check_config, read_header
 from sqat.models.sources import source_digest
 from sqat.recipe.inputs import ModelConfig
 from tests.errors import raises_code
@@ -78,6 +78,8 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"vocab_size": 2**24}, "the largest is bert.embeddings.word_embeddings.weight|embeddings.word_embeddings.weight"),
     ({"intermediate_size": 2**23}, "the largest is .*intermediate"),
     ({"max_position_embeddings": 10**10}, "max_position_embeddings is"),
+    ({"num_labels": 10**9}, "num_labels is '1000000000'"),
+    ({"encoder_layers": [2, 10**8]}, "encoder_layers is"),
     ({"max_position_embeddings": "many"}, "max_position_embeddings"),
     ({"hidden_dropout_prob": "0.1"}, "hidden_dropout_prob"),
     ({"hidden_act": "gone"}, "gone"),
@@ -94,6 +96,42 @@ def test_a_config_that_cannot_be_is_refused_by_its_entry(entries: dict[str, Any]
     edit(source, **entries)
     refused = refusal(source)
     assert re.search(told, str(refused)), str(refused)
+
+
+LARGE = (2**25, -(2**40), 10**30, 1e30)
+NO_SIZES = (
+    *(
+        "model_max_length",
+        "max_length",
+        "bos_token_id",
+        "begin_suppress_tokens",
+        "random_seed",
+        "hash_seed",
+        "revision",
+    ),
+    *("ngram_vocab_size_base", "acoustic_tokenizer_chunk_size", "sliding_window", "attention_window", "rope_theta"),
+    *("timestamp", "total_flos", "num", "sizeable"),
+)
+
+
+@pytest.mark.parametrize("number", LARGE)
+def test_a_large_number_that_is_no_size_is_let_through(number: float) -> None:
+    check_config(dict.fromkeys(NO_SIZES, number), "config.json")
+    check_config({name: [1, number] for name in NO_SIZES}, "config.json")
+    check_config({"text_config": dict.fromkeys(NO_SIZES, number)}, "config.json")
+
+
+def test_a_model_with_large_ids_and_lengths_loads(source: Path) -> None:
+    edit(source, model_max_length=10**30, bos_token_id=2**40, seed=2**62, total_flos=1e30, ngram_vocab_size_base=10**9)
+    edit(source, "tokenizer_config.json", model_max_length=int(1e30))
+    load(source)
+
+
+@pytest.mark.parametrize("name", ["image_size", "embed_dim", "num_stages", "type_vocab_size", "neck_hidden_sizes"])
+def test_a_large_size_is_refused_anywhere(name: str) -> None:
+    for entries in ({name: 2**25}, {name: [8, -(2**25)]}, {"vision_config": {name: 2**25}}):
+        with raises_code("unsupported-model"):
+            check_config(entries, "config.json")
 
 
 @pytest.mark.parametrize("entries", [{"num_hidden_layers": 10**7}, {"vocab_size": 2**24}, {"num_attention_heads": 0}])
