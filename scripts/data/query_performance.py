@@ -151,7 +151,7 @@ def summary(split: str, queries: list[Query], rows: list[dict[str, Any]], conten
         f"      label mean {labels.mean():.3f}; {counts}",
     ]
     if np.ptp(labels) > 0:
-        found = metrics.performance(labels, [row["scores"][0] for row in rows])
+        found = metrics.performance(labels, [row["scores"][0] for row in rows]).values()
         told = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
         lines.append(f"      chance: ndcg {chance(labels):.3f}; BM25's best score as predictor: {told}")
     return lines

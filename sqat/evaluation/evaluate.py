@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from sqat.checkpoint.store import Checkpoint, load_checkpoint, quantized_layers, require_weights
 from sqat.compress.quantize import quantized_model
 from sqat.data.batch import Processor
-from sqat.data.rows import SplitName
+from sqat.data.rows import Rows, SplitName
 from sqat.evaluation.artifacts import config_of, is_export, open_artifact
 from sqat.evaluation.inference import logits_of, move_to_device, predict
 from sqat.models.loading import build, check_head, load_processor
@@ -39,8 +39,11 @@ def served_model(checkpoint: Checkpoint) -> Iterator[tuple[nn.Module, Processor]
         yield model, processor
 
 
-def evaluate_artifact(artifact: Path, splits: Splits, split: SplitName) -> Metrics:
-    """Compute the task's metrics of a checkpoint folder, or of an exported file or folder with its processor.
+def predict_artifact(artifact: Path, splits: Splits, split: SplitName) -> tuple[Tensor, Rows]:
+    """Compute the outputs of a checkpoint folder, or of an exported file or folder with its processor.
+
+    Returns:
+        outputs [N, ...], and the rows [N] that the metrics depend on.
 
     Raises:
         SqatError: the artifact is missing or damaged, or a folder of exported files only.
@@ -53,10 +56,15 @@ def evaluate_artifact(artifact: Path, splits: Splits, split: SplitName) -> Metri
             check_head(config.read_bytes(), task.outputs, task.config_fields, str(artifact))
         forward, processor = open_artifact(artifact), load_processor(config.parent)
         rows = splits.prepared(split, processor)
-        return task.metrics(predict(forward, rows, processor), rows)
+        return predict(forward, rows, processor), rows
     checkpoint = load_checkpoint(artifact)
     require_weights(checkpoint, artifact)
     check_head(checkpoint.files["config.json"], task.outputs, task.config_fields, str(artifact))
     with served_model(checkpoint) as (model, processor):
         rows = splits.prepared(split, processor)
-        return task.metrics(predict(lambda batch: logits_of(model.eval(), batch), rows, processor), rows)
+        return predict(lambda batch: logits_of(model.eval(), batch), rows, processor), rows
+
+
+def evaluate_artifact(artifact: Path, splits: Splits, split: SplitName) -> Metrics:
+    """Compute the task's metrics of an artifact; see `predict_artifact`."""
+    return splits.task.metrics(*predict_artifact(artifact, splits, split))

@@ -8,6 +8,7 @@ from sqat.checkpoint.manifest import MANIFEST
 from sqat.errors import SqatError
 from sqat.files.read import read_json
 from sqat.files.replace import check_place, check_replaceable, not_ours
+from sqat.pipeline.bootstrap import BOOTSTRAP_FILE
 from sqat.pipeline.quality_gates import rejected_folder
 from sqat.pipeline.result_files import LOG_FILE, REHEARSED_FILE, RESULTS_FILE
 from sqat.training.metrics_log import METRICS_FILE
@@ -20,7 +21,7 @@ def check_run_folder(folder: Path) -> None:
     Raises:
         SqatError: it names what lies there.
     """
-    for name in (LOG_FILE, METRICS_FILE, REHEARSED_FILE, RESULTS_FILE):
+    for name in (LOG_FILE, METRICS_FILE, REHEARSED_FILE, RESULTS_FILE, BOOTSTRAP_FILE):
         check_place(folder / name, "file")
     check_place(folder / TRACKING, "folder")
     if not holds_results(folder / RESULTS_FILE):

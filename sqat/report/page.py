@@ -18,7 +18,7 @@ from sqat.report.figures import draw_activations, draw_curves, draw_map, draw_tr
 from sqat.report.grid import Grid, make_grid
 from sqat.report.parts import read_part
 from sqat.report.read_run import LintedFile, Result, Run, Stage, read_run
-from sqat.report.summary import dense_baseline, format_metric, headline, remarks
+from sqat.report.summary import dense_baseline, difference_to_dense, format_metric, headline, remarks
 
 NAME = "report.html"
 MAX_FINDINGS = 5  # of one file; the others are counted
@@ -113,10 +113,11 @@ def about(run: Run) -> list[tuple[str, str]]:
 
 def result_cells(run: Run, row: Result) -> dict[str, Any]:
     """Return the cells of one row of the results table."""
-    dense = dense_baseline(run.results)
+    dense, difference = dense_baseline(run.results), difference_to_dense(run, row)
     change = math.nan
     if dense is not None and dense is not row and run.metric in row.metrics and run.metric in dense.metrics:
         change = row.metrics[run.metric] - dense.metrics[run.metric]
+    interval = "" if difference is None else f" [{difference.low:+.4f}, {difference.high:+.4f}]"
     latencies = [
         [(name.partition("@")[2], latency, name == setting.baseline) for name, latency in setting.rows.items()
          if name.partition("@")[0] == row.label]
@@ -124,7 +125,7 @@ def result_cells(run: Run, row: Result) -> dict[str, Any]:
     ]  # fmt: skip
     return {
         "row": row,
-        "change": f"{change:+.4f}" if math.isfinite(change) else "-",
+        "change": f"{change:+.4f}{interval}" if math.isfinite(change) else "-",
         "megabytes": "-" if row.size_bytes is None else f"{row.size_bytes / 1e6:.3g}",
         "latencies": latencies,
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from sqat.lint.layer_report import LintReport
 from sqat.lint.layer_row import LayerRow
 from sqat.lint.repair_file import lint_file
 from sqat.lint.rules.table import TARGETS as LINT_TARGETS
+from sqat.pipeline.bootstrap import Samples, read_samples
 from sqat.pipeline.graph import StageGraph, resolve_graph
 from sqat.pipeline.quality_gates import describe_gates, first_failed_gate, gate_limits
 from sqat.pipeline.result_files import RESULTS_FILE, artifact_size, result_artifacts
@@ -58,6 +59,7 @@ class Result:
     Attributes:
         metrics: on the run's split; empty if not measured.
         stale: whether the metrics were measured on an earlier file.
+        samples: metrics on the bootstrap samples of the split; empty if unknown.
     """
 
     label: str
@@ -66,6 +68,7 @@ class Result:
     metrics: Mapping[str, float]
     size_bytes: int | None
     stale: bool
+    samples: Samples = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -218,7 +221,7 @@ def read_results(graph: StageGraph, missing: list[str]) -> tuple[list[Result], s
     directory = graph.loaded.run_directory
     entries = try_read_object(directory / RESULTS_FILE, root=directory)
     entries = {label: entry for label, entry in entries.items() if isinstance(entry, dict)}
-    rows = []
+    rows, samples = [], read_samples(directory)
     for label, (node, path) in result_artifacts(graph).items():
         entry, manifest = entries.get(label, {}), node.manifest
         metrics = read_metrics(entry)
@@ -231,7 +234,8 @@ def read_results(graph: StageGraph, missing: list[str]) -> tuple[list[Result], s
             )
         if stale:
             missing.append(f"result {label}: measured on an earlier file than the one in the folder")
-        rows.append(Result(label, node.name, path, metrics, artifact_size(path) or None, stale))
+        rows.append(Result(label, node.name, path, metrics, artifact_size(path) or None, stale,
+                           samples.get(str(entry.get("key")), {})))  # fmt: skip
     first: dict[str, Any] = next(iter(entries.values()), {})
     return rows, str(first.get("split", "")), str(first.get("data", ""))
 

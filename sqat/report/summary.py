@@ -1,6 +1,6 @@
 """The run in a few sentences: what the sparse rows keep of the dense rows' quality, size and speed.
 
-A sentence never says better or worse without numbers, and claims no significance: a run is one seed.
+A sentence never says better or worse without numbers. Intervals are over the rows of one run; seeds differ too.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from sqat.pipeline.bootstrap import Difference, compare
 from sqat.report.read_run import Result, Run
 
 DENSE = "dense"
@@ -25,6 +26,14 @@ def best_result(run: Run) -> Result | None:
     return max(rows, key=lambda row: row.metrics[run.metric], default=None)
 
 
+def difference_to_dense(run: Run, row: Result) -> Difference | None:
+    """Return the difference of a row to the dense baseline in the run's metric; None where it cannot be taken."""
+    dense, metric = dense_baseline(run.results), run.metric
+    if dense is None or dense is row or metric not in dense.samples or metric not in row.samples:
+        return None
+    return compare(metric, dense.label, (row.metrics[metric], dense.metrics[metric]), (row.samples, dense.samples))
+
+
 def headline(run: Run) -> str:
     """Compare the best row with the dense baseline in one sentence."""
     dense, best = dense_baseline(run.results), best_result(run)
@@ -34,6 +43,8 @@ def headline(run: Run) -> str:
     text = f"{best.label} reaches {run.metric} {format_metric(metric)}, {dense.label} {format_metric(dense_metric)}"
     if math.isfinite(metric) and math.isfinite(dense_metric) and dense_metric > 0:
         text += f": it keeps {100 * metric / dense_metric:.1f} % of it"
+    if (difference := difference_to_dense(run, best)) is not None:
+        text += f" (difference {format_difference(difference)})"
     if best.size_bytes and dense.size_bytes:
         text += f" in {100 * best.size_bytes / dense.size_bytes:.0f} % of the bytes"
     return text + "."
@@ -57,6 +68,11 @@ def remarks(run: Run) -> Iterator[str]:
                        f"interval {ratio.low:.2f} to {ratio.high:.2f}).")  # fmt: skip
     yield (f"{best.label} is the row with the best {run.metric} on {run.split} that is not {DENSE}. This is one run of "
            "one seed; seeds may differ as much (scripts/results/make compares them).")  # fmt: skip
+
+
+def format_difference(difference: Difference) -> str:
+    """Format a difference with its 95 % interval."""
+    return f"{difference.value:+.4f}, 95 % interval {difference.low:+.4f} to {difference.high:+.4f}"
 
 
 def format_metric(value: float) -> str:

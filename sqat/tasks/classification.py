@@ -70,7 +70,7 @@ class Classification(Task):
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         return torch.nn.functional.cross_entropy(logits.float(), batch.labels)
 
-    def metrics(self, logits: Tensor, rows: Rows) -> dict[str, float]:
+    def unit_metrics(self, logits: Tensor, rows: Rows) -> metrics.UnitMetrics:
         metrics.finite(logits)
         return metrics.classification(column(rows, "label"), logits.argmax(dim=1))
 

@@ -1,12 +1,15 @@
-"""Metrics of classification, regression and ranking.
+"""Metrics of classification, regression and ranking, of all rows or of a sample of them.
 
-Accuracy, F1, NDCG, AUC and correlations are scikit-learn's and SciPy's. Ties never help the model: among passages of
+AUC and correlations are scikit-learn's and SciPy's. Ties never help the model: among passages of
 equal score the less relevant one ranks first.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,8 +20,51 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 
-def ranking(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, relevant_from: float) -> dict[str, float]:
-    """Measure the ranking of each query's passages.
+@dataclass(frozen=True)
+class UnitMetrics:
+    """Metrics as a function of units, the queries or rows that a split is a sample of.
+
+    Attributes:
+        num_units: U, how many there are.
+        measure: returns the metrics of some units; a unit that stands twice counts twice.
+    """
+
+    num_units: int
+    measure: Callable[[Integers], dict[str, float]]
+
+    def values(self) -> dict[str, float]:
+        """Return the metrics of all units."""
+        return self.measure(np.arange(self.num_units))
+
+    def resample(self, draws: int, seed: int = 0) -> dict[str, Floats]:
+        """Return each metric of ``draws`` bootstrap samples, [draws].
+
+        The samples depend on the seed and the number of units alone: those of two models on one split are paired.
+        """
+        random = np.random.default_rng(seed)
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")  # a sample may hold one class, or no pair in the wrong order
+            found = [self.measure(random.integers(self.num_units, size=self.num_units)) for _ in range(draws)]
+        return {name: np.array([values[name] for values in found]) for name in found[0]}
+
+
+def mean_metrics(columns: Mapping[str, Floats]) -> UnitMetrics:
+    """Make metrics that are means over units [U]; a unit that is NaN does not count."""
+
+    def measure(units: Integers) -> dict[str, float]:
+        return {name: mean_of_finite(values[units]) for name, values in columns.items()}
+
+    return UnitMetrics(len(next(iter(columns.values()))), measure)
+
+
+def mean_of_finite(values: Floats) -> float:
+    """Return the mean of what is not NaN; NaN where nothing is left."""
+    kept = values[~np.isnan(values)]
+    return float(kept.mean()) if len(kept) else math.nan
+
+
+def ranking(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, relevant_from: float) -> UnitMetrics:
+    """Measure the ranking of each query's passages; the units are the queries, by rising number.
 
     - ``ndcg@10``: gain 2^grade - 1, mean over the queries whose passages differ in grade.
     - ``pnr``: pairs of passages of one query with different grades, rightly ordered / wrongly ordered, over
@@ -27,7 +73,6 @@ def ranking(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, relevant_fr
       both relevant and other passages.
     - ``accuracy``: share of the same queries whose top passage is relevant (precision@1). A threshold on the
       score would mean nothing after a pairwise loss, which fixes differences only.
-    - ``queries``: how many ndcg@10 is a mean of; ``queries_skipped``: those of one grade only.
 
     Args:
         labels: grades [N], 0 or more.
@@ -50,55 +95,70 @@ def ranking(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, relevant_fr
     mixed_relevance = np.logical_or.reduceat(relevant, starts) & ~np.logical_and.reduceat(relevant, starts)
     if not mixed_relevance.any():
         raise ValueError(f"none of {len(starts)} queries has grades on both sides of {relevant_from}")
-    return {
-        "ndcg@10": _ndcg(grade, starts[mixed], sizes[mixed], k=10),
-        "pnr": _positive_negative_ratio(grade, score, query, int(sizes.max())),
-        "mrr": float((1.0 / (1 + first[mixed_relevance])).mean()),
-        "accuracy": float((first[mixed_relevance] == 0).mean()),
-        "queries": float(mixed.sum()),
-        "queries_skipped": float((~mixed).sum()),
-    }
+    means = mean_metrics({
+        "ndcg@10": np.where(mixed, _ndcg(grade, starts, sizes, k=10), np.nan),
+        "mrr": np.where(mixed_relevance, 1.0 / (1 + first), np.nan),
+        "accuracy": np.where(mixed_relevance, first == 0, np.nan),
+    })  # fmt: skip
+    right, wrong = _ordered_pairs(grade, score, np.repeat(np.arange(len(starts)), sizes), int(sizes.max()))
+
+    def measure(units: Integers) -> dict[str, float]:
+        found = means.measure(units)
+        return {"ndcg@10": found.pop("ndcg@10"), "pnr": _ratio(right[units].sum(), wrong[units].sum()), **found}
+
+    return UnitMetrics(len(starts), measure)
 
 
-def _ndcg(grade: Floats, starts: Integers, sizes: Integers, k: int) -> float:
-    """Mean NDCG@k of rankings laid end to end; scikit-learn's, called once for every number of passages."""
-    from sklearn.metrics import ndcg_score
-
-    total = 0.0
+def _ndcg(grade: Floats, starts: Integers, sizes: Integers, k: int) -> Floats:
+    """NDCG@k [Q] of rankings laid end to end; 0 where no grade is above 0."""
+    values = np.zeros(len(sizes))
     for size in np.unique(sizes):
-        ranked = grade[starts[sizes == size, None] + np.arange(size)]
-        gain = 2.0**ranked - 1  # ndcg_score takes its input as the gain
-        best_first = np.broadcast_to(-np.arange(size, dtype=np.float64), ranked.shape)
-        total += len(ranked) * float(ndcg_score(gain, best_first, k=k, ignore_ties=True))
-    return total / len(sizes)
+        chosen = sizes == size
+        gain = 2.0 ** grade[starts[chosen, None] + np.arange(size)] - 1
+        discount = np.where(np.arange(size) < k, 1 / np.log2(np.arange(size) + 2), 0.0)
+        best = np.sort(gain)[:, ::-1] @ discount
+        values[chosen] = np.divide(gain @ discount, best, out=np.zeros(len(gain)), where=best > 0)
+    return values
 
 
-def _positive_negative_ratio(grade: Floats, score: Floats, query: Integers, largest: int) -> float:
-    """PNR of passages sorted by (query, falling score), every distance between two passages in one step."""
-    right = wrong = 0
+def _ordered_pairs(grade: Floats, score: Floats, query: Integers, largest: int) -> tuple[Integers, Integers]:
+    """Pairs in the right and the wrong order [Q] of passages sorted by (query, falling score)."""
+    counts = np.zeros((2, int(query.max()) + 1), np.int64)
     for distance in range(1, largest):
-        counts = (query[distance:] == query[:-distance]) & (score[distance:] < score[:-distance])
-        gain = np.sign(grade[:-distance] - grade[distance:])[counts]
-        right += int((gain > 0).sum())
-        wrong += int((gain < 0).sum())
+        paired = (query[distance:] == query[:-distance]) & (score[distance:] < score[:-distance])
+        gain = np.sign(grade[:-distance] - grade[distance:])
+        for place, sign in enumerate((1, -1)):
+            counts[place] += np.bincount(query[distance:][paired & (gain == sign)], minlength=counts.shape[1])
+    return counts[0], counts[1]
+
+
+def _ratio(right: int, wrong: int) -> float:
+    """Positive-negative ratio; inf where none is wrong, 0 where none is right."""
     if wrong == 0:
         return math.inf if right else 0.0
-    return right / wrong
+    return float(right / wrong)
 
 
-def classification(labels: ArrayLike, predictions: ArrayLike) -> dict[str, float]:
-    """``accuracy``, and ``f1``: mean over the classes that occur in either of [N] (macro)."""
-    from sklearn.metrics import accuracy_score, f1_score
+def classification(labels: ArrayLike, predictions: ArrayLike) -> UnitMetrics:
+    """``accuracy``, and ``f1``: mean over the classes that occur in either of [N] (macro); the units are the rows."""
+    names, numbers = np.unique(np.stack([np.asarray(labels), np.asarray(predictions)]), return_inverse=True)
+    true, predicted = numbers.reshape(2, -1)
 
-    true, predicted = np.asarray(labels), np.asarray(predictions)
-    return {
-        "accuracy": float(accuracy_score(true, predicted)),
-        "f1": float(f1_score(true, predicted, average="macro", zero_division=0.0)),
-    }
+    def measure(rows: Integers) -> dict[str, float]:
+        right = true[rows] == predicted[rows]
+        hits, of_class, as_class = (np.bincount(classes, minlength=len(names))
+                                    for classes in (true[rows][right], true[rows], predicted[rows]))  # fmt: skip
+        occurs = of_class + as_class > 0
+        return {
+            "accuracy": float(right.mean()),
+            "f1": float((2 * hits[occurs] / (of_class + as_class)[occurs]).mean()),
+        }
+
+    return UnitMetrics(len(true), measure)
 
 
-def regression(labels: ArrayLike, predictions: ArrayLike) -> dict[str, float]:
-    """``spearman`` and ``pearson`` correlation of [N]; 0 where either side is constant.
+def regression(labels: ArrayLike, predictions: ArrayLike) -> UnitMetrics:
+    """``spearman`` and ``pearson`` correlation of [N]; 0 where either side is constant; the units are the rows.
 
     Raises:
         SqatError: a prediction is not finite.
@@ -106,16 +166,18 @@ def regression(labels: ArrayLike, predictions: ArrayLike) -> dict[str, float]:
     from scipy.stats import pearsonr, spearmanr
 
     true, predicted = np.asarray(labels, np.float64), finite(predictions)
-    if np.ptp(true) == 0 or np.ptp(predicted) == 0:
-        return {"spearman": 0.0, "pearson": 0.0}
-    return {
-        "spearman": float(spearmanr(true, predicted).statistic),
-        "pearson": float(pearsonr(true, predicted).statistic),
-    }
+
+    def measure(rows: Integers) -> dict[str, float]:
+        pair = true[rows], predicted[rows]
+        if min(map(np.ptp, pair)) == 0:
+            return {"spearman": 0.0, "pearson": 0.0}
+        return {"spearman": float(spearmanr(*pair).statistic), "pearson": float(pearsonr(*pair).statistic)}
+
+    return UnitMetrics(len(true), measure)
 
 
-def performance(labels: ArrayLike, predictions: ArrayLike) -> dict[str, float]:
-    """Measure how well predictions order queries by a ranker's quality on them.
+def performance(labels: ArrayLike, predictions: ArrayLike) -> UnitMetrics:
+    """Measure how well predictions order queries by a ranker's quality on them; the units are the queries.
 
     - ``ndcg``: all N queries as one ranking by prediction, no cut-off; a query's gain is its label itself, its discount
       log2(rank + 1), and 1 is the order of the labels. Among equal predictions the lower label comes first.
@@ -135,13 +197,18 @@ def performance(labels: ArrayLike, predictions: ArrayLike) -> dict[str, float]:
     if np.ptp(true) == 0:
         raise ValueError(f"all {len(true)} labels are {true[0]:g}: there is no order to predict")
     discount = 1 / np.log2(np.arange(len(true)) + 2)
-    reached = true[np.lexsort((true, -predicted))] @ discount
-    constant = np.ptp(predicted) == 0
-    return {
-        "ndcg": float(reached / (np.sort(true)[::-1] @ discount)),
-        "kendall": 0.0 if constant else float(kendalltau(true, predicted).statistic),
-        "spearman": 0.0 if constant else float(spearmanr(true, predicted).statistic),
-    }
+
+    def measure(queries: Integers) -> dict[str, float]:
+        labels, scores = true[queries], predicted[queries]
+        reached, best = labels[np.lexsort((labels, -scores))] @ discount, np.sort(labels)[::-1] @ discount
+        constant = np.ptp(labels) == 0 or np.ptp(scores) == 0
+        return {
+            "ndcg": float(reached / best) if best else math.nan,
+            "kendall": 0.0 if constant else float(kendalltau(labels, scores).statistic),
+            "spearman": 0.0 if constant else float(spearmanr(labels, scores).statistic),
+        }
+
+    return UnitMetrics(len(true), measure)
 
 
 def pair_auc(relevant: ArrayLike, scores: ArrayLike) -> float:

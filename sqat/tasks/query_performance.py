@@ -52,11 +52,13 @@ class QueryPerformance(Task):
         losses = softplus(scores[None, :] - scores[:, None])
         return (losses * weights).sum() / weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
 
+    def unit_metrics(self, logits: Tensor, rows: Rows) -> metrics.UnitMetrics:
+        return metrics.performance(column(rows, "label"), logits.squeeze(1))
+
     def metrics(self, logits: Tensor, rows: Rows) -> dict[str, float]:
-        labels, predicted = column(rows, "label"), logits.squeeze(1).double().numpy()
-        values = metrics.performance(labels, predicted)
+        values = super().metrics(logits, rows)
         if self.loss_name == "mse":  # a pairwise loss fixes no unit
-            values["mse"] = float(np.square(predicted - labels).mean())
+            values["mse"] = float(np.square(logits.squeeze(1).double().numpy() - column(rows, "label")).mean())
         return values
 
     def same_decision(self, reference: Tensor, other: Tensor, rows: Rows) -> Tensor:

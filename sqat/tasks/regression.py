@@ -39,7 +39,7 @@ class Regression(Task):
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         return torch.nn.functional.mse_loss(logits.squeeze(1).float(), batch.labels)
 
-    def metrics(self, logits: Tensor, rows: Rows) -> dict[str, float]:
+    def unit_metrics(self, logits: Tensor, rows: Rows) -> metrics.UnitMetrics:
         return metrics.regression(column(rows, "label"), logits.squeeze(1))
 
     def same_decision(self, reference: Tensor, other: Tensor, rows: Rows) -> Tensor:

@@ -94,10 +94,12 @@ class Relevance(Task):
         losses = softplus(scores[None, :] - scores[:, None])
         return (losses * pairs).sum() / pairs.sum().clamp(min=1)
 
+    def unit_metrics(self, logits: Tensor, rows: Rows) -> metrics.UnitMetrics:
+        grades, groups = column(rows, "label"), column(rows, "group")
+        return metrics.ranking(grades, logits.squeeze(1), groups, self.relevant_from)
+
     def metrics(self, logits: Tensor, rows: Rows) -> dict[str, float]:
-        grades, groups, scores = column(rows, "label"), column(rows, "group"), logits.squeeze(1)
-        ranked = metrics.ranking(grades, scores, groups, self.relevant_from)
-        values = {name: ranked[name] for name in ("ndcg@10", "pnr", "mrr", "accuracy")}  # without the query counts
+        values, grades, scores = super().metrics(logits, rows), column(rows, "label"), logits.squeeze(1)
         values["auc"] = metrics.pair_auc(grades >= self.relevant_from, scores)
         if self.loss_name == "pointwise":
             right = (grades >= self.highest / 2) == (scores.numpy() >= 0)

@@ -115,18 +115,33 @@ class Retrieval(Task):
         """1 - cosine of embeddings [B, H], mean; the temperature has nothing to soften."""
         return embedding_loss(student, teacher)
 
-    def metrics(self, logits: Tensor, rows: Rows) -> dict[str, float]:
+    def unit_metrics(self, logits: Tensor, rows: Rows) -> metrics.UnitMetrics:
         vectors = metrics.finite(logits)
         corpus, numbers = corpus_of(rows)
         queries, grades = [], []
         for query, passages, labels in self.queries(rows):
             queries.append(query)
             grades.append(dict(zip(numbers[passages].tolist(), labels.tolist(), strict=True)))
-        values = retrieval(vectors[queries], vectors[corpus], grades, self.relevant_from)
-        return values | self.rerank_metrics(vectors, rows)
+        found = retrieval(vectors[queries], vectors[corpus], grades, self.relevant_from)
+        judged, reranking = self.rerank(vectors, rows)
+        if reranking is None:
+            return found
+        place = np.full(found.num_units, -1)
+        place[judged] = np.arange(len(judged))
 
-    def rerank_metrics(self, vectors: Floats, rows: Rows) -> dict[str, float]:
-        """Measure the order of each query's own candidates; empty where no query has both good and bad ones."""
+        def measure(units: Integers) -> dict[str, float]:
+            own = place[units]
+            values = reranking.measure(own[own >= 0])
+            return {**found.measure(units), "rerank-ndcg@10": values["ndcg@10"], "pnr": values["pnr"]}
+
+        return metrics.UnitMetrics(found.num_units, measure)
+
+    def rerank(self, vectors: Floats, rows: Rows) -> tuple[list[int], metrics.UnitMetrics | None]:
+        """Measure the order of each query's own candidates.
+
+        Returns:
+            the queries with both good and bad candidates, and the metrics over them; None where there is no query.
+        """
         numbers = corpus_of(rows)[1]
         scores, labels, groups = [], [], []
         for group, (query, passages, grades) in enumerate(self.queries(rows)):
@@ -135,10 +150,8 @@ class Retrieval(Task):
                 scores += next(similarities(vectors[[query]], vectors[passages[own]])).tolist()
                 labels += grades[own].tolist()
                 groups += [group] * len(own)
-        if not groups:
-            return {}
-        values = metrics.ranking(labels, scores, groups, self.relevant_from)
-        return {"rerank-ndcg@10": values["ndcg@10"], "pnr": values["pnr"]}
+        judged = sorted(set(groups))
+        return judged, metrics.ranking(labels, scores, groups, self.relevant_from) if judged else None
 
     def same_decision(self, reference: Tensor, other: Tensor, rows: Rows) -> Tensor:
         """Bool [Q]: the same passage comes first, or one that the reference scores as high but for its `tie_margin`."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sqat.tasks.metrics import finite
+from sqat.tasks.metrics import UnitMetrics, finite, mean_metrics
 
 Floats = NDArray[np.float64]
 DEPTH = 10
@@ -22,8 +22,8 @@ QUERIES_AT_ONCE = 256  # queries scored together: a block of 256 x 100,000 score
 
 def retrieval(
     queries: ArrayLike, corpus: ArrayLike, grades: Sequence[Mapping[int, float]], relevant_from: float
-) -> dict[str, float]:
-    """Quality of exact search by cosine, mean over the queries that have a relevant passage.
+) -> UnitMetrics:
+    """Quality of exact search by cosine, mean over the queries that have a relevant passage; the units are the queries.
 
     - ``recall@1``, ``recall@10``: share of a query's relevant passages (grade >= ``relevant_from``) among the first.
     - ``mrr@10``: 1 / rank of the first relevant passage, 0 where it is not among the first ten.
@@ -41,9 +41,9 @@ def retrieval(
     answered = [number for number, row in enumerate(grades) if max(row.values(), default=-1.0) >= relevant_from]
     if not answered:
         raise ValueError(f"none of {len(grades)} queries has a passage of grade {relevant_from:g} or more")
-    values = np.zeros((len(answered), len(NAMES)))
+    values = np.full((len(NAMES), len(grades)), np.nan)
     scores = similarities(finite(queries)[answered], finite(corpus))
-    for place, (number, row) in enumerate(zip(answered, scores, strict=True)):
+    for number, row in zip(answered, scores, strict=True):
         labels = grades[number]
         all_grades = np.zeros(len(row))
         all_grades[list(labels)] = list(labels.values())
@@ -52,13 +52,13 @@ def retrieval(
         total = sum(grade >= relevant_from for grade in labels.values())
         top = np.flatnonzero(relevant)
         ideal = np.sort(list(labels.values()))[::-1][:DEPTH]
-        values[place] = (
+        values[:, number] = (
             relevant[:1].sum() / total,
             relevant.sum() / total,
             1 / (1 + top[0]) if len(top) else 0.0,
             discounted_gain(ranked) / discounted_gain(ideal),
         )
-    return dict(zip(NAMES, values.mean(axis=0).tolist(), strict=True))
+    return mean_metrics(dict(zip(NAMES, values, strict=True)))
 
 
 def similarities(queries: Floats, corpus: Floats) -> Iterator[Floats]:

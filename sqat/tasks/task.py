@@ -16,6 +16,7 @@ from sqat.data.text_files import Placed
 from sqat.distillation.outputs import logit_loss
 from sqat.recipe.inputs import Columns
 from sqat.recipe.tasks import TASKS, TaskSettings
+from sqat.tasks.metrics import UnitMetrics
 
 TIE = 0.01
 
@@ -68,8 +69,12 @@ class Task(ABC):
         return logit_loss(student, teacher, temperature)
 
     @abstractmethod
+    def unit_metrics(self, logits: Tensor, rows: Rows) -> UnitMetrics:
+        """Return the metrics of outputs [N, C], in the order of the rows, as a function of queries or rows."""
+
     def metrics(self, logits: Tensor, rows: Rows) -> dict[str, float]:
         """Return the metrics of outputs [N, C], in the order of the rows."""
+        return self.unit_metrics(logits, rows).values()
 
     @abstractmethod
     def same_decision(self, reference: Tensor, other: Tensor, rows: Rows) -> Tensor:

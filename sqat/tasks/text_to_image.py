@@ -48,14 +48,20 @@ class TextToImage(Task):
         """Return the mean squared error; an image has no temperature."""
         return mse_loss(student.float(), teacher.float())
 
-    def metrics(self, logits: Tensor, rows: Rows) -> dict[str, float]:
+    def unit_metrics(self, logits: Tensor, rows: Rows) -> metrics.UnitMetrics:
         metrics.finite(logits)
         columns = rows.select_columns(["pixels", "height", "width", "channels", NUMBER])[:]
         picture = signals(columns).double()
         noise, time = fixed_draws(columns[NUMBER], picture.shape[1:])
-        error = float(velocity_error(logits.double(), picture, time.double()))
-        variance = float((picture - noise).var(unbiased=False))
-        return {"explained": 1 - error / variance, "velocity-mse": error}
+        velocity = (picture - noise).flatten(1)
+        errors = squared_errors(logits.double(), picture, time.double()).flatten(1).mean(1).numpy()
+        means, squares = velocity.mean(1).numpy(), velocity.square().mean(1).numpy()
+
+        def measure(images: metrics.Integers) -> dict[str, float]:
+            error, variance = errors[images].mean(), squares[images].mean() - means[images].mean() ** 2
+            return {"explained": float(1 - error / variance), "velocity-mse": float(error)}
+
+        return metrics.UnitMetrics(len(errors), measure)
 
     def same_decision(self, reference: Tensor, other: Tensor, rows: Rows) -> Tensor:
         """Return bool [N]: the root mean square difference is at most the `tie_margin`."""
@@ -83,4 +89,9 @@ def build(settings: TextToImageTask, train_rows: Rows) -> TextToImage:
 
 def velocity_error(predicted: Tensor, picture: Tensor, time: Tensor) -> Tensor:
     """Return the mean squared error [] of the velocities to images [B, ...] at times [B]."""
-    return ((predicted - picture) / expand_times(remaining(time), picture)).square().mean()
+    return squared_errors(predicted, picture, time).mean()
+
+
+def squared_errors(predicted: Tensor, picture: Tensor, time: Tensor) -> Tensor:
+    """Return the squared errors [B, ...] of the velocities to images at times [B]."""
+    return ((predicted - picture) / expand_times(remaining(time), picture)).square()

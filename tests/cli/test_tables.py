@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from sqat.cli.tables import layers as layer_tables
 from sqat.cli.tables import layout
 from sqat.cli.tables import results as result_tables
 from sqat.lint.layer_row import LayerRow
+from sqat.pipeline.bootstrap import Difference
 from sqat.pipeline.plan import PlannedStage
 from sqat.pipeline.results import ResultRow, Results
 
@@ -46,6 +48,22 @@ def test_paths_go_below_a_wide_table(capsys: pytest.CaptureFixture[str]) -> None
     assert lines[5].split() == ["sparse", "int8", "(Sparse-QAT)", "0.7841", "4.514", "0.7710", "0.9100", "24.9"]
     assert max(len(line) for line in lines[:6]) <= 80
     assert lines[7] == "dense fp32: /" + "folder/" * 12 + "dense-fp32", "a path is never broken"
+
+
+def test_differences_stay_in_a_narrow_table(capsys: pytest.CaptureFixture[str]) -> None:
+    table = results({"ndcg@10": 0.7, "pnr": 4.5, "mrr": 0.7, "accuracy": 0.9, "auc": 0.5}, "/" + "folder/" * 12)
+    difference = Difference("ndcg@10", "dense fp32", -0.0012, -0.01, 0.0071)
+    rows = [table.rows[0], *(replace(row, difference=difference) for row in table.rows[1:])]
+    result_tables.print_results(replace(table, rows=rows))
+    lines = output_of(capsys)
+    assert max(len(line) for line in lines[:6]) <= 80
+    assert lines[0].split()[:2] == ["ndcg@10", "pnr"]
+    assert lines[2].split()[:3] == ["dense", "fp32", "0.7000"]
+    assert "-0.0012 [-0.0100, +0.0071]" in lines[3]
+    assert any("ndcg@10 minus that of dense fp32" in line for line in lines)
+    result_tables.print_results(replace(table, rows=rows), as_json=True)
+    found = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["difference"] for row in found] == [None, *[vars(difference)] * 3]
 
 
 def test_counts_have_no_decimals_and_an_empty_table_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:

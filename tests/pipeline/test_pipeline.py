@@ -21,6 +21,7 @@ from sqat.checkpoint.manifest import content_digest, manifest_digest
 from sqat.checkpoint.store import load_checkpoint
 from sqat.errors import SqatError
 from sqat.pipeline import runner as pipeline
+from sqat.pipeline.bootstrap import Difference
 from sqat.pipeline.plan import make_plan
 from sqat.recipe.loader import load_recipe
 from tests.errors import raises_code
@@ -167,6 +168,23 @@ def test_a_parent_that_has_not_run_is_refused(tmp_path: Path) -> None:
     project = write_project(tmp_path / "project")
     with raises_code("stage-order"):
         pipeline.run_stage(load_recipe(project.recipe), "prune", Recorder())
+
+
+def test_results_have_paired_differences_that_are_remembered(copy: Project) -> None:
+    overrides = ["results={dense: train, sparse: prune, again: train}"]
+    loaded = load_recipe(copy.recipe, overrides)
+    first = pipeline.run(loaded, Recorder()).rows
+    assert [row.difference is None for row in first] == [True, False, False]
+    assert first[2].difference == Difference("accuracy", "dense", 0.0, 0.0, 0.0)
+    sparse = first[1].difference
+    assert sparse is not None
+    assert sparse.value == first[1].metrics["accuracy"] - first[0].metrics["accuracy"]
+    assert sparse.low <= sparse.value <= sparse.high
+    lines = Recorder()
+    assert pipeline.run(loaded, lines).rows == first
+    assert not any("measuring" in line for line in lines.lines)
+    (loaded.run_directory / "bootstrap.safetensors").write_bytes(b"damaged")
+    assert pipeline.run(loaded, Recorder()).rows == first
 
 
 def test_results_of_another_configuration_are_skipped(copy: Project) -> None:

@@ -95,7 +95,7 @@ def test_mse_is_among_the_metrics_where_the_logit_has_a_unit() -> None:
 def test_metrics_are_those_of_the_libraries(labels: list[float], seed: int) -> None:
     assume(len(set(labels)) > 1)
     predicted = np.random.default_rng(seed).permutation(len(labels)).astype(float)  # no ties
-    found = metrics.performance(labels, predicted)
+    found = metrics.performance(labels, predicted).values()
     assert found["ndcg"] == pytest.approx(ndcg_score([labels], [predicted]))
     pair = torch.tensor(predicted), torch.tensor(labels, dtype=torch.float64)
     assert found["kendall"] == pytest.approx(kendall_rank_corrcoef(*pair, variant="b").item(), abs=1e-6)
@@ -103,16 +103,16 @@ def test_metrics_are_those_of_the_libraries(labels: list[float], seed: int) -> N
 
 
 def test_equal_predictions_give_the_worst_order_and_no_correlation() -> None:
-    found = metrics.performance([1.0, 0.0, 0.5], [2.0, 2.0, 2.0])
+    found = metrics.performance([1.0, 0.0, 0.5], [2.0, 2.0, 2.0]).values()
     worst = (0.5 / math.log2(3) + 1.0 / math.log2(4)) / (1.0 + 0.5 / math.log2(3))
     assert found == {"ndcg": pytest.approx(worst), "kendall": 0.0, "spearman": 0.0}
 
 
 def test_metrics_refuse_what_has_no_order() -> None:
     with pytest.raises(ValueError, match=r"all 2 labels are 0: there is no order to predict"):
-        metrics.performance([0.0, 0.0], [1.0, 2.0])
+        metrics.performance([0.0, 0.0], [1.0, 2.0]).values()
     with pytest.raises(SqatError, match="1 of 2 outputs of the model are not finite"):
-        metrics.performance([0.0, 1.0], [math.nan, 2.0])
+        metrics.performance([0.0, 1.0], [math.nan, 2.0]).values()
 
 
 def test_predictions_agree_within_a_hundredth_of_their_spread() -> None:

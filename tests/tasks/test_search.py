@@ -42,47 +42,47 @@ def test_the_figures_are_those_of_a_loop(seed: int, queries: int, passages: int)
         wanted["recall@10"].append(len(relevant & set(order)) / len(relevant))
         wanted["mrr@10"].append(next((1 / (1 + i) for i, number in enumerate(order) if number in relevant), 0.0))
         wanted["ndcg@10"].append(float(ndcg_score(gains, [score], k=10)))
-    found = retrieval(left, right, grades, 1.0)
+    found = retrieval(left, right, grades, 1.0).values()
     assert found == {name: pytest.approx(np.mean(values)) for name, values in wanted.items()}
 
 
 def test_a_tie_goes_to_the_passage_of_the_lower_grade() -> None:
     corpus = np.array([[1.0, 0], [1 + 1e-9, 0], [0, 1]])  # the last bits of a float are no difference
     for good in (0, 1):
-        found = retrieval([[1.0, 0]], corpus, [{good: 1.0}], 1.0)
+        found = retrieval([[1.0, 0]], corpus, [{good: 1.0}], 1.0).values()
         assert (found["recall@1"], found["mrr@10"]) == (0.0, 0.5)
         assert found["ndcg@10"] == pytest.approx(1 / math.log2(3))
 
 
 def test_a_model_that_gives_one_vector_for_all_finds_nothing() -> None:
-    found = retrieval(np.ones((3, 4)), np.ones((50, 4)), [{7: 1.0}, {8: 1.0}, {9: 1.0}], 1.0)
+    found = retrieval(np.ones((3, 4)), np.ones((50, 4)), [{7: 1.0}, {8: 1.0}, {9: 1.0}], 1.0).values()
     assert set(found.values()) == {0.0}
 
 
 def test_queries_without_a_relevant_passage_stay_out_of_the_mean() -> None:
     queries, corpus = [[1.0, 0], [0, 1.0], [1.0, 1]], [[1.0, 0], [0, 1.0]]
-    assert retrieval(queries, corpus, [{0: 1.0}, {1: 0.0}, {}], 1.0)["recall@1"] == 1
+    assert retrieval(queries, corpus, [{0: 1.0}, {1: 0.0}, {}], 1.0).values()["recall@1"] == 1
     with pytest.raises(ValueError, match="none of 1 queries"):
-        retrieval(queries[:1], corpus, [{0: 0.5}], 1.0)
+        retrieval(queries[:1], corpus, [{0: 0.5}], 1.0).values()
 
 
 def test_the_length_of_a_vector_means_nothing() -> None:
     left, right, grades = drawn(3, 4, 20)
     stretched = right * np.random.default_rng(0).uniform(0.1, 9, size=(20, 1))
-    assert retrieval(left * 7, stretched, grades, 1.0) == retrieval(left, right, grades, 1.0)
+    assert retrieval(left * 7, stretched, grades, 1.0).values() == retrieval(left, right, grades, 1.0).values()
 
 
 def test_more_queries_than_are_scored_at_once() -> None:
     count = QUERIES_AT_ONCE + 3
     vectors = np.random.default_rng(0).normal(size=(count, 16))
-    found = retrieval(vectors, vectors, [{number: 1.0} for number in range(count)], 1.0)
+    found = retrieval(vectors, vectors, [{number: 1.0} for number in range(count)], 1.0).values()
     assert set(found.values()) == {1.0}
 
 
 def test_a_vector_of_zeros_ranks_behind() -> None:
-    assert retrieval([[1.0, 0]], [[0.0, 0], [1, 1]], [{1: 1.0}], 1.0)["recall@1"] == 1
+    assert retrieval([[1.0, 0]], [[0.0, 0], [1, 1]], [{1: 1.0}], 1.0).values()["recall@1"] == 1
 
 
 def test_an_output_that_is_no_number_is_told() -> None:
     with pytest.raises(SqatError, match="not finite"):
-        retrieval([[math.nan, 0]], [[1.0, 0]], [{0: 1.0}], 1.0)
+        retrieval([[math.nan, 0]], [[1.0, 0]], [{0: 1.0}], 1.0).values()

@@ -14,14 +14,16 @@ from sqat.cli.printing import format_time, print_json, relative_path, result_con
 from sqat.cli.tables.layout import format_count, natural_width, new_table
 
 if TYPE_CHECKING:
+    from sqat.pipeline.bootstrap import Difference
     from sqat.pipeline.plan import PlannedStage
     from sqat.pipeline.results import Results
 
 
 def print_results(results: Results, *, as_json: bool = False) -> None:
-    """Print the results table: metrics, size and path of each artifact."""
+    """Print the results table: metrics, difference to the first row, size and path of each artifact."""
     if as_json:
-        rows = [{**vars(row), "path": str(row.path)} for row in results.rows]
+        rows = [{**vars(row), "path": str(row.path), "difference": row.difference and vars(row.difference)}
+                for row in results.rows]  # fmt: skip
         print_json({"split": results.split, "data_digest": results.data_digest,
                     "directory": str(results.directory), "rows": rows})  # fmt: skip
         return
@@ -38,6 +40,9 @@ def print_results(results: Results, *, as_json: bool = False) -> None:
             console.print(f"{row.label}: {relative_path(row.path)}", soft_wrap=True)
     if num_metrics < len(metrics):
         console.print(f"--json also shows: {', '.join(metrics[num_metrics:])}")
+    if (difference := find_difference(results)) is not None:
+        explanation = f"difference: {difference.metric} minus that of {difference.against}, with its 95 % interval"
+        console.print(f"{explanation} (bootstrap over the {results.split} split)", soft_wrap=True)
     source = f"{results.split} split, data {results.data_digest[:12]}, run in {relative_path(results.directory)}"
     console.print(source, soft_wrap=True)
 
@@ -53,15 +58,29 @@ def fit_table(results: Results, metrics: list[str], console: Console) -> tuple[T
 
 def results_table(results: Results, metrics: list[str], has_path: bool) -> Table:
     """Build the results table of some metrics."""
-    table = new_table("", *metrics, "MB")
+    compared = ["difference"] if find_difference(results) else []
+    table = new_table("", *metrics, *compared, "MB")
     if has_path:
         table.add_column("path")
     digits = {metric: num_decimals([row.metrics.get(metric) for row in results.rows]) for metric in metrics}
     for row in results.rows:
         values = [format_metric(row.metrics.get(metric), digits[metric]) for metric in metrics]
         path = [relative_path(row.path)] if has_path else []
-        table.add_row(row.label, *values, f"{row.size_bytes / 1e6:.1f}", *path)
+        difference = [format_difference(row.difference)] if compared else []
+        table.add_row(row.label, *values, *difference, f"{row.size_bytes / 1e6:.1f}", *path)
     return table
+
+
+def find_difference(results: Results) -> Difference | None:
+    """Return the first difference of a table, which says what is compared."""
+    return next((row.difference for row in results.rows if row.difference is not None), None)
+
+
+def format_difference(difference: Difference | None) -> str:
+    """Format a difference with its interval; empty for the row that the others are compared with."""
+    if difference is None:
+        return ""
+    return f"{difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
 
 
 def print_metrics(metrics: Mapping[str, float], split: str, artifact: Path, *, as_json: bool = False) -> None:
