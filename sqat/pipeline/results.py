@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 from sqat.data.rows import SplitName
 from sqat.data.sources import split_digest
@@ -53,7 +54,7 @@ def measure_results(graph: StageGraph, splits: Splits, reporter: Reporter) -> Re
     entries = try_read_object(directory / RESULTS_FILE)
     remembered = json.loads(broadcast_from_rank0(json.dumps({
         label: entry for label, entry in entries.items() if entry.get("key") in known})))  # fmt: skip
-    rows, record = list[ResultRow](), {}
+    rows, record = list[ResultRow](), dict[str, dict[str, Any]]()
     samples: dict[str, Samples] = {}
     for label, (node, artifact) in result_artifacts(graph).items():
         if node.manifest is None or not node.is_current:
