@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from sqat.data.batch import Batch
+from sqat.distillation.hidden_states import hidden_loss
 from sqat.distillation.relations import QKV
 from sqat.errors import SqatError
-from sqat.models.attention import hook_last_qkv
+from sqat.models.attention import hook_last_qkv, token_multiple
+from sqat.models.layer_selection import encoder_blocks
+from sqat.modules import hidden_hooks
+from sqat.modules.hidden_hooks import HiddenHooks
 from sqat.modules.qkv_hooks import INSTEAD
 from sqat.recipe.stages import DistillConfig
 from sqat.tasks import Task
@@ -32,23 +36,18 @@ def task_loss(task: Task) -> Loss:
 
 @contextmanager
 def distilled_loss(student: nn.Module, teacher: nn.Module, config: DistillConfig, task: Task) -> Iterator[Loss]:
-    """Weighted sum of MiniLM relations, outputs and task; a part of weight 0 is not computed.
+    """Weighted sum of MiniLM relations, hidden states, outputs and task; a part of weight 0 is not computed.
 
     Args:
         teacher: gets no gradient.
     """
-    qkv = config.qkv
-    with (
-        minilm_loss(student, teacher, config.loss, qkv, qkv) if config.minilm_weight else nullcontext() as relation_loss
-    ):
+    with inner_losses(student, teacher, config) as inner:
 
         def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
             logits = model(**batch.inputs).logits
             with torch.no_grad():
                 teacher_logits = teacher.to(logits.device)(**batch.inputs).logits
-            parts = {}
-            if relation_loss is not None:
-                parts["minilm"] = config.minilm_weight * relation_loss(batch.inputs)
+            parts = {name: weight * part(batch.inputs) for name, (weight, part) in inner.items()}
             if config.output_weight:
                 parts["logits"] = config.output_weight * task.output_loss(logits, teacher_logits, config.temperature)
             if config.task_weight:
@@ -56,6 +55,21 @@ def distilled_loss(student: nn.Module, teacher: nn.Module, config: DistillConfig
             return parts
 
         yield loss
+
+
+@contextmanager
+def inner_losses(
+    student: nn.Module, teacher: nn.Module, config: DistillConfig
+) -> Iterator[dict[str, tuple[float, Callable[[Inputs], Tensor]]]]:
+    """Yield the weight and function of each loss on what the models compute inside, by its name."""
+    with ExitStack() as stack:
+        inner: dict[str, tuple[float, Callable[[Inputs], Tensor]]] = {}
+        if config.minilm_weight:
+            relations = minilm_loss(student, teacher, config.loss, config.qkv, config.qkv)
+            inner["minilm"] = config.minilm_weight, stack.enter_context(relations)
+        if config.hidden_weight:
+            inner["hidden"] = config.hidden_weight, stack.enter_context(hidden_state_loss(student, teacher))
+        yield inner
 
 
 @contextmanager
@@ -87,7 +101,7 @@ def minilm_loss(
 
     def loss(inputs: Inputs) -> Tensor:
         if not student_hooks.calls:
-            raise SqatError("the student has not seen this batch", "call model(**batch) before the loss", code="usage")
+            raise not_seen()
         samples, tokens = batch_shape(inputs)
         seen, taught = student_hooks.pop(samples, tokens), teacher_hooks.pop(samples, tokens)
         if torch.is_grad_enabled() and not seen.query.requires_grad:  # Reformer, reentrant checkpointing
@@ -102,6 +116,54 @@ def minilm_loss(
     finally:
         student_hooks.remove()
         teacher_hooks.remove()
+
+
+@contextmanager
+def hidden_state_loss(student: nn.Module, teacher: nn.Module) -> Iterator[Callable[[Inputs], Tensor]]:
+    """Record the hidden states after each block of both models, and compare them.
+
+    Yields:
+        A function from the inputs that both models have just seen to the loss, a scalar.
+
+    Raises:
+        SqatError: a model without blocks, or models of other layers or widths.
+    """
+    student_hooks, teacher_hooks = hook_blocks(student), hook_blocks(teacher)
+
+    def loss(inputs: Inputs) -> Tensor:
+        if student_hooks.outputs is None:
+            raise not_seen()
+        samples, tokens = batch_shape(inputs)
+        seen, taught = student_hooks.pop(samples, tokens), teacher_hooks.pop(samples, tokens)
+        student_hooks.check_gradient(seen)
+        try:
+            return hidden_loss(seen, taught, None if tokens is None else inputs.get("attention_mask"))
+        except ValueError as error:
+            raise SqatError(str(error), hidden_hooks.INSTEAD, code="unsupported-model") from error
+
+    try:
+        yield loss
+    finally:
+        student_hooks.remove()
+        teacher_hooks.remove()
+
+
+def hook_blocks(model: nn.Module) -> HiddenHooks:
+    """Hook the blocks of a model.
+
+    Raises:
+        SqatError: it has none.
+    """
+    blocks = encoder_blocks(model)
+    if not blocks:
+        raise SqatError(f"{type(model).__name__} has no blocks whose hidden states can be compared",
+                        hidden_hooks.INSTEAD, code="unsupported-model")  # fmt: skip
+    return HiddenHooks(model, blocks, token_multiple(model))
+
+
+def not_seen() -> SqatError:
+    """Make the error for a loss before the forward pass that it is about."""
+    return SqatError("the student has not seen this batch", "call model(**batch) before the loss", code="usage")
 
 
 def batch_shape(inputs: Inputs) -> tuple[int, int | None]:

@@ -150,9 +150,9 @@ def check_distillation(recipe: Recipe, name: str, distill: DistillConfig) -> Ite
     """Check that a weight of the loss is not 0 and that the teacher is a dense ancestor."""
     path, ancestors, teacher = ("stages", name, "distill"), recipe.ancestors_of(name), distill.teacher
     dense = [other for other in ancestors if is_dense(recipe, other)]
-    if not (distill.minilm_weight or distill.output_weight or distill.task_weight):
+    if not (distill.minilm_weight or distill.hidden_weight or distill.output_weight or distill.task_weight):
         text = f"every part of the loss of stage {name!r} has weight 0"
-        yield Problem(path, text, "set one of minilm_weight, output_weight, task_weight")
+        yield Problem(path, text, "set one of minilm_weight, hidden_weight, output_weight, task_weight")
     if teacher is not None and teacher not in dense:
         what = "is no dense ancestor of it" if teacher in recipe.stages else "is no stage"
         text = f"the teacher {teacher!r} of stage {name!r} {what}"

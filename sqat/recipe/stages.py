@@ -147,7 +147,7 @@ class Layers(BaseModel):
 
 
 class DistillConfig(BaseModel):
-    """MiniLM distillation from the dense ancestor, with optional output distillation and task loss."""
+    """Distillation: MiniLM relations, hidden states and outputs of a teacher, beside the task loss."""
 
     model_config = STRICT
 
@@ -155,6 +155,9 @@ class DistillConfig(BaseModel):
         default=MiniLMv2(), description="relations of q, k and v that the student learns"
     )
     minilm_weight: float = Field(default=1.0, ge=0, description="weight of the MiniLM loss")
+    hidden_weight: float = Field(
+        default=0.0, ge=0, description="weight of the hidden states after each block (SquareHead, arXiv:2310.06927)"
+    )
     task_weight: float = Field(default=1.0, ge=0, description="weight of the task loss on the labels")
     output_weight: float = Field(default=0.0, ge=0, description="weight of the distillation of the model's outputs")
     temperature: float = Field(default=1.0, gt=0, description="temperature of the output distillation")

@@ -28,7 +28,8 @@ STAGES = """stages:
   prune: {steps: 8, learning_rate: 5.0e-4, batch_size: 8, gradient_accumulation: ACCUMULATION, save_every: 0,
           criterion: {name: taylor, samples: 32}, distill: {loss: minilm-v1}}
   calibrate: {placement: tensorrt, samples: 32, batch_size: 8}
-  qat: {steps: 6, learning_rate: 2.0e-4, batch_size: 8, gradient_accumulation: ACCUMULATION}
+  qat: {steps: 6, learning_rate: 2.0e-4, batch_size: 8, gradient_accumulation: ACCUMULATION,
+        distill: {hidden_weight: 0.5}}
 """
 KILLED_AT, TIMEOUT = 2, 60.0  # step of the prune stage; seconds until then
 ROOM = 60_000  # bytes: more than the log of a run, less than its model
