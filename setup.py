@@ -21,7 +21,7 @@ FLAGS = [
     "-ffp-contract=off",  # a fused multiply-add rounds once where the others round twice
     "-fno-math-errno",
     "-fvisibility=hidden",
-    "-Wno-maybe-uninitialized",  # gcc 12's own AVX-512 header
+    "-Wno-uninitialized",  # gcc 12's own AVX-512 header
     "-g0",
 ]
 

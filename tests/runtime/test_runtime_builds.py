@@ -29,7 +29,7 @@ FLAGS = [
     "-fno-math-errno",
     "-fPIC",
     "-fvisibility=hidden",
-    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
 ]
 
 pytestmark = [needs_library, pytest.mark.skipif(COMPILER is None, reason="no g++")]

@@ -95,21 +95,17 @@ class Operand {
     return const_cast<int8_t*>(weights_.values);
   }
 
-  void prepare(const Gemm& gemm) {
+  // For rows whose zero is 128 (activations) or 0 (P).
+  void prepare(const Gemm& gemm, int zero) {
     if (panel_bytes_) {
       panels_.take<uint8_t>(tiles_ * panel_bytes_);
       for (size_t tile = 0; tile < tiles_; ++tile) gemm.prepare_panel(weights_.from(tile), panel(tile));
     }
     int32_t* offsets = offsets_.take<int32_t>(tiles_ * kTile);
-    std::memset(offsets, 0, tiles_ * kTile * sizeof(int32_t));
-  }
-
-  // Products start from -128 * (sum of weights): the rows are activations.
-  void set_offsets() {
-    const size_t tile_bytes = weights_.padded * kTile;
-    int32_t* offsets = offsets_.take<int32_t>(tiles_ * kTile);
-    for (size_t i = 0; i < tiles_ * tile_bytes; ++i) {
-      offsets[i / tile_bytes * kTile + i % kTileBytes / 4] -= 128 * weights_.values[i];
+    if (gemm.set_offsets && zero != 0) {
+      gemm.set_offsets(weights_, tiles_, offsets);
+    } else {
+      std::memset(offsets, 0, tiles_ * kTile * sizeof(int32_t));
     }
   }
 
@@ -171,9 +167,8 @@ void Attention::attend(const Head& head, Workspace& work) const {
   const size_t padded = round_up(head.width, kInputStep), keys = round_up(work.kept.size(), kTile);
   pack_keys(head, work.kept, padded, work.keys.room(gemm, keys / kTile, padded));
   pack_values(head, work.kept, keys, work.values.room(gemm, padded / kTile, keys));
-  work.keys.prepare(gemm);
-  work.values.prepare(gemm);
-  if (gemm.needs_offsets) work.keys.set_offsets();
+  work.keys.prepare(gemm, 128);
+  work.values.prepare(gemm, 0);
   for (size_t first = 0; first < head.tokens; first += kQueries) {
     attend_queries(head, first, std::min(kQueries, head.tokens - first), work);
   }

@@ -44,11 +44,12 @@ struct Gemm {
   size_t max_tiles;    // of one call of `multiply`
   size_t row_bytes;    // of a prepared row, per padded input
   size_t panel_bytes;  // of a prepared tile, per padded input; 0: weights are used in place
-  bool needs_offsets;  // whether `multiply` starts from -zero * (sum of weights) per channel
 
   // Writes rows [count, padded * row_bytes]; zero is 128 (activations) or 0 (attention's P, dense only).
   void (*prepare_rows)(const uint8_t* x, size_t stride, size_t count, size_t inputs, size_t padded, int zero,
                        uint8_t* rows);
+  // offsets[channel] = -128 * (sum of the channel's weights), from which `multiply` starts; null where it needs none.
+  void (*set_offsets)(const Weights& weights, size_t tiles, int32_t* offsets);
   // Unpacks one tile into `panel`, for use by many rows.
   void (*prepare_panel)(const Weights& weights, uint8_t* panel);
   // out[row * out_stride + channel] for count rows and tiles * 16 channels; panel is null where weights are used in

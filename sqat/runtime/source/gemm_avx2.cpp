@@ -155,8 +155,8 @@ void multiply_dense(const uint8_t* rows, size_t row_stride, size_t count, const 
 
 }  // namespace
 
-const Gemm kSparseAvx2{5, 1, 2, 16, false, prepare_sparse_rows, prepare_sparse_panel, multiply_sparse};
-const Gemm kDenseAvx2{6, 1, 2, 32, false, prepare_dense_rows, prepare_dense_panel, multiply_dense};
+const Gemm kSparseAvx2{5, 1, 2, 16, prepare_sparse_rows, nullptr, prepare_sparse_panel, multiply_sparse};
+const Gemm kDenseAvx2{6, 1, 2, 32, prepare_dense_rows, nullptr, prepare_dense_panel, multiply_dense};
 
 }  // namespace sqat
 #endif

@@ -45,7 +45,7 @@ void multiply_dense(const uint8_t* rows, size_t row_stride, size_t count, const 
 
 }  // namespace
 
-const Gemm kSparseScalar{8, 1, 2, 0, false, prepare_rows, nullptr, multiply_sparse};
-const Gemm kDenseScalar{8, 1, 2, 0, false, prepare_rows, nullptr, multiply_dense};
+const Gemm kSparseScalar{8, 1, 2, 0, prepare_rows, nullptr, nullptr, multiply_sparse};
+const Gemm kDenseScalar{8, 1, 2, 0, prepare_rows, nullptr, nullptr, multiply_dense};
 
 }  // namespace sqat

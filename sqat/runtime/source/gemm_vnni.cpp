@@ -14,10 +14,23 @@ constexpr int kTiles = 2;
 
 void prepare_rows(const uint8_t* x, size_t stride, size_t count, size_t inputs, size_t padded, int zero,
                   uint8_t* rows) {
-  const uint8_t lowest = zero != 0 ? 1 : 0;
+  const Bytes lowest = repeat_byte(zero != 0 ? 1 : 0);
+  const size_t whole = inputs / kTileBytes * kTileBytes;
   for (size_t row = 0; row < count; ++row, x += stride, rows += padded) {
-    for (size_t k = 0; k < inputs; ++k) rows[k] = x[k] > lowest ? x[k] : lowest;
-    std::memset(rows + inputs, zero, padded - inputs);
+    for (size_t k = 0; k < whole; k += kTileBytes) store(rows + k, higher(load(x + k), lowest));
+    if (whole == padded) continue;
+    const Bytes last = load_first(inputs - whole, x + whole, repeat_byte(static_cast<uint8_t>(zero)));
+    store_first(padded - whole, rows + whole, higher(last, lowest));
+  }
+}
+
+void set_offsets(const Weights& weights, size_t tiles, int32_t* offsets) {
+  const Bytes zero = repeat_byte(0), ones = repeat_byte(1);
+  const size_t stride = weights.value_stride();
+  for (size_t tile = 0; tile < tiles; ++tile, offsets += kTile) {
+    Bytes sums = zero;
+    for (size_t at = 0; at < stride; at += kTileBytes) sums = dot(sums, ones, load(weights.values + tile * stride + at));
+    store(offsets, times_minus_128(sums));
   }
 }
 
@@ -124,8 +137,8 @@ void multiply_dense(const uint8_t* rows, size_t row_stride, size_t count, const 
 
 }  // namespace
 
-const Gemm kSparseVnni{kRows, kTiles, 1, 0, true, prepare_rows, nullptr, multiply_sparse};
-const Gemm kDenseVnni{kRows, kTiles, 1, 0, true, prepare_rows, nullptr, multiply_dense};
+const Gemm kSparseVnni{kRows, kTiles, 1, 0, prepare_rows, set_offsets, nullptr, multiply_sparse};
+const Gemm kDenseVnni{kRows, kTiles, 1, 0, prepare_rows, set_offsets, nullptr, multiply_dense};
 
 }  // namespace sqat
 #endif

@@ -96,7 +96,6 @@ class Linear : public Kernel {
   void read_steps(const Node& node);
   void read_weights(const Node& node);
   void expand();
-  void sum_weights();
   void multiply_block(const Buffers& buffers, const Split& split, size_t block, size_t run) const;
   void finish_rows(const Buffers& buffers, size_t first, size_t end) const;
   void refuse_computed(const Call& call) const;
@@ -138,7 +137,10 @@ Linear::Linear(const Engine& engine, const Node& node)
   read_steps(node);
   read_weights(node);
   if (weights_.positions && !keep_sparse(engine)) expand();
-  if (engine_.gemm(weights_).needs_offsets) sum_weights();
+  if (const auto set_offsets = engine_.gemm(weights_).set_offsets) {
+    offsets_.resize(scale_.size());
+    set_offsets(weights_, scale_.size() / kTile, offsets_.data());
+  }
 }
 
 void Linear::read_steps(const Node& node) {
@@ -188,14 +190,6 @@ void Linear::expand() {
     }
   }
   weights_ = {expanded_.data(), nullptr, weights_.padded};
-}
-
-void Linear::sum_weights() {
-  offsets_.assign(scale_.size(), 0);
-  const size_t stride = weights_.value_stride();
-  for (size_t i = 0; i < scale_.size() / kTile * stride; ++i) {
-    offsets_[i / stride * kTile + i % kTileBytes / 4] -= 128 * weights_.values[i];
-  }
 }
 
 void Linear::multiply_block(const Buffers& buffers, const Split& split, size_t block, size_t run) const {

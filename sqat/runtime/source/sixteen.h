@@ -58,30 +58,43 @@ SQAT_INLINE Floats to_floats(const Integers& x) {
 }
 
 // Where a comparison is false for NaN, both give b, as the processor's instructions do.
-SQAT_INLINE F higher(F a, float b) {
+SQAT_INLINE F higher(F a, F b) {
 #if SQAT_LANES == 4 && defined(__SSE2__)
-  return (F)_mm_max_ps((__m128)a, (__m128)(b - F{}));
+  return (F)_mm_max_ps((__m128)a, (__m128)b);
 #elif SQAT_LANES == 8
-  return (F)_mm256_max_ps((__m256)a, (__m256)(b - F{}));
+  return (F)_mm256_max_ps((__m256)a, (__m256)b);
+#elif SQAT_LANES == 16 && !defined(SQAT_EMULATE_VNNI)
+  return (F)_mm512_max_ps((__m512)a, (__m512)b);
 #else
-  return a > b ? a : b - F{};
+  return a > b ? a : b;
 #endif
 }
-SQAT_INLINE F lower(F a, float b) {
+SQAT_INLINE F lower(F a, F b) {
 #if SQAT_LANES == 4 && defined(__SSE2__)
-  return (F)_mm_min_ps((__m128)a, (__m128)(b - F{}));
+  return (F)_mm_min_ps((__m128)a, (__m128)b);
 #elif SQAT_LANES == 8
-  return (F)_mm256_min_ps((__m256)a, (__m256)(b - F{}));
+  return (F)_mm256_min_ps((__m256)a, (__m256)b);
+#elif SQAT_LANES == 16 && !defined(SQAT_EMULATE_VNNI)
+  return (F)_mm512_min_ps((__m512)a, (__m512)b);
 #else
-  return a < b ? a : b - F{};
+  return a < b ? a : b;
+#endif
+}
+SQAT_INLINE I higher(I a, I b) {
+#if SQAT_LANES == 8
+  return (I)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#elif SQAT_LANES == 16 && !defined(SQAT_EMULATE_VNNI)
+  return (I)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#else
+  return a > b ? a : b;
 #endif
 }
 SQAT_INLINE Floats clamp(const Floats& x, float low, float high) {
-  Floats above = each<F>([&](size_t i) { return higher(x.part[i], low); });
-  return each<F>([&](size_t i) { return lower(above.part[i], high); });
+  Floats above = each<F>([&](size_t i) { return higher(x.part[i], low - F{}); });
+  return each<F>([&](size_t i) { return lower(above.part[i], high - F{}); });
 }
 SQAT_INLINE Integers higher(const Integers& a, const Integers& b) {
-  return each<I>([&](size_t i) { return a.part[i] > b.part[i] ? a.part[i] : b.part[i]; });
+  return each<I>([&](size_t i) { return higher(a.part[i], b.part[i]); });
 }
 
 template <typename T>
@@ -128,6 +141,8 @@ SQAT_INLINE void store_bytes(uint8_t* to, const Integers& x) {
   __m128i first = _mm_packs_epi32(_mm_and_si128((__m128i)x.part[0], low), _mm_and_si128((__m128i)x.part[1], low));
   __m128i second = _mm_packs_epi32(_mm_and_si128((__m128i)x.part[2], low), _mm_and_si128((__m128i)x.part[3], low));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(first, second));
+#elif SQAT_LANES == 16 && !defined(SQAT_EMULATE_VNNI)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)x.part[0]));
 #else
   typedef uint8_t B __attribute__((vector_size(SQAT_LANES)));
   for (size_t i = 0; i < kParts; ++i) {

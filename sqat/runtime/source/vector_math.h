@@ -37,7 +37,7 @@ template <Activation kActivation>
 SQAT_INLINE Floats activate(const Floats& x) {
   if (kActivation == Activation::kGelu) return gelu(x, kErf, 4.5f);
   if (kActivation == Activation::kGeluTanh) return gelu(x, kTanh, 4.3f);
-  if (kActivation == Activation::kRelu) return each<F>([&](size_t i) { return higher(x.part[i], 0.0f); });
+  if (kActivation == Activation::kRelu) return each<F>([&](size_t i) { return higher(x.part[i], F{}); });
   return x;
 }
 
@@ -139,7 +139,7 @@ void embed_row(const EmbedRow& from, size_t channels, float* row) {
 
 // 255 * 2^x for x <= 0, 255 * 2^-40 below -40.
 SQAT_INLINE Floats power255(const Floats& x) {
-  Floats inside = each<F>([&](size_t i) { return higher(x.part[i], -40.0f); });
+  Floats inside = each<F>([&](size_t i) { return higher(x.part[i], -40.0f - F{}); });
   Floats whole = inside + kRound;
   Floats rest = inside - (whole - kRound);
   Floats square = rest * rest;

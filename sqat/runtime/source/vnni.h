@@ -18,6 +18,14 @@ using Bytes = __m512i;
 
 inline Bytes load(const void* from) { return _mm512_loadu_si512(from); }
 inline void store(void* to, Bytes value) { _mm512_storeu_si512(to, value); }
+inline __mmask64 first(size_t count) { return ~__mmask64{0} >> (64 - count); }  // of 1 to 64 bytes
+inline Bytes load_first(size_t count, const void* from, Bytes others) {
+  return _mm512_mask_loadu_epi8(others, first(count), from);
+}
+inline void store_first(size_t count, void* to, Bytes value) { _mm512_mask_storeu_epi8(to, first(count), value); }
+inline Bytes repeat_byte(uint8_t byte) { return _mm512_set1_epi8(static_cast<char>(byte)); }
+inline Bytes higher(Bytes a, Bytes b) { return _mm512_max_epu8(a, b); }
+inline Bytes times_minus_128(Bytes sums) { return _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sums, 7)); }
 inline Bytes broadcast8(const uint8_t* from) {
   int64_t bytes;
   std::memcpy(&bytes, from, sizeof bytes);
@@ -50,6 +58,29 @@ inline Bytes load(const void* from) {
   return out;
 }
 inline void store(void* to, Bytes value) { std::memcpy(to, value.at, 64); }
+inline Bytes load_first(size_t count, const void* from, Bytes others) {
+  std::memcpy(others.at, from, count);
+  return others;
+}
+inline void store_first(size_t count, void* to, Bytes value) { std::memcpy(to, value.at, count); }
+inline Bytes repeat_byte(uint8_t byte) {
+  Bytes out;
+  std::memset(out.at, byte, 64);
+  return out;
+}
+inline Bytes higher(Bytes a, Bytes b) {
+  for (size_t i = 0; i < 64; ++i) a.at[i] = a.at[i] > b.at[i] ? a.at[i] : b.at[i];
+  return a;
+}
+inline Bytes times_minus_128(Bytes sums) {
+  for (size_t i = 0; i < 64; i += 4) {
+    uint32_t sum;
+    std::memcpy(&sum, sums.at + i, 4);
+    sum *= -128u;
+    std::memcpy(sums.at + i, &sum, 4);
+  }
+  return sums;
+}
 inline Bytes repeat(const uint8_t* from, size_t width) {
   Bytes out;
   for (size_t i = 0; i < 64; ++i) out.at[i] = from[i % width];
