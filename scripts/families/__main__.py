@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 import transformers
 
+from scripts.commit import current_commit
 from scripts.families.registry import FAMILIES
 from scripts.families.trial import try_family
 from scripts.families.verdicts import count_failures, failures
@@ -49,12 +49,6 @@ def main(argv: list[str] | None = None) -> int:
     faults = count_failures([known[name] for name in names])
     print(f"{len(names)} families, {faults} with something that is not expected")
     return 1 if faults else 0
-
-
-def current_commit() -> str:
-    """Return the commit of the working tree, with a plus where it is changed."""
-    return subprocess.run(["git", "describe", "--always", "--abbrev=9", "--dirty=+"], capture_output=True, text=True,
-                          check=True, cwd=Path(__file__).parent).stdout.strip()  # fmt: skip
 
 
 def read_entries(path: Path) -> dict[str, Entry]:

@@ -19,6 +19,7 @@ SECONDS = 1.5  # of the processor; a usual model needs some hundredths
 NODES_PER_SECOND = 1000  # of a large model, beyond that
 MEMORY = 8 << 30  # bytes of address space
 HOME = Path(__file__).parents[2]  # -m imports from its folder first, and a user's may hold an onnx.py
+TOO_LONG = -getattr(signal, "SIGPROF", 1000)  # exit code of a process that has used up its seconds
 CLOCK = 20  # seconds of the clock for one of the processor, on a busy machine
 
 
@@ -30,18 +31,18 @@ def check_apart(light: ModelProto) -> str:
     count = len(light.graph.node) + sum(len(function.node) for function in light.functions)
     seconds = SECONDS + count / NODES_PER_SECOND
     command = [sys.executable, "-m", "sqat.onnx_files.check_process", str(seconds)]
-    too_long = f"ONNX's checker needs more than {seconds:.1f} seconds for its {count} nodes"
+    code, answer = TOO_LONG, ""
     try:
         process = subprocess.run(command, input=light.SerializeToString(), capture_output=True,
                                  timeout=CLOCK * (1 + seconds), cwd=HOME)  # fmt: skip
+        code, answer = process.returncode, process.stdout.decode("utf-8", errors="replace").strip()
     except subprocess.TimeoutExpired:
-        return too_long
-    if process.returncode == -getattr(signal, "SIGPROF", 0):
-        return too_long
-    if process.returncode:
-        return f"ONNX's checker ends with code {process.returncode} at it"
-    answer: str = process.stdout.decode("utf-8", errors="replace")
-    return answer.strip()
+        pass
+    if code == TOO_LONG:
+        return f"ONNX's checker needs more than {seconds:.1f} seconds for its {count} nodes"
+    if code:
+        return f"ONNX's checker ends with code {code} at it"
+    return answer
 
 
 def limit_process(seconds: float) -> None:
@@ -56,13 +57,18 @@ def limit_process(seconds: float) -> None:
 
 
 def main() -> None:
-    light = ModelProto.FromString(sys.stdin.buffer.read())
-    limit_process(float(sys.argv[1]))
+    sys.stdout.buffer.write(check_here(sys.stdin.buffer.read(), float(sys.argv[1])))
+
+
+def check_here(light: bytes, seconds: float) -> bytes:
+    """Return what ONNX refuses; end this process where it needs too much."""
+    model = ModelProto.FromString(light)
+    limit_process(seconds)
     try:
-        fault = structure_fault(light) or typing_fault(light)
+        fault = structure_fault(model) or typing_fault(model)
     except MemoryError as error:
         fault = f"ONNX's checker needs more than {MEMORY >> 30} GB for it ({one_line(error)})"
-    sys.stdout.buffer.write(fault.encode("utf-8", errors="backslashreplace"))
+    return fault.encode("utf-8", errors="backslashreplace")
 
 
 if __name__ == "__main__":

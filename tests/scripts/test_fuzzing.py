@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,12 +21,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scripts.faults.fuzzing import __main__ as fuzzing
-from scripts.faults.fuzzing import worker
+from scripts.faults.fuzzing import warm, worker
 from scripts.faults.fuzzing.generators import GENERATORS
+from scripts.faults.fuzzing.onnx_files import quantized_layer
 from sqat.checkpoint.manifest import MANIFEST, load_manifest, manifest_digest
 from sqat.checkpoint.store import Checkpoint, load_checkpoint, save_checkpoint
 from sqat.errors import GateError, SqatError
 from sqat.models.loading import load_pretrained
+from sqat.onnx_files import check_process
+from sqat.onnx_files.checks import light_copy
 from sqat.recipe.inputs import ModelConfig
 from sqat.recipe.loader import load_recipe
 
@@ -167,13 +171,58 @@ def test_an_alias_bomb_is_reported_at_once(tmp_path: Path) -> None:
 
 def test_the_fuzzer_finds_nothing(tmp_path: Path) -> None:
     """Each generator makes inputs of both outcomes."""
-    each, figures = 60, tmp_path / "fuzz.json"
-    command = [sys.executable, "-m", "scripts.faults.fuzzing", "--inputs", str(each * len(GENERATORS))]
-    run = subprocess.run([*command, "--json", str(figures)], capture_output=True, text=True, cwd=ROOT)
+    inputs, figures = 500, tmp_path / "fuzz.json"
+    command = [sys.executable, "-m", "scripts.faults.fuzzing", "--inputs", str(inputs), "--json", str(figures)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stdout + run.stderr
-    counts = json.loads(figures.read_text())["kinds"]
-    assert list(counts) == list(GENERATORS)
-    assert all(sum(outcomes.values()) == each and len(outcomes) == 2 for outcomes in counts.values())
+    kinds = json.loads(figures.read_text())["kinds"]
+    assert {kind: counts["accepted"] + counts["refused"] for kind, counts in kinds.items()} == {
+        kind: fuzzing.share_of(kind, list(kinds), inputs) for kind in GENERATORS
+    }
+    assert all(counts["accepted"] and counts["refused"] and not counts["wrong"] for counts in kinds.values())
+
+
+class Scripted(fuzzing.Worker):
+    """Answers by the number of the input, without a process."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def start(self) -> Any:
+        return None
+
+    def try_input(self, kind: str, number: int) -> dict[str, str]:
+        self.asked.append(number)
+        return {"outcome": ("accepted", "refused", "exit code 1: a")[number % 3], "action": ""}
+
+
+def test_a_run_of_the_fuzzer_is_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, worker = tmp_path / "fuzz.json", Scripted()
+    for inputs, seed in ((4, 0), (6, 0), (2, 1)):
+        figures = fuzzing.Figures(path, commit="c", seed=seed)
+        fuzzing.fuzz(["recipe"], inputs, 1, worker, figures)
+        figures.save()
+    assert worker.asked == [1, 2, 3, 4, 5, 6, 1, 2]
+    written = json.loads(path.read_text())
+    assert (written["inputs"], written["seed"], [each["number"] for each in written["wrong"]]) == (2, 1, [2])
+    assert {name: written["kinds"]["recipe"][name] for name in fuzzing.OUTCOMES} == {
+        "accepted": 0, "refused": 1, "wrong": 1}  # fmt: skip
+    assert '"number": 5' in capsys.readouterr().err
+
+
+def test_the_fuzzers_checks_in_a_fork_are_those_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ONNX refuses, dies of, or takes too long for."""
+    model = light_copy(quantized_layer())
+    sound, unsorted = model.SerializeToString(), type(model)()
+    unsorted.CopyFrom(model)
+    unsorted.graph.node.add().CopyFrom(unsorted.graph.node[0])
+    del unsorted.graph.node[0]
+    assert warm.run_fork(["5"], input=sound).stdout == b""
+    assert b"topologically sorted" in warm.run_fork(["5"], input=unsorted.SerializeToString()).stdout
+    monkeypatch.setattr(check_process, "structure_fault", lambda model: os.kill(os.getpid(), signal.SIGKILL))
+    assert warm.run_fork(["5"], input=sound).returncode == -signal.SIGKILL
+    monkeypatch.setattr(check_process, "structure_fault", lambda model: sum(iter(int, 1)))
+    assert warm.run_fork(["0.1"], input=sound).returncode == check_process.TOO_LONG
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
     scripts/faults/fuzz --inputs 20000 --json FILE
 
 No exit code but 0, 2 and 3, no traceback, no raw control character, nothing written outside the input's folder, and an
-answer within 10 seconds. Exit code 1, and seed and number of each input, where anything else happens.
+answer within 10 seconds. Exit code 1, and seed and number of each input, where anything else happens. A FILE of the
+same commit, seed and first number is continued.
 """
 
 from __future__ import annotations
@@ -16,18 +17,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
 import psutil
 
+from scripts.commit import current_commit
 from scripts.faults.fuzzing.generators import GENERATORS
+from sqat.hardware.machine import describe_processor
 
 LIMIT = 10.0  # seconds for one input
 START = 120.0  # seconds until a process has imported the libraries
+OUTCOMES = ("accepted", "refused", "wrong")
+SAVED = 100  # inputs between two writes of the figures
 
 
 class Worker:
@@ -93,23 +96,56 @@ def processor_seconds(pid: int) -> float:
     return float(times.user + times.system)
 
 
-def fuzz(
-    kinds: Sequence[str], numbers: range, seed: int, place: Path
-) -> tuple[dict[str, Counter[str]], list[dict[str, Any]]]:
-    """Try the numbered inputs of each kind; returns how many had each outcome, and the wrong ones."""
-    counts = {kind: Counter[str]() for kind in kinds}
-    wrong, worker = list[dict[str, Any]](), Worker(seed, place)
-    try:
-        for kind, number in product(kinds, numbers):
-            answer = worker.try_input(kind, number)
-            is_right = answer["outcome"] in ("accepted", "refused")
-            counts[kind][answer["outcome"] if is_right else "wrong"] += 1
-            if not is_right:
-                wrong.append({"kind": kind, "seed": seed, "number": number, **answer})
-                print(json.dumps(wrong[-1]), file=sys.stderr, flush=True)
-    finally:
-        worker.stop()
-    return counts, wrong
+class Figures:
+    """How many inputs of each kind were accepted, refused or wrong, in a file that a later run continues."""
+
+    def __init__(self, path: Path | None, **settings: str | int) -> None:
+        self.path, self.settings = path, settings
+        self.kinds: dict[str, dict[str, float]] = {}
+        self.wrong: list[dict[str, Any]] = []
+        known = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}
+        if all(known.get(name) == value for name, value in settings.items()):
+            self.kinds, self.wrong = known["kinds"], known["wrong"]
+
+    def tried(self, kind: str) -> int:
+        """Return how many inputs of a kind were tried."""
+        return int(sum(self.kinds.get(kind, {}).get(outcome, 0) for outcome in OUTCOMES))
+
+    def add(self, kind: str, number: int, answer: dict[str, str], seconds: float) -> None:
+        """Count one input."""
+        outcome = answer["outcome"] if answer["outcome"] in OUTCOMES else "wrong"
+        if outcome == "wrong":
+            self.wrong.append({"kind": kind, "number": number, **answer})
+            print(json.dumps(self.wrong[-1]), file=sys.stderr, flush=True)
+        counted = self.kinds.setdefault(kind, {**dict.fromkeys(OUTCOMES, 0), "seconds": 0.0})
+        counted[outcome] += 1
+        counted["seconds"] = round(counted["seconds"] + seconds, 3)
+        if self.tried(kind) % SAVED == 0:
+            self.save()
+
+    def text(self) -> str:
+        """Return the content of the file."""
+        total = {"inputs": sum(map(self.tried, self.kinds)), "kinds": self.kinds, "wrong": self.wrong}
+        return json.dumps({**self.settings, **total}, indent=1) + "\n"
+
+    def save(self) -> None:
+        """Write the file, if there is one."""
+        if self.path is not None:
+            self.path.write_text(self.text(), encoding="utf-8")
+
+
+def share_of(kind: str, kinds: Sequence[str], inputs: int) -> int:
+    """Return how many of the inputs are of a kind."""
+    return -(-inputs * GENERATORS[kind].share // sum(GENERATORS[each].share for each in kinds))
+
+
+def fuzz(kinds: Sequence[str], inputs: int, first: int, worker: Worker, figures: Figures) -> None:
+    """Try the inputs that the figures do not know yet."""
+    for kind in kinds:
+        for number in range(first + figures.tried(kind), first + share_of(kind, kinds, inputs)):
+            worker.start()
+            begun = time.monotonic()
+            figures.add(kind, number, worker.try_input(kind, number), time.monotonic() - begun)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,21 +161,17 @@ def main(argv: list[str] | None = None) -> int:
     kinds = options.kinds.split(",")
     if unknown := set(kinds) - set(GENERATORS):
         parser.error(f"unknown kinds {', '.join(sorted(unknown))}; there are {', '.join(GENERATORS)}")
-    begun, each = time.monotonic(), -(-options.inputs // len(kinds))
+    cpu = describe_processor()
+    figures = Figures(options.json, commit=current_commit(), cpu=cpu.name, seed=options.seed, first=options.first)
     with tempfile.TemporaryDirectory(prefix="sqat-fuzz-") as folder:
-        numbers = range(options.first, options.first + each)
-        counts, wrong = fuzz(kinds, numbers, options.seed, Path(folder))
-    figures = {
-        "inputs": each * len(kinds),
-        "seed": options.seed,
-        "seconds": round(time.monotonic() - begun, 1),
-        "kinds": {kind: dict(sorted(counted.items())) for kind, counted in counts.items()},
-        "wrong": wrong,
-    }
-    print(json.dumps(figures, indent=2))
-    if options.json is not None:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    return 1 if wrong else 0
+        worker = Worker(options.seed, Path(folder))
+        try:
+            fuzz(kinds, options.inputs, options.first, worker, figures)
+        finally:
+            worker.stop()
+            figures.save()
+    print(figures.text(), end="")
+    return 1 if figures.wrong else 0
 
 
 if __name__ == "__main__":

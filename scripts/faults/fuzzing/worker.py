@@ -5,7 +5,6 @@ Reads kind and number of an input from standard input, and answers with a line o
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import random
@@ -22,6 +21,7 @@ from typing import Any
 
 from scripts.faults.fuzzing.case import Action
 from scripts.faults.fuzzing.generators import GENERATORS
+from scripts.faults.fuzzing.warm import warm
 from sqat.cli.exit_codes import run_app
 from sqat.errors import SqatError
 
@@ -43,19 +43,13 @@ def main() -> None:
     tempfile.tempdir = os.environ["TMPDIR"] = os.environ["MPLCONFIGDIR"] = str(place / TEMPORARY_FOLDER)
     watch = Watch(place)
     sys.addaudithook(watch.see)
-    import_libraries()
+    warm()
     answers.write("ready\n")
     answers.flush()
     for line in sys.stdin:
         kind, number = line.split()
         answers.write(json.dumps(try_input(kind, seed, int(number), place, watch)) + "\n")
         answers.flush()
-
-
-def import_libraries() -> None:
-    """Import what the commands import, so that no input pays for it."""
-    for name in ("torch", "transformers", "onnxruntime", "sqat.pipeline.runner"):
-        importlib.import_module(name)
 
 
 @dataclass
@@ -98,7 +92,7 @@ def try_input(kind: str, seed: str, number: int, place: Path, watch: Watch) -> d
     folder.mkdir(parents=True)
     (place / "secret").write_text("not for you")
     os.chdir(folder)
-    actions = GENERATORS[kind](random.Random(f"{seed} {kind} {number}"), folder)
+    actions = GENERATORS[kind].load()(random.Random(f"{seed} {kind} {number}"), folder)
     outcome, tried = "accepted", ""
     for action in actions:
         before, watch.seen, watch.is_active = list_outside(place), [], True
