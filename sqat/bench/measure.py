@@ -48,33 +48,61 @@ def measure(
     memory: Callable[[Candidate, Feeds, int], int] = peak_memory,
     timer: Callable[..., RoundTimes] = time_rounds,
 ) -> Report:
-    """Measure candidates.
+    """Measure candidates on random inputs; see `measure_feeds`."""
+    inputs, limits = all_inputs([candidate.artifact for candidate in candidates])
+    settings = [(size, draw_inputs(inputs, limits, *size)) for size in all_sizes(inputs, limits, grid)]
+    return measure_feeds(
+        candidates,
+        baseline,
+        settings,
+        effort,
+        threads,
+        reporter,
+        skipped,
+        required=required,
+        memory=memory,
+        timer=timer,
+    )
+
+
+def measure_feeds(
+    candidates: Sequence[Candidate],
+    baseline: str,
+    inputs: Sequence[tuple[Size, Feeds]],
+    effort: Effort,
+    threads: int,
+    reporter: Reporter,
+    skipped: Mapping[str, str],
+    *,
+    required: Collection[str] = (),
+    memory: Callable[[Candidate, Feeds, int], int] | None = None,
+    timer: Callable[..., RoundTimes] = time_rounds,
+) -> Report:
+    """Measure candidates on given inputs.
 
     Args:
         baseline: name of the candidate that the others are compared with.
+        inputs: of each setting, with their size.
         skipped: candidates that are only reported, with the reason.
         required: backends whose candidates must all open.
-        memory, timer: replaced by tests.
+        memory: measures what a process that serves a candidate needs; None: not measured.
+        timer: replaced by tests.
 
     Raises:
         SqatError: a candidate cannot be opened or does not take inputs of a size.
     """
-    inputs, limits = all_inputs([candidate.artifact for candidate in candidates])
-    sizes = all_sizes(inputs, limits, grid)
     load = current_load()
     with ExitStack() as stack:
         stack.enter_context(pinned(threads))
         reporter.info(f"opening {', '.join(candidate.name for candidate in candidates)}")
         runs, failed = open_all(candidates, {baseline, *required}, threads, stack)
         candidates = [candidate for candidate in candidates if candidate.name in runs]
-        largest = max(sizes, key=lambda size: size[0] * (size[1] or 1))
-        feeds = draw_inputs(inputs, limits, *largest)
+        _, feeds = max(inputs, key=lambda each: each[0][0] * (each[0][1] or 1))
         subjects, no_memory = describe(candidates, feeds, threads, memory, reporter)
         decides = all(is_classifier(candidate.artifact.config) for candidate in candidates)
         settings = []
-        for size in sizes:
+        for size, feeds in inputs:
             reporter.info(f"{size_text(*size)}: timing, about {effort.limit:g} s at most")
-            feeds = draw_inputs(inputs, limits, *size)
             settings.append(measure_setting(runs, baseline, feeds, size, effort, decides, timer))
             reporter.info(f"{size_text(*size)}: {settings[-1].rounds} rounds")
     return Report(
@@ -96,18 +124,19 @@ def describe(
     candidates: Sequence[Candidate],
     feeds: Feeds,
     threads: int,
-    memory: Callable[[Candidate, Feeds, int], int],
+    memory: Callable[[Candidate, Feeds, int], int] | None,
     reporter: Reporter,
 ) -> tuple[dict[str, Subject], dict[str, str]]:
     """Measure size and memory of each candidate; return them, and name -> reason of an unknown memory."""
     subjects, no_memory = {}, {}
     for candidate in candidates:
-        reporter.info(f"{candidate.name}: measuring memory")
         growth = None
-        try:
-            growth = memory(candidate, feeds, threads)
-        except SqatError as error:
-            no_memory[candidate.name] = error.problem
+        if memory is not None:
+            reporter.info(f"{candidate.name}: measuring memory")
+            try:
+                growth = memory(candidate, feeds, threads)
+            except SqatError as error:
+                no_memory[candidate.name] = error.problem
         path = candidate.artifact.path
         subjects[candidate.name] = Subject(
             path=str(path.resolve()), backend=candidate.backend, file_bytes=file_bytes(path), memory_bytes=growth

@@ -29,6 +29,16 @@ def fill_in_types(value: Any) -> Any:
     return stages
 
 
+class LatencyConfig(BaseModel):
+    """How `sqat run` times the results: on the first test rows, in every engine of this machine."""
+
+    model_config = STRICT
+
+    batch_size: int = Field(default=32, ge=1, description="test rows of a call, padded to the longest")
+    threads: int = Field(default=1, ge=1, description="threads, each on its own core")
+    max_seconds: float = Field(default=60.0, gt=0, description="seconds of timing, at most")
+
+
 class Recipe(BaseModel):
     """One recipe: model, task, data and the tree of stages."""
 
@@ -57,6 +67,10 @@ class Recipe(BaseModel):
     )
     results: dict[str, str] = Field(
         default={}, description="rows of the results table: label -> stage or stage/target; default: every last stage"
+    )
+
+    latency: LatencyConfig | None = Field(
+        default=None, description="time every result, so that the table says how fast it is; {}: defaults"
     )
 
     def parent_of(self, name: str) -> str | None:

@@ -11,18 +11,24 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from sqat.cli.printing import format_time, print_json, relative_path, result_console
-from sqat.cli.tables.layout import format_count, natural_width, new_table
+from sqat.cli.tables.layout import format_count, format_digits, natural_width, new_table
+
+CARD = "README.md"  # beside an exported file
+Times = Mapping[str, tuple[str, float]]
 
 if TYPE_CHECKING:
+    from sqat.bench.report import Report
     from sqat.pipeline.bootstrap import Difference
     from sqat.pipeline.plan import PlannedStage
     from sqat.pipeline.results import Results
 
 
-def print_results(results: Results, *, as_json: bool = False) -> None:
-    """Print the results table: metrics, difference to the first row, size and path of each artifact."""
+def print_results(results: Results, latencies: Report | None = None, *, as_json: bool = False) -> None:
+    """Print the results table: metrics, difference to the first row, latency, size and path of each artifact."""
+    times = fastest_engines(results, latencies)
     if as_json:
-        rows = [{**vars(row), "path": str(row.path), "difference": row.difference and vars(row.difference)}
+        rows = [{**vars(row), "path": str(row.path), "difference": row.difference and vars(row.difference),
+                 "latency": times.get(row.label) and {"engine": times[row.label][0], "ms": times[row.label][1]}}
                 for row in results.rows]  # fmt: skip
         print_json({"split": results.split, "data_digest": results.data_digest,
                     "directory": str(results.directory), "rows": rows})  # fmt: skip
@@ -32,7 +38,7 @@ def print_results(results: Results, *, as_json: bool = False) -> None:
         console.print(f"no results yet in {relative_path(results.directory)}", soft_wrap=True)
         return
     metrics = list(dict.fromkeys(metric for row in results.rows for metric in row.metrics))
-    table, num_metrics, has_path = fit_table(results, metrics, console)
+    table, num_metrics, has_path = fit_table(results, metrics, times, console)
     console.print(table)
     console.print()
     if not has_path:
@@ -43,23 +49,29 @@ def print_results(results: Results, *, as_json: bool = False) -> None:
     if (difference := find_difference(results)) is not None:
         explanation = f"difference: {difference.metric} minus that of {difference.against}, with its 95 % interval"
         console.print(f"{explanation} (bootstrap over the {results.split} split)", soft_wrap=True)
+    if latencies is not None and times:
+        console.print(describe_latencies(latencies, times, results.split), soft_wrap=True)
     source = f"{results.split} split, data {results.data_digest[:12]}, run in {relative_path(results.directory)}"
     console.print(source, soft_wrap=True)
+    if (card := results.rows[-1].path.with_name(CARD)).is_file():
+        console.print(f"how to load the file: {relative_path(card)}", soft_wrap=True)
+    console.print(f"the whole run as a page: sqat report {relative_path(results.directory)}", soft_wrap=True)
 
 
-def fit_table(results: Results, metrics: list[str], console: Console) -> tuple[Table, int, bool]:
+def fit_table(results: Results, metrics: list[str], times: Times, console: Console) -> tuple[Table, int, bool]:
     """Build the table with as many columns as fit: drop the paths first, then the last metrics."""
     for num_metrics, has_path in [(len(metrics), True), *((count, False) for count in range(len(metrics), 0, -1))]:
-        table = results_table(results, metrics[:num_metrics], has_path)
+        table = results_table(results, metrics[:num_metrics], times, has_path)
         if Measurement.get(console, console.options, table).minimum <= console.width >= natural_width(table):
             return table, num_metrics, has_path
-    return results_table(results, metrics[:1], False), min(len(metrics), 1), False
+    return results_table(results, metrics[:1], times, False), min(len(metrics), 1), False
 
 
-def results_table(results: Results, metrics: list[str], has_path: bool) -> Table:
+def results_table(results: Results, metrics: list[str], times: Times, has_path: bool) -> Table:
     """Build the results table of some metrics."""
     compared = ["difference"] if find_difference(results) else []
-    table = new_table("", *metrics, *compared, "MB")
+    timed = ["ms", "faster"] if times else []
+    table = new_table("", *metrics, *compared, *timed, "MB")
     if has_path:
         table.add_column("path")
     digits = {metric: num_decimals([row.metrics.get(metric) for row in results.rows]) for metric in metrics}
@@ -67,8 +79,41 @@ def results_table(results: Results, metrics: list[str], has_path: bool) -> Table
         values = [format_metric(row.metrics.get(metric), digits[metric]) for metric in metrics]
         path = [relative_path(row.path)] if has_path else []
         difference = [format_difference(row.difference)] if compared else []
-        table.add_row(row.label, *values, *difference, f"{row.size_bytes / 1e6:.1f}", *path)
+        latency = format_latency(times, results.rows[0].label, row.label) if times else []
+        table.add_row(row.label, *values, *difference, *latency, f"{row.size_bytes / 1e6:.1f}", *path)
     return table
+
+
+def fastest_engines(results: Results, latencies: Report | None) -> Times:
+    """Return label -> the engine in which a result is fastest, and its milliseconds."""
+    if latencies is None:
+        return {}
+    from sqat.bench.results import fastest
+
+    found = {row.label: fastest(latencies, row.label) for row in results.rows}
+    return {label: time for label, time in found.items() if time is not None}
+
+
+def describe_latencies(report: Report, times: Times, split: str) -> str:
+    """Say what the milliseconds are of: the batch, the processor and the engine of each result."""
+    from sqat.bench.report import size_text
+
+    engines: dict[str, list[str]] = {}
+    for label, (engine, _) in times.items():
+        engines.setdefault(engine, []).append(label)
+    named = "; ".join(f"{engine}: {', '.join(labels)}" for engine, labels in engines.items())
+    size = size_text(report.settings[0].batch, report.settings[0].sequence)
+    threads = "1 thread" if report.threads == 1 else f"{report.threads} threads"
+    where = f"{threads} of {report.cpu or 'this processor'}"
+    return f"ms: median for the first rows of {split} ({size}), {where}, in the fastest engine here ({named})"
+
+
+def format_latency(times: Times, first: str, label: str) -> list[str]:
+    """Format milliseconds, and how many times as fast as the first row a result is."""
+    if label not in times:
+        return ["-", "-"]
+    ratio = f"{times[first][1] / times[label][1]:.2f}x" if first in times else "-"
+    return [format_digits(times[label][1]), ratio]
 
 
 def find_difference(results: Results) -> Difference | None:

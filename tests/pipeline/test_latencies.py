@@ -1,0 +1,51 @@
+"""`latency` in a recipe: the closing table says how fast each result is, on rows of the test split."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sqat.bench.report import Report
+from sqat.cli.exit_codes import main
+from tests.tiny import Project
+
+OVERRIDES = (
+    "latency={batch_size: 3, max_seconds: 0.2}",
+    "results={dense: train, int8: export}",
+)
+
+
+def run(project: Project, capsys: pytest.CaptureFixture[str], *more: str) -> str:
+    settings = [part for override in (*OVERRIDES, *more) for part in ("--set", override)]
+    assert main(["run", str(project.recipe), "--quiet", *settings]) == 0
+    return capsys.readouterr().out
+
+
+def test_results_are_timed_on_rows_of_the_test_split(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(copy, capsys)
+    place = copy.folder / "runs" / "tiny" / "bench.json"
+    report = Report.model_validate_json(place.read_bytes())
+    (setting,) = report.settings
+    assert setting.batch == 3
+    assert setting.sequence is not None
+    assert {name.partition("@")[0] for name in setting.rows} == {"dense", "int8"}
+    assert " ms " in text.splitlines()[0]
+    assert "1.00x" in text
+    before = place.stat().st_mtime_ns
+    assert main(["run", str(copy.recipe), "--quiet", "--json", "--set", OVERRIDES[0], "--set", OVERRIDES[1]]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert place.stat().st_mtime_ns == before, "nothing has changed: nothing is timed again"
+    assert rows[0]["latency"]["engine"] == "torch"
+    fastest = min(timing.p50_ms.median for name, timing in setting.rows.items() if name.startswith("int8@"))
+    assert rows[1]["latency"]["ms"] == fastest
+    run(copy, capsys, "latency.batch_size=2")
+    assert Report.model_validate_json(place.read_bytes()).settings[0].batch == 2
+
+
+def test_a_file_of_the_user_is_not_replaced(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    place = copy.folder / "runs" / "tiny" / "bench.json"
+    place.write_text("{}")
+    settings = [part for override in OVERRIDES for part in ("--set", override)]
+    assert main(["run", str(copy.recipe), "--quiet", *settings]) == 2
+    assert place.read_text() == "{}"
