@@ -18,6 +18,7 @@ from sqat.analyze.findings import Sensitivity, Shares
 from sqat.analyze.treatments import Pruning, Quantization, treated_
 from sqat.data.batch import Processor
 from sqat.data.rows import Rows
+from sqat.distillation.outputs import OUTPUT_LOSSES
 from sqat.distributed import process_state
 from sqat.errors import SqatError, suggest
 from sqat.evaluation.inference import EVALUATION_BATCH, logits_of, predict
@@ -40,7 +41,8 @@ def choose_measure(task: Task, metric: str, plain: Tensor, rows: Rows) -> Measur
         SqatError: no such metric, or one that is not finite for the untreated model.
     """
     if metric == OUTPUT_LOSS:
-        return lambda treated: clamp_rounding(float(task.output_loss(treated, plain, 1.0)))
+        distance, no_groups = OUTPUT_LOSSES[task.output_losses[0]], torch.full((len(plain),), -1)
+        return lambda treated: clamp_rounding(float(distance(treated, plain, no_groups, 1.0)))
     metrics = task.metrics(plain, rows)
     if metric not in metrics:
         raise SqatError(f"no metric {metric!r}", suggest(metric, metrics), "--metric", code="unknown-name")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sqat.data.batch import Batch
 from sqat.distillation.hidden_states import hidden_loss
+from sqat.distillation.outputs import OUTPUT_LOSSES
 from sqat.distillation.relations import QKV
 from sqat.errors import SqatError
 from sqat.models.attention import hook_last_qkv, token_multiple
@@ -41,6 +42,7 @@ def distilled_loss(student: nn.Module, teacher: nn.Module, config: DistillConfig
     Args:
         teacher: gets no gradient.
     """
+    output_loss = OUTPUT_LOSSES[config.output_loss or task.output_losses[0]]
     with inner_losses(student, teacher, config) as inner:
 
         def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -49,7 +51,8 @@ def distilled_loss(student: nn.Module, teacher: nn.Module, config: DistillConfig
                 teacher_logits = teacher.to(logits.device)(**batch.inputs).logits
             parts = {name: weight * part(batch.inputs) for name, (weight, part) in inner.items()}
             if config.output_weight:
-                parts["logits"] = config.output_weight * task.output_loss(logits, teacher_logits, config.temperature)
+                outputs = output_loss(logits, teacher_logits, batch.groups, config.output_temperature)
+                parts["logits"] = config.output_weight * outputs
             if config.task_weight:
                 parts["task"] = config.task_weight * task.loss(logits, batch)
             return parts

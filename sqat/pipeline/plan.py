@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sqat.data.batch import check_group_size
+from sqat.errors import SqatError
 from sqat.pipeline.graph import StageGraph, StageNode, resolve_graph
 from sqat.pipeline.quality_gates import describe_gates, predicted_failure
 from sqat.recipe.schema import LoadedRecipe
-from sqat.recipe.stages import CalibrateConfig, StageConfig, TrainConfig, learns_from_labels
+from sqat.recipe.stages import CalibrateConfig, StageConfig, TrainConfig, distill_config, row_grouping
 from sqat.tasks.splits import Splits
 
 
@@ -75,8 +76,22 @@ def check_data(splits: Splits) -> None:
     """
     splits.check()
     for config in splits.recipe.stages.values():
-        if isinstance(config, TrainConfig) and learns_from_labels(config) and splits.stream is None:
-            check_group_size(splits.epoch_sizes[1], config.batch_size)
+        if isinstance(config, TrainConfig):
+            check_groups(splits, config)
+
+
+def check_groups(splits: Splits, config: TrainConfig) -> None:
+    """Refuse batches that are too small for a query, and a loss between passages where no query has two.
+
+    Raises:
+        SqatError: it is one of these.
+    """
+    grouping, distill = row_grouping(config), distill_config(config)
+    largest = splits.epoch_sizes(grouping)[1]
+    check_group_size(largest, config.batch_size)
+    if distill is not None and grouping == "queries" and largest < 2:
+        raise SqatError(f"distill.output_loss {distill.output_loss} compares the passages of a query, and each query "
+                        "of train has one", "set distill.output_loss: mse", code="recipe-conflict")  # fmt: skip
 
 
 def pending_stages(graph: StageGraph, first: str | None, last: str | None, force: bool) -> list[StageNode]:
@@ -91,7 +106,7 @@ def pending_stages(graph: StageGraph, first: str | None, last: str | None, force
 def count_work(config: StageConfig, splits: Splits) -> tuple[int | None, int | None]:
     """Return the optimizer steps and samples of a stage, as if all batches were full."""
     if isinstance(config, TrainConfig):
-        batches = -(-splits.epoch_sizes[0] // config.batch_size)
+        batches = -(-splits.epoch_sizes(row_grouping(config))[0] // config.batch_size)
         steps = config.total_steps(batches, config.gradient_accumulation)
         return steps, steps * config.batch_size * config.gradient_accumulation
     if isinstance(config, CalibrateConfig):

@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 
 from sqat.checkpoint.store import Checkpoint, check_claims
-from sqat.data.batch import check_group_size
 from sqat.distributed import broadcast_from_rank0, run_on_rank0
 from sqat.errors import SqatError, StoppedError
 from sqat.export.traced_graphs import TracedGraphs
@@ -28,12 +27,12 @@ from sqat.files.read import try_read_object
 from sqat.files.replace import replace_file
 from sqat.pipeline.fingerprint import fingerprint
 from sqat.pipeline.graph import StageGraph, StageNode
-from sqat.pipeline.plan import count_work
+from sqat.pipeline.plan import check_groups, count_work
 from sqat.pipeline.quality_gates import reference_manifest
 from sqat.pipeline.result_files import REHEARSED_FILE
 from sqat.pipeline.stage_run import STAGES, load_parent, load_teacher
 from sqat.progress import Reporter, SilentReporter
-from sqat.recipe.stages import StageConfig, TrainConfig, learns_from_labels
+from sqat.recipe.stages import StageConfig, TrainConfig
 from sqat.stages.context import StageContext
 from sqat.tasks.splits import Splits
 from sqat.training.optimizer import learning_rate_factor
@@ -130,8 +129,8 @@ class Rehearsal:
     def check_recipe(self, node: StageNode) -> None:
         """Check what a few rows do not show: the size of batches, and stages that gates compare with."""
         config = node.config
-        if isinstance(config, TrainConfig) and learns_from_labels(config):
-            check_group_size(self.splits.epoch_sizes[1], config.batch_size)
+        if isinstance(config, TrainConfig):
+            check_groups(self.splits, config)
         for gate in config.gates.values():
             other = self.graph.nodes[gate.against] if gate.against else None
             if other is not None and other not in self.pending:

@@ -153,6 +153,10 @@ def check_distillation(recipe: Recipe, name: str, distill: DistillConfig) -> Ite
     if not (distill.minilm_weight or distill.hidden_weight or distill.output_weight or distill.task_weight):
         text = f"every part of the loss of stage {name!r} has weight 0"
         yield Problem(path, text, "set one of minilm_weight, hidden_weight, output_weight, task_weight")
+    allowed = TASKS[recipe.task.name].output_losses
+    if distill.output_loss is not None and distill.output_loss not in allowed:
+        text = f"the task {recipe.task.name} has no output loss {distill.output_loss!r}"
+        yield Problem((*path, "output_loss"), text, suggest(distill.output_loss, allowed))
     if teacher is not None and teacher not in dense:
         what = "is no dense ancestor of it" if teacher in recipe.stages else "is no stage"
         text = f"the teacher {teacher!r} of stage {name!r} {what}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, Field, field_serializer, model_validator
 
-from sqat.distillation import LOSSES, RelationLoss
+from sqat.distillation import LIST_LOSSES, LOSSES, OutputLossName, RelationLoss
 from sqat.distillation.minilm_v2 import MiniLMv2
 from sqat.quantization.calibrators import CALIBRATORS, Calibrator
 from sqat.quantization.calibrators.percentile import Percentile
@@ -24,6 +24,7 @@ from sqat.sparsity.schedules import SCHEDULES, Schedule
 from sqat.sparsity.schedules.per_group import PerGroup
 
 STAGE_TYPES = ("train", "prune", "calibrate", "qat", "export")
+RowGrouping = Literal["queries", "labels", "rows"]
 TYPE_WORDS = "type of the stage; default: its name"
 if TYPE_CHECKING:
     TargetName = str
@@ -160,12 +161,22 @@ class DistillConfig(BaseModel):
     )
     task_weight: float = Field(default=1.0, ge=0, description="weight of the task loss on the labels")
     output_weight: float = Field(default=0.0, ge=0, description="weight of the distillation of the model's outputs")
-    temperature: float = Field(default=1.0, gt=0, description="temperature of the output distillation")
+    output_loss: OutputLossName | None = Field(
+        default=None, description="how outputs are compared; default: the first that the task has (GUIDE)"
+    )
+    temperature: float | None = Field(
+        default=None, gt=0, description="of kl, listwise and similarities; default: 1, of similarities 0.05"
+    )
     teacher: str | None = Field(default=None, description="stage that teaches; default: the nearest dense ancestor")
     qkv: tuple[str, ...] | None = Field(
         default=None,
         description="names of the q, k, v linears of the last layer (or one fused); default: found by rule",
     )
+
+    @property
+    def output_temperature(self) -> float:
+        """The temperature of the output distillation."""
+        return self.temperature or (0.05 if self.output_loss == "similarities" else 1.0)
 
 
 class DenseTrainConfig(TrainConfig):
@@ -266,10 +277,23 @@ class ExportConfig(BaseStage):
     max_disagreement: float = Field(default=0.005, ge=0, le=1, description="share of decisions that may differ")
 
 
+def distill_config(config: BaseStage) -> DistillConfig | None:
+    """Return how a stage distils; None where it does not."""
+    return config.distill if isinstance(config, PruneConfig | QatConfig) else None
+
+
 def learns_from_labels(config: TrainConfig) -> bool:
-    """Whether a stage learns from labels; one that only imitates its teacher takes every row, each alone."""
-    distill = config.distill if isinstance(config, PruneConfig | QatConfig) else None
+    """Whether a stage learns from labels."""
+    distill = distill_config(config)
     return distill is None or distill.task_weight > 0
+
+
+def row_grouping(config: TrainConfig) -> RowGrouping:
+    """Which rows of a stage share a batch: those of a query, those of the task's loss, or any."""
+    distill = distill_config(config)
+    if distill is not None and distill.output_weight and distill.output_loss in LIST_LOSSES:
+        return "queries"
+    return "labels" if learns_from_labels(config) else "rows"
 
 
 StageConfig = DenseTrainConfig | PruneConfig | CalibrateConfig | QatConfig | ExportConfig

@@ -24,7 +24,7 @@ from sqat.export.traced_graphs import TracedGraphs
 from sqat.models.loading import build, check_head, load_pretrained, versions
 from sqat.progress import Reporter
 from sqat.recipe.schema import Recipe
-from sqat.recipe.stages import DistillConfig, StageConfig, TrainConfig, learns_from_labels
+from sqat.recipe.stages import DistillConfig, StageConfig, TrainConfig, learns_from_labels, row_grouping
 from sqat.stages.training_batches import make_batches
 from sqat.tasks import Task
 from sqat.tasks.splits import Splits
@@ -108,8 +108,8 @@ class StageContext:
 
     def training_batches(self, config: TrainConfig, processor: Processor) -> Batches:
         """Training batches, a function of seed and epoch."""
-        groups = learns_from_labels(config)
-        return make_batches(self.splits, processor, config.batch_size, self.accumulation_steps(config), groups)
+        accumulation_steps, grouping = self.accumulation_steps(config), row_grouping(config)
+        return make_batches(self.splits, processor, config.batch_size, accumulation_steps, grouping)
 
     def accumulation_steps(self, config: TrainConfig) -> int:
         """How many batches an optimizer step sums up, over all processes."""

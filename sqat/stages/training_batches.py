@@ -6,18 +6,20 @@ from sqat.data.batch import Batch, Processor, plan_batches
 from sqat.data.pixels import augment_images
 from sqat.data.rows import column
 from sqat.data.streaming import Stream, StreamedBatches
+from sqat.recipe.stages import RowGrouping
+from sqat.tasks import group_rows
 from sqat.tasks.splits import Splits
 from sqat.training.batches import Batches
 
 
 def make_batches(
-    splits: Splits, processor: Processor, batch_size: int, accumulation_steps: int, by_label: bool
+    splits: Splits, processor: Processor, batch_size: int, accumulation_steps: int, grouping: RowGrouping
 ) -> Batches:
     """Make training batches, a function of seed and epoch.
 
     Args:
         accumulation_steps: batches that an optimizer step sums up; a stream reads as many at once.
-        by_label: take the task's training groups; else every row, each alone. A stream takes its rows in its order.
+        grouping: which rows share a batch. A stream takes its rows in its order.
     """
     if splits.stream is not None:
         return stream_batches(splits, splits.stream, processor, batch_size, accumulation_steps)
@@ -25,7 +27,7 @@ def make_batches(
     lengths, augment = column(rows, "length").tolist(), recipe.data.augment
 
     def plan(epoch: int) -> list[list[int]]:
-        groups = task.training_groups(rows, recipe.seed, epoch) if by_label else [[row] for row in range(len(rows))]
+        groups = group_rows(task, grouping, rows, recipe.seed, epoch)
         return plan_batches(lengths, groups, batch_size, recipe.seed, epoch)
 
     def collate(indices: list[int]) -> Batch:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from sqat.data.text_files import Placed
 from sqat.data.wording import listed, shorten
 from sqat.errors import SqatError, nearest
 from sqat.recipe.inputs import Columns
-from sqat.recipe.tasks import ClassificationTask
+from sqat.recipe.tasks.classification import CLASSIFICATION, ClassificationTask
 from sqat.tasks import metrics
 from sqat.tasks.task import Task, tie_margin
 
@@ -34,6 +34,7 @@ class Classification(Task):
     labels: tuple[str, ...]
     metric: Literal["accuracy", "f1"] = "accuracy"
     architecture: str = "texts"
+    output_losses: ClassVar = CLASSIFICATION.output_losses
 
     @property
     def outputs(self) -> int:

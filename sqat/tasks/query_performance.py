@@ -22,7 +22,7 @@ from sqat.data.fields import check_two_labels, read_texts, share_of
 from sqat.data.rows import Record, Rows, SplitName, column
 from sqat.data.text_files import Placed
 from sqat.recipe.inputs import Columns
-from sqat.recipe.tasks import QueryPerformanceTask
+from sqat.recipe.tasks.query_performance import QUERY_PERFORMANCE, QueryPerformanceTask
 from sqat.tasks import metrics
 from sqat.tasks.task import Task, tie_margin
 
@@ -34,6 +34,7 @@ class QueryPerformance(Task):
     loss_name: Literal["mse", "pairwise"] = "mse"
     metric: Literal["ndcg", "kendall", "spearman"] = "ndcg"
     architecture: ClassVar[str] = "texts"
+    output_losses: ClassVar = QUERY_PERFORMANCE.output_losses
 
     @property
     def outputs(self) -> int:

@@ -16,7 +16,7 @@ from sqat.data.fields import check_two_labels, number_of, read_texts
 from sqat.data.rows import Record, Rows, SplitName, column
 from sqat.data.text_files import Placed
 from sqat.recipe.inputs import Columns
-from sqat.recipe.tasks import RegressionTask
+from sqat.recipe.tasks.regression import REGRESSION, RegressionTask
 from sqat.tasks import metrics
 from sqat.tasks.task import Task, tie_margin
 
@@ -27,6 +27,7 @@ class Regression(Task):
 
     metric: Literal["spearman", "pearson"] = "spearman"
     architecture: ClassVar[str] = "texts"
+    output_losses: ClassVar = REGRESSION.output_losses
 
     @property
     def outputs(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,7 +23,7 @@ from sqat.data.rows import Record, Rows, SplitName, column
 from sqat.data.text_files import Placed
 from sqat.errors import SqatError
 from sqat.recipe.inputs import Columns
-from sqat.recipe.tasks import RelevanceTask
+from sqat.recipe.tasks.relevance import RELEVANCE, RelevanceTask
 from sqat.tasks import metrics
 from sqat.tasks.task import Task, tie_margin
 
@@ -43,6 +44,7 @@ class Relevance(Task):
     metric: Literal["ndcg@10", "pnr", "mrr", "accuracy", "auc", "pair-accuracy"] = "ndcg@10"
     highest: float = 1.0
     architecture: ClassVar[str] = "texts"
+    output_losses: ClassVar = RELEVANCE.output_losses
 
     @property
     def outputs(self) -> int:
@@ -60,18 +62,23 @@ class Relevance(Task):
         places but one), then a sample, new in every epoch, of the lowest. Pairwise leaves out queries of one
         grade.
         """
+        queries = self.query_groups(rows, seed, epoch)
+        kept = [*chain(*queries)]
+        if self.loss_name == "pointwise":
+            return [[row] for row in kept]
+        lowest, highest = grade_range(column(rows, "label")[kept], column(rows, "group")[kept])
+        return [query for query, mixed in zip(queries, lowest < highest, strict=True) if mixed]
+
+    def query_groups(self, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
+        """Return the passages of one epoch, a query's together; ``candidates`` holds for them too."""
         labels, groups = column(rows, "label"), column(rows, "group")
         kept = (
             np.arange(len(rows))
             if self.candidates is None
             else sample_candidates(labels, groups, self.candidates, seed, epoch)
         )
-        if self.loss_name == "pointwise":
-            return [[int(row)] for row in kept]
-        lowest, highest = grade_range(labels[kept], groups[kept])
         starts = np.flatnonzero(np.diff(groups[kept]))
-        queries = np.split(kept, starts + 1)
-        return [query.tolist() for query, mixed in zip(queries, lowest < highest, strict=True) if mixed]
+        return [query.tolist() for query in np.split(kept, starts + 1)]
 
     def evaluation_rows(self, rows: Rows) -> Rows:
         """Return the rows of the queries whose passages differ in grade."""

@@ -1,7 +1,7 @@
 """Search with a bi-encoder: queries and passages become vectors, near where a passage answers.
 
 A row is one text. Its label is the grade of a passage for the query of its group, `QUERY` for the query, or `LOOSE`
-for a text without a query. The loss is InfoNCE (arXiv:1705.00652); distillation is 1 - cosine.
+for a text without a query. The loss is InfoNCE (arXiv:1705.00652).
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from sqat.data.batch import Batch
 from sqat.data.fields import check_repeated_passages, grade_of, passages_of, query_of, text_of
 from sqat.data.rows import Record, Rows, SplitName, column
 from sqat.data.text_files import Placed
-from sqat.distillation.outputs import embedding_loss
 from sqat.errors import SqatError
 from sqat.recipe.inputs import Columns
-from sqat.recipe.tasks import RetrievalTask
+from sqat.recipe.tasks.retrieval import RETRIEVAL, RetrievalTask
 from sqat.tasks import metrics
 from sqat.tasks.retrieval_metrics import Floats, retrieval, similarities
 from sqat.tasks.task import Task, tie_margin
@@ -51,6 +50,7 @@ class Retrieval(Task):
     pooling: Literal["mean", "cls", "max"] | None = None
     metric: Metric = "ndcg@10"
     architecture: ClassVar[str] = "sentences"
+    output_losses: ClassVar = RETRIEVAL.output_losses
 
     @property
     def config_fields(self) -> dict[str, Any]:
@@ -110,10 +110,6 @@ class Retrieval(Task):
         others = scores.masked_fill(excluded, lowest).logsumexp(dim=1, keepdim=True)
         losses = softplus(others - scores).masked_fill(~positive, 0.0)
         return losses.sum() / positive.sum().clamp(min=1)
-
-    def output_loss(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """1 - cosine of embeddings [B, H], mean; the temperature has nothing to soften."""
-        return embedding_loss(student, teacher)
 
     def unit_metrics(self, logits: Tensor, rows: Rows) -> metrics.UnitMetrics:
         vectors = metrics.finite(logits)

@@ -17,8 +17,9 @@ from sqat.data.text_files import Placed
 from sqat.errors import SqatError
 from sqat.recipe.inputs import Columns, SplitConfig
 from sqat.recipe.schema import Recipe
+from sqat.recipe.stages import RowGrouping
 from sqat.recipe.tasks import TaskSettings
-from sqat.tasks.task import Task, build_task, task_module
+from sqat.tasks.task import Task, build_task, group_rows, task_module
 
 
 def load_rows(split: SplitConfig, name: SplitName, columns: Columns, settings: TaskSettings, folder: Path) -> Rows:
@@ -66,6 +67,7 @@ class Splits:
     raw: dict[str, Rows] = field(default_factory=dict)
     encoded: dict[str, Rows] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    sizes: dict[RowGrouping, tuple[int, int]] = field(default_factory=dict)
     limit: int | None = None
 
     def first_rows(self, limit: int) -> Splits:
@@ -110,14 +112,15 @@ class Splits:
             return None
         return open_stream(split, recipe.data.columns, recipe.task, self.folder, recipe.seed)
 
-    @cached_property
-    def epoch_sizes(self) -> tuple[int, int]:
-        """The number of train rows of an epoch, and of those in its largest group."""
+    def epoch_sizes(self, grouping: RowGrouping) -> tuple[int, int]:
+        """Return the number of train rows of an epoch, and of those in its largest group."""
         if self.stream is not None:
             return self.stream.rows, 1
-        rows = self.task.encode(self.rows("train"))
-        sizes = [*map(len, self.task.training_groups(rows, self.recipe.seed, 0))]
-        return sum(sizes), max(sizes, default=0)
+        if grouping not in self.sizes:
+            rows = self.task.encode(self.rows("train"))
+            sizes = [*map(len, group_rows(self.task, grouping, rows, self.recipe.seed, 0))]
+            self.sizes[grouping] = sum(sizes), max(sizes, default=0)
+        return self.sizes[grouping]
 
     @cached_property
     def task(self) -> Task:

@@ -6,15 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 from torch import Tensor
 
 from sqat.data.batch import Batch
 from sqat.data.rows import Record, Rows, SplitName
 from sqat.data.text_files import Placed
-from sqat.distillation.outputs import logit_loss
+from sqat.distillation import OutputLossName
 from sqat.recipe.inputs import Columns
+from sqat.recipe.stages import RowGrouping
 from sqat.recipe.tasks import TASKS, TaskSettings
 from sqat.tasks.metrics import UnitMetrics
 
@@ -22,7 +23,13 @@ TIE = 0.01
 
 
 class Task(ABC):
-    """Loss and metrics of a task; N rows, B rows of a batch, C outputs."""
+    """Loss and metrics of a task; N rows, B rows of a batch, C outputs.
+
+    Attributes:
+        output_losses: how its outputs may be distilled, from its `TaskSpec`; the first is the default.
+    """
+
+    output_losses: ClassVar[tuple[OutputLossName, ...]]
 
     @property
     @abstractmethod
@@ -52,6 +59,10 @@ class Task(ABC):
         """Return the rows of one epoch, in groups that must share a batch."""
         return [[row] for row in range(len(rows))]
 
+    def query_groups(self, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
+        """Return the rows of one epoch a query's together whatever their labels; without queries, alone."""
+        return [[row] for row in range(len(rows))]
+
     def evaluation_rows(self, rows: Rows) -> Rows:
         """Return the rows of dev or test that a metric depends on; the others are not computed."""
         return rows
@@ -63,10 +74,6 @@ class Task(ABC):
     @abstractmethod
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the loss [] of outputs [B, C]."""
-
-    def output_loss(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """Return the distance [] between the outputs [B, ...] of student and teacher."""
-        return logit_loss(student, teacher, temperature)
 
     @abstractmethod
     def unit_metrics(self, logits: Tensor, rows: Rows) -> UnitMetrics:
@@ -116,6 +123,13 @@ def build_task(settings: TaskSettings, train_rows: Rows) -> Task:
         SqatError: the labels of the recipe and of the rows do not fit.
     """
     return task_module(settings).build(settings, train_rows)
+
+
+def group_rows(task: Task, grouping: RowGrouping, rows: Rows, seed: int, epoch: int) -> list[list[int]]:
+    """Return the rows of one epoch, in groups that must share a batch."""
+    if grouping == "rows":
+        return [[row] for row in range(len(rows))]
+    return (task.query_groups if grouping == "queries" else task.training_groups)(rows, seed, epoch)
 
 
 def tie_margin(reference: Tensor) -> float:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from torch import Tensor
-from torch.nn.functional import mse_loss
 
 from sqat.data.batch import Batch
 from sqat.data.fields import read_pixels, text_of
@@ -21,7 +20,7 @@ from sqat.data.rows import Record, Rows, SplitName
 from sqat.data.text_files import Placed
 from sqat.models.rectified_flow import CUT, NUMBER, expand_times, fixed_draws, remaining, signals
 from sqat.recipe.inputs import Columns
-from sqat.recipe.tasks import TextToImageTask
+from sqat.recipe.tasks.text_to_image import TEXT_TO_IMAGE, TextToImageTask
 from sqat.tasks import metrics
 from sqat.tasks.task import Task, tie_margin
 
@@ -32,6 +31,7 @@ class TextToImage(Task):
 
     metric: Literal["explained"] = "explained"
     architecture: ClassVar[str] = "diffusion"
+    output_losses: ClassVar = TEXT_TO_IMAGE.output_losses
 
     def evaluation_rows(self, rows: Rows) -> Rows:
         """Return all rows with their numbers, from which noise and time are drawn."""
@@ -43,10 +43,6 @@ class TextToImage(Task):
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         return velocity_error(logits.float(), batch.labels, batch.inputs["timestep"].flatten())
-
-    def output_loss(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """Return the mean squared error; an image has no temperature."""
-        return mse_loss(student.float(), teacher.float())
 
     def unit_metrics(self, logits: Tensor, rows: Rows) -> metrics.UnitMetrics:
         metrics.finite(logits)

@@ -129,11 +129,6 @@ def test_every_row_is_a_unit_measured_and_kept_as_it_is() -> None:
     assert task.data_warnings(rows) == []
 
 
-def test_the_student_is_held_to_the_teachers_logit() -> None:
-    found = QueryPerformance().output_loss(torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [0.0]]), 1.0)
-    assert found.item() == pytest.approx(0.5)
-
-
 GOOD = {"query": "who", "top": "them", "label": 0.5}
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "above": (

@@ -112,11 +112,6 @@ def test_descending_the_loss_finds_the_passages() -> None:
     assert (found["ndcg@10"], found["recall@1"], found["pnr"]) == (1.0, 1.0, math.inf)
 
 
-def test_distillation_is_one_minus_cosine_whatever_the_length() -> None:
-    student, teacher = torch.tensor([[2.0, 0], [0, 3]]), torch.tensor([[5.0, 0], [1, 0]])
-    assert Retrieval().output_loss(student, teacher, 1.0).item() == pytest.approx(0.5)
-
-
 @settings(max_examples=80, deadline=None)
 @given(GRADES, st.integers(0, 3), st.integers(0, 2**32 - 1), st.integers(0, 5))
 def test_a_unit_is_a_query_with_a_positive_and_some_negatives(

@@ -59,7 +59,9 @@ def test_a_querys_passages_are_one_for_each_grade(loss: str, tmp_path: Path) -> 
     splits = splits_of(tmp_path, f"{{name: relevance, loss: {loss}}}", rows)
     few = few_of(splits, "train")
     assert column(few, "label").tolist() == [0, 1, 2, 0]
-    assert splits.epoch_sizes == (5 * 104, 104 if loss == "pairwise" else 1)
+    assert splits.epoch_sizes("labels") == (5 * 104, 104 if loss == "pairwise" else 1)
+    assert splits.epoch_sizes("queries") == (5 * 104, 104)
+    assert splits.epoch_sizes("rows") == (5 * 104, 1)
 
 
 def test_more_rows_where_the_first_queries_teach_nothing(tmp_path: Path) -> None:

@@ -89,11 +89,6 @@ def test_agreement_is_told_picture_by_picture(judged: Dataset) -> None:
     assert TextToImage().same_decision(wanted, got, judged).tolist() == [True, True, False, True, True, True]
 
 
-def test_distillation_is_the_squared_error_of_pictures() -> None:
-    student, teacher = torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 3.0)
-    assert float(TextToImage().output_loss(student, teacher, 7.0)) == 9.0
-
-
 def test_an_empty_caption_is_told_with_its_row(tmp_path: Path) -> None:
     path = write(tmp_path / "some.npz", names=["a", "b", "  ", "d", "e", "f"])
     with pytest.raises(SqatError, match='"names" is empty') as caught:

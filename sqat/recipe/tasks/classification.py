@@ -27,12 +27,17 @@ class ClassificationTask(TaskSettings):
 
 
 CLASSIFICATION = TaskSpec(
-    ClassificationTask, "sqat.tasks.classification", columns=("text", "text_pair", "label"), streamable=True
+    ClassificationTask,
+    "sqat.tasks.classification",
+    columns=("text", "text_pair", "label"),
+    output_losses=("kl",),
+    streamable=True,
 )
 IMAGE_CLASSIFICATION = TaskSpec(
     ClassificationTask,
     "sqat.tasks.image_classification",
     columns=("image", "label"),
+    output_losses=("kl",),
     starts_from_config=True,
     augments=True,
 )

@@ -22,5 +22,9 @@ class QueryPerformanceTask(TaskSettings):
 
 
 QUERY_PERFORMANCE = TaskSpec(
-    QueryPerformanceTask, "sqat.tasks.query_performance", columns=("text", "text_pair", "label"), streamable=True
+    QueryPerformanceTask,
+    "sqat.tasks.query_performance",
+    columns=("text", "text_pair", "label"),
+    output_losses=("mse",),
+    streamable=True,
 )

@@ -18,4 +18,10 @@ class RegressionTask(TaskSettings):
     )
 
 
-REGRESSION = TaskSpec(RegressionTask, "sqat.tasks.regression", columns=("text", "text_pair", "label"), streamable=True)
+REGRESSION = TaskSpec(
+    RegressionTask,
+    "sqat.tasks.regression",
+    columns=("text", "text_pair", "label"),
+    output_losses=("mse",),
+    streamable=True,
+)

@@ -39,5 +39,8 @@ class RelevanceTask(TaskSettings):
 
 
 RELEVANCE = TaskSpec(
-    RelevanceTask, "sqat.tasks.relevance", columns=("query", "passage", "label", "group", "candidates")
+    RelevanceTask,
+    "sqat.tasks.relevance",
+    columns=("query", "passage", "label", "group", "candidates"),
+    output_losses=("mse", "listwise", "margin-mse"),
 )

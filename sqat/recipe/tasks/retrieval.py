@@ -28,5 +28,8 @@ class RetrievalTask(TaskSettings):
 
 
 RETRIEVAL = TaskSpec(
-    RetrievalTask, "sqat.tasks.retrieval", columns=("query", "passage", "label", "group", "candidates")
+    RetrievalTask,
+    "sqat.tasks.retrieval",
+    columns=("query", "passage", "label", "group", "candidates"),
+    output_losses=("cosine", "l2", "similarities"),
 )

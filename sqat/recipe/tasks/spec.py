@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, get_args
 
 from pydantic import BaseModel
 
+from sqat.distillation import OutputLossName
 from sqat.recipe.fields import STRICT
 
 
@@ -40,6 +41,7 @@ class TaskSpec:
         settings: what the recipe's section ``task`` may hold.
         module: has ``read_records``, ``check_rows`` and ``build``, as `sqat.tasks.task.TaskModule` says.
         columns: keys of ``data.columns`` that mean something to the task.
+        output_losses: how a stage may distil the model's outputs; the first is the default.
         streamable: each row is a text that stands alone, so that train may be streamed.
         starts_from_config: ``model.config`` may describe a model with random weights.
         reads_captions: ``model.text_encoder`` reads captions.
@@ -49,6 +51,7 @@ class TaskSpec:
     settings: type[TaskSettings]
     module: str
     columns: tuple[str, ...]
+    output_losses: tuple[OutputLossName, ...]
     streamable: bool = False
     starts_from_config: bool = False
     reads_captions: bool = False

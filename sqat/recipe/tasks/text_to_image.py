@@ -20,6 +20,7 @@ TEXT_TO_IMAGE = TaskSpec(
     TextToImageTask,
     "sqat.tasks.text_to_image",
     columns=("image", "text"),
+    output_losses=("mse",),
     starts_from_config=True,
     reads_captions=True,
 )
