@@ -96,6 +96,8 @@ def test_run_as_json_prints_nothing_else(monkeypatch: pytest.MonkeyPatch, capsys
         "metrics": {"accuracy": 0.9, "pnr": "Infinity"},
         "size_bytes": 90_900_000,
         "path": "runs/r/01-train",
+        "difference": None,
+        "latency": None,
     }
     assert value["data_digest"] == "c" * 64
 
