@@ -26,6 +26,12 @@ def init(
     sparseml: Annotated[
         Path | None, typer.Option("--from-sparseml", metavar="FILE", help="take the stages from a SparseML recipe")
     ] = None,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", metavar="N", help="how long the run may take on this machine")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", metavar="N", help="training steps of all stages; default: epochs")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="overwrite the recipe")] = False,
 ) -> None:
     """Write a recipe for a data file.
@@ -42,6 +48,15 @@ def init(
 
     is_terminal = sys.stdin.isatty() and sys.stderr.isatty()
     for line in starter.write_starter(
-        data, output, task=task, model=model, dev=dev, sparseml=sparseml, force=force, ask=ask if is_terminal else None
+        data,
+        output,
+        task=task,
+        model=model,
+        dev=dev,
+        sparseml=sparseml,
+        minutes=minutes,
+        steps=steps,
+        force=force,
+        ask=ask if is_terminal else None,
     ):
         print_text(line)

@@ -6,11 +6,9 @@ A terminal asks for the task; any other wrong guess is a line to change in the r
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -18,15 +16,16 @@ from typing import TYPE_CHECKING
 
 from sqat.checkpoint.outputs import check_output
 from sqat.data.text_files import read_rows
-from sqat.errors import SqatError, escape_control
-from sqat.files.read import is_file
+from sqat.errors import SqatError
+from sqat.files.read import is_file, try_read_object
 from sqat.files.replace import replace_file
+from sqat.init.budget import SHARES, plan_minutes, split_steps
 from sqat.init.from_sparseml import Translation, translate
 from sqat.init.guess_task import RANKING_TASKS, Guess, guess_task
+from sqat.init.recipe_text import compose_recipe
 from sqat.recipe.json_schema import SCHEMA_FILE, schema_text
 from sqat.recipe.loader import check_tree, read_tree
 from sqat.recipe.stages import TrainConfig
-from sqat.recipe.yaml_nodes import Place, resolve_scalar
 
 if TYPE_CHECKING:
     from sqat.tasks.splits import Splits
@@ -46,6 +45,8 @@ def write_starter(
     model: str | None = None,
     dev: Path | None = None,
     sparseml: Path | None = None,
+    minutes: float | None = None,
+    steps: int | None = None,
     force: bool = False,
     ask: Callable[[str], str] | None = None,
 ) -> list[str]:
@@ -53,6 +54,8 @@ def write_starter(
 
     Args:
         sparseml: a recipe of SparseML or llm-compressor that gives the stages.
+        minutes: that the whole run may take on this machine; steps and rows are chosen to fit.
+        steps: of all stages together.
         ask: returns the task, given the guess; called only if ``task`` is None.
 
     Raises:
@@ -64,6 +67,7 @@ def write_starter(
     check_output(output, ".yaml", ".yml", force=force)
     check_output(output.with_name(SCHEMA_FILE), ".json")
     check_task(task)
+    check_budget(minutes, steps, sparseml)
     rows = [row for _, row in islice(read_rows(data, str(data)), ROWS_READ)]
     if not rows:
         raise SqatError("holds no rows", place=str(data), code="no-rows")
@@ -79,6 +83,10 @@ def write_starter(
     translation = None if sparseml is None else translate(sparseml)
     starter = Starter(guess, splits, model or default_model(), output, translation)
     lines = starter.check()
+    if minutes is not None:
+        lines.append(starter.fit_minutes(minutes))
+    elif steps is not None:
+        starter.steps = split_steps(steps)
     replace_file(output, compose_recipe(starter, output.parent).encode())
     replace_file(output.with_name(SCHEMA_FILE), schema_text().encode())
     columns = ", ".join(f"{key} = {name}" for key, name in guess.columns.items())
@@ -101,6 +109,29 @@ class Starter:
     output: Path
     translation: Translation | None
     settings: dict[str, float] = field(default_factory=dict)
+    steps: Mapping[str, int] = field(default_factory=dict)
+    limits: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether sqat has CPU kernels for the model; False if its config is not on this machine."""
+        from sqat.export.cpu.encoder import FAMILIES
+        from sqat.models.sources import resolve_source
+
+        config = Path(resolve_source(self.model, self.output.parent)) / "config.json"
+        return try_read_object(config).get("model_type") in FAMILIES
+
+    def fit_minutes(self, minutes: float) -> str:
+        """Choose steps, and limits of dev and test, that fit into some minutes; return a line about them."""
+        splits = self.load()
+        budget = plan_minutes(splits, minutes)
+        self.steps = budget.steps
+        for name, most in budget.rows.items():
+            if self.splits[name] is not None and len(rows := splits.rows(name)) > most:
+                groups = len(set(rows["group"])) if "group" in rows.column_names else len(rows)
+                self.limits[name] = max(1, most * groups // len(rows))
+        steps = ", ".join(f"{name} {count}" for name, count in budget.steps.items())
+        return f"{minutes:g} minutes on this machine: {steps} steps"
 
     def check(self) -> list[str]:
         """Load the recipe and read its data as `sqat run` does; fit the task's settings to the data.
@@ -162,6 +193,18 @@ class Starter:
         return (self.splits["train"] or self.output).parent
 
 
+def check_budget(minutes: float | None, steps: int | None, sparseml: Path | None) -> None:
+    """Raise SqatError for minutes or steps that cannot be kept."""
+    given = [flag for flag, value in (("--minutes", minutes), ("--steps", steps)) if value is not None]
+    if len(given) > 1 or (given and sparseml is not None):
+        others = [*given, *(["--from-sparseml"] if sparseml is not None else [])]
+        raise SqatError(f"{' and '.join(others)} exclude each other", "give one of them", code="usage")
+    if minutes is not None and not 0 < minutes < float("inf"):
+        raise SqatError(f"must be above 0, got {minutes:g}", place="--minutes", code="usage")
+    if steps is not None and steps < len(SHARES):
+        raise SqatError(f"must be at least {len(SHARES)}, got {steps}", place="--steps", code="usage")
+
+
 def check_task(task: str | None) -> None:
     """Raise SqatError for a task that `sqat init` does not write."""
     if task is not None and task not in TASKS:
@@ -181,87 +224,3 @@ def default_model() -> str:
         for weights in sorted(Path(root).rglob("model.safetensors")):
             return f"package:{MODEL_PACKAGE}/{weights.parent.relative_to(root).as_posix()}".removesuffix("/.")
     return HUB_MODEL
-
-
-def scalar(text: str) -> str:
-    """Format a text for YAML, in quotes if YAML would read it as something else."""
-    plain = re.fullmatch(r"[\w./][\w./ @+-]*", text, re.ASCII) and text == text.strip()
-    if plain and isinstance(resolve_scalar(text, Place("")), str):
-        return text
-    return json.dumps(text, ensure_ascii=not text.isprintable())
-
-
-def compose_recipe(starter: Starter, folder: Path) -> str:
-    """Return the text of the recipe; paths are relative to ``folder``."""
-    guess, translation = starter.guess, starter.translation
-    paths = {name: scalar(os.path.relpath(path, folder)) for name, path in starter.splits.items() if path is not None}
-    dev = f"  dev: {paths['dev']}" if "dev" in paths else DEV_IS_TRAIN.format(train=paths["train"])
-    test = f"  test: {paths['test']}" if "test" in paths else "  # test: measured once, at the end"
-    columns = "\n".join(f"    {key}: {scalar(name)}" for key, name in guess.columns.items())
-    settings = "".join(f", {name}: {value:.3g}" for name, value in starter.settings.items())
-    parts = {
-        "task": f"{{name: {guess.task}{settings}}}" if settings else guess.task,
-        "reason": escape_control(guess.reason),
-        "model": scalar(starter.model),
-        "max_length": guess.max_length,
-        "distill": "{output_weight: 10, task_weight: 0}"
-        if guess.task == "retrieval"
-        else "{}",  # embeddings need no labels
-    }
-    head = TEMPLATE.format(**parts, train=paths["train"], dev=dev, test=test, columns=columns)
-    if translation is None:
-        return head + STAGES.format(**parts) + RESULTS.format(sparse="sparse int8", target="onnx-int8")
-    notes = "".join(f"# {note}\n" for note in translation.notes)
-    results = RESULTS.format(sparse=translation.label, target=translation.stages["export"]["targets"][0])
-    return f"{head}{notes}{translation.text()}\n{results}"
-
-
-DEV_IS_TRAIN = """\
-  # WARNING: no dev file was found, so dev is the training data. Name another file.
-  dev: {{path: {train}, limit: 500}}"""
-
-TEMPLATE = """\
-# yaml-language-server: $schema=recipe.schema.json
-# Written by `sqat init`. Every key with its default: `sqat schema`. What would run: `sqat run --dry-run`.
-model:
-  source: {model}  # a folder, a hub name, or package:NAME/FOLDER
-  max_length: {max_length}  # tokens a text (or pair) is cut to
-
-task: {task}  # {reason}
-
-data:  # files relative to this one
-  train: {train}
-{dev}
-{test}
-  columns:
-{columns}
-
-"""
-
-STAGES = """\
-stages:
-  train:  # dense fine-tuning: what the others start from and learn from
-    epochs: 2
-    learning_rate: 5e-5
-  prune:  # 2 of each 4 weights go, step by step
-    pattern: 2:4
-    schedule: per-group
-    epochs: 2
-    distill: {distill}  # learn from the dense stage; null: from the labels alone
-  calibrate:  # scales of the activations
-    method: percentile
-    samples: 512
-  qat:  # masks, fake quantization and distillation together
-    epochs: 1
-    learning_rate: 2e-5
-    distill: {distill}
-  export:  # int8 ONNX, checked in ONNX Runtime
-    targets: [onnx-int8]
-
-"""
-
-RESULTS = """\
-results:  # rows of the results table
-  dense fp32: train
-  {sparse}: export/{target}
-"""

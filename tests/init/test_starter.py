@@ -12,7 +12,8 @@ import pytest
 
 from sqat.errors import SqatError
 from sqat.init.guess_task import guess_task
-from sqat.init.starter import default_model, scalar, write_starter
+from sqat.init.recipe_text import scalar
+from sqat.init.starter import default_model, write_starter
 from sqat.recipe.loader import load_recipe
 from tests.errors import raises_code
 
@@ -92,7 +93,7 @@ def test_the_guess_is_right_and_its_recipe_loads(shape: str, tmp_path: Path) -> 
     assert recipe.data.test is None
     assert recipe.model.source == "tiny"
     assert recipe.model.max_length in (32, 64, 128, 256)
-    assert list(recipe.stages) == ["train", "prune", "calibrate", "qat", "export"]
+    assert list(recipe.stages) == ["train", "dense-calibrate", "dense", "prune", "calibrate", "qat", "export"]
 
 
 def test_csv_gz_and_a_missing_dev_file(tmp_path: Path) -> None:
@@ -212,3 +213,54 @@ def test_a_terminal_asks_for_the_task(tmp_path: Path) -> None:
     with raises_code("unknown-name"):
         write_starter(data, tmp_path / "t.yaml", ask=lambda _: "guessing")
     assert not (tmp_path / "t.yaml").exists()
+
+
+def write_text_data(folder: Path, name: str = "train", count: int = 60) -> Path:
+    rows = rows_of(count, text=words, label=lambda n: n % 2)
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_steps_are_shared_by_the_stages(tmp_path: Path) -> None:
+    write_starter(write_text_data(tmp_path), tmp_path / "recipe.yaml", steps=100)
+    stages = load_recipe(tmp_path / "recipe.yaml").recipe.stages
+    assert {name: stages[name].steps for name in ("train", "prune", "qat")} == {"train": 50, "prune": 30, "qat": 20}
+
+
+def test_minutes_choose_steps_and_rows_by_the_time_of_a_step(
+    tmp_path: Path, make_source: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sqat.init import budget
+
+    data, _ = write_text_data(tmp_path), write_text_data(tmp_path, "dev", count=600)
+    monkeypatch.setattr(budget, "time_step", lambda splits: (0.5, 32.0, 10_000))
+    lines = write_starter(data, tmp_path / "recipe.yaml", model=str(make_source("bert")), minutes=2)
+    recipe = load_recipe(tmp_path / "recipe.yaml").recipe
+    # 84 s of training: 68 dense steps of 0.5 s, 68 of students that cost 1.45 times as much
+    steps = {name: recipe.stages[name].steps for name in budget.SHARES}
+    assert steps == {"train": 68, "prune": 41, "qat": 27}
+    # 2 s for each pass over dev; a row takes a third of 0.5 s / 32
+    assert recipe.data.dev.limit == 384
+    assert any(line.startswith("2 minutes on this machine: train 68,") for line in lines)
+
+
+def test_minutes_are_measured_on_the_model_and_its_rows(tmp_path: Path, make_source: Any) -> None:
+    data = write_text_data(tmp_path)
+    lines = write_starter(data, tmp_path / "recipe.yaml", model=str(make_source("bert")), minutes=60)
+    stages = load_recipe(tmp_path / "recipe.yaml").recipe.stages
+    assert {name: stages[name].steps for name in ("train", "prune", "qat")} == {"train": 6, "prune": 12, "qat": 6}
+    assert any(line.startswith("60 minutes on this machine: train 6") for line in lines)
+
+
+BUDGETS: list[dict[str, Any]] = [
+    *({"minutes": 0.0}, {"minutes": float("nan")}, {"steps": 2}),
+    *({"minutes": 1.0, "steps": 9}, {"steps": 9, "sparseml": Path("old.yaml")}),
+]
+
+
+@pytest.mark.parametrize("options", BUDGETS)
+def test_a_budget_that_cannot_be_kept_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    with raises_code("usage"):
+        write_starter(write_text_data(tmp_path), tmp_path / "recipe.yaml", **options)
+    assert not (tmp_path / "recipe.yaml").exists()
