@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import cycle, islice
 from statistics import median
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sqat.checkpoint.store import Checkpoint
+    from sqat.data.rows import SplitName
     from sqat.tasks.splits import Splits
 
 # Shares of the time: training, the dev split after each stage, the test split of the results.
@@ -28,7 +30,7 @@ class Budget:
     """What fits: steps of each stage that trains, and the most rows of dev and test."""
 
     steps: Mapping[str, int]
-    rows: Mapping[str, int]
+    rows: Mapping[SplitName, int]
 
 
 def plan_minutes(splits: Splits, minutes: float) -> Budget:
@@ -37,8 +39,8 @@ def plan_minutes(splits: Splits, minutes: float) -> Budget:
     seconds = 60 * minutes
     dense_steps = seconds * TRAINING / step
     total = dense_steps / (SHARES["train"] + (1 - SHARES["train"]) * STUDENT)
-    shares = (("dev", DEV / DEV_PASSES), ("test", TEST / TEST_PASSES))
-    rows = {name: max(1, int(seconds * share / (step * FORWARD / batch_rows))) for name, share in shares}
+    shares: dict[SplitName, float] = {"dev": DEV / DEV_PASSES, "test": TEST / TEST_PASSES}
+    rows = {name: max(1, int(seconds * share / (step * FORWARD / batch_rows))) for name, share in shares.items()}
     steps = split_steps(int(total))
     return Budget({name: min(count, MOST_EPOCHS[name] * epoch_steps) for name, count in steps.items()}, rows)
 
@@ -76,7 +78,7 @@ def time_step(splits: Splits) -> tuple[float, float, int]:
         batches = context.training_batches(config, processor)
         plan = batches.plan(0)
         seconds = []
-        for rows in (plan * TIMED_STEPS)[:TIMED_STEPS]:
+        for rows in islice(cycle(plan), TIMED_STEPS):
             batch = batches.collate(rows).to(next(model.parameters()).device)
             begun = time.monotonic()
             splits.task.loss(model(**batch.inputs).logits, batch).backward()
