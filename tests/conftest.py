@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import BertTokenizerFast
 
 from sqat.checkpoint.store import Checkpoint
+from sqat.onnx_files.checks import structure_fault, typing_fault
 from tests.tiny import (
     FAMILIES,
     VOCABULARY,
@@ -64,6 +65,14 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr("sqat.export.source.export_float", traced)
         patch.setattr("sqat.api.export.export_float", traced)
         patch.setattr("sqat.export.traced_graphs.export_float", traced)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def checked_here() -> Iterator[None]:
+    """ONNX checks files in this process; that it has one of its own is tested in tests/onnx_files/test_door.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sqat.onnx_files.read.check_apart", lambda light: structure_fault(light) or typing_fault(light))
         yield
 
 

@@ -24,6 +24,7 @@ from onnx import ModelProto
 from torch import Tensor, nn
 
 from sqat.export.graph import export_float
+from sqat.export.traced_graphs import TracedGraphs
 
 PLAIN = (bool, int, float, str, bytes, type(None), enum.Enum, torch.dtype, torch.device, torch.Size)
 ORIGIN = ("_name_or_path", "name_or_path")  # the folder a model was loaded from, which a graph does not hold
@@ -48,6 +49,11 @@ def traced(model: nn.Module, inputs: Mapping[str, Tensor], *names: str | None) -
             onnx.save(export_float(model, inputs, *names), unfinished)
             unfinished.replace(path)
     return onnx.load(path)
+
+
+def traced_by_architecture(model: nn.Module, inputs: Mapping[str, Tensor], output: str) -> ModelProto:
+    """What a rehearsal takes for `export_float`: one trace for all weights, filled with the model's own."""
+    return TracedGraphs().export(model, inputs, output)
 
 
 class UnknownPartError(ValueError):

@@ -17,8 +17,6 @@ from sqat.lint.compare import are_equal, draw_inputs, require_equal
 from sqat.lint.findings import Change
 from sqat.lint.graph_view import GraphView
 from sqat.lint.repair_file import repair_file
-from sqat.onnx_files import read
-from sqat.onnx_files.checks import structure_fault, typing_fault
 
 PAIR = """agraph (float[n, 64] x) => (float[n, 64] y) <float s = {0.01}, %(zero)s> {
     q = QuantizeLinear%(q)s(x, s%(input)s)
@@ -27,12 +25,6 @@ PAIR = """agraph (float[n, 64] x) => (float[n, 64] y) <float s = {0.01}, %(zero)
     y = MatMul(d, e)
 }"""
 UINT8, INT8 = int(TensorProto.UINT8), int(TensorProto.INT8)
-
-
-@pytest.fixture(autouse=True)
-def checked_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check files in this process, which is faster."""
-    monkeypatch.setattr(read, "check_apart", lambda light: structure_fault(light) or typing_fault(light))
 
 
 def pair(zero: str = "int8 z = {0}", q: str = "", d: str = "", operand: str = ", z", opset: int = 21) -> ModelProto:

@@ -31,12 +31,12 @@ from sqat.models.layer_selection import choose_layers, is_convolutional  # noqa:
 from sqat.models.loading import build, load_pretrained, serialize_model  # noqa: E402
 from sqat.models.rectified_flow import fixed_draws, on_path  # noqa: E402
 from sqat.recipe.inputs import Columns, ModelConfig, SplitConfig  # noqa: E402
-from sqat.recipe.loader import load_recipe  # noqa: E402
 from sqat.recipe.stages import Layers  # noqa: E402
 from sqat.recipe.tasks import TextToImageTask  # noqa: E402
 from sqat.runtime.sessions import session  # noqa: E402
 from sqat.tasks.splits import load_rows  # noqa: E402
 from sqat.tasks.text_to_image import TextToImage  # noqa: E402
+from tests.pipeline.shipped import run_shipped  # noqa: E402
 from tests.tiny import write_model  # noqa: E402
 
 WIDTH, SIDE, TOKENS = 16, 8, 5
@@ -282,24 +282,16 @@ def test_a_recipe_prunes_convolutions_along_their_input_channels(encoder: Path, 
 @pytest.mark.pipeline
 def test_the_shipped_recipe_runs(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The recipe as shipped but for the widths of its models, the pictures and the length of its fits."""
-    path = Path(__file__).parents[2] / "recipes" / "text-to-image.yaml"
-    recipe = load_recipe(path).recipe
     small = {"sample_size": 2, "block_out_channels": [16, 32], "norm_num_groups": 8, "attention_head_dim": 2}
     small |= {"cross_attention_dim": WIDTH, "projection_class_embeddings_input_dim": WIDTH}
     overrides = [f"model.config.{key}={value}" for key, value in small.items()]
-    overrides += [f"model.text_encoder={encoder}", "model.max_length=5", f"output={tmp_path / 'runs'}"]
+    overrides += [f"model.text_encoder={encoder}", "model.max_length=5", "stages.train.evaluate_every=null"]
     for seed, split in enumerate(("train", "dev", "test")):
         pictures = np.random.default_rng(seed).integers(0, 256, (8, SIDE, SIDE, 3), np.uint8)
         np.savez(tmp_path / f"{split}.npz", x=pictures, names=np.array(["red", "blue", "large red", "square"] * 2))
         overrides.append(f"data.{split}.path={tmp_path / f'{split}.npz'}")
-    for name, config in recipe.stages.items():
-        overrides += [f"stages.{name}.steps=2"] if config.type in ("train", "prune") else []
-        overrides += [f"stages.{name}.evaluate_every=null"] if name == "train" else []
-    arguments = [part for override in overrides for part in ("--set", override)]
-    assert main(["run", str(path), "--json", "--quiet", *arguments]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [row["label"] for row in rows] == list(recipe.results)
-    assert all("explained" in row["metrics"] and Path(row["path"]).exists() for row in rows)
+    rows = run_shipped("text-to-image", tmp_path, overrides, capsys, steps=2)
+    assert all("explained" in row["metrics"] for row in rows)
 
 
 @pytest.mark.slow

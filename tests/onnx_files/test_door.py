@@ -14,7 +14,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from sqat.errors import SqatError
 from sqat.onnx_files import check_process, read
 from sqat.onnx_files.check_process import check_apart
-from sqat.onnx_files.checks import light_copy, structure_fault, typing_fault
+from sqat.onnx_files.checks import light_copy
 from sqat.onnx_files.read import read_graph, read_onnx
 from tests.errors import raises_code
 
@@ -23,9 +23,9 @@ WEIGHT = np.ones((4, 4), np.float32)
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check in this process, which is faster."""
-    monkeypatch.setattr(read, "check_apart", lambda light: structure_fault(light) or typing_fault(light))
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check in a process apart, as users do."""
+    monkeypatch.setattr(read, "check_apart", check_apart)
 
 
 def parsed(text: str, opset: int = 20, imports: str = "", **constants: np.ndarray) -> ModelProto:
@@ -99,7 +99,6 @@ REFUSED: dict[str, tuple[Callable[[], ModelProto], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_onnx_refuses_is_one_line(name: str, tmp_path: Path) -> None:
     make, words = REFUSED[name]
@@ -112,7 +111,6 @@ def test_what_onnx_refuses_is_one_line(name: str, tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("imports", ["", ', "my": 1'])
 @pytest.mark.parametrize("domain", ["my", "com.microsoft", "trt.plugins", "sqat"])
 def test_custom_operators_are_read(domain: str, imports: str, tmp_path: Path) -> None:
@@ -122,7 +120,6 @@ def test_custom_operators_are_read(domain: str, imports: str, tmp_path: Path) ->
     assert read_onnx(path).graph.node[0].domain == domain
 
 
-@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("dtype", ["float", "float16", "bfloat16", "int8", "uint4", "int4", "float8e4m3fn", "bool"])
 @pytest.mark.parametrize("raw", [True, False])
 def test_values_of_every_type_are_read(dtype: str, raw: bool, tmp_path: Path) -> None:
@@ -166,7 +163,6 @@ def outside(folder: Path, **fields: str) -> Path:
     return path
 
 
-@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -203,7 +199,6 @@ def test_external_data_lies_beside_the_file(fields: dict[str, str], words: str, 
             door(path)
 
 
-@pytest.mark.usefixtures("here")
 def test_external_data_is_read_where_it_is_needed(tmp_path: Path) -> None:
     path = outside(tmp_path)
     assert read_graph(path).graph.initializer[0].raw_data == b""
@@ -229,6 +224,7 @@ def called(depth: int) -> ModelProto:
     )
 
 
+@pytest.mark.usefixtures("apart")
 @pytest.mark.parametrize("make", [lambda: doubled(60), lambda: called(60)], ids=["values", "functions"])
 def test_inference_without_end_is_refused(
     make: Callable[[], ModelProto], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
