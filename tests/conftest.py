@@ -29,7 +29,7 @@ from tests.tiny import (
     random_batch,
     write_rows,
 )
-from tests.traces import share, traced
+from tests.traces import share, traced, traced_by_architecture
 
 # How long an example takes is the machine's affair; whatever else is set (CI's own profile) stays.
 settings.register_profile("unhurried", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -58,11 +58,15 @@ def seeds() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Stages and families trace each model once in a run: the processes of pytest-xdist share a folder of graphs."""
+    """Trace each model once in a run: the processes of pytest-xdist share a folder of graphs.
+
+    Export stages take one trace of an architecture for all weights, as a rehearsal does, and compare each file with the
+    torch model. `sqat.export_onnx` and the tests of `sqat.export` trace each model itself.
+    """
     own = tmp_path_factory.getbasetemp()
     share((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "traces")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sqat.export.source.export_float", traced)
+        patch.setattr("sqat.export.source.export_float", traced_by_architecture)
         patch.setattr("sqat.api.export.export_float", traced)
         patch.setattr("sqat.export.traced_graphs.export_float", traced)
         yield

@@ -82,8 +82,8 @@ def main(folder: Path) -> None:
         if name != "alone":
             shutil.copytree(folder / "alone", folder / name)
         write_recipe(folder / name, accumulation)
-    exit_codes = {"alone": forks.ends(forks.start(1, work(folder / "alone")))}
-    exit_codes["replicas"] = forks.ends(forks.start(2, work(folder / "replicas")))
+    exit_codes = {"alone": forks.ends(forks.start(1, work(folder / "alone", "--no-rehearsal")))}
+    exit_codes["replicas"] = forks.ends(forks.start(2, work(folder / "replicas", "--no-rehearsal")))
     exit_codes["full"] = forks.ends(forks.start(2, work(folder / "full", room=ROOM)))
     children = forks.start(2, work(folder / "sharded"), shards=True)
     kill_in_prune(children, folder / "sharded")
