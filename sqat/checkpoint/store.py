@@ -34,6 +34,7 @@ from sqat.checkpoint.manifest import (
     verify_files,
 )
 from sqat.errors import SqatError
+from sqat.files.read import parse_json, read_bytes, read_text
 from sqat.files.replace import UNFINISHED, replace_directory, write_synced
 from sqat.sparsity.masks import count_violations, pack_bits, unpack_bits
 from sqat.sparsity.pattern import parse_pattern
@@ -123,9 +124,9 @@ def load_checkpoint(directory: Path) -> Checkpoint:
     manifest = load_manifest(directory)
     paths = verify_files(directory, manifest)
     stored = {name: read_tensors(paths.pop(name)) for name in (WEIGHTS, STATE) if name in paths}
-    recipe = paths.pop(RECIPE).read_text(encoding="utf-8") if RECIPE in paths else ""
+    recipe = read_text(paths.pop(RECIPE)) if RECIPE in paths else ""
     artifacts = {name: path for name, path in paths.items() if path.suffix in ARTIFACTS}
-    files = {name: path.read_bytes() for name, path in paths.items() if name not in artifacts}
+    files = {name: read_bytes(path) for name, path in paths.items() if name not in artifacts}
     weights = transpose_stored(stored.get(WEIGHTS, {}), files, directory)
     masks, amax = {}, {}
     for name, tensor in stored.get(STATE, {}).items():
@@ -149,7 +150,7 @@ def transpose_stored(weights: Mapping[str, Tensor], files: Mapping[str, bytes], 
     if LAYOUT not in files or not weights:
         return dict(weights)
     try:
-        names = [f"{layer}.weight" for layer in json.loads(files[LAYOUT])["transposed"]]
+        names = [f"{layer}.weight" for layer in parse_json(files[LAYOUT], str(directory / LAYOUT))["transposed"]]
         return {**weights, **{name: weights[name].t().contiguous() for name in names}}
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise damaged("does not name the linears of this model", directory / LAYOUT) from error

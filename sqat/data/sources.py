@@ -14,7 +14,7 @@ from sqat.data.rows import SplitName
 from sqat.data.shards import shard_paths
 from sqat.data.text_files import Placed, describe_delimiter, read_rows
 from sqat.errors import SqatError
-from sqat.files.read import open_file
+from sqat.files.read import open_file, read_bytes
 from sqat.recipe.inputs import SplitConfig
 
 
@@ -74,5 +74,5 @@ def split_digest(split: SplitConfig, folder: Path, images: str | None = None) ->
         for place, row in read_rows(folder / split.path, split.path):
             if isinstance(name := row.get(images), str):
                 with suppress(OSError, SqatError):  # reading the row reports what is not an image
-                    state.update(image_file(name, (folder / split.path).parent, place).read_bytes())
+                    state.update(read_bytes(image_file(name, (folder / split.path).parent, place)))
     return state.hexdigest()

@@ -7,6 +7,7 @@ integers times scales with rounded inputs (transformers would need another packa
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from sqat.evaluation.inference import logits_of, move_to_device
 from sqat.export.names import file_needs_kernels
 from sqat.export.packed_folder import MANIFEST as PACKED
 from sqat.export.targets.compressed_tensors import check_compressed
+from sqat.files.read import read_bytes, read_json
 from sqat.models.loading import assemble, load_weights
 from sqat.modules.activation_quantizers import Quantizers, insert_quantizers_
 from sqat.quantization.fake_quant import HIGH
@@ -103,7 +105,7 @@ def open_compressed(folder: Path) -> nn.Module:
     config = read_config(folder / CONFIG)
     config.pop("quantization_config", None)
     paths = [path for path in folder.rglob("*") if path.suffix in SIDE_FILES]
-    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+    files = {path.relative_to(folder).as_posix(): read_bytes(path) for path in paths}
     model, _ = move_to_device(*assemble({**files, CONFIG: json.dumps(config).encode()}, str(folder)))
     tensors = read_tensors(folder / WEIGHTS)
     endings = (".weight_scale", ".input_scale")  # a model may have scales of its own
@@ -120,10 +122,5 @@ def open_compressed(folder: Path) -> nn.Module:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read a config.json; empty where there is none."""
-    try:
-        config: Any = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise SqatError(f"cannot be read as JSON ({error})", place=str(path), code="unreadable-file") from error
+    config = read_json(path) if os.path.lexists(path) else {}
     return config if isinstance(config, dict) else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -14,6 +15,7 @@ from sqat.data.batch import Processor
 from sqat.data.rows import Rows, SplitName
 from sqat.evaluation.artifacts import config_of, is_export, open_artifact
 from sqat.evaluation.inference import logits_of, move_to_device, predict
+from sqat.files.read import read_bytes
 from sqat.models.loading import build, check_head, load_processor
 from sqat.modules.activation_quantizers import Quantizers
 from sqat.onnx_files.read import read_graph
@@ -52,8 +54,8 @@ def predict_artifact(artifact: Path, splits: Splits, split: SplitName) -> tuple[
     if artifact.suffix == ".onnx":
         read_graph(artifact)  # what ONNX refuses may keep ONNX Runtime busy for ever
     if artifact.suffix == ".onnx" or is_export(artifact):
-        if (config := config_of(artifact)).is_file():
-            check_head(config.read_bytes(), task.outputs, task.config_fields, str(artifact))
+        if os.path.lexists(config := config_of(artifact)):
+            check_head(read_bytes(config), task.outputs, task.config_fields, str(artifact))
         forward, processor = open_artifact(artifact), load_processor(config.parent)
         rows = splits.prepared(split, processor)
         return predict(forward, rows, processor), rows

@@ -5,6 +5,7 @@ TensorRT times its kernels while it builds, so the machine that serves builds th
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -14,6 +15,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sqat.errors import SqatError
+from sqat.files.read import MAX_JSON, read_bytes
 
 Range = tuple[int, int, int]
 Shapes = dict[str, tuple[list[int], list[int], list[int]]]
@@ -90,10 +92,11 @@ def read_settings(model: Path) -> BuildSettings | None:
         SqatError: it cannot be read.
     """
     path = model.with_name(SETTINGS)
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
+    content = read_bytes(path, limit=MAX_JSON)
     try:
-        return BuildSettings.model_validate_json(path.read_bytes())
+        return BuildSettings.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -23,6 +23,7 @@ from torch import Tensor
 from sqat.checkpoint.manifest import damaged, file_digest, manifest_digest, verify_file
 from sqat.checkpoint.store import read_tensors, write_tensors
 from sqat.errors import SqatError
+from sqat.files.read import read_bytes, read_json
 from sqat.quantization.fake_quant import HIGH
 from sqat.sparsity.semi_structured import Order, SemiStructured, unpack
 
@@ -117,19 +118,19 @@ def read_folder(folder: Path) -> Packed:
     if not (folder / MANIFEST).is_file():
         raise SqatError(f"the folder has no {MANIFEST}", "give a folder of target torch-semi-structured", str(folder),
                         code="not-a-checkpoint")  # fmt: skip
-    manifest = parse_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
+    manifest = read_manifest(folder / MANIFEST)
     paths = {name: verify_file(folder, name, digest, MANIFEST) for name, digest in manifest.files.items()}
     tensors = read_tensors(paths.pop(TENSORS)) if TENSORS in paths else {}
-    files = {name: path.read_bytes() for name, path in paths.items()}
+    files = {name: read_bytes(path) for name, path in paths.items()}
     return sort_tensors(manifest, tensors, files, folder / TENSORS)
 
 
-def parse_manifest(content: bytes, path: Path) -> SparseManifest:
-    """Parse the content of `sparse.json`."""
+def read_manifest(path: Path) -> SparseManifest:
+    """Read `sparse.json`."""
     try:
-        raw: Any = json.loads(content)
-    except ValueError as error:
-        raise damaged(f"cannot be read as JSON ({error})", path) from error
+        raw = read_json(path)
+    except SqatError as error:
+        raise damaged(error.problem, path) from error
     version = raw.get("format") if isinstance(raw, dict) else None
     if not isinstance(version, int) or not 1 <= version <= FORMAT:
         raise SqatError(f"has format {version!r}, this sqat reads {FORMAT}", "export it with this version", str(path),

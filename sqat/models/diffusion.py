@@ -21,10 +21,11 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from sqat.data.batch import Batch
 from sqat.data.rows import Rows
 from sqat.errors import SqatError, first_line
+from sqat.files.read import read_json, try_read_object
 from sqat.models.captions import Captions
 from sqat.models.head import TaskHead
 from sqat.models.rectified_flow import CUT, NUMBER, draw_times, fixed_draws, on_path, signals
-from sqat.models.source_files import header_of
+from sqat.models.source_files import CONFIG, header_of
 from sqat.models.sources import LOADING_ERRORS, check_loaded
 from sqat.recipe.inputs import ModelConfig
 
@@ -66,14 +67,14 @@ class Diffusion:
         return add_patch_hooks_(model), CaptionedImages(side_of(settings), captions)
 
     def model(self, folder: Path) -> nn.Module:
-        return add_patch_hooks_(from_config(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
+        return add_patch_hooks_(from_config(read_json(folder / CONFIG, place=CONFIG)))
 
     def processor(self, folder: Path, place: str) -> CaptionedImages:
         try:
-            entries = json.loads((folder / CAPTIONS).read_text(encoding="utf-8"))
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            entries = read_json(folder / CAPTIONS, place=place)
+            config = read_json(folder / CONFIG, place=place)
             return CaptionedImages(side_of(config), Captions(**entries["text_encoder"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (SqatError, ValueError, KeyError, TypeError) as error:
             problem = f"no sound {CAPTIONS} lies beside the model"
             raise SqatError(problem, "keep its files together", place, code="model-mismatch") from error
 
@@ -187,8 +188,7 @@ def mean_state(states: Tensor, mask: Tensor) -> Tensor:
 
 def check_width(config: Mapping[str, Any], captions: Captions) -> None:
     """Refuse a UNet that attends to states of another width than the encoder's."""
-    path = Path(captions.folder) / "config.json"
-    width = json.loads(path.read_bytes()).get("hidden_size") if path.is_file() else None
+    width = try_read_object(Path(captions.folder) / CONFIG).get("hidden_size")
     read = config["cross_attention_dim"]
     if width is not None and read != width:
         problem = f"model.config has cross_attention_dim {read}, the text encoder's states have {width}"

@@ -18,6 +18,7 @@ from sqat.compat import draw_weights_
 from sqat.errors import SqatError
 
 DEFAULT_NAME = re.compile(r"label_?(\d+)", re.IGNORECASE)
+LARGEST_HEAD = 1 << 20  # outputs that are named one by one
 SHOWN = 5  # labels in a message
 
 
@@ -54,7 +55,11 @@ def source_labels(config: Mapping[str, Any], place: str) -> tuple[str, ...]:
         by_name = {int(number): str(name) for name, number in label2id.items()}
     except (ValueError, TypeError, AttributeError):
         raise bad_labels("are not numbers with names", place) from None
-    numbered = by_number or dict(enumerate(default_names(config.get("num_labels") or len(by_name) or 2)))
+    count = config.get("num_labels") or len(by_name) or 2
+    if not isinstance(count, int) or not 0 < count <= LARGEST_HEAD:
+        raise SqatError(f"num_labels is {str(count)[:40]!r}, not a number of labels", "get the model again", place,
+                        code="model-mismatch")  # fmt: skip
+    numbered = by_number or dict(enumerate(default_names(count)))
     if sorted(numbered) != list(range(len(numbered))):
         raise bad_labels(f"have the numbers {cut(map(str, sorted(numbered)))}, which do not count from 0", place)
     names = tuple(numbered[number] for number in range(len(numbered)))

@@ -6,7 +6,6 @@ config's ``image_size``, else that of the source's preprocessor. Images must hav
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 from sqat.data.pixels import PREPROCESSOR, ImageProcessor
 from sqat.errors import SqatError, first_line
+from sqat.files.read import read_json
 from sqat.models.classifiers import load_classifier, make_classifier, set_dropout
 from sqat.models.head import TaskHead
 from sqat.models.source_files import shapes_on_meta
@@ -69,11 +69,11 @@ class Images:
 
     def processor(self, folder: Path, place: str) -> ImageProcessor:
         try:
-            entries = json.loads((folder / PREPROCESSOR).read_text(encoding="utf-8"))
+            entries = read_json(folder / PREPROCESSOR, place=place)
             size = entries["size"]
             return ImageProcessor(size["height"], size["width"], tuple(entries["image_mean"]),
                                   tuple(entries["image_std"]))  # fmt: skip
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (SqatError, ValueError, KeyError, TypeError) as error:
             raise SqatError(f"no sound {PREPROCESSOR} lies beside the model", "keep its files together",
                             place, code="model-mismatch") from error  # fmt: skip
 

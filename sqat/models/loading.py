@@ -22,6 +22,7 @@ from sqat.checkpoint.store import Checkpoint, layout_of
 from sqat.compat import quiet_transformers
 from sqat.data.batch import Processor
 from sqat.errors import SqatError, first_line
+from sqat.files.read import parse_json
 from sqat.models.architectures import ARCHITECTURES, Architecture
 from sqat.models.head import TaskHead, has_default_names, same_order, source_labels
 from sqat.models.layer_selection import LinearOfConv1D, weighted_layers
@@ -211,7 +212,9 @@ def check_head(config: bytes, outputs: int, fields: Mapping[str, Any], place: st
     """
     if outputs == 0:
         return
-    parsed: dict[str, Any] = json.loads(config)
+    parsed = parse_json(config, place)
+    if not isinstance(parsed, dict):
+        raise SqatError("its config.json is no JSON object", "export it again", place, code="unreadable-file")
     labels, expected = source_labels(parsed, place), tuple(fields.get("id2label", {}).values())
     # One output has no order; outputs without names are those of numbered labels.
     named = outputs > 1 or not has_default_names(labels)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 
 from sqat.checkpoint.manifest import WEIGHTS, file_digest
 from sqat.errors import SqatError
-from sqat.files.read import open_file
+from sqat.files.read import open_file, read_json
 from sqat.models.source_files import check_regular
 from sqat.recipe.inputs import ModelConfig
 
@@ -84,8 +83,8 @@ def check_own_weights(folder: Path) -> None:
                         str(path), code="unsupported-model")  # fmt: skip
     for path in sorted(folder.glob("*.index.json")):
         try:
-            names = list(json.loads(path.read_bytes())["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            names = list(read_json(path)["weight_map"].values())
+        except (KeyError, TypeError, AttributeError):
             raise SqatError(
                 "is no index of weights", "get the model again", str(path), code="unreadable-file"
             ) from None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,12 @@ import pytest
 
 from sqat.data.rows import CHUNK, Rows
 from sqat.data.sources import split_digest
+from sqat.data.text_files import RECORDS, parse_line, read_rows
 from sqat.errors import SqatError
 from sqat.recipe.inputs import Columns, SplitConfig
 from sqat.tasks.splits import load_rows
 from tests.data.files import CLASSES, GOOD, GRADES, NESTED, SCORES, TEXTS, jsonl, query, read, write_any
+from tests.errors import raises_code
 
 FLAT = Columns(passage="passage", group="qid")
 
@@ -182,3 +187,62 @@ def test_the_digest_of_the_hub_follows_its_builder(monkeypatch: pytest.MonkeyPat
     assert first == split_digest(HUB, Path()) != split_digest(SplitConfig(hub="x"), Path())
     Builder.hash = "two"
     assert split_digest(HUB, Path()) != first
+
+
+TWICE = ('{"a": 1, "a": 2}', '{"a":1,"a" :2}', '{"b": ":", "a": "x", "a": "\\u003a"}', '{"b": {"a": 1, "a": 1}}',
+         '[{"a": 1, "a": 1}]', '{"a": ":", "\\u0061": 2}', '{"a": [1], "b": "::", "a": null}')  # fmt: skip
+
+
+@pytest.mark.parametrize("line", TWICE)
+def test_a_key_that_is_given_twice_is_refused_at_its_line(line: str, tmp_path: Path) -> None:
+    """One of the two values would be lost."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"a": "x: y"}}\n{line}\n')
+    with raises_code("unreadable-file", r'a\.jsonl:2: the key "a" is given twice'):
+        list(read_rows(path, "a.jsonl"))
+
+
+def test_lines_are_objects_as_json_reads_them() -> None:
+    """Whatever the line: the same object as the json module's, or the same refusal."""
+
+    def reference(line: str) -> Any:
+        def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            if len(dict(pairs)) < len(pairs):
+                raise KeyError
+            return dict(pairs)
+
+        try:
+            return json.loads(line, object_pairs_hook=unique)
+        except (KeyError, ValueError):
+            return None
+
+    draw, refused = random.Random(0), 0
+    keys = ('"a"', '"b"', '"c:"', '"\\u0061"', '"d\\""', '"\\u003a"')
+    values = ("1", '"x: y"', '"\\u003a"', '"\\u003A:"', '{"a": 1}', '{"a":1,"a":2}', "[1, {}]", '"{"', '":"', "", "}")
+    for _ in range(20_000):
+        entries = [
+            draw.choice(keys) + draw.choice((":", ": ", " :", "\t:")) + draw.choice(values)
+            for _ in range(draw.randint(0, 3))
+        ]
+        line = (
+            draw.choice(("", "", "", " ")) + f"{{{', '.join(entries)}}}" + draw.choice(("\n", "\r\n", "", " \n", "x"))
+        )
+        expected = reference(line)
+        refused += expected is None
+        try:
+            assert parse_line(line, "a:1") == expected
+        except SqatError:
+            assert expected is None
+    assert 5_000 < refused < 15_000
+
+
+def test_a_fault_of_csv_is_told_after_the_rows_before_it(tmp_path: Path) -> None:
+    """Records are read some at a time."""
+    for count in (0, 1, RECORDS - 2, RECORDS - 1, RECORDS, 3 * RECORDS):
+        path, before, places = tmp_path / "a.csv", csv.field_size_limit(), list[str]()
+        path.write_text("text\n" + "a\n" * count + '"b"x\n' + "c\n")
+        with raises_code("unreadable-file", f"a.csv:{count + 2}: not CSV"):
+            for place, _ in read_rows(path, "a.csv"):
+                places.append(place)
+                assert csv.field_size_limit() == before
+        assert places == [f"a.csv:{number}" for number in range(2, count + 2)]

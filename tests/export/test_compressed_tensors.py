@@ -194,6 +194,7 @@ def test_wrong_tensors_are_errors(make_checkpoint: MakeCheckpoint, problem: str,
 
 @pytest.mark.parametrize(("config", "told"), [
     (b"{", "config.json or model.safetensors cannot be read"),
+    (b"[" * 100_000, "config.json or model.safetensors cannot be read: holds lists"),
     (b"[]", "config.json has no quantization_config"),
     (b'{"quantization_config": 1}', "config.json has no quantization_config"),
 ])  # fmt: skip

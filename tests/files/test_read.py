@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import socket
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import sqat
 from sqat.files.read import (
     MAX_DEPTH,
     MAX_DIGITS,
@@ -143,3 +145,25 @@ def test_the_line_that_is_not_utf_8(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"a\nb\n\xe9\n")
     with raises_code("unreadable-file", "x:3: is not UTF-8 text: byte 0xe9"):
         read_text(tmp_path / "x")
+
+
+# Files of sqat itself, of its own temporary folders and of /proc; and a script that runs without sqat.
+BESIDE_THE_DOOR = {"report/page.py", "models/loading.py", "hardware/machine.py", "runtime/sessions.py",
+                   "bench/memory.py", "tensorrt/build_engine.py"}  # fmt: skip
+
+
+def test_whatever_reads_a_file_reads_it_through_the_door() -> None:
+    package = Path(sqat.__file__).parent
+    found = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and is_reader(node.func)
+    }
+    assert found - {"files/read.py"} == BESIDE_THE_DOOR | {"export/engine_files.py"}  # a resource of the package
+
+
+def is_reader(called: ast.Attribute) -> bool:
+    """Whether a call reads a file: ``path.read_bytes()``, but not ``read.read_bytes(path)``; or ``json.load(file)``."""
+    owner = ast.unparse(called.value)
+    return (called.attr in ("read_bytes", "read_text") and owner != "read") or (owner, called.attr) == ("json", "load")

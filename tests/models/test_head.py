@@ -256,6 +256,19 @@ def test_a_foreign_file_with_labels_in_another_order_is_not_measured() -> None:
             check_head(json.dumps(other).encode(), 2, fields, "m.onnx")
 
 
+@pytest.mark.parametrize(
+    "config",
+    ["[" * 100_000, "[]", "3", "{", '{"num_labels": "x"}', '{"num_labels": 1e9}', '{"num_labels": 1000000000}',
+     '{"num_labels": [2]}', '{"num_labels": -1}', '{"id2label": 3}',
+     '{"id2label": {"0": "a", "1": "b"}, "label2id": 3}'],
+)  # fmt: skip
+def test_a_config_of_a_file_that_is_none_is_one_line(config: str) -> None:
+    """Found by scripts/faults/fuzz: a checkpoint may hold any config.json that its manifest knows."""
+    with pytest.raises(SqatError, match=r"m\.onnx") as error:
+        check_head(config.encode(), 2, {}, "m.onnx")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.pipeline
 def test_a_fine_tuned_source_keeps_its_accuracy_without_a_step(
     make_source: MakeSource, tokenizer: Any, write_recipe: Callable[..., Path], recorder: Recorder

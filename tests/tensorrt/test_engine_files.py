@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from sqat.errors import SqatError
 from sqat.export.engine_files import BuildSettings, make_engine_files, parse_range, profile_shapes, read_settings
+from tests.errors import raises_code
 
 TOKENS = {"input_ids": ("batch", "sequence"), "attention_mask": ("batch", "sequence")}
 BATCH, SEQUENCE = (1, 8, 32), (16, 128, 256)
@@ -146,13 +147,19 @@ def test_settings_are_read_back(tmp_path_factory: pytest.TempPathFactory, batch,
     assert read_settings(folder / "m.onnx") == expected
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"file": "m.onnx"}', '{"inputs": 3}'])
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"file": "m.onnx"}', '{"inputs": 3}'])
 def test_damaged_settings_are_refused(tmp_path: Path, text: str) -> None:
     assert read_settings(tmp_path / "m.onnx") is None
     (tmp_path / "build_engine.json").write_text(text)
     with pytest.raises(SqatError) as error:
         read_settings(tmp_path / "m.onnx")
     assert error.value.code == "unreadable-file"
+
+
+def test_settings_that_are_no_file_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "build_engine.json")
+    with raises_code("unreadable-file", "is a pipe"):
+        read_settings(tmp_path / "m.onnx")
 
 
 def test_the_script_needs_only_the_standard_library() -> None:

@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from sqat.checkpoint.manifest import LAYOUT, SIDE_FILES, WEIGHTS
-from sqat.checkpoint.store import Checkpoint, write_tensors
+from sqat.checkpoint.store import Checkpoint, read_tensors, write_tensors
 from sqat.errors import GateError, SqatError
 from sqat.export.quantized_model import QuantizedModel
 from sqat.export.source import Source, TargetFile, input_sites_only
+from sqat.files.read import read_json
 from sqat.quantization.fake_quant import HIGH
 from sqat.sparsity.masks import count_violations
 from sqat.sparsity.pattern import parse_pattern
@@ -100,9 +99,9 @@ def check_compressed(folder: Path, pruned: Mapping[str, str] | None = None) -> l
     if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
         return [f"{name} is missing" for name in missing]
     try:
-        config, tensors = json.loads((folder / CONFIG).read_bytes()), load_file(folder / WEIGHTS)
-    except (ValueError, SafetensorError) as error:
-        return [f"{CONFIG} or {WEIGHTS} cannot be read: {error}"]
+        config, tensors = read_json(folder / CONFIG), read_tensors(folder / WEIGHTS)
+    except SqatError as error:
+        return [f"{CONFIG} or {WEIGHTS} cannot be read: {error.problem}"]
     settings = entry(entry({"config": config}, "config"), "quantization_config")
     if not settings:
         return [f"{CONFIG} has no quantization_config"]
