@@ -103,6 +103,8 @@ struct Epilogues {
   int32_t (*softmax)(const int32_t* scores, size_t keys, size_t padded, float scale, uint8_t* p);
   // u8 of product / sum * scale * inverse, 16 channels of which `channels` exist.
   void (*context)(const int32_t* product, int32_t sum, float scale, float inverse, size_t channels, uint8_t* q);
+  // Mean of rows [tokens, channels], `width` apart, by weights that are mostly 0 or 1.
+  void (*mean)(const float* states, const int64_t* weights, size_t tokens, size_t width, size_t channels, float* y);
 };
 
 // Elementwise work of training, over tensors that lie without gaps; bytes of masks are 0 or 1. Spares a processor that

@@ -9,6 +9,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "engine.h"
 
 #pragma GCC target("avx2")
@@ -25,7 +27,8 @@ inline void store(void* to, Bytes value) { _mm256_storeu_si256(static_cast<Bytes
 inline __m128i read16(const uint8_t* x, size_t k, size_t inputs, int zero) {
   if (k + 16 <= inputs) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + k));
   alignas(16) uint8_t tail[16];
-  for (size_t i = 0; i < 16; ++i) tail[i] = k + i < inputs ? x[k + i] : static_cast<uint8_t>(zero);
+  std::memset(tail, zero, sizeof tail);
+  std::memcpy(tail, x + k, inputs - k);
   return _mm_load_si128(reinterpret_cast<const __m128i*>(tail));
 }
 

@@ -9,29 +9,8 @@ constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23: added and taken away, it r
 constexpr float kHighest = 127.0f;
 constexpr float kSmallest = 9.094947017729282e-13f;  // 2^-40
 
-SQAT_INLINE Integers bytes_from(const uint8_t* from) {
-  return each<I>([&]([[maybe_unused]] size_t i) SQAT_ALWAYS {
-#if SQAT_LANES == 16 && !defined(SQAT_EMULATE_VNNI)
-    return (I)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-#elif SQAT_LANES == 8
-    return (I)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + i * kLanes)));
-#else
-    typedef uint8_t B __attribute__((vector_size(SQAT_LANES)));
-    B bytes;
-    __builtin_memcpy(&bytes, from + i * kLanes, sizeof bytes);
-    return __builtin_convertvector(bytes, I);
-#endif
-  });
-}
-SQAT_INLINE Integers bytes_from(const uint8_t* from, size_t count) {
-  if (count == kTile) return bytes_from(from);
-  uint8_t whole[kTile] = {};
-  __builtin_memcpy(whole, from, count);
-  return bytes_from(whole);
-}
-
 SQAT_INLINE Floats times(const Floats& x, const uint8_t* kept, size_t count) {
-  return x * to_floats(bytes_from(kept, count));
+  return x * to_floats(widen(kept, count));
 }
 
 void mask(const float* x, const uint8_t* kept, size_t values, float added, float* y) {
@@ -43,7 +22,7 @@ void mask(const float* x, const uint8_t* kept, size_t values, float added, float
 void select(const float* x, const uint8_t* kept, size_t values, float* y) {
   for_steps(values, [&](size_t at, auto count) SQAT_ALWAYS {
     const Floats from = load(x + at, count);
-    const Integers ones = bytes_from(kept + at, count);
+    const Integers ones = widen(kept + at, count);
     store(y + at, each<F>([&](size_t i) SQAT_ALWAYS { return (F)((I)from.part[i] & -ones.part[i]); }), count);
   });
 }
@@ -70,19 +49,15 @@ void fake_quantize(const float* x, size_t values, float amax, float low, float* 
 }
 
 float largest_of(const float* x, const uint8_t* kept, size_t values) {
-  Integers highest{};  // bits of |x| are in the order of |x|, and those of a NaN are above all
+  Integers found{};  // bits of |x| are in the order of |x|, and those of a NaN are above all
   for_steps(values, [&](size_t at, auto count) SQAT_ALWAYS {
     Floats from = load(x + at, count);
     if (kept) from = times(from, kept + at, count);
-    highest = higher(bits(from) & INT32_MAX, highest);
+    found = higher(bits(from) & INT32_MAX, found);
   });
-  int32_t found = 0;
-  for (size_t i = 0; i < kTile; ++i) {
-    const int32_t one = highest.part[i / kLanes][i % kLanes];
-    found = one > found ? one : found;
-  }
+  const int32_t most = highest(found);
   float answer;
-  __builtin_memcpy(&answer, &found, sizeof answer);
+  __builtin_memcpy(&answer, &most, sizeof answer);
   return answer;
 }
 
@@ -103,20 +78,18 @@ float largest(const float* x, size_t values) { return largest_of(x, nullptr, val
 
 // Each x is compared with the next, the next but one and the third of its group of four, round and round.
 template <int kNext>
-SQAT_INLINE I beaten_by(F x, I lane) {
-  const F other = __builtin_shuffle(x, (lane & -4) | ((lane + kNext) & 3));
-  const I later = (lane & 3) + kNext < 4;  // of equal ones the first wins
+SQAT_INLINE I beaten_by(F x) {
+  const F other = __builtin_shuffle(x, (kNumbers & -4) | ((kNumbers + kNext) & 3));
+  const I later = (kNumbers & 3) + kNext < 4;  // of equal ones the first wins
   return (other > x) | (~later & (other == x));
 }
 
 void rank_fours(const float* x, size_t values, uint8_t* ranks) {
-  I lane;
-  for (size_t i = 0; i < kLanes; ++i) lane[i] = static_cast<int32_t>(i);
   for_steps(values, [&](size_t at, auto count) SQAT_ALWAYS {
     const Floats from = load(x + at, count);
     store_bytes(ranks + at, each<I>([&](size_t i) SQAT_ALWAYS {
                   const F v = from.part[i];
-                  return -(beaten_by<1>(v, lane) + beaten_by<2>(v, lane) + beaten_by<3>(v, lane));
+                  return -(beaten_by<1>(v) + beaten_by<2>(v) + beaten_by<3>(v));
                 }),
                 count);
   });

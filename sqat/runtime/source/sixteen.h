@@ -9,6 +9,13 @@ namespace {
 typedef float F __attribute__((vector_size(SQAT_LANES * 4)));
 typedef int32_t I __attribute__((vector_size(SQAT_LANES * 4)));
 
+#if SQAT_LANES == 4
+constexpr I kNumbers = {0, 1, 2, 3};
+#elif SQAT_LANES == 8
+constexpr I kNumbers = {0, 1, 2, 3, 4, 5, 6, 7};
+#else
+constexpr I kNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#endif
 constexpr size_t kLanes = SQAT_LANES;
 constexpr size_t kParts = kTile / kLanes;
 
@@ -158,21 +165,65 @@ SQAT_INLINE void store_bytes(uint8_t* to, const Integers& x, size_t count) {
   __builtin_memcpy(to, whole, count);
 }
 
-// Lane c plus lane c + 8, then + 4, + 2, + 1, whatever the width of a vector.
-template <size_t kWidth, typename V>
-SQAT_INLINE auto tree(const V& lanes, size_t first) {
-  if constexpr (kWidth == kLanes) {
-    return lanes[first];
+// Integers of sixteen bytes, signed or not.
+template <typename B>
+SQAT_INLINE Integers widen(const B* from) {
+  [[maybe_unused]] constexpr bool is_signed = std::is_signed<B>::value;
+#if SQAT_LANES == 16 && !defined(SQAT_EMULATE_VNNI)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return {{(I)(is_signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes))}};
+#elif SQAT_LANES == 8
+  return each<I>([&](size_t i) SQAT_ALWAYS {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + i * kLanes));
+    return (I)(is_signed ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+  });
+#elif SQAT_LANES == 4 && defined(__SSE2__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  const __m128i low = _mm_unpacklo_epi8(bytes, bytes), high = _mm_unpackhi_epi8(bytes, bytes);
+  const __m128i four_times[] = {_mm_unpacklo_epi16(low, low), _mm_unpackhi_epi16(low, low),
+                                _mm_unpacklo_epi16(high, high), _mm_unpackhi_epi16(high, high)};
+  return each<I>([&](size_t i) SQAT_ALWAYS {
+    return (I)(is_signed ? _mm_srai_epi32(four_times[i], 24) : _mm_srli_epi32(four_times[i], 24));
+  });
+#else
+  return each<I>([&](size_t i) SQAT_ALWAYS {
+    typedef B Narrow __attribute__((vector_size(SQAT_LANES)));
+    Narrow bytes;
+    __builtin_memcpy(&bytes, from + i * kLanes, sizeof bytes);
+    return __builtin_convertvector(bytes, I);
+  });
+#endif
+}
+template <typename B>
+SQAT_INLINE Integers widen(const B* from, size_t count) {
+  if (count == kTile) return widen(from);
+  B whole[kTile] = {};
+  __builtin_memcpy(whole, from, count);
+  return widen(whole);
+}
+
+template <int32_t kWidth, typename V, typename Function>
+SQAT_INLINE auto fold_lanes(const V& x, const Function& function) {
+  if constexpr (kWidth == 0) {
+    return x[0];
   } else {
-    return tree<kWidth * 2>(lanes, first) + tree<kWidth * 2>(lanes, first + kWidth);
+    return fold_lanes<kWidth / 2>(function(x, __builtin_shuffle(x, kNumbers ^ kWidth)), function);
   }
+}
+// One value of sixteen: lane c with lane c + 8, then + 4, + 2, + 1, whatever the width of a vector.
+template <typename V, typename Function>
+SQAT_INLINE auto fold(const Sixteen<V>& x, const Function& function) {
+  V folded = x.part[0];
+  if constexpr (kParts == 2) folded = function(x.part[0], x.part[1]);
+  if constexpr (kParts == 4) folded = function(function(x.part[0], x.part[2]), function(x.part[1], x.part[3]));
+  return fold_lanes<SQAT_LANES / 2>(folded, function);
 }
 template <typename V>
 SQAT_INLINE auto sum(const Sixteen<V>& x) {
-  V folded = x.part[0];
-  if constexpr (kParts == 2) folded = x.part[0] + x.part[1];
-  if constexpr (kParts == 4) folded = (x.part[0] + x.part[2]) + (x.part[1] + x.part[3]);
-  return tree<1>(folded, 0);
+  return fold(x, [&](const V& a, const V& b) SQAT_ALWAYS { return a + b; });
+}
+SQAT_INLINE int32_t highest(const Integers& x) {
+  return fold(x, [&](const I& a, const I& b) SQAT_ALWAYS { return higher(a, b); });
 }
 
 }  // namespace

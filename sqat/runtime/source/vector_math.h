@@ -45,10 +45,13 @@ template <Activation kActivation, typename Count>
 SQAT_INLINE void dequantize_rows(const int32_t* product, size_t stride, size_t rows, const Dequantize& how,
                                  Count count) {
   const Floats scale = load(how.scale), bias = load(how.bias), inverse = load(how.inverse);
+  float* to = how.y;  // a byte that is written could be one of `how`: then all of it is read again for every row
+  uint8_t* to_bytes = how.q;
+  const size_t y_stride = how.y_stride, q_stride = how.q_stride;
   for (size_t row = 0; row < rows; ++row) {
     Floats y = activate<kActivation>(to_floats(load(product + row * stride)) * scale + bias);
-    if (how.y) store(how.y + row * how.y_stride, y, count);
-    if (how.q) store_bytes(how.q + row * how.q_stride, quantize(y, inverse), count);
+    if (to) store(to + row * y_stride, y, count);
+    if (to_bytes) store_bytes(to_bytes + row * q_stride, quantize(y, inverse), count);
   }
 }
 
@@ -111,7 +114,8 @@ float variance(const float* row, size_t channels, float mean) {
   return sum(sums) / static_cast<float>(channels);
 }
 
-void finish_row(float* row, const FinishRow& how) {
+void finish_row(float* row, const FinishRow& given) {
+  const FinishRow how = given;  // no byte that is written is one of these
   const float mean = add_residual(row, how);
   const float deviation = how.gamma ? 1.0f / __builtin_sqrtf(variance(row, how.channels, mean) + how.epsilon) : 1.0f;
   for_steps(how.channels, [&](size_t at, auto count) SQAT_ALWAYS {
@@ -122,15 +126,9 @@ void finish_row(float* row, const FinishRow& how) {
   });
 }
 
-SQAT_INLINE Floats widen(const int8_t* from, size_t count) {
-  int32_t whole[kTile] = {};
-  for (size_t i = 0; i < count; ++i) whole[i] = from[i];
-  return to_floats(load(whole));
-}
-
 void embed_row(const EmbedRow& from, size_t channels, float* row) {
   for_steps(channels, [&](size_t at, auto count) SQAT_ALWAYS {
-    Floats x = from.word ? load(from.word + at, count) : widen(from.word_int8 + at, count) * from.word_scale;
+    Floats x = from.word ? load(from.word + at, count) : to_floats(widen(from.word_int8 + at, count)) * from.word_scale;
     if (from.type) x = x + load(from.type + at, count);
     x = x + load(from.position + at, count);
     store(row + at, x, count);
@@ -149,18 +147,29 @@ SQAT_INLINE Floats power255(const Floats& x) {
 }
 
 int32_t highest_of(const int32_t* scores, size_t keys) {
-  int32_t highest = INT32_MIN;
+  Integers all = Integers{} + scores[0];
   size_t key = 0;
-  if (keys >= kTile) {
-    Integers all = load(scores);
-    for (key = kTile; key + kTile <= keys; key += kTile) all = higher(load(scores + key), all);
-    for (size_t i = 0; i < kTile; ++i) {
-      int32_t one = all.part[i / kLanes][i % kLanes];
-      highest = one > highest ? one : highest;
-    }
+  for (; key + kTile <= keys; key += kTile) all = higher(load(scores + key), all);
+  int32_t most = highest(all);
+  for (; key < keys; ++key) most = scores[key] > most ? scores[key] : most;
+  return most;
+}
+
+// Of a text's tokens whose weight is not 0, in their order; rows are `width` apart.
+void mean(const float* states, const int64_t* weights, size_t tokens, size_t width, size_t channels, float* y) {
+  constexpr float kLeast = 1e-9f;  // sum of weights: a text without any is 0
+  __builtin_memset(y, 0, channels * sizeof(float));
+  float total = 0.0f;
+  for (size_t token = 0; token < tokens; ++token, states += width) {
+    if (weights[token] == 0) continue;
+    const float weight = static_cast<float>(weights[token]);
+    total += weight;
+    for_steps(channels, [&](size_t at, auto count) SQAT_ALWAYS {
+      store(y + at, load(y + at, count) + load(states + at, count) * weight, count);
+    });
   }
-  for (; key < keys; ++key) highest = scores[key] > highest ? scores[key] : highest;
-  return highest;
+  const float divisor = total > kLeast ? total : kLeast;
+  for_steps(channels, [&](size_t at, auto count) SQAT_ALWAYS { store(y + at, load(y + at, count) / divisor, count); });
 }
 
 int32_t softmax(const int32_t* scores, size_t keys, size_t padded, float scale, uint8_t* p) {
@@ -189,6 +198,6 @@ void context(const int32_t* product, int32_t sum, float scale, float inverse, si
 
 }  // namespace
 
-const Epilogues SQAT_EPILOGUES{dequantize, finish_row, embed_row, softmax, context};
+const Epilogues SQAT_EPILOGUES{dequantize, finish_row, embed_row, softmax, context, mean};
 
 }  // namespace sqat
