@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sqat.api.quantize import Scales as Scales
     from sqat.api.quantize import calibrate as calibrate
     from sqat.api.quantize import quantized as quantized
+    from sqat.api.reconstruct import reconstruct as reconstruct
     from sqat.errors import GateError as GateError
     from sqat.errors import SqatError as SqatError
 
@@ -29,6 +30,7 @@ PUBLIC_NAMES = {
     "sqat.api.export": ("export_onnx",),
     "sqat.api.prune": ("Masks", "Pruner", "masked", "prune"),
     "sqat.api.quantize": ("Scales", "calibrate", "quantized"),
+    "sqat.api.reconstruct": ("reconstruct",),
     "sqat.errors": ("GateError", "SqatError"),
 }
 MODULES = {name: module for module, names in PUBLIC_NAMES.items() for name in names}

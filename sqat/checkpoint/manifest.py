@@ -65,7 +65,7 @@ class Manifest(BaseModel):
 
     format: int = FORMAT
     stage: str
-    type: Literal["train", "prune", "calibrate", "qat", "export"]
+    type: Literal["train", "prune", "reconstruct", "calibrate", "qat", "export"]
     fingerprint: str
     input_digests: dict[str, str] = {}
     base_model: str

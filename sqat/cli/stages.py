@@ -1,4 +1,4 @@
-"""`sqat train`, `prune`, `calibrate`, `qat` and `export`: one stage of a recipe."""
+"""`sqat train`, `prune`, `reconstruct`, `calibrate`, `qat` and `export`: one stage of a recipe."""
 
 from __future__ import annotations
 
@@ -121,6 +121,7 @@ def target_settings(
 STAGE_COMMANDS = (
     stage_command("train", "Fine-tune the dense model."),
     stage_command("prune", "Prune to N:M step by step, fine-tuning between the steps.", ["distill"]),
+    stage_command("reconstruct", "Let each block learn the dense block's output."),
     stage_command("calibrate", "Choose the scales of the activations."),
     stage_command("qat", "Fine-tune with masks, fake quantization and distillation.", ["distill"]),
     stage_command("export", "Write the files of the export targets and check them.", ["targets"]),

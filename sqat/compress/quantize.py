@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sqat.models.attention import current_attention, use_attention, use_hooked_attention
 from sqat.models.layer_selection import encoder_blocks
 from sqat.modules.activation_quantizers import Quantizers, fake_quantized_
+from sqat.modules.parametrize import insert_weights_, remove_weights_
 from sqat.quantization.placement import PLACEMENTS
 
 
@@ -32,6 +33,16 @@ def attention_for(model: nn.Module, placement: str, compare: bool = False) -> It
     finally:
         if switched and before is not None:
             use_attention(model, before)
+
+
+@contextmanager
+def masked_model(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
+    """Insert masks; afterwards weights are plain again, pruned ones +0.0."""
+    transforms = insert_weights_(model, masks, ())
+    try:
+        yield
+    finally:
+        remove_weights_(model, transforms)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from sqat.errors import SqatError
 from sqat.pipeline.graph import StageGraph, StageNode, resolve_graph
 from sqat.pipeline.quality_gates import describe_gates, predicted_failure
 from sqat.recipe.schema import LoadedRecipe
-from sqat.recipe.stages import CalibrateConfig, StageConfig, TrainConfig, distill_config, row_grouping
+from sqat.recipe.stages import CalibrateConfig, ReconstructConfig, StageConfig, TrainConfig, distill_config, row_grouping
 from sqat.tasks.splits import Splits
 
 
@@ -109,6 +109,8 @@ def count_work(config: StageConfig, splits: Splits) -> tuple[int | None, int | N
         batches = -(-splits.epoch_sizes(row_grouping(config))[0] // config.batch_size)
         steps = config.total_steps(batches, config.gradient_accumulation)
         return steps, steps * config.batch_size * config.gradient_accumulation
+    if isinstance(config, ReconstructConfig):
+        return None, min(config.samples, len(splits.rows("train")))
     if isinstance(config, CalibrateConfig):
         return None, min(config.samples, len(splits.rows(config.split)))
     return None, min(config.parity_samples, len(splits.rows("dev")))

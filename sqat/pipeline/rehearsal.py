@@ -32,7 +32,7 @@ from sqat.pipeline.quality_gates import reference_manifest
 from sqat.pipeline.result_files import REHEARSED_FILE
 from sqat.pipeline.stage_run import STAGES, load_parent, load_teacher
 from sqat.progress import Reporter, SilentReporter
-from sqat.recipe.stages import StageConfig, TrainConfig
+from sqat.recipe.stages import PruneConfig, ReconstructConfig, StageConfig, TrainConfig
 from sqat.stages.context import StageContext
 from sqat.tasks.splits import Splits
 from sqat.training.optimizer import learning_rate_factor
@@ -47,7 +47,7 @@ def rehearse_new(graph: StageGraph, pending: Sequence[StageNode], splits: Splits
     Raises:
         SqatError: as `rehearse`.
     """
-    if not any(isinstance(node.config, TrainConfig) for node in pending):
+    if not any(isinstance(node.config, TrainConfig | ReconstructConfig) for node in pending):
         return
     path = graph.loaded.run_directory / REHEARSED_FILE
     remembered = broadcast_from_rank0(json.dumps(try_read_object(path, root=path.parent)))
@@ -173,10 +173,12 @@ class Rehearsal:
 
 def shorten(config: StageConfig, splits: Splits) -> StageConfig:
     """Return the settings of a stage that trains for the first step only, at the rate that this step has."""
+    if isinstance(config, ReconstructConfig):
+        return config.model_copy(update={"steps_per_block": 1})
     if not isinstance(config, TrainConfig):
         return config
     steps = count_work(config, splits)[0] or 0
-    first_step = {
+    first_step: dict[str, object] = {
         "steps": min(1, steps),
         "epochs": None,
         "gradient_accumulation": 1,
@@ -188,6 +190,8 @@ def shorten(config: StageConfig, splits: Splits) -> StageConfig:
         "keep_checkpoint": "last",
         "save_every": math.inf,
     }
+    if isinstance(config, PruneConfig) and config.reconstruct is not None:
+        first_step["reconstruct"] = config.reconstruct.model_copy(update={"steps_per_block": 1})
     return config.model_copy(update=first_step)
 
 

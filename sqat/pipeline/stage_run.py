@@ -24,7 +24,7 @@ from sqat.pipeline.graph import StageGraph, StageNode, try_load_manifest
 from sqat.pipeline.quality_gates import Limit, first_failed_gate, gate_error, gate_limits, rejected_folder
 from sqat.pipeline.run_folder import check_stage_folder, state_folder
 from sqat.recipe.stages import TrainConfig
-from sqat.stages import calibrate, export, prune, qat, train
+from sqat.stages import calibrate, export, prune, qat, reconstruct, train
 from sqat.stages.context import StageContext
 from sqat.tasks.splits import Splits
 from sqat.training.health import saturation_warnings
@@ -35,6 +35,7 @@ from sqat.training.tracking import TrackedReporter
 STAGES: dict[str, Callable[[Any, Checkpoint | None, StageContext], Checkpoint]] = {
     "train": train.run,
     "prune": prune.run,
+    "reconstruct": reconstruct.run,
     "calibrate": calibrate.run,
     "qat": qat.run,
     "export": export.run,

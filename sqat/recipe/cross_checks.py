@@ -19,7 +19,9 @@ from sqat.recipe.stages import (
     ExportConfig,
     PruneConfig,
     QatConfig,
+    ReconstructConfig,
     TrainConfig,
+    reconstructs,
 )
 from sqat.recipe.targets import TARGETS, unmet_need
 from sqat.recipe.tasks import TASKS
@@ -80,6 +82,8 @@ def check_stage(recipe: Recipe, name: str) -> Iterator[Problem]:
     if isinstance(stage, QatConfig) and "calibrate" not in types:
         text = f"stage {name!r} has no calibrate stage among its ancestors {describe_ancestors(ancestors)}"
         yield Problem((*path, "from"), text, "add a calibrate stage before it")
+    if reconstructs(stage):
+        yield from check_reconstruction(recipe, name)
     if isinstance(stage, ExportConfig):
         yield from check_targets(recipe, name, stage)
     yield from check_gates(recipe, name)
@@ -87,6 +91,20 @@ def check_stage(recipe: Recipe, name: str) -> Iterator[Problem]:
         yield from check_schedule(path, stage)
     if isinstance(stage, PruneConfig | QatConfig) and stage.distill is not None:
         yield from check_distillation(recipe, name, stage.distill)
+
+
+def check_reconstruction(recipe: Recipe, name: str) -> Iterator[Problem]:
+    """A stage that reconstructs has masks that stay, and a dense ancestor to learn from."""
+    stage, ancestors, path = recipe.stages[name], recipe.ancestors_of(name), ("stages", name)
+    if recipe.dense_ancestor_of(name) is None:
+        text = f"stage {name!r} has no train stage among its ancestors {describe_ancestors(ancestors)} to reconstruct"
+        yield Problem(path, text, "add a train stage before it (steps: 0 for the model as it is)")
+    if isinstance(stage, ReconstructConfig) and not {"prune", "calibrate"} & {recipe.stages[a].type for a in ancestors}:
+        text = f"stage {name!r} has no prune or calibrate stage among its ancestors {describe_ancestors(ancestors)}"
+        yield Problem((*path, "from"), text, "add a prune stage before it")
+    if isinstance(stage, PruneConfig) and stage.schedule.every_step:
+        text = f"{'.'.join(path)}: schedule {stage.schedule.name} changes masks in every step, reconstruct keeps them"
+        yield Problem((*path, "reconstruct"), text, "choose the schedule per-group, or add a reconstruct stage")
 
 
 def check_targets(recipe: Recipe, name: str, stage: ExportConfig) -> Iterator[Problem]:

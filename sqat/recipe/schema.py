@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from sqat.recipe.fields import STRICT, StageName, lists_to_tuples
 from sqat.recipe.inputs import DataConfig, ModelConfig
-from sqat.recipe.stages import STAGE_TYPES, StageConfig
+from sqat.recipe.stages import STAGE_TYPES, StageConfig, reconstructs
 from sqat.recipe.tasks import Task
 
 
@@ -89,11 +89,15 @@ class Recipe(BaseModel):
 
     def teacher_of(self, name: str) -> str | None:
         """Name of the stage that teaches ``name``: the recipe's choice, or the nearest dense ancestor."""
-        distill = getattr(self.stages[name], "distill", None)  # only stages that train a student have it
-        if distill is None:
-            return None
-        dense = (other for other in self.ancestors_of(name) if self.stages[other].type == "train")
-        return str(distill.teacher) if distill.teacher is not None else next(dense, None)
+        stage = self.stages[name]
+        distill = getattr(stage, "distill", None)  # only stages that train a student have it
+        if distill is not None and distill.teacher is not None:
+            return str(distill.teacher)
+        return self.dense_ancestor_of(name) if distill is not None or reconstructs(stage) else None
+
+    def dense_ancestor_of(self, name: str) -> str | None:
+        """Name of the nearest dense ancestor of ``name``; None without one."""
+        return next((other for other in self.ancestors_of(name) if self.stages[other].type == "train"), None)
 
 
 class LoadedRecipe(BaseModel):

@@ -1,4 +1,4 @@
-"""The stages of a recipe: train, prune, calibrate, qat and export, with their gates.
+"""The stages of a recipe: train, prune, reconstruct, calibrate, qat and export, with their gates.
 
 The settings of a part (criterion, schedule, calibrator, loss, target) live in the file of the part and come here by
 the table of its room. A ValueError starts with the key that it is about.
@@ -23,7 +23,7 @@ from sqat.sparsity.criteria.magnitude import Magnitude
 from sqat.sparsity.schedules import SCHEDULES, Schedule
 from sqat.sparsity.schedules.per_group import PerGroup
 
-STAGE_TYPES = ("train", "prune", "calibrate", "qat", "export")
+STAGE_TYPES = ("train", "prune", "reconstruct", "calibrate", "qat", "export")
 RowGrouping = Literal["queries", "labels", "rows"]
 TYPE_WORDS = "type of the stage; default: its name"
 if TYPE_CHECKING:
@@ -188,6 +188,31 @@ class DenseTrainConfig(TrainConfig):
     )
 
 
+class ReconstructionConfig(BaseModel):
+    """How each block learns to give the dense block's output, on train rows without their labels."""
+
+    model_config = STRICT
+
+    steps_per_block: int = Field(default=128, ge=1, description="optimizer steps (Adam) of each block")
+    learning_rate: float = Field(default=5e-4, gt=0, description="highest rate; a cosine in each block")
+    samples: int = Field(default=2048, ge=1, description="train rows, or all where there are fewer; no labels are read")
+    batch_size: int = Field(default=16, ge=1, description="rows per device and forward pass")
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16: autocast, weights stay fp32")
+
+    def training(self) -> TrainConfig:
+        """Settings of the training loop."""
+        return TrainConfig(
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            lr_schedule="cosine",
+            warmup=0.0,
+            weight_decay=0.0,
+            max_grad_norm=None,
+            precision=self.precision,
+            evaluate_every=self.steps_per_block,
+        )
+
+
 class PruneConfig(TrainConfig):
     """Progressive N:M pruning with fine-tuning between the masks."""
 
@@ -208,12 +233,21 @@ class PruneConfig(TrainConfig):
         default=0.8, ge=0, lt=1, description="share of the steps after the last mask; the masks share the rest"
     )
     layers: Layers = Field(default=Layers(), description="layers to prune")
+    reconstruct: ReconstructionConfig | None = Field(
+        default=None, description="after the last mask, blocks learn the outputs of the dense ancestor's; {}: defaults"
+    )
     distill: DistillConfig | None = Field(default=None, description="learn from the dense ancestor; {}: defaults")
 
     @field_serializer("patterns")
     def keep_order(self, patterns: dict[str, str]) -> list[tuple[str, str]]:
         """Write patterns as pairs, since their order counts in a fingerprint."""
         return [*patterns.items()]
+
+
+class ReconstructConfig(BaseStage, ReconstructionConfig):
+    """Blockwise reconstruction: block after block learns the outputs of the dense ancestor's; masks and scales stay."""
+
+    type: Literal["reconstruct"] = Field(default="reconstruct", description=TYPE_WORDS)
 
 
 class CalibrateConfig(BaseStage):
@@ -296,4 +330,9 @@ def row_grouping(config: TrainConfig) -> RowGrouping:
     return "labels" if learns_from_labels(config) else "rows"
 
 
-StageConfig = DenseTrainConfig | PruneConfig | CalibrateConfig | QatConfig | ExportConfig
+def reconstructs(config: StageConfig) -> bool:
+    """Whether a stage lets blocks learn the outputs of a dense ancestor's."""
+    return isinstance(config, ReconstructConfig) or (isinstance(config, PruneConfig) and config.reconstruct is not None)
+
+
+StageConfig = DenseTrainConfig | PruneConfig | ReconstructConfig | CalibrateConfig | QatConfig | ExportConfig

@@ -55,6 +55,8 @@ def fit(
     evaluation: Evaluation | None = None,
     before_step: Callable[[int], None] | None = None,
     best_from_step: int = 0,
+    lr_period: int | None = None,
+    save_end: bool = False,
     log: MetricsLog | None = None,
 ) -> TrainResult:
     """Train ``model`` in place for ``steps`` optimizer steps.
@@ -65,6 +67,8 @@ def fit(
         evaluation: runs every ``config.evaluate_every`` steps, and after the last one where the best step is kept.
         before_step: called before each step with its number; what it changes must be in the model's state dict.
         best_from_step: evaluations up to this step do not count for the best step and early stopping.
+        lr_period: steps after which the learning rate starts anew; default: all steps.
+        save_end: save the state after the last step too, for a stage that goes on from there.
         log: gets the losses and metrics of every step.
 
     Raises:
@@ -74,7 +78,7 @@ def fit(
     process_state()  # before Accelerator, which would not find gloo by itself
     accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1,  # whatever the environment says
                               kwargs_handlers=[REPLICAS])  # fmt: skip
-    accumulation_steps = resolve_accumulation_steps(config, state)
+    accumulation_steps, period = resolve_accumulation_steps(config, state), lr_period or steps
     with data_parallel(Objective(model, loss), accelerator) as parallel:
         optimizer = make_optimizer(model, config)
         run = TrainingRun(model, optimizer, state, Progress(accumulation_steps=accumulation_steps))
@@ -90,7 +94,7 @@ def fit(
                 started = time.monotonic()
                 if before_step is not None:
                     before_step(progress.step)
-                rate = config.learning_rate * learning_rate_factor(config, progress.step, steps)
+                rate = config.learning_rate * learning_rate_factor(config, progress.step % max(1, period), period)
                 set_learning_rate(optimizer, rate)
                 progress.step += 1
                 micro_batches, samples = next(work)
@@ -119,6 +123,8 @@ def fit(
                 raise StoppedError(f"{title}: stopped and saved at step {progress.step} of {steps}",
                                    "run the same command without --force to resume", code="stopped")  # fmt: skip
         reporter.finish()
+        if save_end:
+            run.save()
         run.keep_best()
     return TrainResult(progress.step, progress.seconds, progress.samples, progress.losses, progress.history)
 

@@ -124,7 +124,7 @@ def resolve_accumulation_steps(config: TrainConfig, state: ResumeState) -> int:
 def start_or_resume(run: TrainingRun, title: str, steps: int, config: TrainConfig, reporter: Reporter) -> None:
     """Load the resume state where there is one, and report where training starts and how ranks share it."""
     sharing = describe_sharing(run.progress.accumulation_steps, config.gradient_accumulation)
-    has_state = run.state.directory.exists()
+    has_state = run.state.exists
     if run.resume():
         reporter.info(f"{title}: resumed at step {run.progress.step} of {steps}{sharing and f'; {sharing}'}")
     elif has_state:

@@ -54,6 +54,15 @@ class ResumeState:
         self.directory, self.key = directory, key
         self.cached: list[tuple[dict[str, Tensor], Progress] | None] = []
 
+    def part(self, name: str) -> ResumeState:
+        """Return the state of a training inside the stage; it goes with the stage's own."""
+        return ResumeState(self.directory / name, f"{self.key} {name}")
+
+    @property
+    def exists(self) -> bool:
+        """Whether a state was saved, of whatever key."""
+        return any(path.is_file() for path in self.directory.glob("*"))
+
     def save(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
         """Write the tensors, then the JSON, each to a new file that is renamed; then remove older tensors.
 
@@ -79,6 +88,7 @@ class ResumeState:
         """Delete the folder; what sqat did not write stays in it."""
         self.remove_files(lambda name: True)
         for folder in [] if self.directory.is_symlink() else self.directory.glob("*/"):
+            ResumeState(folder, "").remove()  # of a part of the stage
             remove_folder(folder, UNFINISHED)  # of an export
         with suppress(OSError):  # it is not there, or holds something else
             self.directory.rmdir()
