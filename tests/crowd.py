@@ -21,6 +21,8 @@ import transformers
 from torch import Tensor, nn
 
 from sqat.compress.calibrate import merge_over_processes_
+from sqat.compress.quantize import masked_model
+from sqat.compress.reconstruct import AFTER, BEFORE, Reconstruction, without_dropout
 from sqat.compress.statistics import collect_statistics, first_batches
 from sqat.data.batch import Batch
 from sqat.distributed import assigned_indices, process_state, uses_fsdp
@@ -70,9 +72,9 @@ class Watcher(SilentReporter):
             raise KilledError
 
 
-def tiny_bert() -> Any:
+def tiny_bert(layers: int = 1) -> Any:
     torch.manual_seed(0)
-    config = transformers.BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+    config = transformers.BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2,
                                      intermediate_size=32, max_position_embeddings=16)  # fmt: skip
     return transformers.BertForSequenceClassification(config)
 
@@ -181,7 +183,8 @@ def other_work(folder: Path, group: str) -> Found:
             for criterion in (Wanda(), SparseGPT(), Taylor(), Taylor(average="mean"))}  # fmt: skip
     norm = {steps: train_batch_norm(ResumeState(folder / f"{group}-normed", "key"), steps) for steps in (1, STEPS)}
     full = train_without_room(ResumeState(folder / f"{group}-full", "key"))
-    return {"full": full, "norm": norm, "sums": sums, "histograms": histograms(), "logits": logits(),
+    blocks = train_blocks(ResumeState(folder / f"{group}-blocks", "key"))
+    return {"full": full, "norm": norm, "blocks": blocks, "sums": sums, "histograms": histograms(), "logits": logits(),
             "indices": [*assigned_indices(3)]}  # fmt: skip
 
 
@@ -243,6 +246,30 @@ def train_batch_norm(state: ResumeState, steps: int) -> Found:
         state=state,
     )
     return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def train_blocks(state: ResumeState) -> Found:
+    """Reconstruct two blocks of a pruned model; returns its weights and the errors."""
+    teacher, model, made = tiny_bert(2).eval(), tiny_bert(2), batches_of(24, 5)
+    names = [f"bert.encoder.layer.{block}.{layer}.dense" for block in (0, 1) for layer in ("intermediate", "output")]
+    for each in (teacher, model):
+        for name in names:
+            each.get_submodule(name).weight.data *= 20  # so that pruning is felt
+    masks = {name: nm_mask(model.get_submodule(name).weight.detach().abs(), parse_pattern("2:4")) for name in names}
+
+    def collate(rows: list[int]) -> Batch:
+        torch.manual_seed(rows[0])
+        return Batch(made.collate(rows).inputs, torch.tensor(rows), torch.empty(0))
+
+    batches = Batches(lambda epoch: made.plan(0), collate)
+    config = TrainConfig(gradient_accumulation=accumulation(), learning_rate=1e-3, evaluate_every=3)
+    with masked_model(model, masks), without_dropout(model):
+        blocks = Reconstruction(model, teacher, [collate(rows) for rows in made.plan(0)], 3)
+        done = fit(model, blocks.loss, batches, config, steps=blocks.steps, seed=3, title="crowd",
+                   reporter=SilentReporter(), state=state, before_step=blocks.before_step, lr_period=3,
+                   evaluation=Evaluation(blocks.measure, AFTER), best_from_step=blocks.steps)  # fmt: skip
+    errors = [[figures[BEFORE], figures[AFTER]] for figures in done.history]
+    return {"weights": {name: tensor.clone() for name, tensor in model.state_dict().items()}, "errors": errors}
 
 
 def first_part(folder: Path, group: str) -> Found:

@@ -117,6 +117,15 @@ def test_batch_norms_see_what_those_of_one_process_do(group: str, crowd: Crowd) 
                 torch.testing.assert_close(process["norm"][steps][name], buffer)
 
 
+@pytest.mark.parametrize("group", ["2", "4"])
+def test_blocks_learn_in_processes_what_they_learn_in_one(group: str, crowd: Crowd) -> None:
+    alone, (first, *others) = crowd["1"][0]["blocks"], [process["blocks"] for process in crowd[group]]
+    assert all(after < before for before, after in alone["errors"])
+    assert close(first["weights"], alone["weights"])
+    assert first["errors"] == [pytest.approx(errors, rel=1e-3) for errors in alone["errors"]]
+    assert all(equal(other, first) for other in others)
+
+
 def test_a_batch_norm_moves_once_a_step_by_the_mean_of_its_batches(crowd: Crowd) -> None:
     """The oracle adds up four batches in float64."""
     batches, mean, var, rows = batches_of(24, 5), torch.zeros(8), torch.zeros(8), 0

@@ -61,8 +61,7 @@ def reconstruct(
     inserted = quantized(model, masks, scales) if scales is not None else masked(model, masks)  # type: ignore[arg-type]
     with inserted, linears_for_conv1d(teacher), eval_mode(model), without_dropout(model):
         blocks = Reconstruction(model, teacher, numbered[:NUM_EXAMPLES], steps_per_block)
-        errors = train_blocks(blocks, numbered, learning_rate)
-    return errors
+        return train_blocks(blocks, numbered, learning_rate)
 
 
 def train_blocks(

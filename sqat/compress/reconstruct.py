@@ -83,6 +83,7 @@ class Reconstruction:
 
         What it began with is known again after a resume, and so both see the same inputs.
         """
+        self.model.eval()
         block, start = self.sparse.modules[self.number], self.start[self.number]
         own = copy_parameters(block)
         figures = {}

@@ -24,6 +24,7 @@ COMMANDS = [
     "run",
     "train",
     "prune",
+    "reconstruct",
     "calibrate",
     "qat",
     "export",
