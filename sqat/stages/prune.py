@@ -21,7 +21,7 @@ from sqat.recipe.stages import PruneConfig
 from sqat.sparsity.pattern import Pattern
 from sqat.sparsity.schedules.schedule import describe_skipped_masks
 from sqat.stages.context import StageContext
-from sqat.stages.reconstruct import describe, reconstruct
+from sqat.stages.reconstruct import blocks_state, describe, reconstruct
 from sqat.training.batches import Batches
 from sqat.training.data_parallel import Loss
 
@@ -44,17 +44,15 @@ def run(config: PruneConfig, parent: Checkpoint | None, context: StageContext) -
     with context.training_loss(model, config.distill) as loss:
         masks, notes = start_pruning(config, model, patterns, mask_steps, batches, loss, context, old)
 
-        blocks_state = context.state.part("reconstruct")
-
         def before_step(step: int) -> None:
             masks.before_step(step)
             if config.reconstruct is not None and step == max(mask_steps):
-                reconstruct(config.reconstruct, model, processor, context, blocks_state)
+                reconstruct(config.reconstruct, model, processor, context, within=True)
                 context.reporter.start(context.name, context.total_steps(config, batches))
 
         best_from_step = 0 if config.schedule.every_step else max(mask_steps)
         result = context.fit(model, processor, with_mask_decay(loss, masks), config, before_step, best_from_step)
-    if (blocks := blocks_state.peek()) is not None:
+    if (blocks := blocks_state(context).peek()) is not None:
         notes.append(describe(blocks.history))
     final = masks.remove()
     metrics = {"dev": context.measure(model, processor, "dev")}

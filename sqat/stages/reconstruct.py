@@ -39,7 +39,7 @@ def run(config: ReconstructConfig, parent: Checkpoint | None, context: StageCont
                         "put a prune or calibrate stage before it", code="stage-order")  # fmt: skip
     model, processor = context.load_model(parent)
     with quantize_as_calibrated(model, parent) if parent.amax else masked_model(model, parent.masks):
-        result = reconstruct(config, model, processor, context, context.state)
+        result = reconstruct(config, model, processor, context)
         metrics = {"dev": context.measure(model, processor, "dev")}
     files, weights = serialize_model(model, processor)
     manifest = context.manifest(config, parent, result, metrics=metrics, notes=[describe(result.history)])
@@ -47,9 +47,12 @@ def run(config: ReconstructConfig, parent: Checkpoint | None, context: StageCont
 
 
 def reconstruct(
-    config: ReconstructionConfig, model: nn.Module, processor: Processor, context: StageContext, state: ResumeState
+    config: ReconstructionConfig, model: nn.Module, processor: Processor, context: StageContext, *, within: bool = False
 ) -> TrainResult:
     """Train a model block by block towards its dense ancestor; masks and quantizers are in place.
+
+    Args:
+        within: this is a part of a stage, which goes on afterwards.
 
     Returns:
         What training did; its history has the errors of each block.
@@ -59,6 +62,7 @@ def reconstruct(
                         "start without --use_fsdp", code="recipe-conflict")  # fmt: skip
     batches, seed, training = row_batches(config, processor, context), context.recipe.seed, config.training()
     examples = [batches.collate(rows).to(process_state().device) for rows in batches.plan(0)[:NUM_EXAMPLES]]
+    state = blocks_state(context) if within else context.state
     teacher, _ = move_to_device(*build(context.teacher()))
     with without_dropout(model):
         blocks = Reconstruction(model, teacher.requires_grad_(False), examples, config.steps_per_block)
@@ -74,18 +78,23 @@ def reconstruct(
             training,
             steps=blocks.steps,
             seed=seed,
-            title=f"{context.name}: blocks",
+            title=f"{context.name}: blocks" if within else context.name,
             reporter=context.reporter,
             state=state,
             evaluation=Evaluation(measure, AFTER),
             before_step=blocks.before_step,
             best_from_step=blocks.steps,
             lr_period=config.steps_per_block,
-            save_end=state is not context.state,
-            log=context.log if state is context.state else None,
+            save_end=within,
+            log=None if within else context.log,
         )
     context.reporter.info(f"{context.name}: {describe(result.history)}")
     return result
+
+
+def blocks_state(context: StageContext) -> ResumeState:
+    """Return the state of the reconstruction within a stage."""
+    return context.state.part("reconstruct")
 
 
 def row_batches(config: ReconstructionConfig, processor: Processor, context: StageContext) -> Batches:
