@@ -10,7 +10,14 @@ from sqat.errors import SqatError
 from sqat.pipeline.graph import StageGraph, StageNode, resolve_graph
 from sqat.pipeline.quality_gates import describe_gates, predicted_failure
 from sqat.recipe.schema import LoadedRecipe
-from sqat.recipe.stages import CalibrateConfig, ReconstructConfig, StageConfig, TrainConfig, distill_config, row_grouping
+from sqat.recipe.stages import (
+    CalibrateConfig,
+    ReconstructConfig,
+    StageConfig,
+    TrainConfig,
+    distill_config,
+    row_grouping,
+)
 from sqat.tasks.splits import Splits
 
 
