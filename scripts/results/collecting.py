@@ -16,10 +16,12 @@ from typing import Any
 from safetensors import safe_open
 
 from scripts.results.applications import display_of
+from scripts.results.intervals import pair_intervals
 from scripts.results.schema import Application, DataFile, Latency, Pictures, Row, RunRecord, Seed, Stage, read
 from sqat.checkpoint.manifest import RECIPE, WEIGHTS, Manifest
 from sqat.errors import SqatError
 from sqat.files.read import try_read_object
+from sqat.pipeline.bootstrap import Samples, read_samples
 from sqat.pipeline.fingerprint import NOT_FINGERPRINTED, input_digests
 from sqat.pipeline.graph import StageGraph, StageNode, resolve_graph
 from sqat.pipeline.result_files import RESULTS_FILE, artifact_size, result_artifacts
@@ -173,6 +175,7 @@ def collect(runs: list[Run]) -> Application:
     known = {metric for seed in seeds.values() for row in seed.rows.values() for metric in row.metrics}
     missing += [f"no run has measured {metric}" for metric in display.metrics if known and metric not in known]
     pictures = read(Pictures, runs[0].recipe.with_suffix(f".{PICTURES}"))
+    samples = {run.seed: samples_of(run.load(), seeds[run.seed]) for run in runs if run.seed in seeds}
     latency = [found for run in runs if (found := latency_of(run.load()))]
     if not latency:
         missing.append("latency has not been measured, or of files that are no longer there")
@@ -185,10 +188,17 @@ def collect(runs: list[Run]) -> Application:
         commands=commands(runs, pictures is not None),
         data=data_files(first),
         seeds=seeds,
+        intervals=pair_intervals(samples, list(labels)),
         latency=latency[0] if latency else None,
         pictures=pictures,
         missing=missing,
     )
+
+
+def samples_of(loaded: LoadedRecipe, seed: Seed) -> dict[str, Samples]:
+    """Row -> its metrics on the bootstrap samples of the split, for the rows of a seed that have them."""
+    measured, known = try_read_object(loaded.run_directory / RESULTS_FILE), read_samples(loaded.run_directory)
+    return {label: known[key] for label in seed.rows if (key := str(measured[label].get("key"))) in known}
 
 
 def latency_of(loaded: LoadedRecipe) -> Latency | None:

@@ -133,6 +133,18 @@ class Pictures(BaseModel):
     figures: dict[str, Figure]
 
 
+class PairInterval(BaseModel):
+    """The 95 % interval of a row's metric minus another row's: bootstrap over seeds and over the rows of the split."""
+
+    model_config = STRICT
+
+    row: str
+    against: str
+    metric: str
+    low: Figure
+    high: Figure
+
+
 class Application(BaseModel):
     """All of one recipe; ``labels`` are its rows, run or not."""
 
@@ -146,6 +158,7 @@ class Application(BaseModel):
     commands: list[str]
     data: dict[str, DataFile]
     seeds: dict[int, Seed]
+    intervals: list[PairInterval] = []
     latency: Latency | None = None
     pictures: Pictures | None = None
     missing: list[str] = []

@@ -43,9 +43,16 @@ def compare(metric: str, against: str, values: tuple[float, float], samples: tup
     """
     with np.errstate(invalid="ignore"):  # two infinite ratios
         differences = samples[0][metric] - samples[1][metric]
-    kept = differences[np.isfinite(differences)]
-    low, high = np.quantile(kept, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(kept) else (np.nan, np.nan)
-    return Difference(metric, against, values[0] - values[1], float(low), float(high))
+    return Difference(metric, against, values[0] - values[1], *interval_of(differences))
+
+
+def interval_of(samples: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the 95 % percentile interval of bootstrap samples; those that are not finite do not count."""
+    kept = samples[np.isfinite(samples)]
+    if not len(kept):
+        return float("nan"), float("nan")
+    low, high = np.quantile(kept, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 def read_samples(directory: Path) -> dict[str, Samples]:
