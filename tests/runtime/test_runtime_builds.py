@@ -99,7 +99,7 @@ def test_kernels_and_fuzz_under_sanitizers(tmp_path: Path) -> None:
     preload = sanitizer_runtimes() if COMPILER else ""
     if not preload:
         pytest.skip("gcc has no sanitizers here")
-    flags = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-sanitize=vptr")
+    flags = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-sanitize=vptr")
     library = compile_library(tmp_path, *flags)
     environment = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(ROOT)}
 
