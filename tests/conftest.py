@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -35,11 +36,19 @@ from tests.traces import share, traced, traced_by_architecture
 settings.register_profile("unhurried", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
 
+# A search for garbage walks over all that is imported and collected: as Python sets it, a quarter of collection's time.
+gc.set_threshold(20_000, 10, 10)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with whole stages first: handed to processes in this order, the short ones even out the end."""
     long = {item.path for item in items if item.get_closest_marker("pipeline")}
     items.sort(key=lambda item: item.path not in long)
+
+
+def pytest_collection_finish() -> None:
+    """No search for garbage needs to look at what is imported and collected, for it stays."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
