@@ -18,6 +18,7 @@ from sqat.errors import SqatError, suggest
 from sqat.evaluation.artifacts import open_onnx
 from sqat.export.folding import fold_attention_scale
 from sqat.export.graph import export_float
+from sqat.export.int8_products import keep_int8
 from sqat.export.outputs import tensor_outputs
 from sqat.export.qdq import insert_qdq
 from sqat.export.quantized_model import QuantizedModel
@@ -77,6 +78,7 @@ def export_onnx(
         graph = insert_qdq(graph, quantize_for_onnx(copy, scales), join_outputs=target == "onnx-int8")
     if target == "tensorrt":
         graph = fold_attention_scale(graph)
+    graph = keep_int8(graph)
     patterns = {} if masks is None else dict(masks.patterns)
     with on_disk(graph) as scratch:  # before anything is in the user's folder
         verify(graph, patterns, target, scratch)

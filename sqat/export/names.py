@@ -12,6 +12,7 @@ from sqat.onnx_files.read import parse_onnx
 
 KERNELS = "sqat"  # domain of the operators in `sqat.runtime`
 WEIGHTED = ("MatMul", "Gemm", "Conv")
+PRODUCT = ".product"  # a layer's product of constants is stored under the layer's name and this
 
 
 def node_name(module: str, op: str) -> str:

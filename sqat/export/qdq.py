@@ -18,8 +18,9 @@ from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 from torch import Tensor
 
 from sqat.errors import SqatError
+from sqat.export.constant_products import compute_constant_products
 from sqat.export.folding import move_factors
-from sqat.export.names import node_name
+from sqat.export.names import PRODUCT, node_name
 from sqat.export.quantized_model import QuantizedModel
 from sqat.export.sites import Edge, SiteIndex
 from sqat.quantization.fake_quant import ACTIVATION_LOW, HIGH
@@ -49,9 +50,14 @@ def insert_qdq(
     writer = QdqWriter(result.graph, weights, forks)
     pairs = pairs_on_edges(index, quantized.amax, forks)
     layers = {run.node: layer for layer in quantized.weights for run in index.linears[layer]}
+    stored = {name: writer.add_constant(f"{layer}{PRODUCT}", product)
+              for name, (layer, product) in compute_constant_products(model, quantized).items()}  # fmt: skip
     for number, node in enumerate(model.graph.node):
+        if node.output[0] in stored:
+            continue
         copy = NodeProto()
         copy.CopyFrom(node)
+        copy.input[:] = [stored.get(name, name) for name in node.input]
         for operand in range(len(node.input)):
             for site, scale in pairs.get(Edge(number, operand), []):
                 copy.input[operand] = writer.add_pair(copy.input[operand], site, scale)
@@ -184,10 +190,14 @@ class QdqWriter:
         return free
 
     def finish(self) -> None:
-        """Put the new nodes in place and drop float weights that nothing reads (B15)."""
-        used = {name for node in self.nodes for name in node.input}
+        """Put the new nodes in place and drop nodes and float weights that nothing reads (B15)."""
+        used, nodes = {value.name for value in self.graph.output}, list[NodeProto]()
+        for node in reversed(self.nodes):
+            if used & set(node.output):
+                used.update(node.input)
+                nodes.insert(0, node)
         del self.graph.node[:]
-        self.graph.node.extend(self.nodes)
+        self.graph.node.extend(nodes)
         for index in reversed(range(len(self.graph.initializer))):
             if self.graph.initializer[index].name not in used:
                 del self.graph.initializer[index]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sqat.checkpoint.store import Checkpoint
 from sqat.export.embeddings import store_embeddings, stored_tables
 from sqat.export.graph import export_float
+from sqat.export.int8_products import keep_int8
 from sqat.export.quantized_model import QuantizedModel, quantize_model
 from sqat.export.traced_graphs import TracedGraphs
 from sqat.onnx_files.write import write_onnx
@@ -111,6 +112,7 @@ def write_graph(
     runs_in_int8: bool = True,
 ) -> TargetFile:
     """Write an ONNX file; its reference gets the embedding tables that the file stores."""
+    graph = keep_int8(graph)
     write_onnx(graph, path)
     tables = stored_tables(source.graph, source.config.embeddings)
     stored = replace(reference, weights={**reference.weights, **tables})

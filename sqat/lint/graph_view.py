@@ -21,6 +21,7 @@ from sqat.onnx_files.checks import TensorInfo, infer, is_standard, opset_of
 Array = NDArray[np.generic]
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 PRODUCTS = ("MatMul", "Gemm", "Conv")
+SUMS = ("Add", "Sum")
 LAYOUT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Split", "Slice", "Cast")
 SIZE_READERS = ("Shape", "Size")
 # Nodes between a product and what belongs to it: its weight, bias, activation function or quantizer. Without an end,

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from sqat.lint.findings import Finding
-from sqat.lint.graph_view import DEQUANTIZE, PRODUCTS, QUANTIZE, GraphView, label, op_type
+from sqat.lint.graph_view import DEQUANTIZE, PRODUCTS, QUANTIZE, SUMS, GraphView, label, op_type
 from sqat.lint.rules.int8_outputs import IN_DOUBT
 from sqat.lint.rules.operators import is_integer_operator
 from sqat.lint.rules.table import Target
@@ -106,8 +106,8 @@ def layer_parts(view: GraphView, weight: Weight) -> list[str]:
     """Labels of a layer's product and weight, of the pair before it, and of the bias behind it."""
     pair = [view.producer(weight.node.input[0], DEQUANTIZE), view.quantizer_before(weight.node.input[0])]
     readers = view.consumers_of(weight.node)
-    adds = [node for node in readers if op_type(node) == "Add"]
-    late = [node for reader in readers for node in view.consumers_of(reader) if op_type(node) == "Add"]
+    adds = [node for node in readers if op_type(node) in SUMS]
+    late = [node for reader in readers for node in view.consumers_of(reader) if op_type(node) in SUMS]
     adds += [node for node in late if any(view.is_constant(name) for name in node.input)]
     bias = [name for node in (weight.node, *adds) for name in node.input if view.is_constant(name)]
     adds += [node for name in bias if (node := view.producer(name, DEQUANTIZE, QUANTIZE)) is not None]

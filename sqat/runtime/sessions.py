@@ -92,7 +92,9 @@ def optimized_graph(model: Path | str | bytes) -> GraphProto:
 
 
 def find_float_products(optimized: GraphProto, exported: GraphProto | None = None) -> list[str]:
-    """Return the MatMul, Gemm and Conv nodes with quantized operands that ONNX Runtime computes in float (O21).
+    """Return the MatMul, Gemm and Conv nodes with quantized operands that ONNX Runtime computes otherwise (O21).
+
+    It does so in float, or it quantizes the other operand anew (MatMulNBits).
 
     A convolution counts only if its output is quantized too: ONNX Runtime has no int8 one with a float output. None
     counts whose output several nodes quantize: it has no int8 form of those.
@@ -115,7 +117,7 @@ def find_float_products(optimized: GraphProto, exported: GraphProto | None = Non
         and node.name.removesuffix(FUSED_SCALE) not in split
         and set(node.input[:2]) <= dequantized
         and quantized[node.output[0]] in ((1,) if "Conv" in node.op_type else (0, 1))
-    ]
+    ] + [node.name for node in optimized.node if node.op_type == "MatMulNBits"]
 
 
 def dequantized_tensors(graph: GraphProto) -> set[str]:

@@ -12,6 +12,8 @@ import torch
 import transformers
 
 import sqat
+from sqat.runtime.sessions import optimized_graph
+from tests.onnx_graphs import count_operators
 from tests.tiny import BASE, build_model, random_batch
 
 ROUNDING = 1e-6
@@ -66,13 +68,16 @@ def test_every_run_is_quantized(case: str, placement: Any, tmp_path: Path) -> No
     assert len(products) == runs + attention
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_positions_of_deberta_are_quantized_as_tokens_are(shared: bool, tmp_path: Path) -> None:
-    """The projections that run on the positions' table have int8 weights of a size that the exporter does not fold."""
+@pytest.mark.parametrize(("shared", "placement"), [(True, "linear"), (False, "tensorrt")])
+def test_positions_of_deberta_are_quantized_as_tokens_are(shared: bool, placement: Any, tmp_path: Path) -> None:
+    """The projections of the positions' table, of a size that the exporter does not fold, are computed once."""
     model, batch = build_model("deberta-v2", hidden_size=96, num_hidden_layers=1, share_att_key=shared), random_batch()
-    masks, scales = sqat.prune(model), sqat.calibrate(model, [batch], placement="tensorrt")
-    assert sqat.export_onnx(model, tmp_path / "model.onnx", batch, masks, scales) < 10 * ROUNDING
+    masks, scales = sqat.prune(model), sqat.calibrate(model, [batch], placement=placement)
+    path = tmp_path / "model.onnx"
+    assert sqat.export_onnx(model, path, batch, masks, scales) < 10 * ROUNDING
     assert sum("attention.self" in name for name in scales.layers) == (3 if shared else 5)
+    counts = count_operators(optimized_graph(path))
+    assert counts["MatMulIntegerToFloat"] + counts["QLinearMatMul"] == 6
 
 
 def test_one_scale_covers_what_all_runs_see() -> None:

@@ -20,6 +20,7 @@ from sqat.lint.graph_view import (
     PRODUCTS,
     QUANTIZE,
     SIZE_READERS,
+    SUMS,
     GraphView,
     label,
     op_type,
@@ -29,7 +30,7 @@ from sqat.lint.weight import Weight
 STAYS_FLOAT, IN_DOUBT = "its output stays float", "int8 only behind"
 ACTIVATIONS = ("Gelu", "Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Sigmoid", "HardSigmoid", "HardSwish",
                "Swish", "Mish", "Softplus", "Tanh", "Erf", "FastGelu", "QuickGelu", "BiasGelu")  # fmt: skip
-ELEMENTWISE = ("Add", "Sub", "Mul", "Div", "Pow", "Neg", "Clip", "Cast", "Dropout")
+ELEMENTWISE = (*SUMS, "Sub", "Mul", "Div", "Pow", "Neg", "Clip", "Cast", "Dropout")
 
 
 @dataclass
@@ -64,7 +65,7 @@ def trace_output(view: GraphView, node: NodeProto) -> OutputTrace:
                 trace.quantizers.append(reader)
             elif op_type(reader) in LAYOUT and reader.input[0] == name:
                 pending += [(output, has_bias) for output in reader.output]
-            elif op_type(reader) == "Add" and not has_bias and adds_constant(view, reader, name):
+            elif op_type(reader) in SUMS and not has_bias and adds_constant(view, reader, name):
                 pending.append((reader.output[0], True))
             elif op_type(reader) not in SIZE_READERS:
                 trace.others.append((reader, name))
@@ -180,11 +181,11 @@ def check_residual_adds(view: GraphView) -> Iterator[Problem]:
 def comes_from_layer(view: GraphView, name: str, layers: set[int]) -> bool:
     """Whether a tensor is the result of one of the layers, behind bias, Q/DQ and changes of layout."""
     for _ in range(LONGEST_PATH):
-        node = view.producer(name, *LAYOUT, QUANTIZE, DEQUANTIZE, "Add", *PRODUCTS)
+        node = view.producer(name, *LAYOUT, QUANTIZE, DEQUANTIZE, *SUMS, *PRODUCTS)
         if node is None or id(node) in layers:
             return node is not None
         data = [entry for entry in node.input[:2] if not view.is_constant(entry)]
-        if not data or (op_type(node) == "Add" and len(data) > 1) or op_type(node) in PRODUCTS:
+        if not data or (op_type(node) in SUMS and len(data) > 1) or op_type(node) in PRODUCTS:
             return False
         name = data[0]
     return False

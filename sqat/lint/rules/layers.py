@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from onnx import NodeProto, TensorProto
 
 from sqat.lint.findings import Problem
-from sqat.lint.graph_view import DEQUANTIZE, LAYOUT, LONGEST_PATH, PRODUCTS, QUANTIZE, GraphView, label, op_type
+from sqat.lint.graph_view import DEQUANTIZE, LAYOUT, LONGEST_PATH, PRODUCTS, QUANTIZE, SUMS, GraphView, label, op_type
 from sqat.lint.rules.attention import node_behind_dequantizer
 from sqat.lint.rules.operators import reads_embedding_table
 from sqat.lint.rules.weights import is_sparse
@@ -38,7 +38,7 @@ def is_linear_output(view: GraphView, dequantizer: NodeProto) -> bool:
     quantizer = view.producer(dequantizer.input[0], QUANTIZE)
     name = quantizer.input[0] if quantizer is not None else ""
     for _ in range(LONGEST_PATH):
-        if (node := view.producer(name, *LAYOUT, "Add")) is None:
+        if (node := view.producer(name, *LAYOUT, *SUMS)) is None:
             break
         name = next((entry for entry in node.input if not view.is_constant(entry)), "")
     product = view.producer(name, *PRODUCTS)
@@ -108,14 +108,14 @@ def check_float_bias(view: GraphView) -> Iterator[Problem]:
         if has_direct_bias(view, weight.node):
             continue
         for late in readers_behind_layout(view, weight.node):
-            if op_type(late) == "Add" and has_bias_operand(view, late, weight):
+            if op_type(late) in SUMS and has_bias_operand(view, late, weight):
                 yield Problem(label(late), f"bias is not added directly behind {label(weight.node)}")
 
 
 def has_direct_bias(view: GraphView, node: NodeProto) -> bool:
     """Whether a product has its bias as a third input, or in an Add right behind it."""
     return any(node.input[2:]) or any(
-        op_type(reader) == "Add" and any(name in view.constants for name in reader.input)
+        op_type(reader) in SUMS and any(name in view.constants for name in reader.input)
         for reader in view.consumers_of(node)
     )
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto, numpy_helper
 
-from sqat.export.names import module_of
+from sqat.export.names import PRODUCT, module_of
 from sqat.lint.findings import Problem
 from sqat.lint.graph_editor import GraphEditor, remove_attribute_
 from sqat.lint.graph_view import DEQUANTIZE, QUANTIZE, Array, GraphView, int_attribute, label, op_type
@@ -83,6 +83,8 @@ def check_claimed_patterns(view: GraphView, pruned: Mapping[str, str]) -> Iterat
     weights = {module_of(weight.node): weight for weight in view.weights}
     for layer, text in pruned.items():
         weight, pattern = weights.get(layer), parse_pattern(text)
+        if weight is None and f"{layer}{PRODUCT}" in view.constants:
+            continue
         if weight is None:
             yield Problem(layer, f"pruned to {text}, but not in the graph")
         elif weight.size[0] % pattern.m:
