@@ -69,5 +69,7 @@ REFUSALS = (
     Refusal("*", ("compressed-tensors",), ("gpt2",), TARGET, "its layers are Conv1D, and the format stores linears"),
     Refusal("*", ("compressed-tensors",), (*NETS, *HYBRIDS), TARGET, "quantized layers of it are convolutions, and the "
             "format stores linears"),
+    Refusal("tensorrt", ("tensorrt",), ("convnextv2",), "broken-rule", "a norm reads what its activation functions "
+            "compute, so that linears before these have no int8 output; `placement: tensorrt-full` gives them one"),
     Refusal("*", PACKED, FEW_LINEARS, TARGET, "it has no linears that the kernels take"),
 )  # fmt: skip

@@ -53,7 +53,7 @@ def verify(
     errors = [finding for finding in findings if not finding.warning]
     if errors:
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise GateError(f"the exported graph breaks rule {errors[0]}{more}", code="broken-rule")
+        raise GateError(f"the exported graph breaks rule {errors[0]}{more}", errors[0].advice, code="broken-rule")
     return findings
 
 

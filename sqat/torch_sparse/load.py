@@ -21,6 +21,7 @@ from sqat.models.attention import current_attention, use_attention, use_hooked_a
 from sqat.models.layer_selection import encoder_blocks
 from sqat.models.loading import assemble, load_weights
 from sqat.modules.activation_quantizers import Insertion, Quantizers, insert_quantizers_, remove_quantizers_
+from sqat.modules.batch_norm import fold_batch_norms_
 from sqat.modules.sites import PRODUCT_ROLES, Site
 from sqat.torch_sparse.backends import AUTO, Backend, BackendChooser
 from sqat.torch_sparse.linear import SparseLinear, insert_sparse_, remove_sparse_
@@ -104,6 +105,8 @@ def insert_packed_(model: nn.Module, packed: Packed, backend: str = AUTO, sites:
     sites_in_use = {site: shared_with for site, shared_with in packed.manifest.sites.items()
             if sites == "all" or Site(site).role == "input"}  # fmt: skip
     load_weights(model, packed.dense | {f"{name}.weight": layer.weight for name, layer in plain.items()}, packed.place)
+    if sites_in_use:
+        fold_batch_norms_(model)  # a convolution's output site is behind its norm
     attention = switch_attention_(model, sites_in_use)
     insert_sparse_(model, {name: sparse_linear(packed, name, plain[name], backends[name]) for name in plain})
     insertion = insert_site_quantizers_(model, packed, sites_in_use, blocks)

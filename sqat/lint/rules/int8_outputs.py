@@ -30,6 +30,7 @@ from sqat.lint.weight import Weight
 STAYS_FLOAT, IN_DOUBT = "its output stays float", "int8 only behind"
 ACTIVATIONS = ("Gelu", "Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Sigmoid", "HardSigmoid", "HardSwish",
                "Swish", "Mish", "Softplus", "Tanh", "Erf", "FastGelu", "QuickGelu", "BiasGelu")  # fmt: skip
+BEFORE_ACTIVATION = "quantize what the activation reads too: calibrate with placement tensorrt-full"
 ELEMENTWISE = (*SUMS, "Sub", "Mul", "Div", "Pow", "Neg", "Clip", "Cast", "Dropout")
 
 
@@ -134,12 +135,13 @@ def check_int8_out(view: GraphView) -> Iterator[Problem]:
     for weight in view.quantized_weights:
         trace = trace_output(view, weight.node)
         if trace.activation:
-            advice = "quantize what the activation reads too (calibrate with placement tensorrt-full), or leave it"
-            yield Problem(label(weight.node), f"{IN_DOUBT} {trace.activation}", warning=True, advice=advice)
+            text = f"{IN_DOUBT} {trace.activation}"
+            yield Problem(label(weight.node), text, warning=True, advice=f"{BEFORE_ACTIVATION}, or leave it")
         elif trace.others:
             node = trace.others[0][0]
             where = f"goes to {node.op_type}" if node is not None else "is an output of the model"
-            yield Problem(label(weight.node), f"{STAYS_FLOAT}: it {where}")
+            advice = BEFORE_ACTIVATION if node is not None and node.op_type in ACTIVATIONS else ""
+            yield Problem(label(weight.node), f"{STAYS_FLOAT}: it {where}", advice=advice)
         elif not trace.quantizers:
             yield Problem(label(weight.node), f"{STAYS_FLOAT}: nothing reads it")
 
