@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     todo = [name for name in names if options.again or known.get(name, {}).get("commit") != commit]
     for entry in try_all(todo, options.jobs):
         known[entry["name"]] = {**entry, "commit": commit}
-        replace_file(options.json, (json.dumps(report_of(known), indent=1) + "\n").encode())
+        replace_file(options.json, text_of(report_of(known)).encode())
         print(f"{entry['name']}: {entry['seconds']:.0f} s", *failures(entry), sep="\n  ", flush=True)
     faults = count_failures([known[name] for name in names])
     print(f"{len(names)} families, {faults} with something that is not expected")

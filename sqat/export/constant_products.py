@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 from torch import Tensor
+from torch.nn import functional
 
-from sqat.export.names import module_of
 from sqat.export.quantized_model import QuantizedModel
+from sqat.export.sites import LinearNode, SiteIndex
 from sqat.quantization.fake_quant import fake_quantize
 from sqat.runtime.sessions import session
 
@@ -23,18 +24,31 @@ Array = NDArray[np.generic]
 
 
 def compute_constant_products(
-    model: ModelProto, quantized: QuantizedModel
+    model: ModelProto, index: SiteIndex, quantized: QuantizedModel
 ) -> dict[str, tuple[str, NDArray[np.float32]]]:
-    """Compute the linears of a float graph whose inputs are constant, as fake quantization does.
+    """Compute the linears of a float graph whose inputs are constant, to the bit as fake quantization does.
 
     Returns:
-        Name of the output of a MatMul or Gemm -> its layer and its value.
+        Name of what leaves a linear behind its bias -> its layer and its value.
     """
     constants = constant_tensors(model.graph)
-    nodes = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm") and node.input[0] in constants
-             and module_of(node) in quantized.weights and node.input[1] in constants]  # fmt: skip
-    values = evaluate(model, {name for node in nodes for name in (node.input[0], *node.input[2:])}) if nodes else {}
-    return {node.output[0]: (module_of(node), multiply(node, values, quantized)) for node in nodes}
+    runs = {
+        run.output: (layer, linear_inputs(index, run))
+        for layer in quantized.weights
+        for run in index.linears[layer]
+        if index.nodes[run.node].op_type != "Conv" and index.nodes[run.node].input[0] in constants
+    }
+    values = evaluate(model, {name for _, names in runs.values() for name in names}) if runs else {}
+    return {output: (layer, multiply(layer, [torch.from_numpy(values[name]) for name in names], quantized))
+            for output, (layer, names) in runs.items()}  # fmt: skip
+
+
+def linear_inputs(index: SiteIndex, run: LinearNode) -> list[str]:
+    """Name what a linear multiplies, and its bias if it has one."""
+    node = index.nodes[run.node]
+    bias = [name for edge in index.consumers[node.output[0]] if run.output in index.nodes[edge.node].output
+            for name in index.nodes[edge.node].input if name in index.constants]  # fmt: skip
+    return [node.input[0], *(node.input[2:] or bias)]
 
 
 def constant_tensors(graph: GraphProto) -> set[str]:
@@ -61,12 +75,10 @@ def evaluate(model: ModelProto, names: Iterable[str]) -> dict[str, Array]:
     return dict(zip(outputs, results, strict=True))
 
 
-def multiply(node: NodeProto, values: dict[str, Array], quantized: QuantizedModel) -> NDArray[np.float32]:
-    """Compute one product of int8 numbers, with the bias of a Gemm."""
-    layer = module_of(node)
+def multiply(layer: str, inputs: list[Tensor], quantized: QuantizedModel) -> NDArray[np.float32]:
+    """Compute one linear of int8 numbers."""
     weight_OI, scale_O = quantized.weights[layer]  # noqa: N806
-    table, *bias = (torch.from_numpy(values[name]) for name in (node.input[0], *node.input[2:]))
-    x: Tensor = fake_quantize(table, torch.tensor(quantized.amax[f"{layer}:input"]))
-    product = x.double() @ (weight_OI * scale_O[:, None]).double().T
-    result: NDArray[np.float32] = sum(bias, product).float().numpy()
+    table, *bias = inputs
+    x = fake_quantize(table, torch.tensor(quantized.amax[f"{layer}:input"]))
+    result: NDArray[np.float32] = functional.linear(x, weight_OI * scale_O[:, None], *bias).numpy()
     return result

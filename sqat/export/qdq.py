@@ -51,9 +51,10 @@ def insert_qdq(
     pairs = pairs_on_edges(index, quantized.amax, forks)
     layers = {run.node: layer for layer in quantized.weights for run in index.linears[layer]}
     stored = {name: writer.add_constant(f"{layer}{PRODUCT}", product)
-              for name, (layer, product) in compute_constant_products(model, quantized).items()}  # fmt: skip
+              for name, (layer, product) in compute_constant_products(model, index, quantized).items()}  # fmt: skip
+    computed = {run.node for layer in quantized.weights for run in index.linears[layer] if run.output in stored}
     for number, node in enumerate(model.graph.node):
-        if node.output[0] in stored:
+        if number in computed or node.output[0] in stored:
             continue
         copy = NodeProto()
         copy.CopyFrom(node)
