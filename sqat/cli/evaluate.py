@@ -10,20 +10,29 @@ import typer
 from sqat.cli.options import Json, Quiet, RecipeFile, Set, Verbose, check_artifact, load
 from sqat.errors import SqatError
 
+SPLITS: dict[str, Literal["test", "dev", "train"]] = {"test": "test", "dev": "dev", "train": "train"}
+
 
 def evaluate(
     recipe: RecipeFile,
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="checkpoint folder or .onnx file")],
-    split: Annotated[str, typer.Option("--split", metavar="test|dev", help="split to measure on")] = "test",
+    split: Annotated[str, typer.Option("--split", metavar="test|dev|train", help="split to measure on")] = "test",
+    write_outputs: Annotated[
+        Path | None, typer.Option("--write-outputs", metavar="FILE", help="write the outputs of each row (.jsonl)")
+    ] = None,
     overrides: Set = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
     """Measure a checkpoint or an exported file."""
-    if split not in ("test", "dev"):
-        raise SqatError(f"no split {split!r}", "allowed: test, dev", "--split", code="unknown-name")
-    name: Literal["test", "dev"] = "dev" if split == "dev" else "test"
+    if split not in SPLITS:
+        raise SqatError(f"no split {split!r}", "allowed: test, dev, train", "--split", code="unknown-name")
+    if split == "train" and write_outputs is None:
+        raise SqatError("train is not measured", "give --write-outputs FILE, or another split", "--split", code="usage")
+    if write_outputs is not None and write_outputs.suffix != ".jsonl":
+        raise SqatError("the outputs are written as .jsonl", "give a FILE of that ending",
+                        f"--write-outputs {write_outputs}", code="usage")  # fmt: skip
     check_artifact(artifact)
     loaded = load(recipe, overrides)
     if split == "test" and loaded.recipe.data.test is None:
@@ -34,6 +43,6 @@ def evaluate(
     from sqat.pipeline import runner
 
     with open_reporter(quiet=quiet) as reporter:
-        metrics = runner.evaluate(loaded, artifact, name, reporter)
-    if is_rank0():
+        metrics = runner.evaluate(loaded, artifact, SPLITS[split], reporter, write_outputs)
+    if is_rank0() and metrics:
         print_metrics(metrics, split, artifact, as_json=json)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sqat.data.batch import Batch
 from sqat.distillation.hidden_states import hidden_loss
-from sqat.distillation.outputs import OUTPUT_LOSSES
+from sqat.distillation.outputs import OUTPUT_LOSSES, OutputLoss, similarities_loss
 from sqat.distillation.relations import QKV
 from sqat.errors import SqatError
 from sqat.models.attention import hook_last_qkv, token_multiple
@@ -36,21 +36,25 @@ def task_loss(task: Task) -> Loss:
 
 
 @contextmanager
-def distilled_loss(student: nn.Module, teacher: nn.Module, config: DistillConfig, task: Task) -> Iterator[Loss]:
+def distilled_loss(student: nn.Module, teacher: nn.Module | None, config: DistillConfig, task: Task) -> Iterator[Loss]:
     """Weighted sum of MiniLM relations, hidden states, outputs and task; a part of weight 0 is not computed.
 
     Args:
-        teacher: gets no gradient.
+        teacher: gets no gradient; None where batches hold its outputs.
     """
     output_loss = OUTPUT_LOSSES[config.output_loss or task.output_losses[0]]
     with inner_losses(student, teacher, config) as inner:
 
         def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
             logits = model(**batch.inputs).logits
-            with torch.no_grad():
-                teacher_logits = teacher.to(logits.device)(**batch.inputs).logits
+            teacher_logits = batch.teacher_outputs
+            if teacher is not None:
+                with torch.no_grad():
+                    teacher_logits = teacher.to(logits.device)(**(batch.teacher_inputs or batch.inputs)).logits
             parts = {name: weight * part(batch.inputs) for name, (weight, part) in inner.items()}
             if config.output_weight:
+                assert teacher_logits is not None  # one of the two has them
+                check_widths(logits, teacher_logits, output_loss)
                 outputs = output_loss(logits, teacher_logits, batch.groups, config.output_temperature)
                 parts["logits"] = config.output_weight * outputs
             if config.task_weight:
@@ -60,17 +64,25 @@ def distilled_loss(student: nn.Module, teacher: nn.Module, config: DistillConfig
         yield loss
 
 
+def check_widths(student: Tensor, teacher: Tensor, output_loss: OutputLoss) -> None:
+    """Refuse outputs of another width where the loss compares them number by number."""
+    if student.shape != teacher.shape and output_loss is not similarities_loss:
+        raise SqatError(f"the student's outputs have the shape {list(student.shape)}, the teacher's "
+                        f"{list(teacher.shape)}", "for vectors of another width set output_loss: similarities",
+                        "distill.teacher", code="model-mismatch")  # fmt: skip
+
+
 @contextmanager
 def inner_losses(
-    student: nn.Module, teacher: nn.Module, config: DistillConfig
+    student: nn.Module, teacher: nn.Module | None, config: DistillConfig
 ) -> Iterator[dict[str, tuple[float, Callable[[Inputs], Tensor]]]]:
     """Yield the weight and function of each loss on what the models compute inside, by its name."""
     with ExitStack() as stack:
         inner: dict[str, tuple[float, Callable[[Inputs], Tensor]]] = {}
-        if config.minilm_weight:
+        if teacher is not None and config.minilm_weight:
             relations = minilm_loss(student, teacher, config.loss, config.qkv, config.qkv)
             inner["minilm"] = config.minilm_weight, stack.enter_context(relations)
-        if config.hidden_weight:
+        if teacher is not None and config.hidden_weight:
             inner["hidden"] = config.hidden_weight, stack.enter_context(hidden_state_loss(student, teacher))
         yield inner
 

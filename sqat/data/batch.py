@@ -6,7 +6,7 @@ same one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Protocol
@@ -29,20 +29,32 @@ class Batch:
         inputs: of the model by name; of texts input_ids, attention_mask (and token_type_ids), int64 [B, T].
         labels: [B], int64 for classes, float32 otherwise; [B, ...] where a model returns more than scores.
         groups: int64 [B], number of the query; -1 where there is none.
+        teacher_inputs: of a teacher with a tokenizer of its own; None where it reads the student's.
+        teacher_outputs: [B, C], where they are stored.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
     groups: Tensor
+    teacher_inputs: dict[str, Tensor] | None = None
+    teacher_outputs: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy to a device."""
-        inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
-        labels, groups = (value.to(device, non_blocking=True) for value in (self.labels, self.groups))
-        return replace(self, inputs=inputs, labels=labels, groups=groups)
+
+        def copy(value: Tensor) -> Tensor:
+            return value.to(device, non_blocking=True)
+
+        return Batch(
+            {name: copy(value) for name, value in self.inputs.items()},
+            copy(self.labels),
+            copy(self.groups),
+            self.teacher_inputs and {name: copy(value) for name, value in self.teacher_inputs.items()},
+            None if self.teacher_outputs is None else copy(self.teacher_outputs),
+        )
 
 
 class Processor(Protocol):

@@ -6,7 +6,7 @@ A prepared row holds its pixels as bytes, channels last: one byte a value for ui
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -85,4 +85,4 @@ def augment_images(batch: Batch, shift: int, flip: bool) -> Batch:
         columns = torch.where(torch.rand(count, 1) < 0.5, columns.flip(1), columns)
     moved: Tensor = images[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     inputs = {**batch.inputs, "pixel_values": moved.permute(0, 3, 1, 2).contiguous()}
-    return Batch(inputs, batch.labels, batch.groups)
+    return replace(batch, inputs=inputs)

@@ -29,11 +29,13 @@ class TaskHead:
     Attributes:
         entries: of the model's config: num_labels, id2label, problem_type, ...
         is_trained: whether the stage that loads the model trains it on labels.
+        must_exist: whether a source without such a head is refused.
         report: receives a line about what becomes of the source's head.
     """
 
     entries: Mapping[str, Any]
     is_trained: bool = True
+    must_exist: bool = False
     report: Callable[[str], None] = lambda line: None
 
     @property
@@ -145,6 +147,11 @@ def settle_head_(
     """
     resized = axes.keys() & {name for name, *_ in loading["mismatched_keys"]}
     missing = axes.keys() & set(loading["missing_keys"])
+    if head.must_exist and (resized or missing):
+        has = f"{len(source)} outputs ({cut(source)})" if resized else "no head"
+        raise SqatError(f"the source has {has}, but {head.entries['num_labels']} outputs are needed",
+                        "take a model that is fine-tuned on the task", str(model.config.name_or_path),
+                        code="model-mismatch")  # fmt: skip
     if choice == "in-order" and (resized or missing):
         has = f"{len(source)} outputs" if resized else "no head"
         needs = head.entries["num_labels"]

@@ -42,6 +42,8 @@ def load_pretrained(
     seed: int,
     *,
     is_trained: bool = True,
+    needs_head: bool = False,
+    key: str = "model.source",
     report: Callable[[str], None] = lambda line: None,
 ) -> tuple[nn.Module, Processor]:
     """Build the model that the recipe starts from, with a head for the task, and its processor.
@@ -52,6 +54,8 @@ def load_pretrained(
         head: config entries of the head: num_labels, id2label, problem_type, ...
         seed: of the initial weights.
         is_trained: whether the head is trained on labels next.
+        needs_head: whether the source must have a head for the task.
+        key: of the recipe that names the source.
         report: receives a line about what becomes of the source's head.
 
     Raises:
@@ -59,14 +63,14 @@ def load_pretrained(
     """
     source = ""
     if config.source is not None:
-        source = resolve_source(config.source, folder)
+        source = resolve_source(config.source, folder, key)
         check_digest(config, source)
     if config.text_encoder is not None and (folder / config.text_encoder).is_dir():
         config = config.model_copy(update={"text_encoder": str((folder / config.text_encoder).resolve())})
     if config.head != "by-name" and not head.get("num_labels"):
         raise SqatError(f"model.head is {config.head}, but the task has no head", "remove it", code="recipe-conflict")
     torch.manual_seed(seed)
-    return ARCHITECTURES[kind].pretrained(config, source, TaskHead(head, is_trained, report))
+    return ARCHITECTURES[kind].pretrained(config, source, TaskHead(head, is_trained, needs_head, report))
 
 
 def architecture_of(folder: Path) -> Architecture:

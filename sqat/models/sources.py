@@ -29,14 +29,18 @@ LOADING_ERRORS = (
 )
 
 
-def resolve_source(source: str, folder: Path) -> str:
+def resolve_source(source: str, folder: Path, key: str = "model.source") -> str:
     """Return the folder or hub name of a source; ``package:NAME/FOLDER`` is found without importing the package.
+
+    Args:
+        folder: that relative sources start from.
+        key: of the recipe that names the source.
 
     Raises:
         SqatError: no such folder or package, or one whose weights lie elsewhere.
     """
     if source.startswith("package:"):
-        installed = package_folder(source.removeprefix("package:"), source)
+        installed = package_folder(source.removeprefix("package:"), source, key)
         check_own_weights(Path(installed))
         return installed
     local = folder / source
@@ -44,19 +48,17 @@ def resolve_source(source: str, folder: Path) -> str:
         check_own_weights(local)
         return str(local)
     if source.startswith((".", "/")) or source.count("/") > 1:
-        raise SqatError(
-            f"model.source is {source!r}, but there is no such folder", f"looked at {local}", code="missing-file"
-        )
+        raise SqatError(f"{key} is {source!r}, but there is no such folder", f"looked at {local}", code="missing-file")
     return source
 
 
-def package_folder(reference: str, source: str) -> str:
+def package_folder(reference: str, source: str, key: str) -> str:
     """Return a folder inside an installed package."""
     name, _, inner = reference.partition("/")
     spec = importlib.util.find_spec(name) if re.fullmatch(r"\w+", name) else None
     if spec is None or not spec.submodule_search_locations:
         raise SqatError(
-            f"model.source is {source!r}, but no package {name!r} is installed",
+            f"{key} is {source!r}, but no package {name!r} is installed",
             f"pip install {name.replace('_', '-')}, or name a folder or a hub model",
             code="missing-file",
         )
@@ -64,7 +66,7 @@ def package_folder(reference: str, source: str) -> str:
     path = (root / inner).resolve()
     if not path.is_relative_to(root) or not (path / "config.json").is_file():
         raise SqatError(
-            f"model.source is {source!r}, but that folder of the package holds no model",
+            f"{key} is {source!r}, but that folder of the package holds no model",
             f"looked at {path}",
             code="missing-file",
         )
@@ -98,11 +100,11 @@ def check_own_weights(folder: Path) -> None:
             )
 
 
-def source_digest(config: ModelConfig, folder: Path) -> str:
+def source_digest(config: ModelConfig, folder: Path, key: str = "model.source") -> str:
     """Return the sha256 over the files of local models; the recipe's name and revision identify a hub model."""
     hasher = hashlib.sha256()
     for name in (config.source, config.text_encoder):
-        source = Path(resolve_source(name, folder)) if name is not None else None
+        source = Path(resolve_source(name, folder, key)) if name is not None else None
         if source is None or not source.is_dir():
             continue
         for path in sorted([*source.glob("*"), *source.glob("*/config.json")]):

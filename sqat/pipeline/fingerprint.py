@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from sqat.checkpoint.manifest import FORMAT, Manifest, content_digest
 from sqat.data.sources import split_digest
 from sqat.models.sources import source_digest
+from sqat.recipe.inputs import ModelConfig, SplitConfig
 from sqat.recipe.schema import LoadedRecipe
-from sqat.recipe.stages import StageConfig
+from sqat.recipe.stages import StageConfig, distill_config
 from sqat.recipe.tasks import TASKS
 
 # Raise a number where the same settings and inputs give another result than before.
@@ -42,6 +44,23 @@ def shared_inputs(loaded: LoadedRecipe) -> dict[str, object]:
         "augment": None if augment is None else augment.model_dump(mode="json"),
         "seed": recipe.seed,
     }
+
+
+def outside_teacher_digest(config: StageConfig, folder: Path) -> str:
+    """Return the digest of the files of a teacher that is no stage; empty without one, or where train has its column.
+
+    Raises:
+        SqatError: a file is missing.
+    """
+    distill = distill_config(config)
+    teacher = None if distill is None else distill.teacher
+    if teacher is None:
+        return ""
+    if teacher.file is not None:
+        return split_digest(SplitConfig(path=teacher.file), folder)
+    if teacher.source is None:
+        return ""
+    return source_digest(ModelConfig(source=teacher.source), folder, "distill.teacher.source")
 
 
 def fingerprint(config: StageConfig, shared: Mapping[str, object], parent: str, teacher: str) -> str:

@@ -9,10 +9,16 @@ from pathlib import Path
 
 from sqat.checkpoint.manifest import Manifest, load_manifest
 from sqat.errors import SqatError
-from sqat.pipeline.fingerprint import fingerprint, input_digests, is_possible_attempt, shared_inputs
+from sqat.pipeline.fingerprint import (
+    fingerprint,
+    input_digests,
+    is_possible_attempt,
+    outside_teacher_digest,
+    shared_inputs,
+)
 from sqat.recipe.schema import LoadedRecipe
 from sqat.recipe.selection import stage_range
-from sqat.recipe.stages import StageConfig
+from sqat.recipe.stages import StageConfig, distill_config
 
 
 @dataclass(eq=False)
@@ -25,6 +31,7 @@ class StageNode:
         directory: folder of its checkpoint, whether it has run or not.
         manifest: of that checkpoint; None where there is no valid one.
         read_inputs: what all stages of the recipe depend on, read at the first call.
+        folder: the recipe's.
     """
 
     name: str
@@ -34,6 +41,7 @@ class StageNode:
     directory: Path
     manifest: Manifest | None
     read_inputs: Callable[[], Mapping[str, object]] = field(repr=False)
+    folder: Path = field(default=Path(), repr=False)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -43,7 +51,20 @@ class StageNode:
 
     def fingerprint_after(self, parent: str, teacher: str) -> str:
         """Return the fingerprint after a parent and a teacher of the given fingerprints."""
-        return fingerprint(self.config, self.read_inputs(), parent, teacher)
+        return fingerprint(self.config, self.read_inputs(), parent, teacher + self.outside_digest)
+
+    @cached_property
+    def outside_digest(self) -> str:
+        """Digest of the files of a teacher that is no stage; empty without one."""
+        return outside_teacher_digest(self.config, self.folder)
+
+    @property
+    def teacher_label(self) -> str | None:
+        """What teaches the stage, in words; None where it does not distil."""
+        distill = distill_config(self.config)
+        if distill is not None and distill.teacher is not None:
+            return distill.teacher.label
+        return self.teacher.name if self.teacher else None
 
     @property
     def parent_manifest(self) -> Manifest | None:
@@ -105,6 +126,7 @@ def resolve_graph(loaded: LoadedRecipe) -> StageGraph:
             directory=directory,
             manifest=try_load_manifest(directory),
             read_inputs=read_inputs,
+            folder=loaded.path.parent,
         )
     return StageGraph(loaded, nodes)
 

@@ -29,6 +29,7 @@ class PlannedStage:
         unchanged: whether it is skipped.
         seconds: of its last run; None where it has not run.
         failed_gate: gate that its unchanged result misses, in words.
+        teacher: what teaches it; None where it does not distil.
     """
 
     number: int
@@ -43,6 +44,7 @@ class PlannedStage:
     seconds: float | None
     gates: list[str] = field(default_factory=list)
     failed_gate: str = ""
+    teacher: str | None = None
 
 
 def make_plan(
@@ -62,6 +64,7 @@ def make_plan(
                 name=node.name,
                 type=node.config.type,
                 parent=node.parent.name if node.parent else None,
+                teacher=node.teacher_label,
                 fingerprint=node.fingerprint,
                 directory=node.directory,
                 unchanged=unchanged,

@@ -15,7 +15,9 @@ from sqat.checkpoint.store import load_checkpoint
 from sqat.data.rows import SplitName
 from sqat.distributed import broadcast_from_rank0, raise_on_lost_peer, run_on_rank0
 from sqat.errors import SqatError
-from sqat.evaluation.evaluate import evaluate_artifact
+from sqat.evaluation.evaluate import predict_artifact
+from sqat.evaluation.stored_outputs import check_storable, format_outputs
+from sqat.files.replace import replace_file
 from sqat.pipeline.graph import StageGraph, StageNode, resolve_graph, stage_directory, try_load_manifest
 from sqat.pipeline.lock import LOCK_FILE, run_lock
 from sqat.pipeline.plan import pending_stages
@@ -183,7 +185,22 @@ def lock_location(run_directory: Path, directory: Path) -> tuple[Path, str]:
     return path.parent, LOCK_FILE if STAGE_FOLDER.match(path.name) else f".{path.name}{LOCK_FILE}"
 
 
-def evaluate(loaded: LoadedRecipe, artifact: Path, split: SplitName, reporter: Reporter) -> dict[str, float]:
-    """Return the task's metrics of a checkpoint folder or an exported file on a split."""
+def evaluate(
+    loaded: LoadedRecipe, artifact: Path, split: SplitName, reporter: Reporter, outputs_file: Path | None = None
+) -> dict[str, float]:
+    """Return the task's metrics of a checkpoint folder or an exported file on a split; train has none.
+
+    Args:
+        outputs_file: gets the outputs of the split's rows, as JSONL.
+    """
+    if outputs_file is not None:
+        check_storable(loaded.recipe, split)
     reporter.info(f"evaluating {artifact} on {split}")
-    return evaluate_artifact(artifact, Splits(loaded.recipe, loaded.path.parent), split)
+    splits = Splits(loaded.recipe, loaded.path.parent)
+    outputs, rows = predict_artifact(artifact, splits, split)
+    metrics = {} if split == "train" else splits.task.metrics(outputs, rows)
+    if outputs_file is not None:
+        content = format_outputs(loaded.recipe, splits.task, outputs, rows)
+        run_on_rank0(partial(replace_file, outputs_file, content))
+        reporter.info(f"wrote the outputs of {len(rows)} rows of {split} -> {outputs_file}")
+    return metrics

@@ -25,6 +25,7 @@ from sqat.recipe.stages import (
 )
 from sqat.recipe.targets import TARGETS, unmet_need
 from sqat.recipe.tasks import TASKS
+from sqat.recipe.teacher import TeacherConfig
 from sqat.sparsity.pattern import parse_pattern
 from sqat.sparsity.schedules import Schedule
 
@@ -166,7 +167,7 @@ def pattern_problem(schedule: Schedule, pattern: str) -> str:
 
 def check_distillation(recipe: Recipe, name: str, distill: DistillConfig) -> Iterator[Problem]:
     """Check that a weight of the loss is not 0 and that the teacher is a dense ancestor."""
-    path, ancestors, teacher = ("stages", name, "distill"), recipe.ancestors_of(name), distill.teacher
+    path, ancestors = ("stages", name, "distill"), recipe.ancestors_of(name)
     dense = [other for other in ancestors if is_dense(recipe, other)]
     if not (distill.minilm_weight or distill.hidden_weight or distill.output_weight or distill.task_weight):
         text = f"every part of the loss of stage {name!r} has weight 0"
@@ -175,13 +176,34 @@ def check_distillation(recipe: Recipe, name: str, distill: DistillConfig) -> Ite
     if distill.output_loss is not None and distill.output_loss not in allowed:
         text = f"the task {recipe.task.name} has no output loss {distill.output_loss!r}"
         yield Problem((*path, "output_loss"), text, suggest(distill.output_loss, allowed))
-    if teacher is not None and teacher not in dense:
+    if distill.teacher is not None and distill.teacher.stage is None:
+        yield from check_outside_teacher(recipe, path, distill, distill.teacher)
+    elif distill.teacher is not None and (teacher := distill.teacher.stage) not in dense:
         what = "is no dense ancestor of it" if teacher in recipe.stages else "is no stage"
         text = f"the teacher {teacher!r} of stage {name!r} {what}"
-        yield Problem((*path, "teacher"), text, suggest(teacher, dense) or "add a train stage before it")
+        hint = suggest(str(teacher), dense) or "add a train stage before it"
+        yield Problem((*path, "teacher"), text, f"{hint}; another model: {{source: NAME}}")
     elif not dense:
         text = f"stage {name!r} distils, but has no train stage among its ancestors {describe_ancestors(ancestors)}"
         yield Problem(path, text, "add a train stage before it to teach, or set distill: null")
+
+
+def check_outside_teacher(
+    recipe: Recipe, path: tuple[str, ...], distill: DistillConfig, teacher: TeacherConfig
+) -> Iterator[Problem]:
+    """A teacher that is no stage can teach what the stage learns from it."""
+    path, task = (*path, "teacher"), TASKS[recipe.task.name]
+    if task.reads_captions:
+        yield Problem(path, f"the task {recipe.task.name} learns from a stage only", "add a train stage before it")
+    if teacher.column is None:
+        return
+    if "image" in task.columns:
+        yield Problem(path, "outputs are stored beside texts, and the task reads images", "give a stage or a source")
+    if distill.minilm_weight or distill.hidden_weight or not distill.output_weight:
+        text = "stored outputs teach outputs alone"
+        yield Problem(path, text, "set minilm_weight: 0, hidden_weight: 0 and output_weight above 0")
+    if teacher.file is None and (recipe.data.train.path is None or recipe.data.train.streaming):
+        yield Problem(path, "the train split is no single file, which holds the column", "give file")
 
 
 def is_dense(recipe: Recipe, name: str) -> bool:

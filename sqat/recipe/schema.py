@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from sqat.recipe.fields import STRICT, StageName, lists_to_tuples
 from sqat.recipe.inputs import DataConfig, ModelConfig
-from sqat.recipe.stages import STAGE_TYPES, StageConfig, reconstructs
+from sqat.recipe.stages import STAGE_TYPES, StageConfig, distill_config, reconstructs
 from sqat.recipe.tasks import Task
 
 
@@ -88,12 +88,14 @@ class Recipe(BaseModel):
         return [] if parent is None else [parent, *self.ancestors_of(parent)]
 
     def teacher_of(self, name: str) -> str | None:
-        """Name of the stage that teaches ``name``: the recipe's choice, or the nearest dense ancestor."""
+        """Name of the stage that teaches ``name``: the recipe's choice, or the nearest dense ancestor; None without."""
         stage = self.stages[name]
-        distill = getattr(stage, "distill", None)  # only stages that train a student have it
-        if distill is not None and distill.teacher is not None:
-            return str(distill.teacher)
-        return self.dense_ancestor_of(name) if distill is not None or reconstructs(stage) else None
+        distill = distill_config(stage)
+        chosen = None if distill is None else distill.teacher
+        if chosen is not None and chosen.stage is not None:
+            return chosen.stage
+        is_taught = distill is not None and chosen is None
+        return self.dense_ancestor_of(name) if is_taught or reconstructs(stage) else None
 
     def dense_ancestor_of(self, name: str) -> str | None:
         """Name of the nearest dense ancestor of ``name``; None without one."""

@@ -18,6 +18,7 @@ from sqat.quantization.calibrators.percentile import Percentile
 from sqat.quantization.placement import PlacementName
 from sqat.recipe.fields import STRICT, OneOf, PatternOrDense, PatternText, Range
 from sqat.recipe.targets import TARGETS
+from sqat.recipe.teacher import Teacher
 from sqat.sparsity.criteria import CRITERIA, Criterion
 from sqat.sparsity.criteria.magnitude import Magnitude
 from sqat.sparsity.schedules import SCHEDULES, Schedule
@@ -167,7 +168,9 @@ class DistillConfig(BaseModel):
     temperature: float | None = Field(
         default=None, gt=0, description="of kl, listwise and similarities; default: 1, of similarities 0.05"
     )
-    teacher: str | None = Field(default=None, description="stage that teaches; default: the nearest dense ancestor")
+    teacher: Teacher | None = Field(
+        default=None, description="who teaches, a stage or a source as a bare text; default: the nearest dense ancestor"
+    )
     qkv: tuple[str, ...] | None = Field(
         default=None,
         description="names of the q, k, v linears of the last layer (or one fused); default: found by rule",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,8 @@ from sqat.export.traced_graphs import TracedGraphs
 from sqat.models.loading import build, check_head, load_pretrained, versions
 from sqat.progress import Reporter
 from sqat.recipe.schema import Recipe
-from sqat.recipe.stages import DistillConfig, StageConfig, TrainConfig, learns_from_labels, row_grouping
+from sqat.recipe.stages import StageConfig, TrainConfig, distill_config, learns_from_labels, row_grouping
+from sqat.stages.teacher import OutsideTeacher, load_outside_teacher
 from sqat.stages.training_batches import make_batches
 from sqat.tasks import Task
 from sqat.tasks.splits import Splits
@@ -59,6 +60,7 @@ class StageContext:
     teacher: Callable[[], Checkpoint]
     log: MetricsLog | None = None
     graphs: TracedGraphs | None = None
+    teachers: list[OutsideTeacher] = field(default_factory=list, repr=False)  # at most one, once it is loaded
 
     @property
     def recipe(self) -> Recipe:
@@ -108,8 +110,23 @@ class StageContext:
 
     def training_batches(self, config: TrainConfig, processor: Processor) -> Batches:
         """Training batches, a function of seed and epoch."""
-        accumulation_steps, grouping = self.accumulation_steps(config), row_grouping(config)
-        return make_batches(self.splits, processor, config.batch_size, accumulation_steps, grouping)
+        return make_batches(
+            self.splits,
+            processor,
+            config.batch_size,
+            self.accumulation_steps(config),
+            row_grouping(config),
+            self.outside_teacher(config, processor),
+        )
+
+    def outside_teacher(self, config: TrainConfig, processor: Processor) -> OutsideTeacher | None:
+        """Load the teacher of a stage that no stage teaches, once; None where it has none."""
+        distill = distill_config(config)
+        if distill is None or distill.teacher is None or distill.teacher.stage is not None:
+            return None
+        if not self.teachers:
+            self.teachers.append(load_outside_teacher(distill.teacher, distill, self.splits, processor))
+        return self.teachers[0]
 
     def accumulation_steps(self, config: TrainConfig) -> int:
         """How many batches an optimizer step sums up, over all processes."""
@@ -120,13 +137,14 @@ class StageContext:
         return config.total_steps(len(batches.plan(0)), self.accumulation_steps(config))
 
     @contextmanager
-    def training_loss(self, model: nn.Module, distill: DistillConfig | None) -> Iterator[Loss]:
+    def training_loss(self, model: nn.Module, config: TrainConfig, processor: Processor) -> Iterator[Loss]:
         """The task's loss, or the distilled one while the teacher is loaded."""
+        distill = distill_config(config)
         if distill is None:
             yield task_loss(self.task)
             return
-        teacher, _ = build(self.teacher())
-        teacher.requires_grad_(False)
+        outside = self.outside_teacher(config, processor)
+        teacher = build(self.teacher())[0].requires_grad_(False) if outside is None else outside.model
         with distilled_loss(model, teacher, distill, self.task) as loss:
             yield loss
 

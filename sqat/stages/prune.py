@@ -41,7 +41,7 @@ def run(config: PruneConfig, parent: Checkpoint | None, context: StageContext) -
     if warning := describe_skipped_masks(mask_steps):
         context.reporter.info(f"{context.name}: {warning}")
     old = {} if parent is None else parent.masks
-    with context.training_loss(model, config.distill) as loss:
+    with context.training_loss(model, config, processor) as loss:
         masks, notes = start_pruning(config, model, patterns, mask_steps, batches, loss, context, old)
 
         def before_step(step: int) -> None:

@@ -20,7 +20,7 @@ def run(config: QatConfig, parent: Checkpoint | None, context: StageContext) -> 
     learned = config.activation_scales == "learned"
     with (
         quantize_as_calibrated(model, parent, learned) as quantizers,
-        context.training_loss(model, config.distill) as loss,
+        context.training_loss(model, config, processor) as loss,
     ):
         result = context.fit(model, processor, loss, config)
         round_conv_biases_(model, quantized_layers(parent), quantizers.amax(), quantizers.shared_with, parent.masks)

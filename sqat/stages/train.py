@@ -21,7 +21,7 @@ def run(config: DenseTrainConfig, parent: Checkpoint | None, context: StageConte
     rows, measured = len(context.splits.rows("dev")), len(context.splits.prepared("dev", processor))
     if measured < rows:
         context.reporter.info(f"{rows - measured} of {rows} dev rows are not measured: no metric depends on them")
-    with context.training_loss(model, None) as loss:
+    with context.training_loss(model, config, processor) as loss:
         result = context.fit(model, processor, loss, config)
     metrics = {"dev": context.measure(model, processor, "dev")}
     files, weights = serialize_model(model, processor)

@@ -161,6 +161,8 @@ def print_plan(plan: Sequence[PlannedStage], *, as_json: bool = False) -> None:
     console = result_console()
     console.print(plan_table(plan))
     for stage in plan:
+        if stage.teacher is not None:
+            console.print(f"teacher of {stage.name}: {stage.teacher}", soft_wrap=True)
         for gate in stage.gates:
             console.print(f"gate of {stage.name}: {gate}", soft_wrap=True)
         if stage.failed_gate:
