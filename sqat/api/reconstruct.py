@@ -28,7 +28,7 @@ def reconstruct(
     scales: Scales | None = None,
     *,
     steps_per_block: int = 128,
-    learning_rate: float = 5e-4,
+    learning_rate: float = 1e-3,
 ) -> Mapping[str, tuple[float, float]]:
     """Let block after block of a sparse model learn to give the dense block's output from its own input.
 

@@ -151,6 +151,9 @@ def check_schedule(path: tuple[str, ...], stage: PruneConfig) -> Iterator[Proble
     if stage.criterion.statistics != "none":
         text = f"{where}: schedule {name} chooses masks in every step; criterion {stage.criterion.name} is too slow"
         yield Problem((*path, "criterion"), text, "use the criterion magnitude")
+    if stage.ema is not None:
+        text = f"{where}: schedule {name} changes masks in every step, and ema averages weights after the last mask"
+        yield Problem((*path, "ema"), text, "set ema: null")
     if "recovery_fraction" in stage.model_fields_set:
         text = f"{where}: schedule {name} does not use recovery_fraction"
         yield Problem((*path, "recovery_fraction"), text, "set schedule.until, the share of steps with new masks")

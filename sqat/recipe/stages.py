@@ -101,6 +101,12 @@ class TrainConfig(BaseStage):
     evaluate_every: int | None = Field(default=None, ge=1, description="steps between dev evaluations")
     early_stopping: int | None = Field(default=None, ge=1, description="evaluations without improvement to wait")
     keep_checkpoint: Literal["last", "best"] = Field(default="last", description="step whose weights are returned")
+    ema: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="decay of the running mean of the weights, which is returned; null: the last",
+    )
     save_every: float = Field(default=60.0, ge=0, description="seconds between saved states; 0: every step")
     retry: Retry | None = Field(default=None, description="further attempts after a missed gate; default: none")
 
@@ -110,6 +116,8 @@ class TrainConfig(BaseStage):
             raise ValueError("steps and epochs exclude each other: give one of them (null for the other)")
         if self.early_stopping is not None and self.evaluate_every is None:
             raise ValueError("early_stopping needs evaluate_every, the steps between two evaluations")
+        if self.ema is not None and self.keep_checkpoint == "best":
+            raise ValueError("ema and keep_checkpoint: best exclude each other: dev measures the weights of a step")
         if self.retry is not None and not self.gates:
             raise ValueError("retry needs gates, which say when to try again")
         return self
@@ -197,7 +205,7 @@ class ReconstructionConfig(BaseModel):
     model_config = STRICT
 
     steps_per_block: int = Field(default=128, ge=1, description="optimizer steps (Adam) of each block")
-    learning_rate: float = Field(default=5e-4, gt=0, description="highest rate; a cosine in each block")
+    learning_rate: float = Field(default=1e-3, gt=0, description="highest rate; a cosine in each block")
     samples: int = Field(default=2048, ge=1, description="train rows, or all where there are fewer; no labels are read")
     batch_size: int = Field(default=16, ge=1, description="rows per device and forward pass")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16: autocast, weights stay fp32")

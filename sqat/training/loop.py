@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from accelerate import Accelerator
 from torch import nn
 
-from sqat.distributed import any_rank, process_state
-from sqat.errors import StoppedError
+from sqat.distributed import any_rank, process_state, uses_fsdp
+from sqat.errors import SqatError, StoppedError
 from sqat.progress import Reporter
 from sqat.recipe.stages import TrainConfig
 from sqat.training.batches import Batches, iterate_steps
@@ -66,7 +66,8 @@ def fit(
         state: where the unfinished training is saved; one of the same key is resumed.
         evaluation: runs every ``config.evaluate_every`` steps, and after the last one where the best step is kept.
         before_step: called before each step with its number; what it changes must be in the model's state dict.
-        best_from_step: evaluations up to this step do not count for the best step and early stopping.
+        best_from_step: evaluations up to this step do not count for the best step and early stopping, and the running
+            mean of the weights starts after it.
         lr_period: steps after which the learning rate starts anew; default: all steps.
         save_end: save the state after the last step too, for a stage that goes on from there.
         log: gets the losses and metrics of every step.
@@ -75,6 +76,9 @@ def fit(
         SqatError: NaN or Inf in a loss or gradient, or a learned scale that runs away.
         StoppedError: a signal stopped the training, which is saved.
     """
+    if config.ema is not None and uses_fsdp():
+        raise SqatError("ema averages whole weights, which FSDP splits between processes",
+                        "set ema: null, or start without --use_fsdp", code="recipe-conflict")  # fmt: skip
     process_state()  # before Accelerator, which would not find gloo by itself
     accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1,  # whatever the environment says
                               kwargs_handlers=[REPLICAS])  # fmt: skip
@@ -100,6 +104,8 @@ def fit(
                 micro_batches, samples = next(work)
                 progress.losses = take_step(parallel, optimizer, micro_batches, config, progress.step)
                 check_scales(amax, start_amax, progress.step)
+                if config.ema is not None and progress.step > best_from_step:
+                    run.average(config.ema, progress.step - best_from_step)
                 progress.samples += samples
                 step_seconds = time.monotonic() - started
                 if progress.step % CHECK_LAYERS_EVERY == 0 or progress.step == steps:
@@ -125,7 +131,7 @@ def fit(
         reporter.finish()
         if save_end:
             run.save()
-        run.keep_best()
+        run.keep_chosen()
     return TrainResult(progress.step, progress.seconds, progress.samples, progress.losses, progress.history)
 
 

@@ -36,6 +36,7 @@ class TrainingRun:
     state: ResumeState
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Tensor] = field(default_factory=dict)
+    mean: dict[str, Tensor] = field(default_factory=dict)
     reported: set[str] = field(default_factory=set)
 
     def save(self) -> None:
@@ -52,6 +53,7 @@ class TrainingRun:
         with summon_full_params(self.model):
             tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        tensors |= {f"mean.{name}": tensor for name, tensor in self.mean.items()}
         for index, values in sorted(self.optimizer.state_dict()["state"].items()):  # in one order on all ranks
             moments = {name: value for name, value in sorted(values.items()) if isinstance(value, Tensor)}
             tensors |= {f"optimizer.{index}.{name}": full_tensor(value) for name, value in moments.items()}
@@ -63,13 +65,15 @@ class TrainingRun:
         if loaded is None:
             return False
         tensors, self.progress = loaded
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "mean": {}, "optimizer": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
         with summon_full_params(self.model):
             self.model.load_state_dict(parts["model"])
         self.best = parts["best"]
+        named = dict(self.model.named_parameters())
+        self.mean = {name: tensor.to(named[name].device) for name, tensor in parts["mean"].items()}
         moments: dict[int, dict[str, Tensor]] = {}
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         for name, tensor in parts["optimizer"].items():
@@ -96,6 +100,18 @@ class TrainingRun:
                 progress.evals_without_improvement += 1
         return metrics
 
+    @torch.no_grad()
+    def average(self, decay: float, count: int) -> None:
+        """Take the weights into their running mean: the plain mean at first, then with a decay.
+
+        Args:
+            count: which weights these are, from 1.
+        """
+        share = max(1 / count, 1 - decay)
+        for name, weight in self.model.named_parameters():
+            if weight.requires_grad:
+                self.mean.setdefault(name, weight.clone()).lerp_(weight, share)
+
     def warn_of_weak_layers(self, title: str, reporter: Reporter) -> None:
         """Report dead layers and rows of zeros, each kind once."""
         with summon_full_params(self.model):
@@ -105,11 +121,14 @@ class TrainingRun:
                 reporter.info(f"{title}: {line}")
             self.reported.add(kind)
 
-    def keep_best(self) -> None:
-        """Load the best weights where they were kept, and leave the model in evaluation mode."""
+    @torch.no_grad()
+    def keep_chosen(self) -> None:
+        """Load the best weights or the mean where they were kept, and leave the model in evaluation mode."""
         if self.best:
             with summon_full_params(self.model):
                 self.model.load_state_dict(self.best)
+        for name, weight in self.model.named_parameters() if self.mean else ():
+            weight.copy_(self.mean.get(name, weight))
         self.model.eval()
 
 

@@ -67,7 +67,7 @@ def test_linear_blocks_reach_their_least_squares_solutions() -> None:
     teacher = Linears().eval()
     model, x = copy.deepcopy(teacher), torch.randn(32, 8, WIDTH) @ torch.randn(WIDTH, WIDTH)  # correlated, as in models
     masks = prune_linears(model)
-    found = sqat.reconstruct(model, teacher, [{"x": x}], masks, steps_per_block=300, learning_rate=0.02)
+    found = sqat.reconstruct(model, teacher, [{"x": x}], masks, steps_per_block=150, learning_rate=0.03)
     inputs = dense = x.reshape(-1, WIDTH).double().numpy()
     for number in range(2):
         before, after = found[f"blocks.{number}"]

@@ -297,6 +297,8 @@ BAD_STAGES: list[tuple[dict[str, Any], str]] = [
     ({"criterion": {"name": "sparsegpt", "damping": 0}}, "stages.prune.criterion"),
     ({"criterion": "wanda", "schedule": "sr-ste"}, "stages.prune"),
     ({"recovery_fraction": 0.5, "schedule": "sr-ste"}, "stages.prune"),
+    ({"ema": 0.9, "schedule": "sr-ste"}, "stages.prune"),
+    ({"ema": 0.9, "evaluate_every": 2, "keep_checkpoint": "best"}, "stages.prune"),
     ({"schedule": {"name": "sr-ste", "num_masks": 3}}, "stages.prune.schedule"),
 ]
 

@@ -21,6 +21,7 @@ from sqat.training.optimizer import learning_rate_factor, make_optimizer
 from sqat.training.resume import Evaluation
 from sqat.training.resume_state import ResumeState
 from sqat.training.step import autocast
+from tests.errors import raises_code
 from tests.training.comparing import equal, replace_config, weights
 
 
@@ -255,6 +256,30 @@ def test_the_best_or_the_last_weights_are_kept(keep: str, kept: int, small: Smal
         undisturbed, replace_config(config, keep_checkpoint="last"), 6, state=ResumeState(small.folder / "b", "k")
     )
     assert equal(weights(undisturbed), at[6]), "measuring changes neither dropout nor order"
+
+
+def test_ema_returns_the_running_mean_of_the_weights_after_the_last_mask(small: Small) -> None:
+    config = TrainConfig(batch_size=8, evaluate_every=1, learning_rate=0.05, ema=0.7)
+    net, seen = small.net(), list[list[Tensor]]()
+
+    def measure() -> dict[str, float]:
+        seen.append(weights(net))
+        return {"score": 0.0}
+
+    small.fit(net, config, 8, evaluation=Evaluation(measure, "score"), best_from_step=2)
+    for number, weight in enumerate(weights(net)):
+        steps = [each[number].double() for each in seen[2:]]
+        mean = sum(steps[:3]) / 3  # of 1, 2 and 3 steps the plain mean, as 1/3 > 1 - 0.7
+        for step in steps[3:]:
+            mean = 0.7 * mean + 0.3 * step
+        torch.testing.assert_close(weight.double(), mean)
+        assert not torch.equal(weight, seen[-1][number])
+
+
+def test_ema_and_shards_exclude_each_other(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sqat.training.loop.uses_fsdp", lambda: True)
+    with raises_code("recipe-conflict", "set ema: null"):
+        small.fit(small.net(), TrainConfig(batch_size=8, ema=0.9), 1)
 
 
 def test_the_last_step_is_among_the_best(small: Small) -> None:
