@@ -44,7 +44,7 @@ def page() -> str:
     whole = recipe_schema()
     properties = whole["properties"]
     parts = [HEAD, "## The file", table(properties, whole["required"])]
-    for title, key in (("Model", "model"), ("Data", "data")):
+    for title, key in (("Model", "model"), ("Data", "data"), ("Latency", "latency")):
         parts += [f"## {title}", *mapping(properties[key], 3)]
     parts += ["## Tasks", "The key `name` says which one it is.", *union(properties["task"], 3)]
     parts += ["## Stages", *stages(properties["stages"])]

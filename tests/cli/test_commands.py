@@ -236,8 +236,10 @@ def test_no_distill_repairs_a_recipe_without_a_teacher(
 
 
 def test_evaluate(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def fake(loaded: LoadedRecipe, artifact: Path, split: str, reporter: Reporter) -> dict[str, float]:
-        assert (artifact, split) == (Path("model.onnx"), "dev")
+    def fake(
+        loaded: LoadedRecipe, artifact: Path, split: str, reporter: Reporter, *outputs: object
+    ) -> dict[str, float]:
+        assert (artifact, split, *outputs) == (Path("model.onnx"), "dev", None)
         return {"accuracy": 0.875, "pnr": float("nan")}
 
     monkeypatch.setattr(pipeline, "evaluate", fake)
