@@ -70,7 +70,7 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Trace each model once in a run: the processes of pytest-xdist share a folder of graphs.
 
     Export stages take one trace of an architecture for all weights, as a rehearsal does, and compare each file with the
-    torch model. `sqat.export_onnx` and the tests of `sqat.export` trace each model itself.
+    torch model. `sqat.export_onnx`, and tests that call `export_float`, trace each model itself.
     """
     own = tmp_path_factory.getbasetemp()
     share((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "traces")
