@@ -31,7 +31,7 @@ STAGES = """stages:
   qat: {steps: 6, learning_rate: 2.0e-4, batch_size: 8, gradient_accumulation: ACCUMULATION,
         distill: {hidden_weight: 0.5}}
 """
-KILLED_AT, TIMEOUT = 2, 60.0  # step of the prune stage; seconds until then
+KILLED_AT, TIMEOUT = 2, 200.0  # step of the prune stage; seconds until then
 ROOM = 60_000  # bytes: more than the log of a run, less than its model
 
 

@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where `tests.pipeline.fsdp_runs` has run."""
     folder = tmp_path_factory.mktemp("fsdp")
     done = subprocess.run([sys.executable, "-m", "tests.pipeline.fsdp_runs", str(folder)], cwd=ROOT, text=True,
-                          timeout=300, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+                          timeout=600, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr
     return folder
 
