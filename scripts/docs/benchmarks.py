@@ -28,7 +28,7 @@ PAGE, README = RECIPES / "BENCHMARKS.md", ROOT / "README.md"
 INTRODUCTION = """# Benchmarks
 
 Written by `python -m scripts.docs.benchmarks` from [runtime.json](runtime.json), [training.json](training.json),
-[modelopt.json](modelopt.json) and [measurements.json](measurements.json)."""
+[modelopt.json](modelopt.json), [fuzz.json](fuzz.json) and [measurements.json](measurements.json)."""
 RUNTIME = """## Latency on a CPU
 
 ![speed of each engine; ONNX Runtime's int8 is 1](runtime.svg)
@@ -55,6 +55,16 @@ scripts/benchmarks/training --json recipes/training.json
 scripts/benchmarks/training --table recipes/training.json
 ```
 """
+FUZZ = """## Hostile inputs
+
+Recipes, manifests, data files, run folders, ONNX files, build logs and folders of models, each made by a generator that
+knows the format (seed {seed}). Wrong is any of: no answer within 10 seconds of the processor, exit code 1, a traceback,
+a raw control character, a file written outside. Seconds of the clock, one process on a shared core of an {cpu}.
+
+```sh
+scripts/faults/fuzz --inputs 20000 --json recipes/fuzz.json
+```
+"""
 
 
 def main() -> None:
@@ -74,6 +84,7 @@ def benchmarks_page() -> str:
         TRAINING.format(rounds=report.rounds),
         training_table(report),
         "#" + other.strip(),
+        fuzz_section(json.loads((RECIPES / "fuzz.json").read_text(encoding="utf-8"))),
         *(section(entry) for name, entry in measurements().items() if name != "quickstart"),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
@@ -89,6 +100,18 @@ def section(entry: dict[str, Any]) -> str:
     """Return one measurement with its command."""
     shown = table(entry["head"], entry["rows"])
     return f"## {entry['title']}\n\n{entry['note']}\n\n```sh\n{entry['command']}\n```\n\n{shown}"
+
+
+def fuzz_section(report: dict[str, Any]) -> str:
+    """Return the outcomes of the hostile inputs."""
+    rows = [
+        [kind, *(str(counts[name]) for name in ("accepted", "refused", "wrong")), f"{counts['seconds']:.0f}",
+         counts["commit"]]
+        for kind, counts in report["kinds"].items()
+    ]  # fmt: skip
+    rows.append(["all", *(str(sum(int(row[column]) for row in rows)) for column in range(1, 5)), ""])
+    shown = table(["kind of input", "accepted", "refused in one line", "wrong", "seconds", "commit"], rows)
+    return f"{FUZZ.format(cpu=report['cpu'], seed=report['seed'])}\n{shown}"
 
 
 def readme_page(page: str) -> str:

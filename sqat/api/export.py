@@ -19,12 +19,12 @@ from sqat.evaluation.artifacts import open_onnx
 from sqat.export.folding import fold_attention_scale
 from sqat.export.graph import export_float
 from sqat.export.int8_products import keep_int8
-from sqat.export.outputs import tensor_outputs
 from sqat.export.qdq import insert_qdq
 from sqat.export.quantized_model import QuantizedModel
 from sqat.lint.apply_rules import verify
 from sqat.models.attention import use_eager
 from sqat.models.conv1d import to_linears_
+from sqat.modules.outputs import tensor_outputs
 from sqat.modules.parametrize import get_layer
 from sqat.onnx_files.write import on_disk, write_onnx
 from sqat.quantization.fake_quant import quantize_weight

@@ -6,7 +6,7 @@ This needs no knowledge of a family. It finds attention that gets more than sqat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from sqat.errors import SqatError
 from sqat.models.attention import current_attention, use_attention, use_eager
 from sqat.models.layer_selection import encoder_blocks
 from sqat.modules.hooks import Hooks
+from sqat.modules.outputs import named_tensors
 from sqat.modules.site_discovery import hook_candidates
 from sqat.modules.sites import Site
 from sqat.quantization.placement import PLACEMENTS
@@ -65,7 +66,8 @@ def check_hooks(model: nn.Module, inputs: Inputs, layers: Sequence[str], placeme
 def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """Return the floats that a model returns in eval mode; each run draws the same random numbers."""
     with eval_mode(model), torch.no_grad():
-        return list(floats_in(model(**inputs)))
+        tensors = dict(named_tensors(model(**inputs))).values()
+        return [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
 
 
 def run_hooked(model: nn.Module, inputs: Inputs, layers: Sequence[str], placement: str) -> list[Tensor]:
@@ -81,18 +83,6 @@ def run_hooked(model: nn.Module, inputs: Inputs, layers: Sequence[str], placemen
             return run(model, inputs)
         finally:
             hooks.remove()
-
-
-def floats_in(output: object) -> Iterator[Tensor]:
-    """Yield the float tensors of a model's output, in order."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point() and output.numel():
-            yield output
-    elif isinstance(output, Mapping):
-        yield from floats_in(list(output.values()))
-    elif isinstance(output, list | tuple):
-        for part in output:
-            yield from floats_in(part)
 
 
 def largest_difference(plain: Sequence[Tensor], other: Sequence[Tensor]) -> float:

@@ -59,7 +59,7 @@ def open_artifact(artifact: Path, device: str | None = None) -> Forward:
         SqatError: the artifact cannot be read or run here.
     """
     if artifact.suffix == ".onnx":
-        return partial(onnx_logits, open_onnx(artifact))
+        return partial(onnx_logits, open_onnx(artifact), str(artifact))
     if (artifact / PACKED).is_file():
         model, _ = load_model(artifact, device)
         return partial(logits_of, model)
@@ -87,10 +87,21 @@ def open_onnx(path: Path, threads: int = 0) -> Any:
                         code="invalid-onnx") from error  # fmt: skip
 
 
-def onnx_logits(runtime: Any, batch: Batch) -> Tensor:
-    """Compute logits [B,C] of one batch by an ONNX Runtime session."""
+def onnx_logits(runtime: Any, place: str, batch: Batch) -> Tensor:
+    """Compute logits [B,C] of one batch by an ONNX Runtime session.
+
+    Raises:
+        SqatError: the model reads another input, or cannot be run.
+    """
     arrays: Mapping[str, np.ndarray] = {name: tensor.numpy() for name, tensor in batch.inputs.items()}
-    return torch.from_numpy(run_batches(runtime, [arrays]))
+    if unknown := [entry.name for entry in runtime.get_inputs() if entry.name not in arrays]:
+        problem = f"reads the input {unknown[0]!r}; the rows of this task have {', '.join(arrays)}"
+        raise SqatError(problem, "use the recipe that the model was trained with", place, code="model-mismatch")
+    try:
+        return torch.from_numpy(run_batches(runtime, [arrays]))
+    except Exception as error:  # onnxruntime's own classes are private and differ between versions
+        problem = f"ONNX Runtime cannot run the model: {first_line(error)}"
+        raise SqatError(problem, "export it again", place, code="invalid-onnx") from error
 
 
 def open_compressed(folder: Path) -> nn.Module:

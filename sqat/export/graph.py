@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sqat.errors import SqatError, first_line
 from sqat.export.names import WEIGHTED, module_of, node_name
-from sqat.export.outputs import tensor_outputs
+from sqat.modules.outputs import tensor_outputs
 
 OPSET = 20
 LONGEST_REASON = 200  # characters

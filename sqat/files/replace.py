@@ -23,6 +23,8 @@ UNFINISHED = ".sqat-unfinished"  # in a folder that is being written
 DESKTOP = (".DS_Store", "Thumbs.db")  # whoever looks into a folder leaves them there
 LINK = "is a link, and sqat follows no links inside its own folders"
 MOVE = "move it away, or choose another output"
+MOVE_FILES = "move what is yours out of the folder, which is replaced as a whole, or choose another output"
+SHOWN = 3  # files in a message
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -188,7 +190,8 @@ def check_replaceable(directory: Path, mark: str) -> None:
     damaged = is_damaged(directory, mark)
     for place in (fresh, previous) if damaged else (directory, fresh, previous):
         if problem := find_foreign(place, mark):
-            raise not_ours(place, problem)
+            is_folder = place.is_dir() and not place.is_symlink()
+            raise not_ours(place, problem, MOVE_FILES if is_folder else MOVE)
     if damaged and os.path.lexists(aside):
         raise not_ours(aside, f"exists, so that {directory.name}, whose {mark} is damaged, cannot be set aside")
 
@@ -206,7 +209,8 @@ def find_foreign(directory: Path, mark: str) -> str:
         return ""
     listed = try_read_object(directory / mark, root=directory).get("files")
     foreign = sorted(names - {mark, *(listed if isinstance(listed, dict) else ())})
-    return f"holds {foreign[0]}, which sqat did not write" if foreign else ""
+    others = f" and {len(foreign) - SHOWN} more" if len(foreign) > SHOWN else ""
+    return f"holds {', '.join(foreign[:SHOWN])}{others}, which sqat did not write there" if foreign else ""
 
 
 def is_damaged(directory: Path, mark: str) -> bool:
@@ -226,9 +230,9 @@ def list_files(directory: Path) -> Iterator[str]:
                 yield (where / name).relative_to(directory).as_posix()
 
 
-def not_ours(place: Path, problem: str) -> SqatError:
+def not_ours(place: Path, problem: str, hint: str = MOVE) -> SqatError:
     """Make the error for something that sqat did not write and does not touch."""
-    return SqatError(problem, MOVE, str(place), code="output-exists")
+    return SqatError(problem, hint, str(place), code="output-exists")
 
 
 def cannot_write(error: Exception, path: Path) -> SqatError:

@@ -21,7 +21,7 @@ import torch
 
 from sqat.checkpoint.store import Checkpoint, check_claims
 from sqat.distributed import broadcast_from_rank0, run_on_rank0
-from sqat.errors import SqatError, StoppedError
+from sqat.errors import SqatError, StoppedError, first_line
 from sqat.export.traced_graphs import TracedGraphs
 from sqat.files.read import try_read_object
 from sqat.files.replace import replace_file
@@ -39,6 +39,10 @@ from sqat.training.optimizer import learning_rate_factor
 from sqat.training.resume_state import ResumeState
 
 ROWS = 4  # of each split
+
+
+class RehearsalError(Exception):
+    """A fault of sqat, or of a library, that a rehearsal found."""
 
 
 def rehearse_new(graph: StageGraph, pending: Sequence[StageNode], splits: Splits, reporter: Reporter) -> None:
@@ -206,3 +210,8 @@ def named(node: StageNode) -> Iterator[None]:
     except SqatError as error:
         place = f"{place}: {error.place}" if error.place else place
         raise type(error)(error.problem, error.hint, place, code=error.code) from error
+    except OSError:  # a full disk: its own words name the file
+        raise
+    except Exception as error:
+        problem = f"{place}: {type(error).__name__}: {first_line(error)}; the run has made no training step"
+        raise RehearsalError(problem) from error

@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel
 
 import sqat
 from sqat.errors import ErrorCode
-from sqat.export.outputs import tensor_outputs
+from sqat.modules.outputs import tensor_outputs
 from sqat.quantization.fake_quant import quantize_weight
 from sqat.runtime.sessions import session
 from tests.api.conftest import Batches, copy_state, train

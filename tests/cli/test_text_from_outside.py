@@ -9,7 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -17,7 +21,9 @@ from rich.text import Text
 from sqat.cli import main, printing, progress_bars
 from sqat.cli.streams import MIN_WIDTH, escape_record
 from sqat.cli.tables.layout import Footnotes, new_table, print_paragraph
+from sqat.data.batch import Batch
 from sqat.errors import SqatError, escape_control
+from sqat.evaluation.artifacts import open_artifact
 
 HOSTILE = {
     "title of the terminal": "\x1b]0;owned\x07",
@@ -133,6 +139,30 @@ def test_a_library_s_message_looks_like_none_of_ours(kind: str) -> None:
     assert not RAW & set(record.getMessage()) - {"\n"}
     assert first.startswith("a, then ")
     assert all(line.startswith("    ") for line in others)
+
+
+def test_what_onnx_runtime_says_is_escaped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its library writes to the process's standard error itself, in colours and with the names of the model."""
+    name, path = HOSTILE["colours"], tmp_path / "model.onnx"
+    model = onnx.parser.parse_model(RESHAPE)
+    model.graph.node[0].name = name
+    path.write_bytes(model.SerializeToString())
+    wrong = np.ones(5, np.float32)
+    with pytest.raises(Exception, match="Reshape"):
+        onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": wrong})
+    assert name in capfd.readouterr().err  # what a user would see
+    with pytest.raises(SqatError) as error:
+        open_artifact(path)(Batch({"x": torch.from_numpy(wrong)}, torch.zeros(5), torch.zeros(5)))
+    printing.print_error(error.value)
+    output, line = capfd.readouterr()
+    assert output == ""
+    assert_safe(line, name, lines=1)
+    with pytest.raises(SqatError, match="reads the input 'x'"):
+        open_artifact(path)(Batch({"z": torch.from_numpy(wrong)}, torch.zeros(5), torch.zeros(5)))
+
+
+RESHAPE = """<ir_version: 9, opset_import: ["" : 17]>
+agraph (float[n] x) => (float[a] y) <int64[1] s = {3}> { y = Reshape(x, s) }"""
 
 
 def test_files_from_outside_are_shown_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

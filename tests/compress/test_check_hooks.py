@@ -14,7 +14,7 @@ import sqat
 from scripts.families.registry import FAMILIES
 from scripts.families.source import build_family
 from sqat.compress import check_hooks as module
-from sqat.compress.check_hooks import check_hooks, difference_of, floats_in, largest_difference, run, run_hooked
+from sqat.compress.check_hooks import check_hooks, difference_of, largest_difference, run, run_hooked
 from sqat.compress.quantize import attention_for
 from sqat.models.attention import current_attention, use_eager
 from sqat.models.layer_selection import choose_layers, encoder_blocks
@@ -214,5 +214,24 @@ def test_differences_count_in_units_of_the_largest_value() -> None:
     assert largest_difference([x], [x, x]) == infinity
     assert largest_difference([x], [x[:2]]) == infinity
     assert largest_difference([zeros, x], [zeros, x]) == 0
-    nested = {"a": x, "b": (None, [zeros, torch.ones(2, dtype=torch.long)]), "c": torch.empty(0)}
-    assert [y is z for y, z in zip(floats_in(nested), (x, zeros), strict=True)] == [True, True]
+
+
+def test_each_float_of_an_output_is_compared() -> None:
+    x, zeros, numbers = torch.ones(4), torch.zeros(3), torch.ones(2, dtype=torch.long)
+    fields = {"a": x, "b": (None, [zeros, numbers]), "c": torch.empty(0), "output": (zeros,), "d": SimpleNamespace(x=x)}
+    for output in (fields, SimpleNamespace(**fields)):
+        found = run(Returning(output), {})
+        assert [y is z for y, z in zip(found, (x, zeros, zeros), strict=True)] == [True, True, True]
+    assert run(Returning(x), {})[0] is x
+    assert run(Returning((x, [zeros])), {})[1] is zeros
+
+
+class Returning(nn.Module):
+    """Returns what it is given."""
+
+    def __init__(self, output: object) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self) -> object:
+        return self.output

@@ -96,6 +96,16 @@ def test_what_is_not_ours_stays(kind: str, name: str, tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before
 
 
+def test_all_that_is_not_ours_is_named_with_what_to_do(tmp_path: Path) -> None:
+    write_ours(tmp_path / "x")
+    for name in ("d.engine", "c", "b.fixed.onnx", "a.log"):
+        (tmp_path / "x" / name).write_text("mine")
+    with raises_code("output-exists", r"a\.log, b\.fixed\.onnx, c and 1 more.*; move what is yours out of the folder"):
+        replace_ours(tmp_path / "x")
+    with raises_code("output-exists", "move it away"):
+        replace_ours(tmp_path / "x" / "c")
+
+
 def test_what_comes_while_the_folder_is_written_stays(tmp_path: Path) -> None:
     write_ours(tmp_path / "x")
     with raises_code("output-exists", "notes"), replace_directory(tmp_path / "x", MARK) as fresh:

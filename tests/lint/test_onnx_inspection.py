@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from sqat.errors import SqatError
 from sqat.export.qdq import insert_qdq
 from sqat.export.quantized_model import QuantizedModel
-from sqat.lint.layer_report import find_pattern, inspect_onnx
+from sqat.lint.layer_report import find_pattern, inspect_onnx, lint
 from tests.onnx_models import Family
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
@@ -74,6 +74,30 @@ def test_a_file_of_another_exporter(tmp_path: Path) -> None:
     assert (linear.name, linear.shape, linear.pattern) == ("weight", (16, 16), "dense")
     assert linear.weight_scale == (0.5, 0.5)
     assert linear.reason.startswith("its input has no Q/DQ pair; not 2:4 along its inputs; breaks B4 ")
+
+
+NARROW = """<ir_version: 9, opset_import: ["" : 17]>
+agraph (float[n, 32] x) => (float[n, 8] y) <float s = {0.1}, int8 z = {0}> {
+    xq = QuantizeLinear(x, s, z)
+    xd = DequantizeLinear(xq, s, z)
+    wd = DequantizeLinear(w, s, z)
+    y = MatMul(xd, wd)
+}"""
+
+
+@pytest.mark.parametrize(("kept", "advice"), [
+    (2, "see the reasons above: 1 of them have 2:4 weights"),
+    (4, "prune to 2:4 (stage prune)"),
+])  # fmt: skip
+def test_who_has_pruned_already_is_not_told_to_prune(kept: int, advice: str) -> None:
+    """Eight channels are too few for TensorRT's sparse kernels, whatever the weights."""
+    model = onnx.parser.parse_model(NARROW)
+    weight = np.ones((32, 8), np.int8)
+    weight.reshape(8, 4, 8)[:, kept:] = 0
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    report = lint(model, "tensorrt")
+    assert [layer.pattern for layer in report.layers] == ["2:4" if kept == 2 else "dense"]
+    assert [found.advice for found in report.findings if found.problem == "no layer will run sparse"] == [advice]
 
 
 @given(st.sampled_from([(1, 4), (2, 4), (3, 4), (4, 8), (5, 16)]), st.integers(0, 1), st.integers(0, 2**32 - 1))

@@ -156,6 +156,18 @@ def test_the_command_tells_one_line_and_leaves_nothing(
     assert not [*scratch.iterdir()]
 
 
+def test_a_fault_that_is_no_refusal_names_the_stage(
+    project: Project, capsys: pytest.CaptureFixture[str], scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(project.folder)
+    monkeypatch.setattr("sqat.stages.calibrate.choose_layers", lambda *_, **__: {}["gone"])
+    assert main(["run", str(project.recipe), "--quiet"]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "rehearsal of stage calibrate: KeyError: 'gone'; the run has made no training step" in line
+    assert contents(project.folder) == before
+    assert not [*scratch.iterdir()]
+
+
 def weights(project: Project, stage: str) -> dict[str, Tensor]:
     return load_file(project.stage(stage) / "model.safetensors")
 

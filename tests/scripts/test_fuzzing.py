@@ -198,15 +198,18 @@ class Scripted(fuzzing.Worker):
 
 def test_a_run_of_the_fuzzer_is_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, worker = tmp_path / "fuzz.json", Scripted()
-    for inputs, seed in ((4, 0), (6, 0), (2, 1)):
-        figures = fuzzing.Figures(path, commit="c", seed=seed)
-        fuzzing.fuzz(["recipe"], inputs, 1, worker, figures)
+    for kind, inputs, commit, seed in (("data", 2, "a", 0), ("recipe", 2, "a", 0), ("recipe", 6, "a", 0),
+                                       ("data", 3, "b", 0)):  # fmt: skip
+        figures = fuzzing.Figures(path, commit, seed=seed)
+        fuzzing.fuzz([kind], inputs, 1, worker, figures)
         figures.save()
-    assert worker.asked == [1, 2, 3, 4, 5, 6, 1, 2]
+    assert worker.asked == [1, 2, 1, 2, 3, 4, 5, 6, 1, 2, 3]
     written = json.loads(path.read_text())
-    assert (written["inputs"], written["seed"], [each["number"] for each in written["wrong"]]) == (2, 1, [2])
-    assert {name: written["kinds"]["recipe"][name] for name in fuzzing.OUTCOMES} == {
-        "accepted": 0, "refused": 1, "wrong": 1}  # fmt: skip
+    counts = {kind: [each[name] for name in ("commit", *fuzzing.OUTCOMES)] for kind, each in written["kinds"].items()}
+    assert counts == {"recipe": ["a", 2, 2, 2], "data": ["b", 1, 1, 1]}
+    assert [(each["kind"], each["number"]) for each in written["wrong"]] == [("recipe", 2), ("recipe", 5), ("data", 2)]
+    fuzzing.fuzz(["data"], 1, 1, worker, figures := fuzzing.Figures(path, "b", seed=1))
+    assert list(figures.kinds) == ["data"]  # of another seed
     assert '"number": 5' in capsys.readouterr().err
 
 

@@ -3,8 +3,8 @@
     scripts/faults/fuzz --inputs 20000 --json FILE
 
 No exit code but 0, 2 and 3, no traceback, no raw control character, nothing written outside the input's folder, and an
-answer within 10 seconds. Exit code 1, and seed and number of each input, where anything else happens. A FILE of the
-same commit, seed and first number is continued.
+answer within 10 seconds. Exit code 1, and seed and number of each input, where anything else happens. A FILE with
+the same seed, first number and processor is continued: kinds of this commit where they ended, others afresh.
 """
 
 from __future__ import annotations
@@ -99,17 +99,24 @@ def processor_seconds(pid: int) -> float:
 class Figures:
     """How many inputs of each kind were accepted, refused or wrong, in a file that a later run continues."""
 
-    def __init__(self, path: Path | None, **settings: str | int) -> None:
-        self.path, self.settings = path, settings
-        self.kinds: dict[str, dict[str, float]] = {}
+    def __init__(self, path: Path | None, commit: str, **settings: str | int) -> None:
+        self.path, self.commit, self.settings = path, commit, settings
+        self.kinds: dict[str, dict[str, Any]] = {}
         self.wrong: list[dict[str, Any]] = []
         known = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}
         if all(known.get(name) == value for name, value in settings.items()):
             self.kinds, self.wrong = known["kinds"], known["wrong"]
 
+    def begin(self, kind: str) -> int:
+        """Return how many inputs of a kind were tried at this commit; forget those of another one."""
+        if self.kinds.get(kind, {}).get("commit") != self.commit:
+            self.kinds[kind] = {"commit": self.commit, **dict.fromkeys(OUTCOMES, 0), "seconds": 0.0}
+            self.wrong = [each for each in self.wrong if each["kind"] != kind]
+        return self.tried(kind)
+
     def tried(self, kind: str) -> int:
         """Return how many inputs of a kind were tried."""
-        return int(sum(self.kinds.get(kind, {}).get(outcome, 0) for outcome in OUTCOMES))
+        return sum(self.kinds[kind][outcome] for outcome in OUTCOMES)
 
     def add(self, kind: str, number: int, answer: dict[str, str], seconds: float) -> None:
         """Count one input."""
@@ -117,7 +124,7 @@ class Figures:
         if outcome == "wrong":
             self.wrong.append({"kind": kind, "number": number, **answer})
             print(json.dumps(self.wrong[-1]), file=sys.stderr, flush=True)
-        counted = self.kinds.setdefault(kind, {**dict.fromkeys(OUTCOMES, 0), "seconds": 0.0})
+        counted = self.kinds[kind]
         counted[outcome] += 1
         counted["seconds"] = round(counted["seconds"] + seconds, 3)
         if self.tried(kind) % SAVED == 0:
@@ -125,7 +132,8 @@ class Figures:
 
     def text(self) -> str:
         """Return the content of the file."""
-        total = {"inputs": sum(map(self.tried, self.kinds)), "kinds": self.kinds, "wrong": self.wrong}
+        kinds = {kind: self.kinds[kind] for kind in GENERATORS if kind in self.kinds}
+        total = {"inputs": sum(map(self.tried, kinds)), "kinds": kinds, "wrong": self.wrong}
         return json.dumps({**self.settings, **total}, indent=1) + "\n"
 
     def save(self) -> None:
@@ -142,7 +150,7 @@ def share_of(kind: str, kinds: Sequence[str], inputs: int) -> int:
 def fuzz(kinds: Sequence[str], inputs: int, first: int, worker: Worker, figures: Figures) -> None:
     """Try the inputs that the figures do not know yet."""
     for kind in kinds:
-        for number in range(first + figures.tried(kind), first + share_of(kind, kinds, inputs)):
+        for number in range(first + figures.begin(kind), first + share_of(kind, kinds, inputs)):
             worker.start()
             begun = time.monotonic()
             figures.add(kind, number, worker.try_input(kind, number), time.monotonic() - begun)
@@ -162,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := set(kinds) - set(GENERATORS):
         parser.error(f"unknown kinds {', '.join(sorted(unknown))}; there are {', '.join(GENERATORS)}")
     cpu = describe_processor()
-    figures = Figures(options.json, commit=current_commit(), cpu=cpu.name, seed=options.seed, first=options.first)
+    figures = Figures(options.json, current_commit(), cpu=cpu.name, seed=options.seed, first=options.first)
     with tempfile.TemporaryDirectory(prefix="sqat-fuzz-") as folder:
         worker = Worker(options.seed, Path(folder))
         try:
