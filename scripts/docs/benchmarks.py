@@ -111,7 +111,12 @@ def fuzz_section(report: dict[str, Any]) -> str:
     ]  # fmt: skip
     rows.append(["all", *(str(sum(int(row[column]) for row in rows)) for column in range(1, 5)), ""])
     shown = table(["kind of input", "accepted", "refused in one line", "wrong", "seconds", "commit"], rows)
-    return f"{FUZZ.format(cpu=report['cpu'], seed=report['seed'])}\n{shown}"
+    wrong = "".join(
+        f"\n- Wrong: {each['kind']} {each['number']}, {each['outcome']}"
+        f"{'; mended in ' + each['mended'] if 'mended' in each else ''}"
+        for each in report["wrong"]
+    )
+    return f"{FUZZ.format(cpu=report['cpu'], seed=report['seed'])}\n{shown}\n{wrong}"
 
 
 def readme_page(page: str) -> str:

@@ -17,7 +17,7 @@ from sqat.errors import SqatError
 from sqat.models.attention import current_attention, use_attention, use_eager
 from sqat.models.layer_selection import encoder_blocks
 from sqat.modules.hooks import Hooks
-from sqat.modules.outputs import named_tensors
+from sqat.modules.outputs import floats_in
 from sqat.modules.site_discovery import hook_candidates
 from sqat.modules.sites import Site
 from sqat.quantization.placement import PLACEMENTS
@@ -66,8 +66,7 @@ def check_hooks(model: nn.Module, inputs: Inputs, layers: Sequence[str], placeme
 def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """Return the floats that a model returns in eval mode; each run draws the same random numbers."""
     with eval_mode(model), torch.no_grad():
-        tensors = dict(named_tensors(model(**inputs))).values()
-        return [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+        return list(floats_in(model(**inputs)))
 
 
 def run_hooked(model: nn.Module, inputs: Inputs, layers: Sequence[str], placement: str) -> list[Tensor]:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sqat.compress.check_hooks import floats_in
 from sqat.data.batch import Batch
 from sqat.errors import SqatError
 from sqat.modules.hooks import Hooks
+from sqat.modules.outputs import floats_in
 from sqat.training.batches import seed_torch
 
 MAX_BYTES = 1 << 29  # of a model's remembered outputs; beyond it, passes start from the inputs

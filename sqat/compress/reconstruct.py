@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sqat.compress.check_hooks import floats_in
 from sqat.compress.partial_runs import PartialRuns, check_blocks
 from sqat.data.batch import Batch
 from sqat.errors import SqatError
 from sqat.models.layer_selection import encoder_blocks
 from sqat.modules.activation_quantizers import QUANTIZERS, Quantizers
+from sqat.modules.outputs import floats_in
 from sqat.modules.parametrize import is_ours
 
 BEFORE, AFTER = "error before", "error after"

@@ -30,6 +30,13 @@ def named_tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
         yield from named_tensors(part, key)
 
 
+def floats_in(output: Any) -> Iterator[Tensor]:
+    """Yield the float tensors of a model's or a module's output, in order."""
+    for _, tensor in named_tensors(output):
+        if tensor.is_floating_point() and tensor.numel():
+            yield tensor
+
+
 def tensor_outputs(output: Any) -> dict[str, Tensor]:
     """Return the tensors of a model's output by the names of its fields.
 
