@@ -85,12 +85,21 @@ def kernel_polynomial(name: str) -> tuple[list[float], float]:
 GELUS = {"gelu": "kErf", "gelu_tanh": "kTanh"}
 
 
+def without_padding(rows: Array, mask: Array | None, zero: int) -> Array:
+    """Rows [texts,tokens,...], those of padding zero; a text's first row is never padding."""
+    if mask is None:
+        return rows
+    computed = mask != 0
+    computed[:, :1] = True
+    return np.where(computed.reshape(*mask.shape, *[1] * (rows.ndim - 2)), rows, rows.dtype.type(zero))
+
+
 class Linear(OpRun):
     op_domain = "sqat"
 
     def _run(self, x: Array, values: Array, positions: Array | None, scale: Array, bias: Array,
              residual: Array | None = None, gamma: Array | None = None, beta: Array | None = None,
-             steps: Array | None = None,
+             steps: Array | None = None, mask: Array | None = None,
              activation: str = "none", y_scale: float = 1.0, epsilon: float = 1e-12) -> tuple[Array, ...]:  # fmt: skip
         assert x.dtype == np.uint8
         assert x.min(initial=1) >= 1
@@ -99,7 +108,8 @@ class Linear(OpRun):
         y = activated(total.astype(F32) * scale + bias, activation)
         y = y if residual is None else y + residual
         y = y if gamma is None else normed(y, gamma, beta, epsilon)
-        return (y, to_bytes(y, y_scale if steps is None else steps))[: len(self.onnx_node.output)]
+        bytes_ = without_padding(to_bytes(y, y_scale if steps is None else steps), mask, 128)
+        return (without_padding(y, mask, 0), bytes_)[: len(self.onnx_node.output)]
 
 
 class Attention(OpRun):
@@ -119,7 +129,7 @@ class Attention(OpRun):
             scores = (query @ key.T).astype(F32) * F32(score_scale)
             weights = np.rint(255 * np.exp(scores - scores.max(-1, keepdims=True), dtype=F32)).astype(np.int64)
             out[row, :, head] = (weights @ value) / weights.sum(-1, keepdims=True)
-        return (to_bytes(out * value_scale, y_scale).reshape(batch, length, -1),)
+        return (without_padding(to_bytes(out * value_scale, y_scale).reshape(batch, length, -1), mask, 128),)
 
 
 class Embed(OpRun):

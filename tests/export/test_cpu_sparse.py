@@ -116,6 +116,8 @@ def test_the_graph_is_valid_and_holds_the_ops(family: str, made: Making) -> None
     outside = {"roberta": 1, "electra": 2}.get(family, 0)  # head.dense, and ELECTRA's projection of the embeddings
     layers = 2 if family == "bert" else 1
     assert ours.count("Attention") == layers
+    masked = [node.op_type for node in nodes(file) if node.domain == "sqat" and node.input[-1] == "attention_mask"]
+    assert sorted(masked) == sorted(LAYER * layers), "all but the embeddings and outer linears leave padding out"
     assert sorted(ours) == sorted(["Embed", *LAYER * layers, *["Linear"] * outside])
     assert count_operators(onnx.load(file).graph)["Softmax"] == 0
     initializers = [tensor.name for tensor in onnx.load(file).graph.initializer]

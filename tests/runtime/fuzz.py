@@ -53,6 +53,8 @@ def random_node(rng: np.random.Generator) -> Node:
         linear = random_linear(seed, inputs, channels, rng.random() < 0.7, norm, activation=activation)
         if not norm and rng.random() < 0.5:
             linear = replace(linear, steps=rng.random(channels).astype(np.float32) + np.float32(0.01))
+        if len(inputs) > 1 and rng.random() < 0.5:
+            linear = replace(linear, mask=rng.integers(0, 2, inputs[:-1]))
         return linear.node(str(rng.choice(["Y", "Q", "YQ"])))
     if kind == 1:
         texts, tokens, heads, width = (int(n) for n in rng.integers((0, 0, 1, 1), 30))

@@ -137,7 +137,7 @@ def sparse_weight(rng: np.random.Generator, channels: int, inputs: int) -> NDArr
     return weight
 
 
-LINEAR = ("X", "values", "positions", "scale", "bias", "residual", "gamma", "beta", "steps")
+LINEAR = ("X", "values", "positions", "scale", "bias", "residual", "gamma", "beta", "steps", "mask")
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,7 @@ class Linear:
     gamma: NDArray[np.float32] | None = None
     beta: NDArray[np.float32] | None = None
     steps: NDArray[np.float32] | None = None
+    mask: NDArray[np.int64] | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -168,7 +169,7 @@ class Linear:
         names = {"Y" if "Y" in outputs else "": TensorProto.FLOAT}
         if "Q" in outputs:
             names["Q"] = TensorProto.UINT8
-        fed = {"X": self.x, "residual": self.residual}
+        fed = {"X": self.x, "residual": self.residual, "mask": self.mask}
         return Node("Linear", fed, constants, LINEAR, names, self.attributes)
 
 
@@ -195,6 +196,11 @@ def quantize(y: NDArray[Any], scale: float | NDArray[np.float32] = 1.0) -> NDArr
     return (np.rint(np.clip(y.astype(np.float32) * inverse, -127, 127)) + 128).astype(np.uint8)
 
 
+def computed_rows(mask: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which rows [texts,tokens] are computed: tokens, and the first of every text; the others are 0."""
+    return np.asarray((mask != 0) | (np.arange(mask.shape[1]) == 0))
+
+
 def attention(
     qkv: NDArray[np.uint8], mask: NDArray[np.int64], heads: int, score_scale: float, scale: float
 ) -> NDArray[np.float64]:
@@ -213,4 +219,5 @@ def attention(
     powers = np.exp(scores[kept] - scores[kept].max(-1, keepdims=True))
     p = np.rint(255 * powers)
     out[kept] = p @ v[kept] / p.sum(-1, keepdims=True) * scale
+    out *= computed_rows(mask)[:, None, :, None]
     return out.transpose(0, 2, 1, 3).reshape(texts, tokens, three // 3)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import erf
 
-from tests.runtime.nodes import available, needs_library, quantize, random_linear
+from tests.runtime.nodes import available, computed_rows, needs_library, quantize, random_linear
 
 pytestmark = needs_library
 SETS = available()
@@ -127,7 +127,32 @@ def test_the_same_bits_everywhere(
                 np.testing.assert_array_equal(got.view(np.uint8), want.view(np.uint8))
 
 
+@given(
+    seed=st.integers(0, 2**31),
+    texts=st.integers(1, 5),
+    tokens=st.integers(1, 90),
+    inputs=st.integers(1, 100),
+    channels=st.integers(1, 600),
+    norm=st.booleans(),
+    share=st.sampled_from([0.0, 0.1, 0.6, 1.0]),
+    isa=st.sampled_from(SETS),
+)
+@settings(max_examples=40)
+def test_rows_of_padding_are_zero_and_change_no_other_bit(
+    seed: int, texts: int, tokens: int, inputs: int, channels: int, norm: bool, share: float, isa: str
+) -> None:
+    linear = random_linear(seed, (texts, tokens, inputs), channels, norm=norm, y_scale=0.05)
+    mask = (np.random.default_rng(seed).random((texts, tokens)) < share) * 7  # anything but 0 is a token
+    computed = computed_rows(mask)
+    whole = linear.node().run(isa)
+    for threads in (1, 2):
+        for got, want, zero in zip(replace(linear, mask=mask).node().run(isa, threads), whole, (0, 128), strict=True):
+            np.testing.assert_array_equal(got[computed].view(np.uint8), want[computed].view(np.uint8))
+            assert (got[~computed] == zero).all()
+
+
 @pytest.mark.parametrize("shape", [(0, 16), (2, 0, 16)])
 def test_no_rows(shape: tuple[int, ...]) -> None:
-    y, q = random_linear(7, shape, 24).node().run()
+    linear = replace(random_linear(7, shape, 24), mask=np.ones(shape[:-1], np.int64))
+    y, q = linear.node().run()
     assert y.shape == q.shape == (*shape[:-1], 24)

@@ -282,6 +282,9 @@ def test_malformed_attributes(attributes: dict[str, Any], problem: str) -> None:
         ({"X": np.ones((), np.uint8)}, r"X has shape \[\], but"),
         ({"residual": np.ones((4, 25), np.float32)}, r"residual has shape \[4,25\], expected \[4,24\]"),
         ({"residual": np.ones((2, 2, 24), np.float32)}, r"residual has shape \[2,2,24\], expected \[4,24\]"),
+        ({"mask": np.ones(5, np.int64)}, r"mask has shape \[5\], expected \[4\]"),
+        ({"mask": np.ones((4, 40), np.int64)}, r"mask has shape \[4,40\], expected \[4\]"),
+        ({"X": np.ones(40, np.uint8), "residual": None, "mask": np.ones((), np.int64)}, "mask is given for one row"),
     ],
 )
 def test_inputs_that_do_not_fit(change: dict[str, Any], problem: str) -> None:

@@ -1,8 +1,8 @@
 """The graph of target `cpu-sparse`: the float graph with embeddings and layers as nodes of the domain `sqat`.
 
 One `Embed` and five nodes a layer replace them: q, k, v as one `Linear`, `Attention`, `Linear` with residual add and
-norm, and two more `Linear`. A mean over tokens is one `MeanPool`; other heads stay. Between nodes stand uint8 around
-128.
+norm, and two more `Linear`, which skip padding. A mean over tokens is one `MeanPool`; other heads stay. Between nodes
+stand uint8 around 128.
 """
 
 from __future__ import annotations
@@ -105,14 +105,15 @@ def add_layer(editor: GraphEditor, encoder: Encoder, number: int, stream: Stream
     """Add the five nodes of one layer; the last layer puts out no bytes."""
     layer, family = encoder.layers[number], encoder.family
     project, widen, narrow = (f"{layer}.{part}" for part in (family.project, family.widen, family.narrow))
+    mask = graph_input(editor, "attention_mask")
     context = add_attention(editor, encoder, layer, stream, encoder.step(f"{project}:input"))
     norms = [encoder.norm(f"{layer}.{norm}") for norm in (family.first_norm, family.second_norm)]
-    added = add_linear(editor, encoder.fuse(project), project, context, stream.floats,
+    added = add_linear(editor, encoder.fuse(project), project, context, stream.floats, mask=mask,
                        norm=norms[0], step=encoder.step(f"{widen}:input"))  # fmt: skip
-    wide = add_linear(editor, encoder.fuse(widen), widen, added.bytes, floats=False,
+    wide = add_linear(editor, encoder.fuse(widen), widen, added.bytes, mask=mask, floats=False,
                       activation=encoder.activation, step=encoder.step(f"{narrow}:input"))  # fmt: skip
     next_steps = [encoder.step(f"{name}.{family.query}:input") for name in encoder.layers[number + 1 : number + 2]]
-    return add_linear(editor, encoder.fuse(narrow), narrow, wide.bytes, added.floats,
+    return add_linear(editor, encoder.fuse(narrow), narrow, wide.bytes, added.floats, mask=mask,
                       norm=norms[1], step=next(iter(next_steps), None))  # fmt: skip
 
 
@@ -122,7 +123,8 @@ def add_attention(editor: GraphEditor, encoder: Encoder, layer: str, stream: Str
     steps = [encoder.step(f"{name}:{role}") for role in ("query", "key", "value")]
     fused = encoder.fuse(*(f"{layer}.{part}" for part in (family.query, family.key, family.value)))
     width = len(fused.scale) // 3
-    qkv = add_linear(editor, fused, f"{name}.qkv", stream.bytes, floats=False,
+    mask = graph_input(editor, "attention_mask")
+    qkv = add_linear(editor, fused, f"{name}.qkv", stream.bytes, mask=mask, floats=False,
                      step=np.repeat(np.array(steps, np.float32), width)).bytes  # fmt: skip
     query, key, value = steps
     attributes = {
@@ -131,8 +133,7 @@ def add_attention(editor: GraphEditor, encoder: Encoder, layer: str, stream: Str
         "value_scale": value,
         "y_scale": step,
     }
-    inputs = [qkv, graph_input(editor, "attention_mask")]
-    return add_node(editor, "Attention", name, inputs, attributes, [*shape_of(qkv)[:-1], width], {UINT8: True})[0]
+    return add_node(editor, "Attention", name, [qkv, mask], attributes, [*shape_of(qkv)[:-1], width], {UINT8: True})[0]
 
 
 def add_linear(
@@ -142,6 +143,7 @@ def add_linear(
     x: ir.Value | None,
     residual: ir.Value | None = None,
     *,
+    mask: ir.Value | None = None,
     norm: Norm | None = None,
     activation: str = "none",
     floats: bool = True,
@@ -151,6 +153,7 @@ def add_linear(
 
     Args:
         name: of the module, after which the node and its weights are named.
+        mask: [texts, tokens], 0 for padding, whose rows are left out; None computes all rows.
         floats: put out floats for the residual stream.
         step: of the bytes to put out, or the steps of all channels; None for no bytes.
     """
@@ -162,6 +165,7 @@ def add_linear(
         attributes["epsilon"] = norm.epsilon
     constants = add_constants(editor, name, parts)
     constants += [residual, *add_norm(editor, f"{name}.norm", norm), *add_constants(editor, name, steps)]
+    constants += [] if mask is None else [mask]
     shape = [*shape_of(x)[:-1], len(scale)]
     return add_stream(editor, "Linear", name, [x, *constants], attributes, shape, floats=floats, step=step)
 

@@ -1,13 +1,14 @@
 // sqat.Attention: softmax(Q K^T) V of one head at a time, in int8.
 //
 // Keys and values of a head are laid out as dense weights, those with mask 0 left out: masked keys cost nothing, and a
-// padded text gives the bits of an unpadded one. Both products are those of the engine's dense tiles; the scores of
+// padded text gives the bits of an unpadded one. Queries of padding are left out too, and give 0; see rows.h. Both products are those of the engine's dense tiles; the scores of
 // some rows of queries at a time stay in the second-level cache. One task is one head of one text.
 #include <algorithm>
 #include <cstring>
 
 #include "blocks.h"
 #include "operators.h"
+#include "rows.h"
 
 namespace sqat {
 namespace {
@@ -42,7 +43,7 @@ struct Head {
   const uint8_t* k;
   const uint8_t* v;
   uint8_t* out;
-  size_t stride, out_stride, tokens, width;
+  size_t stride, out_stride, width;
 };
 
 // Keys as weights [tiles of 16 keys][width/4][64].
@@ -143,7 +144,7 @@ class Attention : public Kernel {
   void compute(KernelContext* context) override;
 
  private:
-  void attend(const Head& head, Workspace& work) const;
+  void attend(const Head& head, const Rows& queries, Workspace& work) const;
   void attend_queries(const Head& head, size_t first, size_t count, Workspace& work) const;
 
   const Engine& engine_;
@@ -162,16 +163,18 @@ Attention::Attention(const Engine& engine, const Node& node) : engine_(engine) {
   inverse_ = inverse_of(node.number("y_scale", 1.0f), node.place("y_scale"));
 }
 
-void Attention::attend(const Head& head, Workspace& work) const {
+void Attention::attend(const Head& head, const Rows& queries, Workspace& work) const {
   const Gemm& gemm = *engine_.dense;
   const size_t padded = round_up(head.width, kInputStep), keys = round_up(work.kept.size(), kTile);
   pack_keys(head, work.kept, padded, work.keys.room(gemm, keys / kTile, padded));
   pack_values(head, work.kept, keys, work.values.room(gemm, padded / kTile, keys));
   work.keys.prepare(gemm, 128);
   work.values.prepare(gemm, 0);
-  for (size_t first = 0; first < head.tokens; first += kQueries) {
-    attend_queries(head, first, std::min(kQueries, head.tokens - first), work);
-  }
+  queries.each_run(0, queries.kept(), [&](size_t, size_t row, size_t count) {
+    for (size_t done = 0; done < count; done += kQueries) {
+      attend_queries(head, row + done, std::min(kQueries, count - done), work);
+    }
+  });
 }
 
 void Attention::attend_queries(const Head& head, size_t first, size_t count, Workspace& work) const {
@@ -224,17 +227,20 @@ void Attention::compute(KernelContext* context) {
   call.parallel(texts * heads_, [&](size_t task) {
     static thread_local Workspace work;
     const size_t text = task / heads_, column = task % heads_ * width;
+    const int64_t* is_token = mask.as<int64_t>() + text * tokens;
     const uint8_t* from = qkv.as<uint8_t>() + text * tokens * 3 * all + column;
     uint8_t* to = static_cast<uint8_t*>(out.data) + text * tokens * all + column;
     work.kept.clear();
     for (size_t token = 0; token < tokens; ++token) {
-      if (mask.as<int64_t>()[text * tokens + token] != 0) work.kept.push_back(static_cast<uint32_t>(token));
+      if (is_token[token] != 0) work.kept.push_back(static_cast<uint32_t>(token));
     }
-    if (work.kept.empty()) {
-      for (size_t token = 0; token < tokens; ++token) std::memset(to + token * all, 128, width);
-      return;
-    }
-    attend({from, from + all, from + 2 * all, to, 3 * all, all, tokens, width}, work);
+    auto clear = [&](size_t token, size_t count) {
+      for (size_t end = token + count; token < end; ++token) std::memset(to + token * all, 128, width);
+    };
+    if (work.kept.empty()) return clear(0, tokens);
+    const Rows queries(is_token, tokens, tokens);
+    queries.each_gap(clear);
+    attend({from, from + all, from + 2 * all, to, 3 * all, all, width}, queries, work);
   });
 }
 

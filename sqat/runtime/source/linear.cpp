@@ -2,6 +2,7 @@
 //
 // y = acc * scale + bias, activation, then optionally + residual and LayerNorm; out as f32 (Y), as u8 (Q) or both. The
 // step of Q is one of all channels (y_scale) or, where no whole row is needed, one of each (steps).
+// With a mask [texts,tokens], rows of padding are 0 and cost nothing; see rows.h.
 // Work is shared as blocks of rows times runs of channel tiles. A block keeps its rows, prepared once, in the
 // second-level cache; where one task has all channels of its rows it also finishes them, else a second round over the
 // rows does.
@@ -12,6 +13,7 @@
 #include "blocks.h"
 #include "dispatch.h"
 #include "operators.h"
+#include "rows.h"
 
 namespace sqat {
 namespace {
@@ -85,8 +87,9 @@ class Linear : public Kernel {
 
  private:
   struct Buffers {
+    const Rows* rows;
     const uint8_t* x;
-    size_t rows, inputs;
+    size_t inputs;
     const float* residual;
     float* rows_f32;  // where products of whole rows wait for their end, or Y
     float* y;
@@ -98,6 +101,7 @@ class Linear : public Kernel {
   void expand();
   void multiply_block(const Buffers& buffers, const Split& split, size_t block, size_t run) const;
   void finish_rows(const Buffers& buffers, size_t first, size_t end) const;
+  void clear_padding(const Buffers& buffers) const;
   void refuse_computed(const Call& call) const;
 
   const Engine& engine_;
@@ -195,33 +199,48 @@ void Linear::expand() {
 void Linear::multiply_block(const Buffers& buffers, const Split& split, size_t block, size_t run) const {
   static thread_local Scratch prepared;
   const Gemm& gemm = engine_.gemm(weights_);
-  const size_t first = block * split.block_rows, rows = std::min(split.block_rows, buffers.rows - first);
-  auto* x = prepared.take<uint8_t>(rows * weights_.padded * gemm.row_bytes);
-  gemm.prepare_rows(buffers.x + first * buffers.inputs, buffers.inputs, rows, buffers.inputs, weights_.padded, 128, x);
+  const size_t first = block * split.block_rows, last = std::min(first + split.block_rows, buffers.rows->kept());
+  const size_t row_stride = weights_.padded * gemm.row_bytes;
+  auto* x = prepared.take<uint8_t>((last - first) * row_stride);
+  buffers.rows->each_run(first, last, [&](size_t at, size_t row, size_t count) {
+    gemm.prepare_rows(buffers.x + row * buffers.inputs, buffers.inputs, count, buffers.inputs, weights_.padded, 128,
+                      x + (at - first) * row_stride);
+  });
 
   const size_t end = std::min((run + 1) * split.run_tiles, scale_.size() / kTile);
   const int32_t* offsets = offsets_.empty() ? nullptr : offsets_.data();
   auto then = [&](size_t tile, size_t tiles, const int32_t* products) {
     for (size_t i = 0; i < tiles; ++i) {
-      const size_t channel = (tile + i) * kTile, at = first * channels_ + channel;
-      engine_.epilogues->dequantize(
-          products + i * kTile, tiles * kTile, rows,
-          {scale_.data() + channel, bias_.data() + channel, inverses_.data() + channel, activation_,
-           std::min(kTile, channels_ - channel), buffers.rows_f32 ? buffers.rows_f32 + at : nullptr, channels_, buffers.q ? buffers.q + at : nullptr,
-           channels_});
+      const size_t channel = (tile + i) * kTile;
+      buffers.rows->each_run(first, last, [&](size_t at, size_t row, size_t count) {
+        const size_t to = row * channels_ + channel;
+        engine_.epilogues->dequantize(
+            products + (at - first) * tiles * kTile + i * kTile, tiles * kTile, count,
+            {scale_.data() + channel, bias_.data() + channel, inverses_.data() + channel, activation_,
+             std::min(kTile, channels_ - channel), buffers.rows_f32 ? buffers.rows_f32 + to : nullptr, channels_,
+             buffers.q ? buffers.q + to : nullptr, channels_});
+      });
     }
   };
-  multiply_tiles(gemm, weights_, offsets, x, rows, run * split.run_tiles, end, then);
+  multiply_tiles(gemm, weights_, offsets, x, last - first, run * split.run_tiles, end, then);
 }
 
 void Linear::finish_rows(const Buffers& buffers, size_t first, size_t end) const {
-  for (size_t row = first; row < end; ++row) {
-    const size_t at = row * channels_;
-    engine_.epilogues->finish_row(
-        buffers.rows_f32 + at,
-        {channels_, buffers.residual ? buffers.residual + at : nullptr, gamma_.as<float>(), beta_.as<float>(), epsilon_,
-         inverse_, buffers.y ? buffers.y + at : nullptr, buffers.q ? buffers.q + at : nullptr});
-  }
+  buffers.rows->each_run(first, end, [&](size_t, size_t row, size_t count) {
+    for (size_t to = row * channels_; to < (row + count) * channels_; to += channels_) {
+      engine_.epilogues->finish_row(
+          buffers.rows_f32 + to,
+          {channels_, buffers.residual ? buffers.residual + to : nullptr, gamma_.as<float>(), beta_.as<float>(),
+           epsilon_, inverse_, buffers.y ? buffers.y + to : nullptr, buffers.q ? buffers.q + to : nullptr});
+    }
+  });
+}
+
+void Linear::clear_padding(const Buffers& buffers) const {
+  buffers.rows->each_gap([&](size_t row, size_t count) {
+    if (buffers.y) std::memset(buffers.y + row * channels_, 0, count * channels_ * sizeof(float));
+    if (buffers.q) std::memset(buffers.q + row * channels_, 128, count * channels_);
+  });
 }
 
 // What is read once, when the kernel is made, must have been there: a computed one would be ignored.
@@ -235,7 +254,7 @@ void Linear::refuse_computed(const Call& call) const {
 
 void Linear::compute(KernelContext* context) {
   Call call(context, "Linear");
-  Tensor x = call.input(0, "X"), residual = call.input(5, "residual");
+  Tensor x = call.input(0, "X"), residual = call.input(5, "residual"), mask = call.input(9, "mask");
   const size_t inputs = x.shape.empty() ? 0 : static_cast<size_t>(x.shape.back());
   if (round_up(inputs, kInputStep) != weights_.padded) {
     refuse(kInvalidArgument, x.name,
@@ -243,25 +262,30 @@ void Linear::compute(KernelContext* context) {
                " inputs in its last dimension");
   }
   Shape shape = x.shape;
+  if (mask && shape.size() == 1) refuse(kInvalidArgument, mask.name, "is given for one row");
+  if (mask) require_shape(mask, Shape(shape.begin(), shape.end() - 1), kInvalidArgument);
   shape.back() = static_cast<int64_t>(channels_);
   if (residual) require_shape(residual, shape, kInvalidArgument);
   if (residual && each_its_own_) refuse(kInvalidArgument, residual.name, "is given beside steps of each channel");
   refuse_computed(call);
   Tensor y = call.output(0, shape), q = call.output(1, shape);
-  const size_t rows = product(shape) / channels_;
-  if (rows == 0 || (!y && !q)) return;
+  const size_t all = product(shape) / channels_;
+  if (all == 0 || (!y && !q)) return;
 
+  const Rows kept = mask ? Rows(mask.as<int64_t>(), all, static_cast<size_t>(mask.shape.back())) : Rows(all);
+  const size_t rows = kept.kept();
   const bool whole_rows = residual || gamma_;
   std::unique_ptr<float[]> waiting;
-  if (whole_rows && !y) waiting.reset(new float[rows * channels_]);
-  Buffers buffers{x.as<uint8_t>(),
-                  rows,
+  if (whole_rows && !y) waiting.reset(new float[all * channels_]);
+  Buffers buffers{&kept,
+                  x.as<uint8_t>(),
                   inputs,
                   residual.as<float>(),
                   waiting ? waiting.get() : static_cast<float*>(y.data),
                   static_cast<float*>(y.data),
                   static_cast<uint8_t*>(q.data)};
   const Split split(rows, weights_.padded, scale_.size() / kTile, engine_.gemm(weights_));
+  clear_padding(buffers);
   Buffers first_round = buffers;
   if (whole_rows) first_round.q = nullptr;
   call.parallel(split.blocks * split.runs, [&](size_t task) {

@@ -17,9 +17,9 @@ constexpr Slot optional(Slot slot) { return {slot.type, kOptional}; }
 // Never taken down either.
 const std::vector<Operator>& operators() {
   static const auto* all = new std::vector<Operator>{
-    // X, values, positions, scale, bias, residual, gamma, beta, steps -> Y, Q
+    // X, values, positions, scale, bias, residual, gamma, beta, steps, mask -> Y, Q
     {"Linear",
-     {u8, i8, optional(u8), f32, f32, optional(f32), optional(f32), optional(f32), optional(f32)},
+     {u8, i8, optional(u8), f32, f32, optional(f32), optional(f32), optional(f32), optional(f32), optional(i64)},
      {optional(f32), optional(u8)},
      make_linear},
     // QKV, mask
