@@ -45,7 +45,11 @@ def run_shipped(
     """Run a recipe with a few steps a stage; return its rows, which are labelled as the recipe labels them."""
     recipe = load_recipe(RECIPES[name]).recipe
     overrides = [f"output={folder / 'runs'}", *overrides]
+    if recipe.latency is not None:
+        overrides.append("latency.max_seconds=0.1")
     for stage, config in recipe.stages.items():
+        if getattr(config, "reconstruct", None) is not None:
+            overrides.append(f"stages.{stage}.reconstruct.steps_per_block={steps}")
         if isinstance(config, TrainConfig):
             overrides += [f"stages.{stage}.epochs=null", f"stages.{stage}.steps={steps}"]
         if config.type == "export" and max_disagreement is not None:
