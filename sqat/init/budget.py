@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 # Shares of the time: training, the dev split after each stage, the test split of the results.
 TRAINING, DEV, TEST = 0.7, 0.1, 0.15
 DEV_PASSES, TEST_PASSES = 6, 3  # stages that measure dev, results that measure test
-STUDENT = 1.45  # a step with a teacher costs as much as 1.45 dense steps (recipes/BENCHMARKS.md)
+# In dense steps: one with a teacher costs 1.45 (recipes/BENCHMARKS.md), one of prune 0.4 more with its blocks.
+COSTS = {"train": 1.0, "prune": 1.85, "qat": 1.45}
 FORWARD = 1 / 3  # a forward pass costs a third of a step
 SHARES = {"train": 0.5, "prune": 0.3, "qat": 0.2}  # of the steps
 MOST_EPOCHS = {"train": 3, "prune": 6, "qat": 3}  # more time than that changes little
+BLOCK_STEPS = 0.8  # of each block, to a step of prune
+MOST_BLOCK_STEPS = 128
 STAGE = "train"
 TIMED_STEPS = 4  # the first one warms up
 
@@ -38,7 +41,7 @@ def plan_minutes(splits: Splits, minutes: float) -> Budget:
     step, batch_rows, epoch_steps = time_step(splits)
     seconds = 60 * minutes
     dense_steps = seconds * TRAINING / step
-    total = dense_steps / (SHARES["train"] + (1 - SHARES["train"]) * STUDENT)
+    total = dense_steps / sum(share * COSTS[name] for name, share in SHARES.items())
     shares: dict[SplitName, float] = {"dev": DEV / DEV_PASSES, "test": TEST / TEST_PASSES}
     rows = {name: max(1, int(seconds * share / (step * FORWARD / batch_rows))) for name, share in shares.items()}
     steps = split_steps(int(total))
@@ -48,6 +51,11 @@ def plan_minutes(splits: Splits, minutes: float) -> Budget:
 def split_steps(total: int) -> dict[str, int]:
     """Split the steps of a run over its stages; each gets at least one."""
     return {name: max(1, round(share * total)) for name, share in SHARES.items()}
+
+
+def block_steps(prune_steps: int) -> int:
+    """Return the steps in which each block is reconstructed."""
+    return max(1, min(MOST_BLOCK_STEPS, round(BLOCK_STEPS * prune_steps)))
 
 
 def no_teacher() -> Checkpoint:

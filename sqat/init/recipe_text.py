@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqat.errors import escape_control
+from sqat.init.budget import block_steps
 from sqat.recipe.yaml_nodes import Place, resolve_scalar
 
 if TYPE_CHECKING:
@@ -38,13 +39,21 @@ def compose_recipe(starter: Starter, folder: Path) -> str:
         **split_lines(starter, folder),
     )
     if translation is None:
-        distill = "{output_weight: 10, task_weight: 0}" if guess.task == "retrieval" else "{output_weight: 1}"
+        weights = "output_weight: 10, task_weight: 0" if guess.task == "retrieval" else "output_weight: 1"
         placement, target = ("cpu", "cpu-sparse") if starter.has_kernels else ("linear", "onnx-int8")
-        stages = STAGES.format(distill=distill, placement=placement, target=target, **lengths(starter.steps))
+        stages = STAGES.format(distill=f"{{hidden_weight: 1, {weights}}}", placement=placement, target=target,
+                               reconstruct=reconstruction(starter), **lengths(starter.steps))  # fmt: skip
         return head + stages + RESULTS.format(target=target)
     notes = "".join(f"# {note}\n" for note in translation.notes)
     results = TRANSLATED.format(sparse=translation.label, target=translation.stages["export"]["targets"][0])
     return f"{head}{notes}{translation.text()}\n{results}"
+
+
+def reconstruction(starter: Starter) -> str:
+    """Return the settings of reconstruction, for encoders in which it is known to work; else none."""
+    if not starter.has_kernels:
+        return "null"
+    return f"{{steps_per_block: {block_steps(starter.steps['prune'])}}}" if starter.steps else "{}"
 
 
 def split_lines(starter: Starter, folder: Path) -> dict[str, str]:
@@ -99,11 +108,12 @@ stages:
   dense:
     type: export
     targets: [onnx-fp32, onnx-int8]
-  prune:  # 2 of each 4 weights go, the others make up for them and learn from the dense stage
+  prune:  # 2 of each 4 weights go at once, the others make up for them and learn from the dense stage
     from: train
     pattern: 2:4
     criterion: sparsegpt
     schedule: {{name: per-group, num_masks: 1}}
+    reconstruct: {reconstruct}  # first each block alone; then all of them:
     {prune}
     learning_rate: 1e-4
     distill: {distill}  # null: from the labels alone

@@ -237,12 +237,13 @@ def test_minutes_choose_steps_and_rows_by_the_time_of_a_step(
     monkeypatch.setattr(budget, "time_step", lambda splits: (0.5, 32.0, 10_000))
     lines = write_starter(data, tmp_path / "recipe.yaml", model=str(make_source("bert")), minutes=2)
     recipe = load_recipe(tmp_path / "recipe.yaml").recipe
-    # 84 s of training: 68 dense steps of 0.5 s, 68 of students that cost 1.45 times as much
+    # 84 s of training: dense steps of 0.5 s, those of prune cost 1.85 times as much, those of QAT 1.45 times
     steps = {name: recipe.stages[name].steps for name in budget.SHARES}
-    assert steps == {"train": 68, "prune": 41, "qat": 27}
+    assert steps == {"train": 62, "prune": 37, "qat": 25}
+    assert recipe.stages["prune"].reconstruct.steps_per_block == 30
     # 2 s for each pass over dev; a row takes a third of 0.5 s / 32
     assert recipe.data.dev.limit == 384
-    assert any(line.startswith("2 minutes on this machine: train 68,") for line in lines)
+    assert any(line.startswith("2 minutes on this machine: train 62,") for line in lines)
 
 
 def test_minutes_are_measured_on_the_model_and_its_rows(tmp_path: Path, make_source: Any) -> None:
