@@ -1,8 +1,7 @@
 """Write quantized linears in a form that ONNX Runtime computes in int8.
 
-It makes a Gemm of MatMul and Add on a matrix or a fixed shape, and it has no int8 Gemm with a float bias. It also
-leaves a product in float that a Relu reads. A Sum in place of the Add, or before the Relu, computes the same and
-prevents both; TensorRT reads Sum as Add.
+It fuses MatMul and Add on a matrix or a fixed shape to a Gemm, which is float where its bias is. A product that a Relu
+reads stays float too. A Sum in place of the Add, or before the Relu, prevents both and computes the same.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ PAIR = ("QuantizeLinear", "DequantizeLinear")
 CLIPS = ("Relu", "Clip")
 
 
+# TensorRT's parser makes the same layer of Sum and Add, and none of a Sum of one.
 def keep_int8(model: ModelProto) -> ModelProto:
     """Put a Sum behind each quantized linear that ONNX Runtime would compute in float.
 
