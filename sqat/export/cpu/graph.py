@@ -1,8 +1,8 @@
 """The graph of target `cpu-sparse`: the float graph with embeddings and layers as nodes of the domain `sqat`.
 
-One `Embed` and five nodes a layer replace them: q, k, v as one `Linear`, `Attention`, `Linear` with residual add and
-norm, and two more `Linear`, which skip padding. A mean over tokens is one `MeanPool`; other heads stay. Between nodes
-stand uint8 around 128.
+An `Embed` and five nodes a layer that skip padding: q, k, v as one `Linear`, `Attention`, `Linear` with residual add
+and norm, two more `Linear`. A mean over tokens is one `MeanPool`; other heads stay. Between nodes stand uint8 around
+128.
 """
 
 from __future__ import annotations
