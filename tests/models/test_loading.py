@@ -204,7 +204,9 @@ def test_an_index_names_no_weights_elsewhere(make_source: MakeSource, tmp_path: 
         pointing_to(name)
         message = f"{index}: names weights outside its folder: {name!r}; get the model again"
         assert problem(load, source, tmp_path) == message
-    for content in ("{", "[]", '{"weight_map": []}'):
+    index.write_text("{")
+    assert problem(load, source, tmp_path).startswith(f"{index}: is not JSON")
+    for content in ("[]", '{"weight_map": []}'):
         index.write_text(content)
         assert problem(load, source, tmp_path) == f"{index}: is no index of weights; get the model again"
 
