@@ -20,7 +20,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from sqat.compress.calibrate import merge_over_processes_
+from sqat.compress.calibrate import calibrate, merge_over_processes_
 from sqat.compress.quantize import masked_model
 from sqat.compress.reconstruct import AFTER, BEFORE, Reconstruction, without_dropout
 from sqat.compress.statistics import collect_statistics, first_batches
@@ -30,6 +30,7 @@ from sqat.errors import SqatError
 from sqat.evaluation.inference import predict
 from sqat.modules.parametrize import insert_weights_, original_weight, remove_weights_
 from sqat.progress import SilentReporter
+from sqat.quantization.calibrators.auto import Auto
 from sqat.quantization.histogram import Histogram
 from sqat.recipe.stages import TrainConfig
 from sqat.sparsity.criteria.sparsegpt import SparseGPT
@@ -184,8 +185,8 @@ def other_work(folder: Path, group: str) -> Found:
     norm = {steps: train_batch_norm(ResumeState(folder / f"{group}-normed", "key"), steps) for steps in (1, STEPS)}
     full = train_without_room(ResumeState(folder / f"{group}-full", "key"))
     blocks = train_blocks(ResumeState(folder / f"{group}-blocks", "key"))
-    return {"full": full, "norm": norm, "blocks": blocks, "sums": sums, "histograms": histograms(), "logits": logits(),
-            "indices": [*assigned_indices(3)]}  # fmt: skip
+    return {"full": full, "norm": norm, "blocks": blocks, "sums": sums, "histograms": histograms(),
+            "scales": scales(), "logits": logits(), "indices": [*assigned_indices(3)]}  # fmt: skip
 
 
 def histograms() -> dict[str, dict[str, Tensor]]:
@@ -198,6 +199,16 @@ def histograms() -> dict[str, dict[str, Tensor]]:
             found["b"].observe(x.flip(0)[:7])
     merge_over_processes_(found)
     return {name: vars(each) for name, each in found.items()}
+
+
+def scales() -> Found:
+    """Scales by method auto; the ranks share five batches."""
+    model = tiny_bert()
+    torch.manual_seed(0)  # of the noise in the batches
+    batches = [batches_of(24, 5).collate([*range(start, start + 4)]).inputs for start in range(0, 20, 4)]
+    own = batches[process_state().process_index :: process_state().num_processes]
+    found = calibrate(model, own, Auto(rows=12), "tensorrt", LAYERS, batches[0])
+    return {str(site): (found.amax[found.shared_with[site]], method) for site, method in found.methods.items()}
 
 
 class Numbers:

@@ -103,7 +103,7 @@ def test_another_number_of_processes_goes_on_to_the_same_result(before: str, aft
 def test_statistics_histograms_and_logits_are_those_of_one_process(group: str, crowd: Crowd) -> None:
     alone = crowd["1"][0]
     for ours in crowd[group]:
-        for name in ("sums", "histograms", "logits"):
+        for name in ("sums", "histograms", "scales", "logits"):
             assert equal(ours[name], alone[name]), name
 
 

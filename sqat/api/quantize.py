@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ class Scales:
         layers: layers whose weights are quantized, each row by its own largest value.
         placement: as in `calibrate`.
         skipped: layer or site -> why it stays float.
+        methods: site -> name of the method that ``auto`` chose for it.
     """
 
     amax: Mapping[str, Tensor]
@@ -44,6 +45,7 @@ class Scales:
     layers: tuple[str, ...]
     placement: PlacementName
     skipped: Mapping[str, str]
+    methods: Mapping[str, str] = field(default_factory=dict)
 
 
 def calibrate(
@@ -78,7 +80,7 @@ def calibrate(
     if is_convolutional(model):
         raise SqatError("sqat.calibrate does not fold the batch norms of a network of convolutions",
                         "calibrate it with a recipe", code="unsupported-model")  # fmt: skip
-    find_amax: CalibratorFn = choose_part("method", method, CALIBRATORS, Calibrator)
+    calibrator = choose_calibrator(method)
     layers, inputs = select_layers(include, exclude), read_inputs(model, batches)
     with linears_for_conv1d(model), eval_mode(model):  # where a loader draws nothing of the caller's
         if PLACEMENTS[placement].kernels:
@@ -87,14 +89,36 @@ def calibrate(
         if example is None:
             raise SqatError("there is no batch to calibrate with", "give some training batches", code="no-rows")
         choice = choose_layers(model, layers, "quantize", idle=find_idle_layers(model, example))
-        calibration = calibrate_model(model, chain([example], inputs), find_amax, placement, choice.chosen)
+        calibration = calibrate_model(model, chain([example], inputs), calibrator, placement, choice.chosen)
     return Scales(
         calibration.amax,
         calibration.shared_with,
         tuple(choice.chosen),
         placement,
         {**choice.skipped, **calibration.skipped},
+        calibration.methods,
     )
+
+
+@dataclass(frozen=True)
+class OwnCalibrator(Calibrator):
+    """A user's function as a calibrator."""
+
+    function: CalibratorFn
+    name: str = "function"
+
+    def choose_amax(self, histogram: Histogram) -> float:
+        """Return its amax."""
+        return float(self.function(histogram))
+
+    def __call__(self, histogram: Histogram) -> float:
+        return self.choose_amax(histogram)  # an amax that is not positive is an error, as in `sqat.calibrate`
+
+
+def choose_calibrator(method: str | Calibrator | CalibratorFn) -> Calibrator:
+    """Return the calibrator of a name, itself, or a function as one."""
+    chosen: Calibrator | CalibratorFn = choose_part("method", method, CALIBRATORS, Calibrator)
+    return chosen if isinstance(chosen, Calibrator) else OwnCalibrator(chosen)
 
 
 def read_inputs(model: nn.Module, batches: Iterable[Inputs]) -> Iterator[Inputs]:

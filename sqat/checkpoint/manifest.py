@@ -45,12 +45,13 @@ class LayerRecord(BaseModel):
 
 
 class SiteRecord(BaseModel):
-    """One activation site: the site whose amax it shares, and the share of values that calibration clipped."""
+    """One activation site: whose amax it shares, the share of values that are clipped, how a choice fell."""
 
     model_config = ConfigDict(extra="forbid")
 
     shared_with: str
     saturated: float | None
+    method: str = ""
 
 
 class Manifest(BaseModel):

@@ -5,24 +5,26 @@ Processes that share the batches find the very histograms that one process finds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 
 import torch
 from torch import Tensor, nn
 
 from sqat.compress.check_hooks import check_hooks
 from sqat.compress.eval_mode import eval_mode
+from sqat.compress.judge_amax import Judge, RowSample, plan_samples
 from sqat.compress.quantize import attention_for
-from sqat.distributed import all_reduce_max, all_reduce_sum
+from sqat.distributed import all_reduce_max, all_reduce_sum, process_state
 from sqat.errors import SqatError
 from sqat.models.layer_selection import encoder_blocks
 from sqat.modules.batch_norm import find_foldable_norms, fold_batch_norms_
 from sqat.modules.hooks import hook_sites
 from sqat.modules.site_discovery import discover_sites
 from sqat.modules.sites import Site, Sites, align_positions
-from sqat.quantization.fake_quant import SMALLEST_AMAX, check_amax
+from sqat.quantization.calibrators import Calibrator
+from sqat.quantization.fake_quant import ACTIVATION_LOW, HIGH, SMALLEST_AMAX, check_amax
 from sqat.quantization.histogram import Histogram
 from sqat.quantization.placement import PLACEMENTS
 
@@ -41,6 +43,7 @@ class Calibration:
         saturated: site -> share of its values beyond the amax.
         skipped: site -> why it stays float.
         histograms: site -> histogram of |x|, of every tensor once.
+        methods: site -> name of the method whose amax it has, where the calibrator chooses among several.
         has_attention: False where the placement quantizes attention products, and the model keeps them float.
     """
 
@@ -49,13 +52,14 @@ class Calibration:
     saturated: dict[str, float]
     skipped: dict[str, str]
     histograms: dict[str, Histogram]
+    methods: dict[str, str]
     has_attention: bool
 
 
 def calibrate(
     model: nn.Module,
     batches: Iterable[Inputs],
-    find_amax: Callable[[Histogram], float],
+    calibrator: Calibrator,
     placement: str,
     layers: Sequence[str],
     example: Inputs | None = None,
@@ -82,28 +86,50 @@ def calibrate(
             batches = chain([example], remaining)
         check_hooks(model, example, layers, placement)
         sites = discover_sites(model, example, layers, blocks, PLACEMENTS[placement])
-        histograms = observe(model, sites, blocks, batches)
+        samples = plan_samples(model, sites, calibrator.rows)
+        state = process_state()
+        numbers = count() if alone else count(state.process_index, state.num_processes)
+        histograms = observe(model, sites, blocks, batches, samples, numbers)
     if not alone:
         merge_over_processes_(histograms)
-    return choose_amax(sites, histograms, find_amax, has_attention)
+        for sample in samples.values():
+            sample.merge_over_processes()
+    low = -HIGH if PLACEMENTS[placement].kernels else ACTIVATION_LOW
+    return choose_amax(sites, histograms, calibrator, Judge(sites, histograms, samples, low), has_attention)
 
 
-def observe(model: nn.Module, sites: Sites, blocks: list[str], batches: Iterable[Inputs]) -> dict[str, Histogram]:
-    """Collect a histogram of |x| at every site, over the real (unpadded) positions of all batches."""
+def observe(
+    model: nn.Module,
+    sites: Sites,
+    blocks: list[str],
+    batches: Iterable[Inputs],
+    samples: Mapping[Site, RowSample] | None = None,
+    numbers: Iterable[int] = (),
+) -> dict[str, Histogram]:
+    """Collect a histogram of |x| at every site, over the real (unpadded) positions of all batches.
+
+    Args:
+        samples: collect rows of inputs too, by site.
+        numbers: of the batches, for ``samples``.
+    """
+    samples, number, remaining = samples or {}, 0, iter(numbers)
     histograms: dict[str, Histogram] = {site: Histogram() for site in dict.fromkeys(sites.shared_with.values())}
     attention_mask: Tensor | None = None
 
     def hook(site: Site, x: Tensor) -> Tensor:
+        if site in samples:
+            samples[site].observe(site, x, attention_mask, number)
         if site in histograms:
             limits = sites.rectifier_limits
             read = x.clamp(0, limits[site]) if site in limits else x
             histograms[site].observe(*align_positions(site, read, attention_mask))
         return x
 
-    hooks = hook_sites(model, hook, histograms, blocks)
+    hooks = hook_sites(model, hook, {**histograms, **samples}, blocks)
     try:
         with torch.no_grad():
             for inputs in batches:
+                number = next(remaining, 0)
                 attention_mask = inputs.get("attention_mask")
                 model(**inputs)
     finally:
@@ -121,19 +147,24 @@ def merge_over_processes_(histograms: Mapping[str, Histogram]) -> None:
         empty.exponent = int(exponent)
         histograms[name].merge(empty)  # makes the bins as wide as the widest
     counts = all_reduce_sum(torch.stack([histograms[name].counts for name in names]))
-    for name, count, peak in zip(names, counts, peaks.tolist(), strict=True):
-        histograms[name].counts, histograms[name].max_abs = count, peak
+    for name, own, peak in zip(names, counts, peaks.tolist(), strict=True):
+        histograms[name].counts, histograms[name].max_abs = own, peak
 
 
 def choose_amax(
-    sites: Sites, histograms: Mapping[str, Histogram], find_amax: Callable[[Histogram], float], has_attention: bool
+    sites: Sites, histograms: Mapping[str, Histogram], calibrator: Calibrator, judge: Judge, has_attention: bool
 ) -> Calibration:
     """Choose the amax of every site; sites that share one get the largest of theirs (rule T16)."""
     # Any scale holds what is always 0, such as the output of dead channels.
-    values = {
-        site: float(find_amax(histogram)) if histogram.max_abs >= SMALLEST_AMAX else 1.0
+    candidates = {
+        site: calibrator.candidates(histogram) if histogram.max_abs >= SMALLEST_AMAX else {}
         for site, histogram in histograms.items()
     }
+    alone = {site: (Site(site),) for site in candidates}
+    groups = alone | {site: group for group in sites.shared_amax_groups for site in group}
+    chosen = {group: judge.choose(group, candidates) for group in dict.fromkeys(groups.values())}
+    methods = {site: chosen[group] for site, group in groups.items()}
+    values = {site: candidates[site].get(method, 1.0) for site, method in methods.items()}
     shared_with, values = share_amax(sites, values)
     amax = {site: torch.tensor(value, dtype=torch.float32) for site, value in values.items()}
     for site, value in amax.items():
@@ -142,7 +173,8 @@ def choose_amax(
         site: histograms[sites.shared_with[Site(site)]].share_beyond(values[owner])
         for site, owner in shared_with.items()
     }
-    return Calibration(amax, shared_with, saturated, sites.skipped, dict(histograms), has_attention)
+    named = {site: methods[owner] for site, owner in shared_with.items() if len(candidates[owner]) > 1}
+    return Calibration(amax, shared_with, saturated, sites.skipped, dict(histograms), named, has_attention)
 
 
 def share_amax(sites: Sites, amax: Mapping[str, float]) -> tuple[dict[str, str], dict[str, float]]:

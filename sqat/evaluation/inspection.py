@@ -51,6 +51,7 @@ def layer_row(checkpoint: Checkpoint, name: str) -> LayerRow:
         sqnr_db=sqnr,
         saturated=None if site is None else site.saturated,
         reason=skip_reasons(record),
+        method="" if site is None else site.method,
     )
 
 

@@ -17,6 +17,7 @@ class LayerRow:
         input_amax: largest absolute input that int8 represents.
         sqnr_db: signal to quantization noise of the weight, dB.
         saturated: share of calibration inputs beyond ``input_amax``.
+        method: how calibration chose ``input_amax``; empty where it had no choice.
         reason: of a checkpoint, why the layer is dense or float; of a graph, what keeps it from running as the target
             could; empty where nothing does.
         runs: how an engine would compute it (``sparse int8``, ``dense int8``, ``sparse fp16``, ``float``,
@@ -33,3 +34,4 @@ class LayerRow:
     saturated: float | None
     reason: str
     runs: str = ""
+    method: str = ""

@@ -73,6 +73,7 @@ def template_values(run: Run) -> dict[str, Any]:
         ],
         "maps": [Markup(each) for each in draw("maps", list[str](), partial(draw_maps, run, grid))] if grid else [],
         "grid": grid,
+        "has_methods": any(layer.method for layer in run.layers),
         "activations": Markup(draw("activations", "", partial(draw_activations, run.activations)))
         if run.activations
         else "",

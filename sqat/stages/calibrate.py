@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -42,7 +43,9 @@ def run(config: CalibrateConfig, parent: Checkpoint | None, context: StageContex
     round_conv_biases_(model, choice.chosen, found.amax, found.shared_with, masks)
     with quantized_model(model, masks, choice.chosen, found.amax, found.shared_with, config.placement):
         metrics = {"dev": context.measure(model, processor, "dev")}
-    records = {site: SiteRecord(shared_with=owner, saturated=found.saturated[site])
+    if found.methods:
+        context.reporter.info(f"{context.name}: {count_methods(found)}")
+    records = {site: SiteRecord(shared_with=owner, saturated=found.saturated[site], method=found.methods.get(site, ""))
                for site, owner in found.shared_with.items()}  # fmt: skip
     layers = record_layers(parent, choice.chosen, choice.skipped)
     files, weights = serialize_model(model, processor)
@@ -88,6 +91,12 @@ def show_progress(batches: list[Batch], context: StageContext) -> Iterator[Mappi
         yield batch.inputs
         context.reporter.advance(step, {}, len(batch) / (time.monotonic() - begun))
     context.reporter.finish()
+
+
+def count_methods(found: Calibration) -> str:
+    """Say how many amax each method gave."""
+    counts = Counter(found.methods[site] for site in found.amax if site in found.methods)
+    return f"amax by {', '.join(f'{method} ({count})' for method, count in counts.most_common())}"
 
 
 def summarize(histograms: Mapping[str, Histogram]) -> bytes:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from sqat.sparsity.columns import from_columns, to_columns
 from sqat.sparsity.criteria.magnitude import Magnitude
-from sqat.sparsity.criteria.sparsegpt import SparseGPT, factor_inverse, sweep
+from sqat.sparsity.criteria.sparsegpt import SparseGPT, damp, factor_inverse, refit, sweep
 from sqat.sparsity.criteria.wanda import Wanda
 from sqat.sparsity.masks import count_violations, nm_mask
 from sqat.sparsity.pattern import Pattern
@@ -54,7 +57,7 @@ def test_the_sweep_is_the_loop(pattern: Pattern, block: int) -> None:
     weight, x = weights(5, 24).double(), activations(40, 24).double()
     counts = torch.full((5, 24 // pattern.m), pattern.n, dtype=torch.uint8)
     counts[0, 0] += 1  # a group that the schedule left one more
-    factor = factor_inverse(x.T @ x, 0.01)
+    factor = factor_inverse(damp(x.T @ x, 0.01), 0.01)
     mask, swept = sweep(weight, factor, pattern.m, counts, torch.ones_like(weight, dtype=torch.bool), block)
     wanted_mask, wanted = loop(weight, x.T @ x, 0.01, pattern.m, counts.tolist())
     assert torch.equal(mask, wanted_mask)
@@ -64,14 +67,14 @@ def test_the_sweep_is_the_loop(pattern: Pattern, block: int) -> None:
 def test_the_factor_holds_the_inverses_of_the_remaining_hessians() -> None:
     x = activations(30, 8).double()
     gram = x.T @ x
-    factor = factor_inverse(gram, 0.05)
+    factor = factor_inverse(damp(gram, 0.05), 0.05)
     hessian = gram + 0.05 * gram.diagonal().mean() * torch.eye(8, dtype=torch.double)
     assert not factor.tril(-1).any()
     for j in range(8):
         torch.testing.assert_close(factor[j, j:] * factor[j, j], torch.linalg.inv(hessian[j:, j:])[0])
 
 
-def prune(weight: Tensor, x: Tensor, pattern: Pattern = PATTERNS[0], **knobs: float) -> tuple[Tensor, Tensor]:
+def prune(weight: Tensor, x: Tensor, pattern: Pattern = PATTERNS[0], **knobs: Any) -> tuple[Tensor, Tensor]:
     return prune_by(PerGroup(num_masks=1), weight, x, pattern, torch.ones_like(weight, dtype=torch.bool), **knobs)
 
 
@@ -82,7 +85,7 @@ def prune_by(
     pattern: Pattern,
     previous: Tensor,
     sparsity: float = 0.0,
-    **knobs: float,
+    **knobs: Any,
 ) -> tuple[Tensor, Tensor]:
     """The mask of a schedule's sparsity (the last by default), and the weight."""
 
@@ -113,13 +116,43 @@ def test_both_the_choice_and_the_correction_help() -> None:
     weight, x = weights(48, 64), activations(1024, 64)
     mask, swept = prune(weight, x)
     assert output_error(x, weight, swept) < 0.9 * output_error(x, weight, weight * mask)
-    factor = factor_inverse((x.T @ x).double(), 0.01)
+    factor = factor_inverse(damp((x.T @ x).double(), 0.01), 0.01)
     by_magnitude = nm_mask(weight.abs(), Pattern(2, 4))
     corrected = weight.double().clone()
     for i in range(64):  # the same correction for masks that magnitude chose
         error = corrected[:, i].masked_fill(by_magnitude[:, i], 0.0) / factor[i, i]
         corrected -= error[:, None] * factor[i]
     assert output_error(x, weight, swept) < output_error(x, weight, (corrected * by_magnitude).float())
+
+
+def test_the_refit_is_least_squares_of_each_row() -> None:
+    """By numpy, row by row: the dense output from the columns that stay, and a pull of the damping to the weight."""
+    weight, x = weights(6, 24).double(), activations(60, 24).double()
+    mask = torch.rand(6, 24, generator=torch.Generator().manual_seed(2)) < 0.5
+    mask[0], mask[1] = False, True
+    hessian = damp(x.T @ x, 0.01)
+    found = refit(weight, mask, torch.zeros_like(weight), hessian, tolerance=1e-9)
+    pull = np.sqrt(float(0.01 * (x.T @ x).diagonal().mean())) * np.eye(24)
+    for row, kept in enumerate(mask.numpy()):
+        stacked = np.concatenate([x.numpy()[:, kept], pull[:, kept]])
+        wanted = np.concatenate([x.numpy() @ weight[row].numpy(), pull @ weight[row].numpy()])
+        np.testing.assert_allclose(found[row].numpy()[kept], np.linalg.lstsq(stacked, wanted)[0], rtol=1e-5, atol=1e-6)
+        assert not found[row][~mask[row]].any()
+
+
+def test_a_refit_lowers_the_error_of_the_layer_on_unseen_inputs_too() -> None:
+    weight, seen, unseen = weights(48, 64), *activations(2048, 64).split(1024)
+    mask, swept = prune(weight, seen, refit=False)
+    same_mask, refitted = prune(weight, seen, refit=True)
+    assert torch.equal(mask, same_mask)
+    for x in (seen, unseen):
+        assert output_error(x, weight, refitted) < 0.95 * output_error(x, weight, swept)
+
+
+def test_a_refit_keeps_what_is_best_already() -> None:
+    weight, hessian = weights(4, 16), damp(activations(40, 16).T @ activations(40, 16), 0.01)
+    everything = torch.ones(4, 16, dtype=torch.bool)
+    assert torch.equal(refit(weight, everything, weight, hessian), weight)
 
 
 def test_alike_independent_inputs_make_it_magnitude() -> None:

@@ -33,9 +33,12 @@ def print_layers(layers: Sequence[LayerRow], path: Path, *, as_json: bool = Fals
     table = new_table("layer", "shape", "N:M", "zero%", "scale", "amax", *(() if is_graph else ("SQNR", "sat.%")))
     if is_graph:
         table.add_column("runs as", no_wrap=True)
+    if has_methods := any(layer.method for layer in layers):
+        table.add_column("amax by", no_wrap=True)
     footnotes = Footnotes(layer.reason for layer in layers)
     for layer in layers:
-        table.add_row(shorten(layer.name, prefix), *layer_cells(layer, footnotes))
+        method = [layer.method or "-"] if has_methods else []
+        table.add_row(shorten(layer.name, prefix), *layer_cells(layer, footnotes), *method)
     console.print(table)
     footnotes.print(console, len(layers), "" if is_graph else "skipped: ")
     if prefix:
@@ -45,8 +48,8 @@ def print_layers(layers: Sequence[LayerRow], path: Path, *, as_json: bool = Fals
 
 
 def layer_values(layer: LayerRow) -> dict[str, object]:
-    """Return a layer for JSON; how it runs is known for graphs only."""
-    return {name: value for name, value in vars(layer).items() if layer.runs or name != "runs"}
+    """Return a layer for JSON; how it runs is known for graphs only, a method where calibration had a choice."""
+    return {name: value for name, value in vars(layer).items() if value or name not in ("runs", "method")}
 
 
 def layer_cells(layer: LayerRow, footnotes: Footnotes) -> list[str]:

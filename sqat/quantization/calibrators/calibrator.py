@@ -20,6 +20,7 @@ class Calibrator(ABC):
     """Base of all calibrators; a subclass is a frozen dataclass whose fields are the keys of a recipe."""
 
     name: str
+    rows: int = 0  # of each layer's inputs, on which candidates are compared
 
     @abstractmethod
     def choose_amax(self, histogram: Histogram) -> float:
@@ -30,3 +31,7 @@ class Calibrator(ABC):
         if not histogram.total:
             raise ValueError("the histogram is empty")
         return max(self.choose_amax(histogram), SMALLEST_AMAX) if histogram.max_abs else ZEROS_AMAX
+
+    def candidates(self, histogram: Histogram) -> dict[str, float]:
+        """Return each amax to choose from under a name: one, unless rows decide."""
+        return {self.name: self(histogram)}

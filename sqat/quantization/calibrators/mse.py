@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -34,14 +35,18 @@ class MeanSquaredError(Calibrator):
 
     def choose_amax(self, histogram: Histogram) -> float:
         """Return the candidate with the least error, values within a bin taken as spread evenly."""
-        import torch
-
-        used = int(histogram.counts.nonzero().max()) + 1
-        density = histogram.counts[:used].double() / histogram.width
-        edges = torch.arange(used + 1, dtype=torch.float64) * histogram.width
         candidates = [histogram.max_abs * 2 ** (-i / self.per_octave) for i in range(OCTAVES * self.per_octave)]
-        errors = [float((density * integrate_error(edges, amax / 127).diff()).sum()) for amax in candidates]
-        return candidates[min(range(len(errors)), key=errors.__getitem__)]
+        return min(candidates, key=squared_errors(histogram))
+
+
+def squared_errors(histogram: Histogram) -> Callable[[float], float]:
+    """Return the function from amax to the sum of (x - Q(x))**2; values within a bin are spread evenly."""
+    import torch
+
+    used = int(histogram.counts.nonzero().max()) + 1
+    density = histogram.counts[:used].double() / histogram.width
+    edges = torch.arange(used + 1, dtype=torch.float64) * histogram.width
+    return lambda amax: float((density * integrate_error(edges, amax / 127).diff()).sum())
 
 
 def integrate_error(x: Tensor, scale: float) -> Tensor:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sqat.sparsity.pattern import Pattern
 
 BLOCK = 128  # columns swept before those to their right are updated; changes the speed, not the result
+TOLERANCE, MAX_ITERATIONS = 1e-3, 100  # of `refit`
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,13 @@ class SparseGPT(Criterion):
     Attributes:
         samples: train rows that X'X is computed from, before each mask.
         damping: is added to the diagonal of X'X, as a share of its mean.
+        refit: then solve for all weights that stay at once. The sweep corrects only those behind a pruned weight.
     """
 
     name: Literal["sparsegpt"] = "sparsegpt"
     samples: int = 256
     damping: float = 0.01
+    refit: bool = False
     statistics: ClassVar[Statistic] = "gram"
     score_name: ClassVar[str] = "wanda"
 
@@ -69,31 +72,42 @@ class SparseGPT(Criterion):
         weight = weight.detach() * mask
         precise = torch.float32 if weight.device.type == "mps" else torch.float64
         columns = to_columns(weight).to(precise)
-        factor = factor_inverse(require(statistics).to(precise), self.damping)
+        hessian = damp(require(statistics).to(precise), self.damping)
+        factor = factor_inverse(hessian, self.damping)
         costs = from_columns((columns / factor.diagonal()).square(), weight.shape)
         initial = to_columns(choose(costs if regrow else costs.masked_fill(~mask, 0.0)))
         counts = split_groups(initial, pattern.m, 1).sum(2, dtype=torch.uint8)
         allowed = torch.ones_like(initial) if regrow else to_columns(mask)
         chosen, swept = sweep(columns, factor, pattern.m, counts, allowed)
+        if self.refit:
+            swept = refit(columns.float(), chosen, swept.float(), hessian.float())
         return from_columns(chosen, weight.shape), from_columns(swept, weight.shape).to(weight.dtype)
 
 
-def factor_inverse(gram: Tensor, damping: float) -> Tensor:
+def damp(gram: Tensor, damping: float) -> Tensor:
+    """Return H: ``gram`` [C,C] plus ``damping`` times its mean diagonal; the identity for zeros (dead inputs)."""
+    import torch
+
+    mean = float(gram.diagonal().mean())
+    return gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (damping * mean or 1.0)
+
+
+def factor_inverse(hessian: Tensor, damping: float) -> Tensor:
     """Return the upper triangular U [C,C] with U'U = H^-1.
 
-    H is ``gram`` [C,C] plus ``damping`` times its mean diagonal. Row j of U times U_jj is the first row of the inverse
-    of H[j:, j:]. A gram matrix of zeros (dead inputs) counts as the identity.
+    Row j of U times U_jj is the first row of the inverse of H[j:, j:].
+
+    Args:
+        damping: for the error.
 
     Raises:
         ValueError: H is not positive definite.
     """
     import torch
 
-    mean = float(gram.diagonal().mean())
-    hessian = gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (damping * mean or 1.0)
     lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
     if bool(failed):
-        raise ValueError(f"X'X of {len(gram)} inputs has no inverse with damping {damping:g}")
+        raise ValueError(f"X'X of {len(hessian)} inputs has no inverse with damping {damping:g}")
     identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
     inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
     return inverse.flip(0, 1)
@@ -140,3 +154,38 @@ def sweep_block(
         errors[:, i] = weight[:, i].masked_fill(mask[:, i], 0.0) / scales[i]
         weight[:, i:] -= errors[:, i, None] * factor[i, i:]
     return mask, weight, errors
+
+
+def refit(weight: Tensor, mask: Tensor, start: Tensor, hessian: Tensor, tolerance: float = TOLERANCE) -> Tensor:
+    """Return the weights that stay, so that the layer's output is nearest to that of ``weight``; 0 elsewhere.
+
+    With S the weights that stay, w' solves H_SS w'_S = (H w)_S in each row: conjugate gradients for all rows at once,
+    preconditioned by the diagonal of H. No step makes the error of a row larger.
+
+    Args:
+        weight: [O,C], before the mask.
+        mask: bool [O,C].
+        start: [O,C], 0 outside of the mask.
+        hessian: of `damp`.
+        tolerance: residual that is left, as a share of that of w' = 0.
+    """
+    diagonal, target = hessian.diagonal(), (weight @ hessian) * mask
+    solution, residual = start, target - (start @ hessian) * mask
+    direction = residual / diagonal
+    size = (residual * direction).sum(1, keepdim=True)
+    goal = tolerance**2 * (target.square() / diagonal).sum(1, keepdim=True)
+    for _ in range(MAX_ITERATIONS):
+        if bool((size <= goal).all()):
+            break
+        curved = (direction @ hessian) * mask
+        step = divide(size, (direction * curved).sum(1, keepdim=True))
+        solution, residual = solution + step * direction, residual - step * curved
+        scaled, previous = residual / diagonal, size
+        size = (residual * scaled).sum(1, keepdim=True)
+        direction = scaled + divide(size, previous) * direction
+    return solution
+
+
+def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Return the quotient, 0 where a row is solved and both are 0."""
+    return (numerator / denominator).masked_fill(denominator == 0, 0.0)
