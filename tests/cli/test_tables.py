@@ -129,6 +129,16 @@ def test_layers_fit_80_columns_with_their_reasons(capsys: pytest.CaptureFixture[
     assert "~ is bert.encoder.layer." in lines
 
 
+def test_a_method_has_a_column_where_calibration_had_a_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = layers()
+    layer_tables.print_layers([replace(rows[0], method="percentile 99.999"), *rows[1:]], Path("x"))
+    header, *lines = output_of(capsys)
+    assert [line for line in lines if "percentile 99.999" in line]
+    assert max(map(len, [header, *lines])) <= 100
+    layer_tables.print_layers(rows, Path("x"))
+    assert "amax by" not in "".join(output_of(capsys))
+
+
 def test_layers_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     layer_tables.print_layers(layers(), Path("x"), as_json=True)
     value = json.loads("\n".join(output_of(capsys)))

@@ -141,7 +141,7 @@ def test_a_pruned_row_has_a_scale(make_model: Callable[..., PreTrainedModel], to
     files, weights = serialize_model(make_model("bert"), TextProcessor(tokenizer))
     weights[f"{FIRST}.weight"][3] = 0.0
     layers = {FIRST: LayerRecord(quantized=True)}
-    sites = {f"{FIRST}:input": SiteRecord(shared_with="shared", saturated=0.0)}
+    sites = {f"{FIRST}:input": SiteRecord(shared_with="shared", saturated=0.0, method="mse")}
     manifest = Manifest(
         stage="c", type="calibrate", fingerprint="k", base_model="b", seed=0, layers=layers, sites=sites
     )
@@ -150,7 +150,7 @@ def test_a_pruned_row_has_a_scale(make_model: Callable[..., PreTrainedModel], to
     assert row.weight_scale is not None
     assert row.weight_scale[0] == pytest.approx(2.0**-40 / 127, rel=1e-6, abs=0)
     assert row.zeros == 1 / 32
-    assert row.input_amax == 3.5
+    assert (row.input_amax, row.method) == (3.5, "mse")
 
 
 def test_an_export_is_not_a_model(tmp_path: Path) -> None:
