@@ -21,6 +21,7 @@ import transformers
 from torch import Tensor, nn
 
 from sqat.compress.calibrate import calibrate, merge_over_processes_
+from sqat.compress.judge_amax import RowSample
 from sqat.compress.quantize import masked_model
 from sqat.compress.reconstruct import AFTER, BEFORE, Reconstruction, without_dropout
 from sqat.compress.statistics import collect_statistics, first_batches
@@ -29,6 +30,7 @@ from sqat.distributed import assigned_indices, process_state, uses_fsdp
 from sqat.errors import SqatError
 from sqat.evaluation.inference import predict
 from sqat.modules.parametrize import insert_weights_, original_weight, remove_weights_
+from sqat.modules.sites import Site
 from sqat.progress import SilentReporter
 from sqat.quantization.calibrators.auto import Auto
 from sqat.quantization.histogram import Histogram
@@ -208,7 +210,14 @@ def scales() -> Found:
     batches = [batches_of(24, 5).collate([*range(start, start + 4)]).inputs for start in range(0, 20, 4)]
     own = batches[process_state().process_index :: process_state().num_processes]
     found = calibrate(model, own, Auto(rows=12), "tensorrt", LAYERS, batches[0])
-    return {str(site): (found.amax[found.shared_with[site]], method) for site, method in found.methods.items()}
+    chosen = {str(site): (found.amax[found.shared_with[site]], method) for site, method in found.methods.items()}
+    site = Site.of(QUERY, "input")
+    sample = RowSample(model, [site], 12)
+    for number, counts in assigned_indices(6):
+        if counts:
+            sample.observe(site, torch.randn(1, 9, 16, generator=torch.Generator().manual_seed(number)), None, number)
+    sample.merge_over_processes()
+    return {**chosen, "rows": sample.rows, "ranks": sample.ranks}
 
 
 class Numbers:

@@ -125,7 +125,7 @@ def observe(
             histograms[site].observe(*align_positions(site, read, attention_mask))
         return x
 
-    hooks = hook_sites(model, hook, {**histograms, **samples}, blocks)
+    hooks = hook_sites(model, hook, [*histograms, *samples], blocks)
     try:
         with torch.no_grad():
             for inputs in batches:
