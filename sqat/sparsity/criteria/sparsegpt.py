@@ -38,7 +38,7 @@ class SparseGPT(Criterion):
     name: Literal["sparsegpt"] = "sparsegpt"
     samples: int = 256
     damping: float = 0.01
-    refit: bool = False
+    refit: bool = True
     statistics: ClassVar[Statistic] = "gram"
     score_name: ClassVar[str] = "wanda"
 
