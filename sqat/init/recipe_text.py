@@ -104,7 +104,7 @@ stages:
     learning_rate: 5e-5
   dense-calibrate:  # the dense model in int8 without training, to compare with
     type: calibrate
-    method: {{name: percentile, percentile: 99.999}}
+    method: auto
   dense:
     type: export
     targets: [onnx-fp32, onnx-int8]
@@ -118,7 +118,7 @@ stages:
     learning_rate: 1e-4
     distill: {distill}  # null: from the labels alone
   calibrate:  # scales of the activations
-    method: {{name: percentile, percentile: 99.999}}
+    method: auto
     placement: {placement}  # for GPUs: tensorrt
   qat:  # masks, fake quantization and distillation together
     {qat}
