@@ -98,7 +98,7 @@ def test_key_messages_in_full(tmp_path: Path) -> None:
         ),
         break_once("method: percentile", "method: percentil"): (
             "r.yaml:13: stages.calibrate.method: unknown name 'percentil'; did you mean 'percentile'? "
-            "allowed: entropy, max, mse, percentile"
+            "allowed: auto, entropy, max, mse, percentile"
         ),
     }
     assert [str(error_of(tmp_path, text)) for text in messages] == [*messages.values()]
