@@ -43,7 +43,9 @@ def entry(rows: list[dict[str, Any]], report: Report, minutes: float) -> dict[st
     """Return the measurement: its table and what it was measured on."""
     reference = next(row["latency"]["ms"] for row in rows if row["label"] == INT8)
     (setting,) = report.settings
-    machine = f"{describe_processor().cores} cores of {report.cpu}"
+    processor = describe_processor()
+    vnni = " with AVX512-VNNI" if "avx512_vnni" in processor.features else ""
+    machine = f"{processor.cores} cores of an {report.cpu}{vnni}"
     note = (
         f"Seed 0, 600 test queries of 9 passages, {minutes:g} minutes after installation on {machine}. "
         f"A batch has the first {setting.batch} passages of the test, {setting.sequence} tokens each, on one core. "
@@ -86,7 +88,7 @@ def draw(rows: list[dict[str, Any]], report: Report, path: Path) -> None:
         if (difference := row["difference"]) is not None:
             panel.plot([ms, ms], [first + difference["low"], first + difference["high"]], color=colour, linewidth=1)
         panel.plot(ms, quality, "o", color=colour)
-        panel.annotate(row["label"], (ms, quality), xytext=(6, 4), textcoords="offset points")
+        panel.annotate(row["label"], (ms, quality), xytext=(6, -12), textcoords="offset points")
     panel.set_xlim(0, 1.35 * max(row["latency"]["ms"] for row in rows))
     (setting,) = report.settings
     panel.set_xlabel(f"milliseconds a batch of {setting.batch} passages, one core of {report.cpu}")
