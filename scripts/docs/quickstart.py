@@ -1,4 +1,4 @@
-"""Write the quickstart's table and picture from its run: recipes/measurements.json and recipes/figures/quickstart.svg.
+"""Write the quickstart's table and picture from its run: recipes/measurements.json and recipes/quickstart.svg.
 
 scripts/quickstart && python -m scripts.docs.quickstart --minutes 7.5 && python -m scripts.docs.benchmarks
 """
@@ -36,7 +36,7 @@ def main() -> None:
     measurements = json.loads(page.read_text(encoding="utf-8"))
     measurements["quickstart"] = entry(results["rows"], report, minutes)
     page.write_text(json.dumps(measurements, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    draw(results["rows"], report, FOLDER / "quickstart.svg")
+    draw(results["rows"], report, RECIPES / "quickstart.svg")
 
 
 def entry(rows: list[dict[str, Any]], report: Report, minutes: float) -> dict[str, Any]:
