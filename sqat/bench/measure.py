@@ -214,15 +214,20 @@ def pinned(threads: int) -> Iterator[None]:
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
+    check_threads(threads, "--threads")
     cores = os.sched_getaffinity(0)
-    if not 1 <= threads <= len(cores):
-        problem = f"{threads} threads on {len(cores)} cores"
-        raise SqatError(problem, "give at most one thread per core", "--threads", code="usage")
     os.sched_setaffinity(0, sorted(cores)[-threads:])
     try:
         yield
     finally:
         os.sched_setaffinity(0, cores)
+
+
+def check_threads(threads: int, place: str) -> None:
+    """Raise SqatError for more threads than this process has cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads
+    if not 1 <= threads <= cores:
+        raise SqatError(f"{threads} threads on {cores} cores", "give at most one thread per core", place, code="usage")
 
 
 def file_bytes(path: Path) -> int:

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from sqat.bench.candidates import find_candidates, read_artifact
 from sqat.bench.inputs import Feeds
-from sqat.bench.measure import measure_feeds
+from sqat.bench.measure import check_threads, measure_feeds
 from sqat.bench.report import Report
 from sqat.bench.rounds import Effort
 from sqat.checkpoint.outputs import check_output
@@ -35,10 +35,9 @@ def time_results(loaded: LoadedRecipe, results: Results, reporter: Reporter) -> 
     config, place = loaded.recipe.latency, results.directory / BENCH_FILE
     if config is None or not results.rows:
         return None
-    paths = [row.path for row in results.rows]
     feeds = first_batch(loaded, results, config.batch_size)
     size = feeds["input_ids"].shape if "input_ids" in feeds else (len(next(iter(feeds.values()))), None)
-    if (known := read_current(place, paths, size)) is not None:
+    if (known := read_current(place, results, size, config.threads)) is not None:
         return known
     artifacts = [read_artifact(row.label, row.path) for row in results.rows]
     candidates, skipped = find_candidates(artifacts, ())
@@ -49,9 +48,14 @@ def time_results(loaded: LoadedRecipe, results: Results, reporter: Reporter) -> 
     return report
 
 
-def check_latency_place(loaded: LoadedRecipe) -> None:
-    """Refuse a file in the place of `BENCH_FILE` that no command of sqat wrote."""
+def check_latency(loaded: LoadedRecipe) -> None:
+    """Refuse before a run what its timing would refuse at the end.
+
+    Raises:
+        SqatError: more threads than cores, or no command of sqat wrote the file in the place of `BENCH_FILE`.
+    """
     if loaded.recipe.latency is not None:
+        check_threads(loaded.recipe.latency.threads, "latency.threads")
         check_output(loaded.run_directory / BENCH_FILE, ".json")
 
 
@@ -65,18 +69,18 @@ def first_batch(loaded: LoadedRecipe, results: Results, batch_size: int) -> Feed
     return {name: tensor.numpy() for name, tensor in batch.inputs.items()}
 
 
-def read_current(place: Path, paths: list[Path], size: tuple[int, int | None]) -> Report | None:
-    """Return the report of an earlier call if it is of the same files and input size; else None."""
+def read_current(place: Path, results: Results, size: tuple[int, int | None], threads: int) -> Report | None:
+    """Return the report of an earlier call if it is of the same rows, files, input size and threads; else None."""
     try:
         report = Report.model_validate_json(read_bytes(place, root=place.parent))
     except (SqatError, ValidationError):
         return None
-    measured = {Path(subject.path) for subject in report.subjects.values()}
-    is_same = measured == {path.resolve() for path in paths} and [(s.batch, s.sequence) for s in report.settings] == [
-        size
-    ]
+    paths = {row.label: row.path for row in results.rows}
+    measured = {(name.rpartition("@")[0], Path(subject.path)) for name, subject in report.subjects.items()}
+    is_same = measured == {(label, path.resolve()) for label, path in paths.items()}
+    is_same = is_same and [(s.batch, s.sequence) for s in report.settings] == [size] and report.threads == threads
     written = place.stat().st_mtime
-    return report if is_same and all(newest_change(path) < written for path in paths) else None
+    return report if is_same and all(newest_change(path) < written for path in paths.values()) else None
 
 
 def newest_change(path: Path) -> float:

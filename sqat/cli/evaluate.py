@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from sqat.checkpoint.outputs import check_output
 from sqat.cli.options import Json, Quiet, RecipeFile, Set, Verbose, check_artifact, load
 from sqat.errors import SqatError
 
@@ -30,9 +31,7 @@ def evaluate(
         raise SqatError(f"no split {split!r}", "allowed: test, dev, train", "--split", code="unknown-name")
     if split == "train" and write_outputs is None:
         raise SqatError("train is not measured", "give --write-outputs FILE, or another split", "--split", code="usage")
-    if write_outputs is not None and write_outputs.suffix != ".jsonl":
-        raise SqatError("the outputs are written as .jsonl", "give a FILE of that ending",
-                        f"--write-outputs {write_outputs}", code="usage")  # fmt: skip
+    check_output(write_outputs, ".jsonl")
     check_artifact(artifact)
     loaded = load(recipe, overrides)
     if split == "test" and loaded.recipe.data.test is None:
@@ -44,5 +43,5 @@ def evaluate(
 
     with open_reporter(quiet=quiet) as reporter:
         metrics = runner.evaluate(loaded, artifact, SPLITS[split], reporter, write_outputs)
-    if is_rank0() and metrics:
+    if is_rank0() and (metrics or json):  # train has none
         print_metrics(metrics, split, artifact, as_json=json)

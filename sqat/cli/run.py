@@ -37,12 +37,12 @@ def run(
 
         print_plan(make_plan(loaded, first=first, last=last, force=force), as_json=json)
         return
-    from sqat.bench.results import check_latency_place, time_results
+    from sqat.bench.results import check_latency, time_results
     from sqat.cli.progress_bars import is_rank0, open_reporter
     from sqat.pipeline import runner
     from sqat.pipeline.result_files import LOG_FILE
 
-    check_latency_place(loaded)
+    check_latency(loaded)
     log = loaded.run_directory / LOG_FILE
     with open_reporter(quiet=quiet) as screen, open_reporter(quiet=quiet, log=log) as reporter:
         if rehearse:
@@ -50,6 +50,12 @@ def run(
             return
         rehearsal = None if no_rehearsal else screen
         results = runner.run(loaded, reporter, first=first, last=last, force=force, rehearsal=rehearsal)
-        latencies = time_results(loaded, results, reporter) if is_rank0() else None
+        latencies, failure = None, None
+        try:
+            latencies = time_results(loaded, results, reporter) if is_rank0() else None
+        except SqatError as error:  # it does not take the results with it
+            failure = error
     if is_rank0():
         print_results(results, latencies, as_json=json)
+    if failure is not None:
+        raise failure

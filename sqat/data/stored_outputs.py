@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from sqat.data.rows import CHUNK, Record, Rows
 from sqat.data.text_files import Row, read_rows
 from sqat.data.wording import kind, listed, shorten
 from sqat.errors import SqatError
+from sqat.files.read import parse_json
 from sqat.recipe.inputs import Columns
 
 OUTPUT = "output"  # the column that `sqat evaluate --write-outputs` writes
@@ -125,8 +125,8 @@ def parse_output(value: Any, labels: Sequence[str]) -> list[float]:
     """Return an output as numbers in the order of the labels; empty where it has another form."""
     if isinstance(value, str) and value[:1] in ("[", "{"):  # CSV knows only texts
         try:
-            value = json.loads(value)
-        except ValueError:
+            value = parse_json(value, "")
+        except SqatError:
             return []
     if isinstance(value, dict):
         named = {class_name(name): number for name, number in value.items()}

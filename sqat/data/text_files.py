@@ -132,7 +132,7 @@ def text_lines(path: Path, source_name: str, where: int = 0, first: int = 1) -> 
 def read_jsonl(path: Path, source_name: str, where: int = 0, first: int = 1) -> Iterator[Placed]:
     """Yield (place, row) for the lines from byte ``where`` on, which is where line ``first`` begins."""
     for number, line in enumerate(text_lines(path, source_name, where, first), first):
-        if line.isspace():
+        if not line or line.isspace():  # a byte order mark alone leaves an empty line
             continue
         place = f"{source_name}:{number}"
         row = parse_line(line, place)

@@ -45,7 +45,9 @@ def records_of(recipe: Recipe, task: Task, outputs: Tensor, rows: Rows) -> Itera
     columns, passages = recipe.data.columns, "passage" in TASKS[recipe.task.name].columns
     labels = [*task.config_fields["id2label"].values()] if task.outputs > 1 else []
     names = ["text", "text_pair", "label"] if "text_pair" in rows.column_names else ["text", "label"]
+    first: dict[tuple[str, ...], Tensor] = {}  # rounding may differ between batches: one text has one output
     for output, row in zip(outputs, rows.select_columns(names), strict=True):
+        output = first.setdefault((row["text"], row.get("text_pair", "")), output)
         values = [float(f"{value:.9g}") for value in output.tolist()]  # as exact as float32
         stored: Any = dict(zip(labels, values, strict=True)) if labels else values[0] if task.outputs else values
         if not task.outputs:  # a vector is of one text, whatever query it answers

@@ -25,13 +25,18 @@ Samples = dict[str, NDArray[np.float64]]  # metric -> [DRAWS]
 
 @dataclass(frozen=True)
 class Difference:
-    """A result's metric minus that of another one, with its 95 % interval."""
+    """A result's metric minus that of another one, with its 95 % interval; NaN for a split of one row or query."""
 
     metric: str
     against: str
     value: float
     low: float
     high: float
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether the interval is known."""
+        return not np.isnan(self.low)
 
 
 def compare(metric: str, against: str, values: tuple[float, float], samples: tuple[Samples, Samples]) -> Difference:

@@ -118,7 +118,9 @@ def result_cells(run: Run, row: Result) -> dict[str, Any]:
     change = math.nan
     if dense is not None and dense is not row and run.metric in row.metrics and run.metric in dense.metrics:
         change = row.metrics[run.metric] - dense.metrics[run.metric]
-    interval = "" if difference is None else f" [{difference.low:+.4f}, {difference.high:+.4f}]"
+    interval = ""
+    if difference is not None and difference.has_interval:
+        interval = f" [{difference.low:+.4f}, {difference.high:+.4f}]"
     latencies = [
         [(name.partition("@")[2], latency, name == setting.baseline) for name, latency in setting.rows.items()
          if name.partition("@")[0] == row.label]

@@ -72,7 +72,8 @@ def remarks(run: Run) -> Iterator[str]:
 
 def format_difference(difference: Difference) -> str:
     """Format a difference with its 95 % interval."""
-    return f"{difference.value:+.4f}, 95 % interval {difference.low:+.4f} to {difference.high:+.4f}"
+    interval = f", 95 % interval {difference.low:+.4f} to {difference.high:+.4f}" if difference.has_interval else ""
+    return f"{difference.value:+.4f}{interval}"
 
 
 def format_metric(value: float) -> str:

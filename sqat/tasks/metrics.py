@@ -40,7 +40,10 @@ class UnitMetrics:
         """Return each metric of ``draws`` bootstrap samples, [draws].
 
         The samples depend on the seed and the number of units alone: those of two models on one split are paired.
+        Those of a single unit are NaN: they would all be alike, and say nothing about others.
         """
+        if self.num_units < 2:
+            return {name: np.full(draws, np.nan) for name in self.values()}
         random = np.random.default_rng(seed)
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")  # a sample may hold one class, or no pair in the wrong order

@@ -61,6 +61,8 @@ def test_differences_stay_in_a_narrow_table(capsys: pytest.CaptureFixture[str]) 
     assert lines[2].split()[:3] == ["dense", "fp32", "0.7000"]
     assert "-0.0012 [-0.0100, +0.0071]" in lines[3]
     assert any("ndcg@10 minus that of dense fp32" in line for line in lines)
+    unknown = replace(difference, low=float("nan"), high=float("nan"))
+    assert result_tables.format_difference(unknown) == "-0.0012", "a split of one row has no interval"
     result_tables.print_results(replace(table, rows=rows), as_json=True)
     found = json.loads(capsys.readouterr().out)["rows"]
     assert [row["difference"] for row in found] == [None, *[vars(difference)] * 3]

@@ -46,6 +46,8 @@ def test_a_byte_order_mark_and_empty_lines_are_no_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + jsonl(TEXTS[0]) + b"\n  \n" + jsonl(TEXTS[1]))
     assert read(path, Columns(), CLASSES)["place"][:] == ["a.jsonl:1", "a.jsonl:4"]
+    path.write_bytes(b"\xef\xbb\xbf")
+    assert [*read_rows(path, "a.jsonl")] == []
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from sqat.bench.report import Report
 from sqat.cli.exit_codes import main
-from tests.tiny import Project
+from tests.tiny import Project, write_project
 
 OVERRIDES = (
     "latency={batch_size: 3, max_seconds: 0.2}",
@@ -41,6 +42,30 @@ def test_results_are_timed_on_rows_of_the_test_split(copy: Project, capsys: pyte
     assert rows[1]["latency"]["ms"] == fastest
     run(copy, capsys, "latency.batch_size=2")
     assert Report.model_validate_json(place.read_bytes()).settings[0].batch == 2
+    assert "1.00x" in run(copy, capsys, "latency.batch_size=2", "results={float: train, int8: export}")
+    report = Report.model_validate_json(place.read_bytes())
+    assert "float@torch" in report.subjects, "the label of a row is another one"
+    place.write_text(report.model_copy(update={"threads": 2}).model_dump_json())
+    run(copy, capsys, "latency.batch_size=2", "results={float: train, int8: export}")
+    assert Report.model_validate_json(place.read_bytes()).threads == 1
+
+
+def test_more_threads_than_cores_are_refused_before_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    project = write_project(tmp_path)
+    assert main(["run", str(project.recipe), "--set", "latency={threads: 10000}"]) == 2
+    assert "latency.threads: 10000 threads on " in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "tiny" / "01-train").exists()
+
+
+def test_results_are_shown_where_they_cannot_be_timed(
+    copy: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sqat.bench.candidates.why_unavailable", lambda backend: "it is not installed")
+    settings = [part for override in OVERRIDES for part in ("--set", override)]
+    assert main(["run", str(copy.recipe), "--quiet", *settings]) == 2
+    told = capsys.readouterr()
+    assert "dense" in told.out
+    assert "nothing to measure" in told.err
 
 
 def test_a_file_of_the_user_is_not_replaced(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,8 @@ from sqat.checkpoint.store import load_checkpoint
 from sqat.cli import main
 from sqat.data.batch import Batch
 from sqat.data.pixels import ImageProcessor
+from sqat.data.stored_outputs import parse_output
+from sqat.evaluation.stored_outputs import format_outputs
 from sqat.models.loading import load_pretrained
 from sqat.pipeline.graph import resolve_graph
 from sqat.recipe.inputs import ModelConfig
@@ -323,3 +325,29 @@ def test_wrong_options_of_write_outputs_are_refused(folder: Path) -> None:
     (folder / "runs").mkdir()
     for options in (["--split", "train"], ["--split", "dev", "--write-outputs", "a.csv"], ["--split", "all"]):
         assert main(["evaluate", str(path), str(folder / "runs"), *options]) == 2
+
+
+def test_outputs_replace_no_file(folder: Path, capsys: Any) -> None:
+    path, train = write_recipe(folder, "./teacher"), folder / "train.jsonl"
+    before = train.read_bytes()
+    assert main(["evaluate", str(path), str(folder / "model"), "--write-outputs", str(train), "--split", "dev"]) == 2
+    assert "train.jsonl: exists" in " ".join(capsys.readouterr().err.split())
+    assert train.read_bytes() == before
+
+
+def test_one_text_has_one_output_whatever_the_rounding(folder: Path) -> None:
+    rows = classification_rows(10, 0)
+    write_rows(folder / "train.jsonl", [*rows, *rows])
+    path = write_recipe(folder, "{column: output, file: stored.jsonl}")
+    loaded = load_recipe(path)
+    splits = Splits(loaded.recipe, folder)
+    encoded = splits.task.encode(splits.rows("train"))
+    outputs = torch.arange(40.0).reshape(20, 2)
+    (folder / "stored.jsonl").write_bytes(format_outputs(loaded.recipe, splits.task, outputs, encoded))
+    found = torch.cat([batch.teacher_outputs for batch in batches_of(path)[0] if batch.teacher_outputs is not None])
+    assert sorted(found[:, 0].tolist()) == sorted([*range(0, 20, 2), *range(0, 20, 2)])
+
+
+def test_a_text_of_many_brackets_is_no_output() -> None:
+    assert parse_output("[" * 100_000, ()) == []
+    assert parse_output('{"b": 1, "a": 2}', ("a", "b")) == [2.0, 1.0]

@@ -205,3 +205,9 @@ def test_samples_of_two_models_are_paired_and_cover_the_true_difference() -> Non
     expected = math.sqrt(np.var((better == true).astype(float) - (worse == true)) / 4000)
     assert difference.std() == pytest.approx(expected, rel=0.15)
     assert abs(difference.mean() - ((better == true).mean() - (worse == true).mean())) < expected / 5
+
+
+def test_samples_of_one_query_say_nothing() -> None:
+    found = metrics.ranking([1, 0], [0.2, 0.1], [7, 7], 1.0).resample(5)
+    assert found.keys() == {"ndcg@10", "pnr", "mrr", "accuracy"}
+    assert all(len(values) == 5 and np.isnan(values).all() for values in found.values())

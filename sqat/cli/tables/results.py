@@ -125,7 +125,8 @@ def format_difference(difference: Difference | None) -> str:
     """Format a difference with its interval; empty for the row that the others are compared with."""
     if difference is None:
         return ""
-    return f"{difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+    interval = f" [{difference.low:+.4f}, {difference.high:+.4f}]" if difference.has_interval else ""
+    return f"{difference.value:+.4f}{interval}"
 
 
 def print_metrics(metrics: Mapping[str, float], split: str, artifact: Path, *, as_json: bool = False) -> None:
