@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sqat.checkpoint.store import Checkpoint
+from sqat.compress.eval_mode import eval_mode
 from sqat.compress.quantize import masked_model
 from sqat.compress.reconstruct import AFTER, BEFORE, Reconstruction, without_dropout
 from sqat.data.batch import Batch, Processor, plan_batches
@@ -64,7 +65,7 @@ def reconstruct(
     examples = [batches.collate(rows).to(process_state().device) for rows in batches.plan(0)[:NUM_EXAMPLES]]
     state = blocks_state(context) if within else context.state
     teacher, _ = move_to_device(*build(context.teacher()))
-    with without_dropout(model):
+    with eval_mode(model), without_dropout(model):  # the rest of a stage goes on in train mode
         blocks = Reconstruction(model, teacher.requires_grad_(False), examples, config.steps_per_block)
 
         def measure() -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sqat.checkpoint.store import Checkpoint, load_checkpoint
 from sqat.errors import StoppedError
@@ -112,6 +112,29 @@ def test_after_a_killed_prune_stage_the_blocks_do_not_learn_again(write_recipe: 
     whole = write_recipe(source, STAGES["within prune"], name="whole")
     run(load_recipe(whole), SilentReporter())
     assert_same(last_checkpoint(path, "killed").weights, last_checkpoint(whole, "whole").weights)
+
+
+def test_training_after_the_blocks_draws_dropout_and_resumes_to_the_same_bits(
+    write_recipe: Write, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Quitter(Recorder):
+        def advance(self, step: int, values: Mapping[str, float], rate: float) -> None:
+            super().advance(step, values, rate)
+            if self.bars[-1][0] == "prune" and step == 2:
+                signal.raise_signal(signal.SIGINT)
+
+    stages = {"train": {"steps": 0}, "prune": {**ONE_SHOT, "steps": 4, "reconstruct": BLOCKS}}
+    run(load_recipe(whole := write_recipe(source, stages, name="whole")), SilentReporter())
+    stopped = write_recipe(source, stages, name="stopped")
+    with pytest.raises(StoppedError):
+        run(load_recipe(stopped), Quitter())
+    modes: list[bool] = []
+    observe = nn.Dropout.forward
+    monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: (modes.append(self.training), observe(self, x))[1])
+    run(load_recipe(stopped), again := Recorder())
+    assert "prune: resumed at step 2 of 4" in again.lines
+    assert True in modes, "the model has dropout"
+    assert_same(last_checkpoint(stopped, "stopped").weights, last_checkpoint(whole, "whole").weights)
 
 
 def test_a_rehearsal_takes_one_step_of_each_block(write_recipe: Write, source: Path) -> None:
