@@ -70,6 +70,7 @@ def train_blocks(
     """Train block after block; returns the errors of each before and after."""
     errors = {}
     optimizer = torch.optim.Adam(blocks.model.parameters(), lr=learning_rate)
+    optimizer.zero_grad()  # what a loop before left would move embeddings and head
     for step in range(blocks.steps):
         blocks.before_step(step)
         share = step % blocks.steps_per_block / blocks.steps_per_block
