@@ -53,8 +53,7 @@ def measure_results(graph: StageGraph, splits: Splits, reporter: Reporter) -> Re
     known = read_samples(directory)
     entries = try_read_object(directory / RESULTS_FILE)
     remembered = json.loads(broadcast_from_rank0(json.dumps({
-        label: entry for label, entry in entries.items()
-        if isinstance(entry, dict) and str(entry.get("key")) in known})))  # fmt: skip
+        label: entry for label, entry in entries.items() if entry.get("key") in known})))  # fmt: skip
     rows, record = list[ResultRow](), dict[str, dict[str, Any]]()
     samples: dict[str, Samples] = {}
     for label, (node, artifact) in result_artifacts(graph).items():
