@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from sqat.checkpoint.outputs import check_output
 from sqat.cli.options import Json, Quiet, RecipeFile, Set, Verbose, check_artifact, load
 from sqat.errors import SqatError
 
@@ -31,6 +30,8 @@ def evaluate(
         raise SqatError(f"no split {split!r}", "allowed: test, dev, train", "--split", code="unknown-name")
     if split == "train" and write_outputs is None:
         raise SqatError("train is not measured", "give --write-outputs FILE, or another split", "--split", code="usage")
+    from sqat.checkpoint.outputs import check_output
+
     check_output(write_outputs, ".jsonl")
     check_artifact(artifact)
     loaded = load(recipe, overrides)

@@ -37,12 +37,15 @@ def run(
 
         print_plan(make_plan(loaded, first=first, last=last, force=force), as_json=json)
         return
-    from sqat.bench.results import check_latency, time_results
     from sqat.cli.progress_bars import is_rank0, open_reporter
     from sqat.pipeline import runner
     from sqat.pipeline.result_files import LOG_FILE
 
-    check_latency(loaded)
+    is_timed = loaded.recipe.latency is not None
+    if is_timed:
+        from sqat.bench.results import check_latency, time_results
+
+        check_latency(loaded)
     log = loaded.run_directory / LOG_FILE
     with open_reporter(quiet=quiet) as screen, open_reporter(quiet=quiet, log=log) as reporter:
         if rehearse:
@@ -52,7 +55,7 @@ def run(
         results = runner.run(loaded, reporter, first=first, last=last, force=force, rehearsal=rehearsal)
         latencies, failure = None, None
         try:
-            latencies = time_results(loaded, results, reporter) if is_rank0() else None
+            latencies = time_results(loaded, results, reporter) if is_timed and is_rank0() else None
         except SqatError as error:  # it does not take the results with it
             failure = error
     if is_rank0():

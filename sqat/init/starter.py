@@ -26,6 +26,7 @@ from sqat.init.recipe_text import compose_recipe
 from sqat.recipe.json_schema import SCHEMA_FILE, schema_text
 from sqat.recipe.loader import check_tree, read_tree
 from sqat.recipe.stages import TrainConfig
+from sqat.recipe.targets import KERNEL_FAMILIES
 
 if TYPE_CHECKING:
     from sqat.tasks.splits import Splits
@@ -116,11 +117,10 @@ class Starter:
     @property
     def has_kernels(self) -> bool:
         """Whether sqat has CPU kernels for the model; False if its config is not on this machine."""
-        from sqat.export.cpu.encoder import FAMILIES
-        from sqat.models.sources import resolve_source
+        from sqat.models.sources import resolve_source  # imports safetensors
 
         config = Path(resolve_source(self.model, self.output.parent)) / "config.json"
-        return try_read_object(config).get("model_type") in FAMILIES
+        return try_read_object(config).get("model_type") in KERNEL_FAMILIES
 
     def fit_minutes(self, minutes: float) -> str:
         """Choose steps, and limits of dev and test, that fit into some minutes; return a line about them."""

@@ -29,6 +29,8 @@ class Target:
     embeddings: tuple[str, ...] = ("fp32", "fp16", "int8")
 
 
+# Families of encoders that the kernels of target cpu-sparse compute, by their config's model_type.
+KERNEL_FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra")
 TARGETS: dict[str, Target] = {
     "onnx-int8": Target("model.int8.onnx", "sqat.export.targets.onnx_int8", needs_scales=True),
     "onnx-fp32": Target("model.fp32.onnx", "sqat.export.targets.onnx_fp32"),

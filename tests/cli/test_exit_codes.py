@@ -31,7 +31,7 @@ BAD_CALLS = [
     (["train", "r.yaml", "--from", "gone"], "error: gone: no such file or folder"),
     (["qat", "r.yaml", "--stage", "prune"], "error: --stage: no qat stage 'prune'; allowed: qat"),
     (["evaluate", "r.yaml", "gone.onnx"], "error: gone.onnx: no such file or folder"),
-    (["evaluate", "r.yaml", ".", "--split", "train"], "error: --split: no split 'train'; allowed: test, dev"),
+    (["evaluate", "r.yaml", ".", "--split", "all"], "error: --split: no split 'all'; allowed: test, dev, train"),
     (["evaluate", "r.yaml", "."], "error: r.yaml: the recipe has no test split; add data.test or give --split dev"),
     (["inspect", "gone"], "error: gone: no such file or folder"),
     (["inspect", "r.yaml"], "error: r.yaml: is neither a checkpoint folder nor an .onnx file"),

@@ -17,11 +17,13 @@ from sqat import runtime
 from sqat.checkpoint.store import Checkpoint
 from sqat.data.tokens import TextProcessor
 from sqat.errors import GateError
+from sqat.export.cpu import encoder
 from sqat.export.cpu.graph import find_node as first_node
 from sqat.export.onnx_edit import GraphEditor
 from sqat.models.sentence import Pooling, SentenceProcessor, add_pooling_
 from sqat.onnx_files.checks import check_file
 from sqat.recipe.stages import Layers
+from sqat.recipe.targets import KERNEL_FAMILIES
 from tests.calibrated_encoders import calibrate
 from tests.export.cpu_models import (
     ENGINES,
@@ -223,3 +225,7 @@ def test_neither_threads_nor_padding_change_a_bit_of_an_embedding(mode: str, tok
 def test_a_module_that_was_not_traced_is_one_line_of_error() -> None:
     with pytest.raises(GateError, match=r"has no MatMul of encoder\.gone, .*; .* please report it with the recipe"):
         first_node(GraphEditor(encoder()), "encoder.gone", "MatMul")
+
+
+def test_init_knows_the_families_of_the_kernels() -> None:
+    assert set(KERNEL_FAMILIES) == set(encoder.FAMILIES)

@@ -125,10 +125,16 @@ def test_inspect_reads_the_inputs_groups(pruned: Checkpoint, tmp_path: Path) -> 
     assert rows["score"].pattern == "dense"
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b'{"transposed": ["no.such"]}', b'{"transposed": [1]}'])
+@pytest.mark.parametrize("content", [b"[]", b'{"transposed": ["no.such"]}', b'{"transposed": [1]}'])
 def test_a_layout_of_another_model_is_told(content: bytes, pruned: Checkpoint, tmp_path: Path) -> None:
     wrong = replace(pruned, files={**pruned.files, LAYOUT: content})
     with pytest.raises(SqatError, match=r"layout\.json: does not name the linears of this model"):
+        save_checkpoint(wrong, tmp_path / "one")
+
+
+def test_a_broken_layout_is_told(pruned: Checkpoint, tmp_path: Path) -> None:
+    wrong = replace(pruned, files={**pruned.files, LAYOUT: b"{"})
+    with pytest.raises(SqatError, match=r"layout\.json: is not JSON"):
         save_checkpoint(wrong, tmp_path / "one")
 
 
