@@ -17,7 +17,7 @@ from sqat import runtime
 from sqat.checkpoint.store import Checkpoint
 from sqat.data.tokens import TextProcessor
 from sqat.errors import GateError
-from sqat.export.cpu import encoder
+from sqat.export.cpu import encoder as cpu_encoder
 from sqat.export.cpu.graph import find_node as first_node
 from sqat.export.onnx_edit import GraphEditor
 from sqat.models.sentence import Pooling, SentenceProcessor, add_pooling_
@@ -228,4 +228,4 @@ def test_a_module_that_was_not_traced_is_one_line_of_error() -> None:
 
 
 def test_init_knows_the_families_of_the_kernels() -> None:
-    assert set(KERNEL_FAMILIES) == set(encoder.FAMILIES)
+    assert set(KERNEL_FAMILIES) == set(cpu_encoder.FAMILIES)
