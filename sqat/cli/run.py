@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sqat.cli.options import Force, Json, Quiet, RecipeFile, Set, Verbose, load
 from sqat.errors import SqatError
+
+if TYPE_CHECKING:
+    from sqat.bench.report import Report
+    from sqat.pipeline.results import Results
+    from sqat.progress import Reporter
+    from sqat.recipe.schema import LoadedRecipe
 
 
 def run(
@@ -41,9 +47,8 @@ def run(
     from sqat.pipeline import runner
     from sqat.pipeline.result_files import LOG_FILE
 
-    is_timed = loaded.recipe.latency is not None
-    if is_timed:
-        from sqat.bench.results import check_latency, time_results
+    if loaded.recipe.latency is not None:
+        from sqat.bench.results import check_latency
 
         check_latency(loaded)
     log = loaded.run_directory / LOG_FILE
@@ -53,12 +58,20 @@ def run(
             return
         rehearsal = None if no_rehearsal else screen
         results = runner.run(loaded, reporter, first=first, last=last, force=force, rehearsal=rehearsal)
-        latencies, failure = None, None
-        try:
-            latencies = time_results(loaded, results, reporter) if is_timed and is_rank0() else None
-        except SqatError as error:  # it does not take the results with it
-            failure = error
+        latencies, failure = try_timing(loaded, results, reporter) if is_rank0() else (None, None)
     if is_rank0():
         print_results(results, latencies, as_json=json)
     if failure is not None:
         raise failure
+
+
+def try_timing(loaded: LoadedRecipe, results: Results, reporter: Reporter) -> tuple[Report | None, SqatError | None]:
+    """Time the results as the recipe's ``latency`` says; an error is returned, so that it does not take the results."""
+    if loaded.recipe.latency is None:
+        return None, None
+    from sqat.bench.results import time_results
+
+    try:
+        return time_results(loaded, results, reporter), None
+    except SqatError as error:
+        return None, error
