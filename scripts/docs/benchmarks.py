@@ -48,7 +48,7 @@ scripts/benchmarks/runtime --table recipes/runtime.json --chart recipes/runtime.
 VNNI = """### AVX512-VNNI
 
 The same on an AMD EPYC with AVX512-VNNI, 2 cores, with the files of the quickstart (width 384, 2:4 in each linear;
-OpenVINO 2026.4). Inputs are whole rows of tokens. Padding costs `sqat.runtime` nothing: it leaves padded rows out.
+OpenVINO 2026.4). Inputs are whole rows of tokens: what `sqat.runtime` saves on padding is not in these figures.
 
 ```sh
 scripts/benchmarks/runtime --float model.fp32.onnx --int8 model.int8.onnx --sparse model.cpu-sparse.onnx --rounds 3 \\

@@ -77,7 +77,8 @@ def read_current(place: Path, results: Results, size: tuple[int, int | None], th
         return None
     paths = {row.label: row.path for row in results.rows}
     measured = {(name.rpartition("@")[0], Path(subject.path)) for name, subject in report.subjects.items()}
-    is_same = measured == {(label, path.resolve()) for label, path in paths.items()}
+    without_engine = {name.rpartition("@")[0] for name in report.left_out} - {label for label, _ in measured}
+    is_same = measured == {(label, path.resolve()) for label, path in paths.items() if label not in without_engine}
     is_same = is_same and [(s.batch, s.sequence) for s in report.settings] == [size] and report.threads == threads
     written = place.stat().st_mtime
     return report if is_same and all(newest_change(path) < written for path in paths.values()) else None

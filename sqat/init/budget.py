@@ -25,6 +25,7 @@ MOST_EPOCHS = {"train": 3, "prune": 6, "qat": 3}  # more time than that changes 
 BLOCK_STEPS = 0.8  # of each block, to a step of prune
 MOST_BLOCK_STEPS = 128
 STAGE = "train"
+LEAST_ROWS = 200  # of dev and test: fewer say nothing, however short the time
 TIMED_STEPS = 4  # the first one warms up
 
 
@@ -43,7 +44,8 @@ def plan_minutes(splits: Splits, minutes: float) -> Budget:
     dense_steps = seconds * TRAINING / step
     total = dense_steps / sum(share * COSTS[name] for name, share in SHARES.items())
     shares: dict[SplitName, float] = {"dev": DEV / DEV_PASSES, "test": TEST / TEST_PASSES}
-    rows = {name: max(1, int(seconds * share / (step * FORWARD / batch_rows))) for name, share in shares.items()}
+    row = step * FORWARD / batch_rows
+    rows = {name: max(LEAST_ROWS, int(seconds * share / row)) for name, share in shares.items()}
     steps = split_steps(int(total))
     return Budget({name: min(count, MOST_EPOCHS[name] * epoch_steps) for name, count in steps.items()}, rows)
 

@@ -113,7 +113,7 @@ class Sentences:
         except LOADING_ERRORS as error:
             raise SqatError(
                 f"the model {config.source!r} cannot be loaded: {first_line(error)}",
-                "check model.source",
+                "check the source that the recipe names",
                 code="unsupported-model",
             ) from error
         new = [name for name in sorted(report["missing_keys"]) if not name.startswith("pooler.")]  # nothing reads it

@@ -140,7 +140,7 @@ def check_loaded(new: Sequence[str], source: str) -> None:
     if new:
         problem = f"the weights of {source!r} are not those its config.json describes"
         raise SqatError(f"{problem}: {len(new)} are missing or of another shape, the first is {new[0]}",
-                        "check model.source", code="model-mismatch")  # fmt: skip
+                        "check the source that the recipe names", code="model-mismatch")  # fmt: skip
 
 
 def new_body_weights(prefix: str, report: Mapping[str, Any]) -> list[str]:

@@ -46,7 +46,7 @@ class Texts:
         except LOADING_ERRORS as error:
             raise SqatError(
                 f"the model {config.source!r} cannot be loaded: {first_line(error)}",
-                "check model.source",
+                "check the source that the recipe names",
                 code="unsupported-model",
             ) from error
         check_vocabulary(tokenizer, source)

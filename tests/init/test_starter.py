@@ -246,6 +246,17 @@ def test_minutes_choose_steps_and_rows_by_the_time_of_a_step(
     assert any(line.startswith("2 minutes on this machine: train 62,") for line in lines)
 
 
+def test_little_time_still_leaves_rows_to_judge_by(
+    tmp_path: Path, make_source: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sqat.init import budget
+
+    data, _ = write_text_data(tmp_path), write_text_data(tmp_path, "dev", count=600)
+    monkeypatch.setattr(budget, "time_step", lambda splits: (0.5, 32.0, 10_000))
+    write_starter(data, tmp_path / "recipe.yaml", model=str(make_source("bert")), minutes=0.001)
+    assert load_recipe(tmp_path / "recipe.yaml").recipe.data.dev.limit == budget.LEAST_ROWS
+
+
 def test_minutes_are_measured_on_the_model_and_its_rows(tmp_path: Path, make_source: Any) -> None:
     data = write_text_data(tmp_path)
     lines = write_starter(data, tmp_path / "recipe.yaml", model=str(make_source("bert")), minutes=60)

@@ -158,7 +158,7 @@ def test_an_encoder_of_other_weights_is_refused(
     edit_config(source, **entries)
     assert problem(load, source, tmp_path) == (
         f"the weights of '{source}' are not those its config.json describes: {count} are missing or of another "
-        f"shape, the first is {first}; check model.source"
+        f"shape, the first is {first}; check the source that the recipe names"
     )
 
 

@@ -68,6 +68,20 @@ def test_results_are_shown_where_they_cannot_be_timed(
     assert "nothing to measure" in told.err
 
 
+def test_a_result_without_an_engine_is_not_timed_again_and_again(
+    copy: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(copy, capsys)
+    place = copy.folder / "runs" / "tiny" / "bench.json"
+    report = Report.model_validate_json(place.read_bytes())
+    gone = {name: subject for name, subject in report.subjects.items() if not name.startswith("int8@")}
+    left_out = {"int8@sqat": "this installation of sqat has no compiled runtime"}
+    place.write_text(report.model_copy(update={"subjects": gone, "left_out": left_out}).model_dump_json())
+    before = place.read_bytes()
+    assert " - " in next(line for line in run(copy, capsys).splitlines() if line.startswith("int8"))
+    assert place.read_bytes() == before
+
+
 def test_a_file_of_the_user_is_not_replaced(copy: Project, capsys: pytest.CaptureFixture[str]) -> None:
     place = copy.folder / "runs" / "tiny" / "bench.json"
     place.write_text("{}")

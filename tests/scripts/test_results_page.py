@@ -24,7 +24,6 @@ from onnx import TensorProto, helper
 from sqat.bench.intervals import Interval
 from sqat.checkpoint.store import load_checkpoint, save_checkpoint
 from sqat.errors import SqatError
-from sqat.pipeline.bootstrap import DRAWS
 from sqat.pipeline.graph import resolve_graph
 from sqat.pipeline.runner import run as run_pipeline
 from sqat.progress import SilentReporter
@@ -37,7 +36,6 @@ ROOT = Path(__file__).parents[2]
 from scripts.results import applications, running, spread, timing, verdicts  # noqa: E402
 from scripts.results.__main__ import main  # noqa: E402
 from scripts.results.collecting import Run, packing_saves, runs_of, why_unsound  # noqa: E402
-from scripts.results.intervals import pair_intervals  # noqa: E402
 from scripts.results.page import render  # noqa: E402
 from scripts.results.schema import (  # noqa: E402
     Application,
@@ -338,21 +336,6 @@ def test_verdicts_are_paired_differences() -> None:
     assert (floor.metric, floor.outcome) == ("mrr", "not met, though within the spread")
     del rows[last]
     assert verdicts.verdicts(display, application(rows))[0].row == "dense int8"
-
-
-def test_intervals_are_over_seeds_and_rows() -> None:
-    """Two seeds that differ by 2 points, samples of rows with a spread of 1 point: variances of both add up."""
-    random = np.random.default_rng(1)
-    rows = random.normal(0, 0.01, (2, DRAWS))
-    samples = {seed: {"a": {"ndcg": 0.7 + shift + rows[seed]}, "b": {"ndcg": np.full(DRAWS, 0.7)}}
-               for seed, shift in enumerate((0.01, -0.01))}  # fmt: skip
-    found = {(each.row, each.against): each for each in pair_intervals(samples, ["a", "b", "c"])}
-    assert set(found) == {("a", "b"), ("b", "a")}
-    one, other = found["a", "b"], found["b", "a"]
-    assert (one.low, one.high) == pytest.approx((-other.high, -other.low))
-    # of the mean of two drawn seeds: the shift has variance 0.01^2 / 2, the rows 0.01^2 * (1/2 or 1 by the draw)
-    expected = 1.96 * math.sqrt(0.01**2 / 2 + 0.01**2 * 3 / 4)
-    assert one.high - one.low == pytest.approx(2 * expected, rel=0.12)
 
 
 @pytest.mark.parametrize(("high", "outcome"), [(0.002, "not met, though within the interval"), (-0.0001, "not met")])
